@@ -1,0 +1,71 @@
+"""Data as any re-iterable of ``(inputs, targets)``: checked at the door, moved to the model's device."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+
+Loader = Iterable[tuple[Tensor, Tensor]]
+
+_WAY_OUT = "Pass a DataLoader or a list of (inputs, targets) batches."
+
+
+def check_loader(loader: Any, *, name: str = "loader") -> Any:
+    """Raise unless ``loader`` can be read more than once and begins with a pair; return its first batch.
+
+    Raises:
+        ValueError: If it is a one-shot iterator, is empty, or yields something other than ``(inputs, targets)``.
+    """
+    first = first_batch(loader, name=name)
+    if not (isinstance(first, (tuple, list)) and len(first) == 2):
+        what = f"one {type(first).__name__}" if not isinstance(first, (tuple, list)) else f"{len(first)} things"
+        raise ValueError(f"{name} must yield (inputs, targets) pairs, but its first batch is {what}. {_WAY_OUT}")
+    return first
+
+
+def first_batch(loader: Any, *, name: str = "loader") -> Any:
+    """Return the first batch of a re-iterable, whatever it holds."""
+    if isinstance(loader, Tensor):
+        raise ValueError(f"{name} must yield (inputs, targets) batches, got one tensor. {_WAY_OUT}")
+    try:
+        iterator = iter(loader)
+    except TypeError:
+        raise ValueError(f"{name} is no iterable of batches, got {type(loader).__name__}. {_WAY_OUT}") from None
+    if iterator is loader:
+        raise ValueError(f"{name} can be read only once (it is its own iterator). {_WAY_OUT}")
+    for batch in iterator:
+        return batch
+    raise ValueError(f"{name} is empty: it yields no batch.")
+
+
+def to_device(batch: Any, device: torch.device) -> Any:
+    """Move every tensor of a batch (nested tuples, lists, dicts) to ``device``."""
+    if isinstance(batch, Tensor):
+        return batch.to(device, non_blocking=True)
+    if isinstance(batch, dict):
+        return {key: to_device(value, device) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        moved = [to_device(value, device) for value in batch]
+        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
+    return batch
+
+
+def batches(loader: Any, device: torch.device, *, name: str = "loader") -> Iterator[Any]:
+    """Yield the batches of one pass on ``device``; an empty pass is an error (a generator behind a re-iterable)."""
+    count = 0
+    for batch in loader:
+        count += 1
+        yield to_device(batch, device)
+    if not count:
+        raise ValueError(f"{name} yielded nothing on this pass, though it is no one-shot iterator. {_WAY_OUT}")
+
+
+def num_examples(inputs: Any) -> int:
+    """Return the batch size of inputs: the first dimension of their first tensor."""
+    if isinstance(inputs, Tensor):
+        return inputs.shape[0]
+    values = inputs.values() if isinstance(inputs, dict) else inputs
+    return num_examples(next(iter(values)))

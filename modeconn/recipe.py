@@ -1,0 +1,116 @@
+"""How to train: epochs, optimizer, learning-rate schedule, weight decay, precision. Shared by endpoints and curves."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+from torch import Tensor
+
+OptimizerFactory = Callable[..., torch.optim.Optimizer]
+Schedule = Callable[[float, int], float]
+"""``schedule(epoch, epochs)`` is the factor on the optimizer's own rate; ``epoch`` counts from 0, with fractions."""
+
+
+def constant(epoch: float, epochs: int) -> float:
+    """Keep the optimizer's learning rate."""
+    return 1.0
+
+
+def piecewise_linear(epoch: float, epochs: int) -> float:
+    """Full rate for half of the epochs, then a line down to 1% at 90% of them (Garipov et al., 2018).
+
+    Stepped once an epoch, as in the paper.
+
+    Example:
+        >>> [round(piecewise_linear(epoch, 10), 3) for epoch in (0, 5, 7, 9)]
+        [1.0, 1.0, 0.505, 0.01]
+    """
+    progress = math.floor(epoch) / epochs
+    return 1.0 - 0.99 * min(max((progress - 0.5) / 0.4, 0.0), 1.0)
+
+
+def halving(epoch: float, epochs: int, *, every: int = 20, decay: float = 0.9996) -> float:
+    """Halve the rate every ``every`` epochs and multiply it by ``decay`` each epoch (Tatro et al., 2020).
+
+    Example:
+        >>> halving(40, 250, decay=1.0)
+        0.25
+    """
+    epoch = math.floor(epoch)
+    return 0.5 ** (epoch // every) * decay**epoch
+
+
+def one_cycle(epoch: float, epochs: int, *, warmup: float = 0.3, start: float = 1 / 25, end: float = 4e-6) -> float:
+    """Rise from ``start`` to 1 in the first ``warmup`` share of training, then fall to ``end``; both along a cosine.
+
+    The factor changes at every step. It is ``torch.optim.lr_scheduler.OneCycleLR`` without its cycling of momentum.
+    """
+    progress = min(max(epoch / epochs, 0.0), 1.0)
+    if progress < warmup:
+        low, high, share = start, 1.0, progress / warmup
+    else:
+        low, high, share = 1.0, end, (progress - warmup) / (1.0 - warmup)
+    return high + (low - high) * (1.0 + math.cos(math.pi * share)) / 2.0
+
+
+_NESTEROV_SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """The settings of one training run, of an endpoint or of a curve.
+
+    Args:
+        epochs: Passes over the loader, at least 1.
+        optimizer: Called with the parameters, returns any ``torch.optim`` optimizer. Default: SGD with learning rate
+            0.1 and Nesterov momentum 0.9.
+        schedule: Factor on the learning rate, from the (fractional) epoch and the number of epochs:
+            `piecewise_linear`, `halving`, `one_cycle`, `constant`, or your own function.
+        weight_decay: Strength of the penalty ``weight_decay / 2 * ||w||^2``; on a curve ``w`` are the interpolated
+            weights ``w(t)``, never the control points (Garipov et al., 2018).
+        autocast: ``torch.bfloat16`` or ``torch.float16`` to run the forward pass under autocast, None for the
+            model's own precision. With float16 the loss is scaled by a `torch.amp.GradScaler`.
+        compile: Run the model through ``torch.compile``.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    Example:
+        >>> Recipe(epochs=10).learning_rate_factor(epoch=9)
+        0.01
+    """
+
+    epochs: int = 30
+    optimizer: OptimizerFactory = _NESTEROV_SGD
+    schedule: Schedule = piecewise_linear
+    weight_decay: float = 5e-4
+    autocast: torch.dtype | None = None
+    compile: bool = False
+
+    def __post_init__(self) -> None:
+        if self.epochs < 1:
+            raise ValueError(f"epochs must be at least 1, got epochs={self.epochs}.")
+        if not 0 <= self.weight_decay < math.inf:
+            raise ValueError(f"weight_decay must be a finite number, 0 or more, got weight_decay={self.weight_decay}.")
+        if self.autocast not in (None, torch.bfloat16, torch.float16):
+            raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got autocast={self.autocast}.")
+
+    def make_optimizer(self, parameters: Iterable[Tensor], *, weight_decay: float = 0.0) -> torch.optim.Optimizer:
+        """Build the optimizer; its groups remember their full learning rate as ``initial_lr``."""
+        optimizer = self.optimizer(parameters, weight_decay=weight_decay)
+        for group in optimizer.param_groups:
+            group["initial_lr"] = group["lr"]
+        return optimizer
+
+    def learning_rate_factor(self, epoch: float) -> float:
+        """Return the schedule's factor at a (fractional) epoch."""
+        return self.schedule(epoch, self.epochs)
+
+    def set_learning_rate(self, optimizer: torch.optim.Optimizer, epoch: float) -> None:
+        """Set every group of ``optimizer`` to its full rate times the schedule's factor."""
+        for group in optimizer.param_groups:
+            group["lr"] = group["initial_lr"] * self.learning_rate_factor(epoch)
