@@ -1,0 +1,153 @@
+"""Pre-activation residual networks: deep with bottlenecks (He et al., 2016), or wide (Zagoruyko & Komodakis, 2016)."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from torch import Tensor, nn
+
+from modeconn.models.init import he_init_convolutions
+from modeconn.models.zoo import Statistic, ZooModel, factory
+
+Branch = Callable[[int, int, int], list[nn.Conv2d]]
+"""``branch(in_channels, out_channels, stride)`` lists the convolutions of one residual branch."""
+
+
+def bottleneck(in_channels: int, out_channels: int, stride: int) -> list[nn.Conv2d]:
+    """1x1 to a quarter of the channels, 3x3, 1x1 back; none has a bias."""
+    channels = out_channels // 4
+    return [
+        nn.Conv2d(in_channels, channels, 1, bias=False),
+        nn.Conv2d(channels, channels, 3, stride, padding=1, bias=False),
+        nn.Conv2d(channels, out_channels, 1, bias=False),
+    ]
+
+
+def wide(in_channels: int, out_channels: int, stride: int) -> list[nn.Conv2d]:
+    """Two 3x3 convolutions with bias; the second one strides, as Garipov et al. (2018) have it."""
+    return [
+        nn.Conv2d(in_channels, out_channels, 3, padding=1),
+        nn.Conv2d(out_channels, out_channels, 3, stride, padding=1),
+    ]
+
+
+class PreActivationBlock(nn.Module):
+    """Batch norm and ReLU *before* each convolution of the branch; the shortcut carries the raw stream."""
+
+    def __init__(self, branch: Branch, in_channels: int, out_channels: int, stride: int) -> None:
+        super().__init__()
+        layers: list[nn.Module] = []
+        for convolution in branch(in_channels, out_channels, stride):
+            layers += [nn.BatchNorm2d(convolution.in_channels), nn.ReLU(inplace=True), convolution]
+        self.branch = nn.Sequential(*layers)
+        self.shortcut = nn.Sequential()
+        if stride != 1 or in_channels != out_channels:
+            biased = convolution.bias is not None
+            self.shortcut.append(nn.Conv2d(in_channels, out_channels, 1, stride, bias=biased))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.branch(x) + self.shortcut(x)
+
+
+class PreActivationResNet(ZooModel):
+    """A 16-channel stem, three stages of `PreActivationBlock`, batch norm, ReLU, pooling, one linear layer."""
+
+    def __init__(
+        self,
+        branch: Branch,
+        stage_channels: Sequence[int],
+        blocks_per_stage: int,
+        num_classes: int,
+        in_channels: int,
+        image_size: int,
+        mean: Statistic = None,
+        std: Statistic = None,
+    ) -> None:
+        super().__init__((in_channels, image_size, image_size), mean, std)
+        channels = 16
+        biased = branch(channels, channels, 1)[0].bias is not None
+        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=biased)
+        stages = []
+        for stage, out_channels in enumerate(stage_channels):
+            blocks = []
+            for block in range(blocks_per_stage):
+                stride = 2 if stage > 0 and block == 0 else 1
+                blocks.append(PreActivationBlock(branch, channels, out_channels, stride))
+                channels = out_channels
+            stages.append(nn.Sequential(*blocks))
+        self.stages = nn.Sequential(*stages)
+        self.head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1))
+        self.classifier = nn.Linear(channels, num_classes)
+        he_init_convolutions(self)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.classifier(self.head(self.stages(self.stem(self.normalize(x)))).flatten(1))
+
+
+@factory
+def preresnet110(
+    num_classes: int = 10,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    mean: Statistic = None,
+    std: Statistic = None,
+    seed: int = 0,
+) -> PreActivationResNet:
+    """Make a pre-activation ResNet with 12 bottlenecks in each of 3 stages; arguments as for `preresnet164`."""
+    return PreActivationResNet(bottleneck, (64, 128, 256), 12, num_classes, in_channels, image_size, mean, std)
+
+
+@factory
+def preresnet164(
+    num_classes: int = 10,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    mean: Statistic = None,
+    std: Statistic = None,
+    seed: int = 0,
+) -> PreActivationResNet:
+    """Make a pre-activation ResNet with 18 bottlenecks in each of 3 stages, as Garipov et al. (2018) train it.
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images.
+        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
+        std: Likewise.
+        seed: Of the initial weights.
+
+    References:
+        He et al., 2016, https://arxiv.org/abs/1603.05027
+    """
+    return PreActivationResNet(bottleneck, (64, 128, 256), 18, num_classes, in_channels, image_size, mean, std)
+
+
+@factory
+def wideresnet28x10(
+    num_classes: int = 10,
+    *,
+    in_channels: int = 3,
+    image_size: int = 32,
+    mean: Statistic = None,
+    std: Statistic = None,
+    seed: int = 0,
+) -> PreActivationResNet:
+    """Make a wide ResNet, 28 layers deep and 10 times as wide, without dropout: 36.5 million parameters.
+
+    The last batch norm has the usual momentum (Garipov et al. give that one 0.9); the initialisation is He's for all
+    convolutions.
+
+    Args:
+        num_classes: Number of logits.
+        in_channels: Channels of the images.
+        image_size: Height and width of the images.
+        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
+        std: Likewise.
+        seed: Of the initial weights.
+
+    References:
+        Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146
+    """
+    return PreActivationResNet(wide, (160, 320, 640), 4, num_classes, in_channels, image_size, mean, std)
