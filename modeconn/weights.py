@@ -1,0 +1,265 @@
+"""A model as one flat vector of weights, and back, without copying."""
+
+from __future__ import annotations
+
+import copy
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class _Slot:
+    """Where one parameter lies in the flat vector; ``order`` lists its dimensions from the slowest in memory."""
+
+    name: str
+    shape: tuple[int, ...]
+    order: tuple[int, ...]
+    offset: int
+    trainable: bool
+
+    @property
+    def numel(self) -> int:
+        return math.prod(self.shape)
+
+    def view(self, theta: Tensor) -> Tensor:
+        """Return the parameter as a view into ``theta``, with the memory order the model gave it."""
+        segment = theta[self.offset : self.offset + self.numel]
+        dense = segment.view([self.shape[dim] for dim in self.order])
+        return dense.permute([self.order.index(dim) for dim in range(len(self.shape))])
+
+
+class WeightSpace:
+    r"""The space :math:`\mathbb{R}^P` in which every point is one network of a given architecture.
+
+    Each parameter takes one stretch of the vector, in the order of ``model.named_parameters()``; tied parameters take
+    one stretch together, frozen ones (``requires_grad=False``) are part of it and marked in `trainable`. Inside its
+    stretch a parameter keeps the memory order the model gave it, so the weights of a ``channels_last`` model stay
+    ``channels_last`` as views. Flat vectors are therefore comparable within one space only: flatten both networks with
+    the same one. Buffers are no part of the space.
+
+    Args:
+        model: Any module; all its parameters of one floating dtype, on one device.
+
+    Attributes:
+        names: Parameter names, tied ones once.
+        aliases: For tied parameters, every further name and the one it stands for in ``names``.
+        num_parameters: ``P``, scalars counted once.
+        dtype, device: Those of the parameters.
+
+    Raises:
+        ValueError: If there is no parameter, or dtypes or devices are mixed, or a parameter is not floating.
+
+    Example:
+        >>> space = WeightSpace(nn.Linear(3, 2))
+        >>> space
+        WeightSpace(8 weights in 2 parameters, torch.float32, cpu)
+        >>> {name: tuple(view.shape) for name, view in space.unflatten(torch.zeros(8)).items()}
+        {'weight': (2, 3), 'bias': (2,)}
+    """
+
+    def __init__(self, model: nn.Module) -> None:
+        parameters = dict(model.named_parameters())
+        if not parameters:
+            raise ValueError(f"{type(model).__name__} has no parameters, so there is no curve between two of it.")
+        self.dtype, self.device = _common_kind(parameters)
+        self.aliases = _aliases(model)
+        self._slots = tuple(_lay_out(parameters))
+        self.names = tuple(slot.name for slot in self._slots)
+        self.num_parameters = sum(slot.numel for slot in self._slots)
+        self._buffers = _describe(dict(model.named_buffers()))
+
+    def __repr__(self) -> str:
+        return (
+            f"WeightSpace({self.num_parameters} weights in {len(self.names)} parameters, {self.dtype}, {self.device})"
+        )
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """The shape of every parameter, by name, in the order of the flat vector."""
+        return {slot.name: slot.shape for slot in self._slots}
+
+    @property
+    def trainable(self) -> Tensor:
+        """Bool mask ``(P,)``, on `device`: False where the weight belongs to a frozen parameter."""
+        mask = torch.empty(self.num_parameters, dtype=torch.bool, device=self.device)
+        for slot in self._slots:
+            mask[slot.offset : slot.offset + slot.numel] = slot.trainable
+        return mask
+
+    @property
+    def all_trainable(self) -> bool:
+        """Whether no parameter is frozen."""
+        return all(slot.trainable for slot in self._slots)
+
+    def unflatten(self, theta: Tensor) -> dict[str, Tensor]:
+        """Name the parts of ``theta (P,)``: views into it, no copies, tied parameters under their first name.
+
+        ``torch.func.functional_call(model, space.unflatten(theta), ...)`` evaluates the network at ``theta``, and lets
+        gradients flow to it.
+        """
+        self._check_vector(theta)
+        return {slot.name: slot.view(theta) for slot in self._slots}
+
+    def flatten(self, model: nn.Module, *, name: str = "model") -> Tensor:
+        """Copy the weights of a model of this architecture into one new vector ``(P,)``.
+
+        Raises:
+            ValueError: If the model is of another architecture, dtype or device, or holds NaN or infinite weights;
+                ``name`` is what the message calls it.
+        """
+        self.check(model, name=name)
+        theta = torch.empty(self.num_parameters, dtype=self.dtype, device=self.device)
+        self._copy(dict(model.named_parameters()), self.unflatten(theta))
+        return theta
+
+    def load(self, theta: Tensor, model: nn.Module) -> None:
+        """Write ``theta (P,)`` into the parameters of a model of this architecture, in place."""
+        self._copy(self.unflatten(theta), dict(model.named_parameters()))
+
+    def to_canonical(self, theta: Tensor) -> Tensor:
+        """Return a copy of ``theta (P,)`` with every parameter row by row, as files hold it: no memory format."""
+        return torch.cat([view.reshape(-1) for view in self.unflatten(theta).values()])
+
+    def from_canonical(self, vector: Tensor) -> Tensor:
+        """Invert `to_canonical`; the result is in this space's dtype and on its device."""
+        self._check_vector(vector)
+        theta = torch.empty(self.num_parameters, dtype=self.dtype, device=self.device)
+        for slot in self._slots:
+            slot.view(theta).copy_(vector[slot.offset : slot.offset + slot.numel].view(slot.shape))
+        return theta
+
+    def check(self, model: nn.Module, *, name: str = "b") -> None:
+        """Raise unless ``model`` has exactly these parameters and buffers, all weights finite.
+
+        Raises:
+            ValueError: Naming the first parameter that differs and both sides, or the parameter that is not finite.
+        """
+        parameters = dict(model.named_parameters())
+        own = {slot.name: (slot.shape, self.dtype, self.device) for slot in self._slots}
+        _check_same(own, _describe(parameters), "parameter", name)
+        _check_same(self._buffers, _describe(dict(model.named_buffers())), "buffer", name)
+        if _aliases(model) != self.aliases:
+            raise ValueError(
+                f"endpoints tie different parameters: {self.aliases or 'none'} in a, {_aliases(model) or 'none'} in "
+                f"{name}. Both must come from one architecture."
+            )
+        for key, parameter in parameters.items():
+            if not torch.isfinite(parameter).all():
+                bad = int((~torch.isfinite(parameter)).sum())
+                raise ValueError(f"{key!r} of {name} holds NaN or infinite weights ({bad} of {parameter.numel()}).")
+
+    def _check_vector(self, theta: Tensor) -> None:
+        if theta.shape != (self.num_parameters,):
+            raise ValueError(f"theta must have shape ({self.num_parameters},), got {tuple(theta.shape)}.")
+
+    @staticmethod
+    @torch.no_grad()
+    def _copy(source: dict[str, Tensor], target: dict[str, Tensor]) -> None:
+        for name, tensor in target.items():
+            tensor.copy_(source[name])
+
+
+class Workspace:
+    """A private copy of a model whose parameters, and their gradients, are views into two flat buffers.
+
+    Writing into `theta` moves the model; ``loss.backward()`` leaves the gradient in `grad`, without a copy. The
+    gradient adds up until `zero_grad`, which must take the place of setting gradients to None: the views would be lost.
+
+    Args:
+        model: The model to copy; it is not changed.
+        space: Its weight space, if known.
+
+    Attributes:
+        space: The weight space that names the parts of both buffers.
+        model: The copy, an ordinary module.
+        theta: The weights, ``(P,)``.
+        grad: The gradient, ``(P,)``; entries of frozen parameters stay 0.
+    """
+
+    def __init__(self, model: nn.Module, space: WeightSpace | None = None) -> None:
+        self.space = space or WeightSpace(model)
+        self.theta = self.space.flatten(model)
+        self.grad = torch.zeros_like(self.theta)
+        self.model = copy.deepcopy(model)
+        weights, gradients = self.space.unflatten(self.theta), self.space.unflatten(self.grad)
+        for name, parameter in self.model.named_parameters():
+            parameter.data = weights[name]
+            parameter.grad = gradients[name] if parameter.requires_grad else None
+
+    def zero_grad(self) -> None:
+        """Set the gradient to zero, keeping the views."""
+        self.grad.zero_()
+
+
+def named_buffers(model: nn.Module) -> dict[str, Tensor]:
+    """Return copies of all buffers of a model, by name, buffers outside its ``state_dict`` included."""
+    return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}
+
+
+@torch.no_grad()
+def load_buffers(buffers: dict[str, Tensor], model: nn.Module) -> None:
+    """Write `named_buffers` of a model of the same architecture into ``model``, in place."""
+    for name, buffer in model.named_buffers():
+        buffer.copy_(buffers[name])
+
+
+def _common_kind(parameters: dict[str, Tensor]) -> tuple[torch.dtype, torch.device]:
+    first, reference = next(iter(parameters.items()))
+    if not reference.dtype.is_floating_point:
+        raise ValueError(f"parameter {first!r} is {reference.dtype}; every parameter must be of one floating dtype.")
+    for name, parameter in parameters.items():
+        for kind in ("dtype", "device"):
+            ours, theirs = getattr(reference, kind), getattr(parameter, kind)
+            if ours != theirs:
+                raise ValueError(
+                    f"parameters must share one floating dtype and one device, but {first!r} is {ours} and {name!r} "
+                    f"is {theirs}. Convert the model first: model.to({ours!r})."
+                )
+    return reference.dtype, reference.device
+
+
+def _aliases(model: nn.Module) -> dict[str, str]:
+    first: dict[int, str] = {}
+    aliases = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        known = first.setdefault(id(parameter), name)
+        if known != name:
+            aliases[name] = known
+    return aliases
+
+
+def _lay_out(parameters: dict[str, Tensor]) -> list[_Slot]:
+    slots, offset = [], 0
+    for name, parameter in parameters.items():
+        slots.append(_Slot(name, tuple(parameter.shape), _memory_order(parameter), offset, parameter.requires_grad))
+        offset += parameter.numel()
+    return slots
+
+
+def _memory_order(tensor: Tensor) -> tuple[int, ...]:
+    """Return the dimensions from slowest to fastest, or the plain order if the tensor has gaps or overlaps."""
+    order = sorted(range(tensor.ndim), key=lambda dim: (-tensor.stride(dim), dim))
+    return tuple(order) if tensor.permute(order).is_contiguous() else tuple(range(tensor.ndim))
+
+
+_Kind = tuple[tuple[int, ...], torch.dtype, torch.device]
+
+
+def _describe(tensors: dict[str, Tensor]) -> dict[str, _Kind]:
+    return {name: (tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors.items()}
+
+
+def _check_same(ours: dict[str, _Kind], theirs: dict[str, _Kind], what: str, name: str) -> None:
+    same = "Both must come from one architecture."
+    for key in [*ours, *theirs]:
+        if ours.get(key) == theirs.get(key):
+            continue
+        if key not in ours or key not in theirs:
+            there, here = ("a", name) if key in ours else (name, "a")
+            raise ValueError(f"endpoints differ: {what} {key!r} is in {there} but not in {here}. {same}")
+        left, right = next((x, y) for x, y in zip(ours[key], theirs[key], strict=True) if x != y)
+        way_out = same if isinstance(left, tuple) else "Bring both to one dtype and device first, with .to(...)."
+        raise ValueError(f"endpoints differ at {key!r}: {left} in a, {right} in {name}. {way_out}")
