@@ -1,0 +1,145 @@
+"""What all curves share: a curve is ``basis(t) @ control_points``."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+
+import numpy as np
+import torch
+from torch import Tensor
+
+_CHUNK = 1 << 20  # columns made float64 at a time: 8 MB a row, whatever the size of the network
+_PANELS = 64
+_NODES, _NODE_WEIGHTS = (torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(8))
+
+
+class Curve(ABC):
+    r"""A path from network a to network b through weight space, linear in its control points.
+
+    .. math:: \theta(t) = \sum_k B_k(t) \, c_k, \qquad c_k \in \mathbb{R}^P, \quad \sum_k B_k(t) = 1
+
+    A curve holds no weights: control points ``(K, P)`` are passed to it. With ``free_ends`` the first and the last
+    one are trained too, and need no longer be the networks that were connected. A subclass states only its formula:
+    `_basis` and `_derivative`, float64, for ``t`` of any shape.
+    """
+
+    free_ends: bool
+
+    @property
+    @abstractmethod
+    def num_control_points(self) -> int:
+        """``K``, ends included."""
+
+    @property
+    def knots(self) -> tuple[float, ...]:
+        """The inner positions at which the curve has a corner."""
+        return ()
+
+    @abstractmethod
+    def _basis(self, t: Tensor) -> Tensor: ...
+
+    @abstractmethod
+    def _derivative(self, t: Tensor) -> Tensor: ...
+
+    @property
+    def trained(self) -> slice:
+        """The rows of the control points that `fit_curve` learns."""
+        return slice(0, self.num_control_points) if self.free_ends else slice(1, self.num_control_points - 1)
+
+    @property
+    def num_trained(self) -> int:
+        """How many control points `fit_curve` learns."""
+        return len(range(self.num_control_points)[self.trained])
+
+    def basis(self, t: float | Tensor) -> Tensor:
+        """Return the weights of the control points at ``t``.
+
+        Args:
+            t: Positions in [0, 1], of any shape.
+
+        Returns:
+            float64 on the CPU, the shape of ``t`` and then ``(K,)``; they sum to 1.
+
+        Raises:
+            ValueError: If a position lies outside [0, 1].
+        """
+        return self._basis(check_positions(t))
+
+    def derivative(self, t: float | Tensor) -> Tensor:
+        """Return the weights whose sum over the control points is the velocity at ``t``; shaped like `basis`."""
+        return self._derivative(check_positions(t))
+
+    def initial_control_points(self, theta_a: Tensor, theta_b: Tensor) -> Tensor:
+        """Return control points ``(K, P)`` evenly spaced on the straight line, which the curve then is.
+
+        The ends are ``theta_a`` and ``theta_b`` bit for bit.
+        """
+        last = self.num_control_points - 1
+        inner = [torch.lerp(theta_a, theta_b, k / last) for k in range(1, last)]
+        return torch.stack([theta_a, *inner, theta_b])
+
+    def point(self, control_points: Tensor, t: float, *, out: Tensor | None = None) -> Tensor:
+        """Return the weights ``(P,)`` at ``t``; at 0 and 1 the end itself, bit for bit.
+
+        Args:
+            control_points: ``(K, P)``.
+            t: A position in [0, 1].
+            out: Where to write the result, ``(P,)``.
+        """
+        weights = self.basis(t)
+        out = torch.empty_like(control_points[0]) if out is None else out
+        if t in (0, 1):
+            return out.copy_(control_points[-int(t)])
+        return torch.mv(control_points.t(), weights.to(control_points), out=out)
+
+    def arc_length(self, control_points: Tensor, t: float | Tensor) -> Tensor:
+        """Return the length of the curve from 0 to each ``t``, in the Euclidean norm of weight space.
+
+        By 8-point Gauss-Legendre quadrature of the speed on at least 64 panels that meet at the corners; the speed
+        needs only the inner products of the control points, taken once in float64.
+
+        Args:
+            control_points: ``(K, P)``.
+            t: Positions in [0, 1], of any shape.
+
+        Returns:
+            float64 on the CPU, shaped like ``t``.
+        """
+        positions = check_positions(t)
+        edges = torch.cat([torch.linspace(0, 1, _PANELS + 1, dtype=torch.float64), positions.flatten()])
+        edges = torch.cat([edges, torch.tensor(self.knots, dtype=torch.float64)]).unique()
+        half = edges.diff() / 2
+        nodes = edges[:-1, None] + half[:, None] * (1 + _NODES)
+
+        velocity = self._derivative(nodes)[..., 1:]  # weights sum to 0, so distances from the first end suffice
+        gram = _gram(control_points)
+        speed = torch.einsum("...i,ij,...j->...", velocity, gram, velocity).clamp(min=0).sqrt()
+        lengths = torch.cat([half.new_zeros(1), (half * (speed @ _NODE_WEIGHTS)).cumsum(0)])
+        return lengths[torch.searchsorted(edges, positions)]
+
+    def length(self, control_points: Tensor) -> float:
+        """Return the length of the whole curve, in the Euclidean norm of weight space."""
+        return float(self.arc_length(control_points, 1.0))
+
+
+def check_positions(t: float | Tensor) -> Tensor:
+    """Return ``t`` in float64 on the CPU.
+
+    Raises:
+        ValueError: If a position lies outside [0, 1].
+    """
+    positions = torch.as_tensor(t, dtype=torch.float64, device="cpu")
+    outside = positions[~((positions >= 0) & (positions <= 1))]  # written so that NaN is outside
+    if outside.numel():
+        raise ValueError(f"t must lie in [0, 1], got t={outside.flatten()[0].item()}.")
+    return positions
+
+
+def _gram(control_points: Tensor) -> Tensor:
+    """Return the inner products of ``control_points[1:] - control_points[0]``, float64 ``(K - 1, K - 1)``."""
+    size = len(control_points) - 1
+    gram = torch.zeros(size, size, dtype=torch.float64)
+    for chunk in control_points.detach().split(_CHUNK, dim=1):
+        difference = (chunk[1:] - chunk[:1]).double()
+        gram += (difference @ difference.t()).cpu()
+    return gram
