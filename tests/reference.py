@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
+
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeconn.curves import Curve
 
@@ -27,3 +29,20 @@ def sampled_length(curve: Curve, control_points: Tensor, t: float = 1.0, num_poi
     """The length of a curve up to t by summing many short chords."""
     positions = torch.linspace(0, t, num_points, dtype=torch.float64)
     return float((curve.basis(positions) @ control_points.double()).diff(dim=0).norm(dim=1).sum())
+
+
+def pooled_statistics(model: nn.Module, data: list) -> dict[str, tuple[Tensor, Tensor]]:
+    """Mean and variance of everything that reaches each batch-norm layer, which normalises batch by batch."""
+    model = copy.deepcopy(model).eval()
+    seen: dict[str, list[Tensor]] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            module.train()
+            module.register_forward_hook(
+                lambda module, args, _, name=name: seen.setdefault(name, []).append(args[0].transpose(0, 1).flatten(1))
+            )
+    with torch.no_grad():
+        for inputs, _ in data:
+            model(inputs)
+    values = {name: torch.cat(rows, dim=1) for name, rows in seen.items()}
+    return {name: (value.mean(1), value.var(1)) for name, value in values.items()}
