@@ -1,0 +1,33 @@
+"""Finding the files of a data set below a folder the user names."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+
+def find_file(data_set: str, root: str | os.PathLike[str] | None, folders: Sequence[str], names: Sequence[str]) -> Path:
+    """Return the first of ``root/folder/name`` that is a file, over all folders, then all names.
+
+    Args:
+        data_set: Name of the data set, for the message.
+        root: The folder the user gave.
+        folders: Usual folders below ``root``; the empty string is ``root`` itself.
+        names: Names under which the file is known.
+
+    Raises:
+        ValueError: If ``root`` is None.
+        FileNotFoundError: If there is no such file; says which one, and all the folders that were searched.
+    """
+    if root is None:
+        raise ValueError(f"{data_set} does not come with the package: pass root=, the folder that holds its files.")
+    searched = [Path(root, folder) for folder in folders]
+    for folder in searched:
+        for name in names:
+            if (folder / name).is_file():
+                return folder / name
+    raise FileNotFoundError(
+        f"{data_set} needs the file {' or '.join(names)}, which is not in {', '.join(map(str, searched))}. "
+        "Pass root=, the folder that holds it."
+    )
