@@ -34,7 +34,12 @@ def norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
 
 
 def calibration_batches(
-    loader: Iterable[Any], device: torch.device, *, limit: int | None = NUM_EXAMPLES, seed: int = 0
+    loader: Iterable[Any],
+    device: torch.device,
+    *,
+    limit: int | None = NUM_EXAMPLES,
+    seed: int = 0,
+    name: str = "loader",
 ) -> list[Any]:
     """Read the examples that re-estimate the statistics: once, to be used at every point of a curve.
 
@@ -46,6 +51,7 @@ def calibration_batches(
         device: Where to put them.
         limit: The number of examples, or None for the whole pass.
         seed: The order of the pass. The caller's random state is left as it was.
+        name: What an error message calls the loader.
 
     Returns:
         Batches. A rest of one example is left out: it has no variance.
@@ -55,7 +61,7 @@ def calibration_batches(
     kept: list[Any] = []
     room = float("inf") if limit is None else limit
     with seeded(seed, device):
-        for batch in batches(loader, device):
+        for batch in batches(loader, device, name=name):
             size = min(num_examples(batch), room)
             if size > 1 or not kept:
                 kept.append(_first(batch, int(size)))

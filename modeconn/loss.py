@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -33,3 +34,31 @@ def cross_entropy(outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tens
         for auxiliary in outputs[1:]:
             loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(auxiliary, targets)
     return loss
+
+
+def is_classification(outputs: Tensor | tuple[Tensor, ...], targets: object) -> bool:
+    """Whether ``targets`` are class indices for logits ``(N, C, ...)``: integers, with one dimension less."""
+    logits = main_output(outputs)
+    return (
+        isinstance(targets, Tensor)
+        and isinstance(logits, Tensor)
+        and not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
+        and logits.ndim == targets.ndim + 1
+    )
+
+
+def check_targets(outputs: Tensor | tuple[Tensor, ...], targets: Tensor, *, name: str = "loader") -> None:
+    """Raise unless class indices lie in the classes the model knows; other kinds of targets pass.
+
+    Raises:
+        ValueError: With the first target that is no class; on an accelerator the loss itself would end the process.
+    """
+    if not is_classification(outputs, targets):
+        return
+    num_classes = main_output(outputs).shape[1]
+    outside = targets[(targets < 0) | (targets >= num_classes)]
+    if outside.numel():
+        raise ValueError(
+            f"targets of {name} must lie in 0..{num_classes - 1}, the model's {num_classes} classes, got a target of "
+            f"{outside.flatten()[0].item()}."
+        )

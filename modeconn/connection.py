@@ -1,0 +1,354 @@
+"""The result of connecting two networks: a curve with its control points, and the networks on it."""
+
+from __future__ import annotations
+
+import copy
+import os
+import time
+import warnings
+from collections.abc import Iterable
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from tqdm.auto import tqdm
+
+from modeconn import checkpoint
+from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
+from modeconn.batch_norm import recalibrate as recalibrate_statistics
+from modeconn.curves import CURVES, Curve, Line
+from modeconn.evaluate import Meter, Objective, Profile, fetch
+from modeconn.loaders import check_loader, first_batch
+from modeconn.loss import LossFn, cross_entropy
+from modeconn.rng import seeded
+from modeconn.weights import WeightSpace, load_buffers, named_buffers
+
+if TYPE_CHECKING:
+    from modeconn.symmetry import Permutation
+
+_KIND = "connection"
+_FORMAT = 1
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened while a curve was learned.
+
+    Args:
+        loss: Mean training loss of each epoch, without the weight penalty.
+        loss_by_t: The same for ten equal bins of t, one list of ten an epoch; None where no batch fell into a bin.
+        seconds: Time of training alone, over all parts of an interrupted run.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    loss_by_t: list[list[float | None]] = field(default_factory=list)
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a fit knew of its data and loss, remembered in memory, never in files."""
+
+    loader: Iterable[Any] | None = None
+    loss_fn: LossFn = cross_entropy
+    forward: Objective | None = None
+
+
+class Connection:
+    """A curve between two networks of one architecture.
+
+    At t=0 it is network a and at t=1 the relabelled network b, both bit for bit, weights and buffers; between them
+    weights follow the curve, batch norm is recalibrated on training data, and other buffers are a's.
+
+    Args:
+        template: A network of the architecture; it is copied, and its weights do not matter.
+        curve: The curve.
+        control_points: ``(K, P)``, in the weight space of ``template``.
+        buffers: All buffers of both ends, by name.
+        permutation: How b was relabelled, or None if it was not.
+        history: What happened in the fit, or None if nothing was learned.
+        training: Data and loss of the fit.
+
+    Attributes:
+        space: The weight space, which names the parts of each control point.
+    """
+
+    def __init__(
+        self,
+        template: nn.Module,
+        curve: Curve,
+        control_points: Tensor,
+        buffers: tuple[dict[str, Tensor], dict[str, Tensor]],
+        *,
+        permutation: Permutation | None = None,
+        history: History | None = None,
+        training: TrainingData | None = None,
+    ) -> None:
+        self.space = WeightSpace(template)
+        expected = (curve.num_control_points, self.space.num_parameters)
+        if control_points.shape != expected:
+            raise ValueError(f"control_points must have shape {expected}, got {tuple(control_points.shape)}.")
+        self.curve = curve
+        self.control_points = control_points.detach()
+        self.buffers = buffers
+        self.permutation = permutation
+        self.history = history
+        self.training = training or TrainingData()
+        self._template = copy.deepcopy(template).eval()
+        self._calibration: dict[int | None, list[Any]] = {}
+
+    @classmethod
+    def straight_between(cls, model_a: nn.Module, model_b: nn.Module, **kwargs: Any) -> Connection:
+        """Connect two networks by a straight line, as they are.
+
+        Raises:
+            ValueError: If they differ in architecture, dtype or device, or hold weights that are not finite.
+        """
+        space = WeightSpace(model_a)
+        ends = torch.stack([space.flatten(model_a, name="a"), space.flatten(model_b, name="b")])
+        return cls(model_a, Line(), ends, (named_buffers(model_a), named_buffers(model_b)), **kwargs)
+
+    def __repr__(self) -> str:
+        parts = [
+            repr(self.curve),
+            f"{self.space.num_parameters} weights",
+            f"length {self.length():.4g}",
+            "b as it was" if self.permutation is None else "b relabelled",
+        ]
+        if self.history is not None and self.history.loss:
+            parts.append(f"{len(self.history.loss)} epochs, training loss {self.history.loss[-1]:.4g}")
+        return f"Connection({', '.join(parts)})"
+
+    @property
+    def device(self) -> torch.device:
+        """Where the control points are."""
+        return self.control_points.device
+
+    def weights_at(self, t: float) -> Tensor:
+        """Return the weights at ``t`` as a new vector ``(P,)``; ``space.unflatten`` names them."""
+        return self.curve.point(self.control_points, t)
+
+    def model_at(
+        self,
+        t: float,
+        *,
+        recalibrate: Iterable[Any] | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+    ) -> nn.Module:
+        """Return the network at ``t`` as a new model in eval mode.
+
+        Args:
+            t: Position in [0, 1].
+            recalibrate: Training data that batch norm is recalibrated on. Default: between the ends, the fit's
+                training loader; at the ends, which have statistics of their own, nothing is recalibrated.
+            recalibration_examples: How many examples of it to use, None for all.
+
+        Raises:
+            ValueError: If t is outside [0, 1], or batch norm needs training data that is neither remembered nor given.
+        """
+        model, theta = copy.deepcopy(self._template), self.weights_at(t)
+        keeps_own = recalibrate is None and t in (0, 1) and not self.curve.free_ends
+        data = [] if keeps_own else self._calibration_data(recalibrate, recalibration_examples)
+        self._place(model, t, theta, data)
+        return model
+
+    def evaluate(
+        self,
+        loader: Iterable[Any],
+        *,
+        num_points: int = 61,
+        recalibrate: Iterable[Any] | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+        loss_fn: LossFn | None = None,
+        forward: Objective | None = None,
+        progress: bool = False,
+    ) -> Profile:
+        """Measure loss and accuracy at points evenly spaced in t, batch norm recalibrated at each, ends included.
+
+        Test data and the data for recalibration are read once. The caller's random state is left as it was.
+
+        Args:
+            loader: Data to measure on; it is never what batch norm is recalibrated on, unless you say so.
+            num_points: How many points, both ends included.
+            recalibrate: Training data for batch norm; default the fit's training loader.
+            recalibration_examples: How many examples of it to use, None for all.
+            loss_fn: Default that of the fit, or cross entropy.
+            forward: ``forward(model, batch) -> loss`` for batches that are no ``(inputs, targets)``; default that of
+                the fit, unless ``loss_fn`` is given.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If the loader is empty, can be read only once or has targets outside the classes, or training
+                data is needed to recalibrate.
+        """
+        if num_points < 2:
+            raise ValueError(f"num_points must be at least 2, to hold both ends, got num_points={num_points}.")
+        if forward is None and loss_fn is None:
+            forward = self.training.forward
+        start = time.perf_counter()
+        with seeded(0, self.device):
+            check_loader(loader) if forward is None else first_batch(loader)
+            calibration = self._calibration_data(recalibrate, recalibration_examples)
+            meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward)
+            t = torch.linspace(0, 1, num_points, dtype=torch.float64)
+            own = self._measure(meter, t, calibration, progress=progress)
+        loss, accuracy = meter.results()
+        return Profile(
+            t=t,
+            loss=loss[:num_points],
+            accuracy=None if accuracy is None else accuracy[:num_points],
+            arc_length=self.curve.arc_length(self.control_points, t),
+            own_loss=loss[own],
+            own_accuracy=None if accuracy is None else accuracy[own],
+            num_examples=meter.num_examples,
+            seconds=time.perf_counter() - start,
+        )
+
+    def straight(self) -> Connection:
+        """Return the straight connection of the same ends."""
+        return Connection(
+            self._template,
+            Line(),
+            self.control_points[[0, -1]],
+            self.buffers,
+            permutation=self.permutation,
+            training=self.training,
+        )
+
+    def length(self) -> float:
+        """Return the length of the curve in weight space, in the Euclidean norm."""
+        return self.curve.length(self.control_points)
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the connection to a safetensors file: all but training data and loss.
+
+        Raises:
+            OSError: If the file cannot be written.
+        """
+        from modeconn import models
+
+        if type(self.curve).__name__ not in CURVES:
+            raise ValueError(f"only {', '.join(CURVES)} can be saved, got {self.curve!r}.")
+        tensors = {"control_points": torch.stack([self.space.to_canonical(row) for row in self.control_points])}
+        for end, buffers in zip("ab", self.buffers, strict=True):
+            tensors |= {f"buffers.{end}.{name}": buffer for name, buffer in buffers.items()}
+        about = {
+            "format": _FORMAT,
+            "curve": [type(self.curve).__name__, asdict(self.curve)],
+            "parameters": self.space.shapes,
+            "model": models.describe(self._template),
+            "history": None if self.history is None else asdict(self.history),
+        }
+        checkpoint.write(path, _KIND, tensors, about)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str], template: nn.Module | None = None) -> Connection:
+        """Read a connection.
+
+        Args:
+            path: A file that `save` wrote.
+            template: A model of the same architecture, whose device and memory format the connection takes; needed
+                unless the networks came from `modeconn.models`.
+
+        Raises:
+            ValueError: If the file is no connection, or the template differs from it: the first name that differs.
+        """
+        tensors, about = checkpoint.read(path, _KIND)
+        points = tensors.pop("control_points")
+        template = _rebuild(about["model"], points.dtype, path) if template is None else template
+        buffers = tuple(
+            {name.removeprefix(start): buffer for name, buffer in tensors.items() if name.startswith(start)}
+            for start in ("buffers.a.", "buffers.b.")
+        )
+        space = WeightSpace(template)
+        _check_template(about["parameters"], space.shapes)
+        _check_template(_shapes(buffers[0]), _shapes(dict(template.named_buffers())))
+        if points.dtype != space.dtype:
+            raise ValueError(f"the file holds {points.dtype} weights, template has {space.dtype}.")
+        name, arguments = about["curve"]
+        return cls(
+            template,
+            CURVES[name](**arguments),
+            torch.stack([space.from_canonical(row) for row in points]),
+            tuple({name: buffer.to(space.device) for name, buffer in side.items()} for side in buffers),
+            history=None if about["history"] is None else History(**about["history"]),
+        )
+
+    def _measure(self, meter: Meter, t: Tensor, calibration: list[Any], *, progress: bool) -> list[int]:
+        """Measure the points ``t``, then both ends as they came; return where among the results the latter are."""
+        model, theta = copy.deepcopy(self._template), torch.empty_like(self.control_points[0])
+        for position in tqdm(t.tolist(), desc="evaluate", disable=not progress):
+            self._place(model, position, self.curve.point(self.control_points, position, out=theta), calibration)
+            meter.measure(model)
+        if not calibration or self.curve.free_ends:  # trained ends have no statistics but the recalibrated ones
+            return [0, len(t) - 1]
+        for end in (0, 1):
+            self._place(model, end, self.control_points[-end], [])
+            meter.measure(model)
+        return [len(t), len(t) + 1]
+
+    def _place(self, model: nn.Module, t: float, theta: Tensor, calibration: list[Any]) -> None:
+        """Make ``model`` the network at ``t``, of weights ``theta``."""
+        self.space.load(theta, model)
+        load_buffers(self.buffers[1 if t == 1 else 0], model)
+        if calibration:
+            recalibrate_statistics(model, calibration, forward=self.training.forward)
+
+    def _calibration_data(self, loader: Iterable[Any] | None, limit: int | None) -> list[Any]:
+        """Return the batches to recalibrate on; none for a model without batch norm."""
+        if not norm_layers(self._template):
+            return []
+        if loader is not None:
+            return calibration_batches(loader, self.device, limit=limit, name="recalibrate")
+        if self.training.loader is None:
+            raise ValueError(
+                "between the ends of a connection batch norm needs statistics of training data, but this connection "
+                "remembers none: it was loaded, or made without a loader. Pass recalibrate=, a loader of such data."
+            )
+        if limit not in self._calibration:
+            self._calibration[limit] = calibration_batches(self.training.loader, self.device, limit=limit)
+        return self._calibration[limit]
+
+
+def warn_about_buffers(model_a: nn.Module, model_b: nn.Module) -> None:
+    """Warn of floating-point buffers that differ between the ends and that nothing re-estimates between them."""
+    layers = norm_layers(model_a).values()
+    estimated = {id(buffer) for layer in layers for buffer in (layer.running_mean, layer.running_var)}
+    others = dict(model_b.named_buffers())
+    differ = [
+        name
+        for name, buffer in model_a.named_buffers()
+        if id(buffer) not in estimated and buffer.is_floating_point() and not torch.equal(buffer, others[name])
+    ]
+    if differ:
+        warnings.warn(
+            f"buffers {', '.join(map(repr, differ))} differ between the networks and are no batch-norm statistics; "
+            f"between the ends the connection takes those of a.",
+            stacklevel=3,
+        )
+
+
+def _rebuild(described: list[Any] | None, dtype: torch.dtype, path: str | os.PathLike[str]) -> nn.Module:
+    if described is None:
+        raise ValueError(
+            f"{os.fspath(path)!r} connects networks that are not of modeconn.models. "
+            f"Pass template=, a model of the same architecture."
+        )
+    from modeconn import models
+
+    name, arguments = described
+    return models.build(name, **arguments).to(dtype)
+
+
+def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:
+    return {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+
+
+def _check_template(saved: dict[str, Any], template: dict[str, tuple[int, ...]]) -> None:
+    for name in [*saved, *template]:
+        sides = [tuple(shapes[name]) if name in shapes else "missing" for shapes in (saved, template)]
+        if sides[0] != sides[1]:
+            raise ValueError(
+                f"template is of another architecture: {name!r} is {sides[0]} in the file, {sides[1]} in it."
+            )
