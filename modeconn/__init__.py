@@ -1,0 +1,1 @@
+"""modeconn: connect independently trained neural networks."""

@@ -1,0 +1,381 @@
+"""Find the relabellings of hidden units that leave a model's function as it is."""
+
+from __future__ import annotations
+
+import fnmatch
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import nn
+
+from modeconn.symmetry.axes import UNIT, Axis, Space, atoms_of, expand
+from modeconn.symmetry.graph import Example, Graph, export
+from modeconn.symmetry.rules import RULES, Rule, Traced, pointwise, traced_in
+from modeconn.symmetry.spec import PermutationSpec, Tap, Trace, UnknownOperator
+from modeconn.symmetry.structure import Structure, dependencies
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+
+class UnknownOperatorWarning(UserWarning):
+    """An operator without a rule: everything it touches stays fixed."""
+
+
+def discover(
+    model: nn.Module,
+    example_input: Any = None,
+    *,
+    rules: Mapping[Any, Rule] = RULES,
+    freeze: Sequence[str] = (),
+) -> PermutationSpec:
+    """Find every group of hidden units of a model that may be relabelled without changing its function.
+
+    The model is exported in eval and in train mode (`torch.export`; nothing is computed, no weights are copied) and
+    both graphs are walked with one rule per operator. No rule looks at a module's class or name.
+
+    Args:
+        model: Any module that `torch.export` can export; it is not changed. Its weights may be on the meta device.
+        example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+            Default: ``model.example_input()``, where the model has that method. The result holds for any batch size.
+        rules: Rule by operator; extend with ``{**RULES, torch.ops.mylib.scan.default: my_rule}``.
+        freeze: Names of parameters or buffers, or patterns such as ``"blocks.0.*"``, all of whose axes stay fixed.
+
+    Returns:
+        The groups and where each of them appears.
+
+    Raises:
+        ValueError: If there is no example input, the model does not run on it or cannot be exported, or a pattern in
+            ``freeze`` matches nothing.
+
+    Warns:
+        UnknownOperatorWarning: Once for each operator without a rule, with its place and what it costs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> discover(net, torch.zeros(2, 4))
+        PermutationSpec(1 group, 8 units)
+          0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
+    """
+    example = example_for(model, example_input)
+    graphs = [export(model, example, training=False), export(model, example, training=True)]
+    walk = Walk(model, rules)
+    walk.freeze(freeze)
+    for graph in graphs:
+        walk.run(graph)
+    spec = walk.finish()
+    for unknown in spec.unknown:
+        warnings.warn(
+            f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning, stacklevel=2
+        )
+    return spec
+
+
+def example_for(model: nn.Module, example_input: Any = None, batch: Any = None) -> Example:
+    """Return the example input: the one given, else a loader's first inputs, else the model's own."""
+    if example_input is None:
+        example_input = batch
+    if example_input is None and hasattr(model, "example_input"):
+        example_input = model.example_input()
+    if example_input is None:
+        raise ValueError(
+            f"{type(model).__name__} has to be run once to see how its units connect: pass example_input=, a tensor "
+            "(or tuple, or dict of keyword inputs) that the model accepts."
+        )
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    return Example.of(example_input).to(device)
+
+
+@dataclass
+class _Unknown:
+    """An operator without a rule, as it was met."""
+
+    operator: str
+    module: str
+    axes: list[Axis] = field(default_factory=list)
+
+
+class Walk(Space):
+    """One space of atoms, and the walk through the graphs that fills it.
+
+    Rules see it as their first argument: the methods of `Space`, and ``shape``, ``shapes``, ``arguments``, ``show``,
+    ``contract``.
+    """
+
+    def __init__(self, model: nn.Module, rules: Mapping[Any, Rule]) -> None:
+        super().__init__()
+        self._rules = rules
+        self._graphs: list[Graph] = []
+        self._values: list[dict[Node, Any]] = []
+        self._shown: set[tuple[Axis, ...]] = set()
+        self._seen: list[Axis] = []  # contracted, so they matter though no output has them
+        self._contracted: list[list[tuple[Node, Axis]]] = []
+        self._unknown: list[_Unknown] = []
+        self._node: Any = None
+        self.state = self._place_state(model)
+        self.shapes: list[tuple[int, ...]] = []
+        self.arguments: dict[str, Any] = {}
+
+    # ---------------------------------------------------------------- for rules
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of the first output."""
+        return self.shapes[0]
+
+    def show(self, axes: Iterable[Axis]) -> None:
+        """Record a tensor that an operator forms inside."""
+        self._shown.add(tuple(axes))
+
+    def contract(self, tensor: Traced, axis: Axis) -> None:
+        """Record that an operator sums over ``axis``, which is an axis of ``tensor`` or part of one: a tap."""
+        if axis == UNIT:
+            return
+        self._seen.append(axis)
+        if tensor.node is not None:
+            self._contracted[-1].append((tensor.node, axis))
+
+    def dtype(self, tensor: Traced) -> torch.dtype | None:
+        """Return the type of a tensor of the graph."""
+        return None if tensor.node is None else tensor.node.meta["val"].dtype
+
+    # ---------------------------------------------------------------- the walk
+
+    def _place_state(self, model: nn.Module) -> dict[str, tuple[Axis, ...]]:
+        """Give each axis of each parameter and saved floating buffer its own atom; tied tensors share theirs."""
+        saved = set(model.state_dict(keep_vars=True))
+        by_tensor: dict[int, tuple[Axis, ...]] = {}
+        state = {}
+        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+        for name, tensor in named:
+            if name in saved and tensor.is_floating_point():
+                if id(tensor) not in by_tensor:
+                    by_tensor[id(tensor)] = tuple(self.free(n) for n in tensor.shape)
+                state[name] = by_tensor[id(tensor)]
+        return state
+
+    def freeze(self, patterns: Sequence[str]) -> None:
+        """Fix the parameters and buffers that match a name or pattern."""
+        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+            names = [name for name in self.state if fnmatch.fnmatchcase(name, pattern)]
+            if not names:
+                raise ValueError(
+                    f"freeze={pattern!r} matches no parameter or buffer. The model has {_some(self.state)}."
+                )
+            for name in names:
+                for axis in self.state[name]:
+                    self.fix(axis, "frozen by request")
+
+    def run(self, graph: Graph) -> None:
+        """Walk one mode; what it constrains adds to what earlier modes did."""
+        self._graphs.append(graph)
+        self._contracted.append([])
+        values: dict[Node, Any] = {}
+        self._values.append(values)
+        for node in graph.nodes:
+            if node.op == "placeholder":
+                values[node] = self._placeholder(node, graph)
+            elif node.op == "call_function":
+                values[node] = self._apply_rule(node, values)
+        for node in graph.nodes:
+            if node.name in graph.outputs and isinstance(values.get(node), Traced):
+                self._fix_all([values[node]], "output")
+
+    def _placeholder(self, node: Node, graph: Graph) -> Any:
+        value = node.meta.get("val")
+        if not isinstance(value, torch.Tensor):
+            return value
+        source = graph.state.get(node.name)
+        if source is None:
+            axes = [self.fixed(_hint(n), "input") for n in value.shape]
+        elif source.name in self.state and source.kind != "constant":
+            axes = self.state[source.name]
+        elif (known := graph.constant(source)) is not None and _all_equal(known):
+            axes = [self.free(n) for n in value.shape]
+        else:
+            axes = [self.fixed(_hint(n), f"constant '{source.name}'") for n in value.shape]
+        return Traced(tuple(axes), node)
+
+    def _apply_rule(self, node: Node, values: dict[Node, Any]) -> Any:
+        from torch.fx.node import map_aggregate
+
+        args, kwargs = (
+            map_aggregate(a, lambda n: values[n] if isinstance(n, torch.fx.Node) else n)
+            for a in (node.args, node.kwargs)
+        )
+        outputs = _leaves(node.meta.get("val"))
+        if getattr(node.target, "__name__", "") == "getitem":
+            item = args[0][args[1]]
+            return Traced(item.axes, node, item.points_into) if isinstance(item, Traced) else item
+        if not any(isinstance(out, torch.Tensor) for out in outputs):
+            return _concrete(node.meta.get("val"))
+        self._node = node
+        self.shapes = [tuple(map(_hint, out.shape)) for out in outputs if isinstance(out, torch.Tensor)]
+        for tensor in traced_in((args, kwargs)):
+            if tensor.points_into is not None:
+                self.fix(tensor.points_into, "its positions are read as numbers")
+        rule = self._rule_for(node.target)
+        result = None
+        if rule is not None:
+            args, kwargs = _concrete(args), _concrete(kwargs)
+            self.arguments = _bind(node.target, args, kwargs)
+            result = rule(self, *args, **kwargs)
+        if result is None:
+            result = self._unknown_operator(node, (args, kwargs))
+        return self._outputs(node, result)
+
+    def _rule_for(self, target: Any) -> Rule | None:
+        packet = getattr(target, "overloadpacket", None)
+        for key in (target, packet):
+            if key in self._rules:
+                return self._rules[key]
+        if torch.Tag.pointwise in getattr(target, "tags", ()):
+            return pointwise
+        name = getattr(packet, "__name__", "")
+        if name.endswith("_") and not name.endswith("__"):  # in-place: the rule of the ordinary operator
+            plain = getattr(torch.ops.aten, name.rstrip("_"), None)
+            if plain in self._rules:
+                return self._rules[plain]
+            overloads = [getattr(plain, overload) for overload in plain.overloads()] if plain else []
+            if any(torch.Tag.pointwise in overload.tags for overload in overloads):
+                return pointwise
+        return None
+
+    def _unknown_operator(self, node: Node, arguments: Any) -> list[list[Axis]]:
+        module = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1][0]
+        known = _Unknown(str(node.target), module)
+        for tensor in traced_in(arguments):
+            known.axes += [axis for axis in tensor.axes if not self.is_fixed(axis)]
+        why = f"read by {known.operator}, which has no rule"
+        self._fix_all(traced_in(arguments), why)
+        self._unknown.append(known)
+        return [[self.fixed(n, why) for n in shape] for shape in self.shapes]
+
+    def _fix_all(self, tensors: Iterable[Traced], why: str) -> None:
+        for tensor in tensors:
+            for axis in tensor.axes:
+                self.fix(axis, why)
+
+    def _outputs(self, node: Node, result: Any) -> Any:
+        """Check and record what a rule returned, in the structure that the node has."""
+        single = isinstance(node.meta["val"], torch.Tensor)
+        given = result if result and isinstance(result[0], (list, Traced)) else [result]
+        traced = [t if isinstance(t, Traced) else Traced(tuple(t)) for t in given]
+        traced = [Traced(t.axes, node if single else None, t.points_into) for t in traced]
+        for tensor, shape in zip(traced, self.shapes, strict=True):
+            if tuple(map(self.size, tensor.axes)) != shape:
+                raise ValueError(
+                    f"the symmetry rule for {node.target} returned axes of "
+                    f"{tuple(map(self.size, tensor.axes))} positions for an output of shape {shape}."
+                )
+            self.show(tensor.axes)
+        return traced[0] if single else traced
+
+    # ---------------------------------------------------------------- the result
+
+    def finish(self) -> PermutationSpec:
+        """Settle what may vary with what, and read off the groups."""
+        read = {name for graph in self._graphs for name in graph.used_state}
+        self._fix_unread(read)
+        tensors = self.settle(self._shown | set(self.state.values()))
+        self._fix_unseen()
+        tensors = {tuple(map(self.normal, tensor)) for tensor in tensors}
+        state = {name: tuple(map(self.normal, axes)) for name, axes in self.state.items()}
+        return PermutationSpec(
+            structure=self._structure(state, tensors),
+            state=state,
+            fixed={name: tuple(self.why_fixed(axis) for axis in axes) for name, axes in state.items()},
+            unread=tuple(sorted(set(self.state) - read)),
+            unknown=tuple(self._costs()),
+            traces=tuple(self._trace(i) for i in range(len(self._graphs))),
+        )
+
+    def _fix_unread(self, read: set[str]) -> None:
+        """A parameter in neither graph is used in ways not seen here: it stays as it is."""
+        used = {axis for name in read & self.state.keys() for axis in self.state[name]}
+        for name in self.state.keys() - read:
+            for axis in self.state[name]:
+                if axis not in used:  # else it is tied to one that was read
+                    self.fix(axis, "in neither graph")
+
+    def _fix_unseen(self) -> None:
+        """Fix what this input leaves out: rows of a table that a longer sequence would read."""
+        families = self.families()
+        seen: set[int] = set()
+        for tensor in [*self._shown, *((axis,) for axis in self._seen)]:
+            for part in expand(tuple(map(self.normal, tensor)), families):
+                seen.update(atom for axis in part for atom in atoms_of(axis))
+        for axes in self.state.values():
+            for atom in {a for axis in axes for a in atoms_of(self.normal(axis))} - seen - families.keys():
+                self.fix(((atom,),), "not used by this input")
+
+    def _structure(self, state: dict[str, tuple[Axis, ...]], tensors: Iterable[tuple[Axis, ...]]) -> Structure:
+        families = self.families()
+        parts = [part for axes in dict.fromkeys(state.values()) for part in expand(axes, families)]
+        free = {a for part in parts for axis in part for a in atoms_of(axis) if self.is_free_atom(a)}
+        possible = dependencies(tensors, families, free)
+        order = sorted(free, key=lambda a: (len(possible[a] & free), self.atom_size(a), a))
+        parents: dict[int, tuple[int, ...]] = {}
+        for atom in order:  # earlier atoms only, so that no two depend on each other
+            mine = {p for p in possible[atom] if p in parents or not self.is_free_atom(p)}
+            mine = {p for p in mine if set(parents.get(p, ())) <= mine}
+            parents[atom] = tuple(sorted(mine, key=lambda p: (p in parents, order.index(p) if p in parents else p)))
+        atoms = range(self.num_atoms)
+        return Structure({a: self.atom_size(a) for a in atoms}, parents, families)
+
+    def _costs(self) -> Iterable[UnknownOperator]:
+        """Sum up the units that each unknown operator fixed, by operator."""
+        for operator in dict.fromkeys(u.operator for u in self._unknown):
+            met = [u for u in self._unknown if u.operator == operator]
+            lost = {axis for u in met for axis in map(self.normal, u.axes)}
+            yield UnknownOperator(operator, met[0].module, len(lost), sum(map(self.size, lost)))
+
+    def _trace(self, number: int) -> Trace:
+        def final(value: Any) -> Any:
+            if isinstance(value, Traced):
+                return tuple(map(self.normal, value.axes))
+            return [final(v) for v in value] if isinstance(value, list) else None
+
+        axes = {node: final(value) for node, value in self._values[number].items()}
+        taps = dict.fromkeys(
+            Tap(node, self.normal(axis)) for node, axis in self._contracted[number] if not self.is_fixed(axis)
+        )
+        return Trace(self._graphs[number], axes, tuple(taps))
+
+
+def _hint(size: Any) -> int:
+    """Return a size as a number, also where export keeps it symbolic; no guard is set."""
+    return size if isinstance(size, int) else int(size.node.hint)
+
+
+def _leaves(value: Any) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value]
+
+
+def _concrete(value: Any) -> Any:
+    """Replace symbolic sizes by numbers in nested arguments."""
+    if isinstance(value, (list, tuple)):
+        return type(value)([_concrete(v) for v in value])
+    if isinstance(value, dict):
+        return {key: _concrete(v) for key, v in value.items()}
+    return _hint(value) if isinstance(value, torch.SymInt) else value
+
+
+def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments by their names in the operator's schema."""
+    schema = getattr(target, "_schema", None)
+    names = [argument.name for argument in schema.arguments] if schema else []
+    defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()} if schema else {}
+    return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
+
+
+def _all_equal(values: torch.Tensor) -> bool:
+    return values.device.type != "meta" and values.numel() > 0 and bool((values == values.flatten()[0]).all())
+
+
+def _some(names: Iterable[str], count: int = 5) -> str:
+    names = list(names)
+    return ", ".join(repr(n) for n in names[:count]) + (f" and {len(names) - count} more" if len(names) > count else "")

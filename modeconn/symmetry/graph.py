@@ -1,0 +1,308 @@
+"""A model as the graph of tensor operations that ``torch.export`` sees, and a way to run it node by node."""
+
+from __future__ import annotations
+
+import copy
+import warnings
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from modeconn.loaders import to_device
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class Example:
+    """The inputs that a model is exported with.
+
+    Args:
+        args: Positional inputs.
+        kwargs: Keyword inputs.
+    """
+
+    args: tuple[Any, ...]
+    kwargs: dict[str, Any]
+
+    @classmethod
+    def of(cls, example_input: Any) -> Example:
+        """Read what a user passes: one tensor, a tuple of positional inputs, or a dict of keyword inputs."""
+        if isinstance(example_input, Example):
+            return example_input
+        if isinstance(example_input, dict):
+            return cls((), dict(example_input))
+        if isinstance(example_input, (tuple, list)):
+            return cls(tuple(example_input), {})
+        return cls((example_input,), {})
+
+    def to(self, device: torch.device | str) -> Example:
+        """Return the same inputs on ``device``."""
+        return Example(to_device(self.args, device), to_device(self.kwargs, device))
+
+    def tensors(self) -> list[Tensor]:
+        """Return every tensor among the inputs."""
+        return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
+
+
+@dataclass(frozen=True)
+class State:
+    """Where a placeholder of the graph that is no input takes its tensor from.
+
+    Args:
+        kind: "parameter", "buffer", or "constant" (a tensor made inside ``forward``, or a buffer that is not saved).
+        name: The name in the model; of a constant, in the graph.
+    """
+
+    kind: str
+    name: str
+
+
+class Graph:
+    """One mode of a model, exported.
+
+    Attributes:
+        training: The mode.
+        nodes: Live nodes in order of execution, placeholders first.
+        state: Parameters, buffers and constants by the name of their placeholder.
+        free_batch: Whether it runs for any batch size, or only for that of the example.
+    """
+
+    def __init__(self, program: Any, training: bool, free_batch: bool) -> None:
+        self.training = training
+        self.free_batch = free_batch
+        self._program = program
+        self.state = dict(_read_state(program))
+        self.outputs = [spec.arg.name for spec in program.graph_signature.output_specs if _is_user_output(spec)]
+        self.nodes = _live_nodes(program.graph)
+        self.used_state = {self.state[node.name].name for node in self.nodes if node.name in self.state}
+        self._last_use = _last_uses(self.nodes)
+
+    def run(self, state: Mapping[str, Tensor], example: Example, dtype: torch.dtype | None = None) -> Iterator[tuple]:
+        """Execute node by node, without gradients and without dropout.
+
+        Args:
+            state: Parameters and buffers by name; buffers are copied before a node may change them.
+            example: Inputs on the device of ``state``; any batch size if `free_batch`.
+            dtype: Every cast to a floating type inside the graph goes to this one; None leaves them.
+
+        Yields:
+            ``node, value`` right after each node ran, before a later in-place operation changes the value. Values
+            are dropped after their last use.
+        """
+        device = next((t.device for t in (*state.values(), *example.tensors())), torch.device("cpu"))
+        inputs = iter(self._flat_inputs(example))
+        env: dict[Node, Any] = {}
+        with torch.no_grad():
+            for node in self.nodes:
+                if node.op == "output":
+                    return
+                if node.op == "placeholder":
+                    value = self._state_value(node, state, device, dtype) if node.name in self.state else next(inputs)
+                    if dtype and isinstance(value, Tensor) and value.is_floating_point():
+                        value = value.to(dtype)
+                elif node.op == "get_attr":
+                    value = getattr(self._program.graph_module, node.target)
+                else:
+                    value = _call(node, env, device, dtype)
+                env[node] = value
+                yield node, value
+                for done in self._last_use.get(node, ()):
+                    del env[done]
+
+    def constant(self, source: State) -> Tensor | None:
+        """Return the value of a constant, None for what the model's state holds."""
+        return self._program.constants.get(source.name) if source.kind == "constant" else None
+
+    def _state_value(self, node: Node, state: Mapping[str, Tensor], device: torch.device, dtype: Any) -> Tensor:
+        source = self.state[node.name]
+        if source.kind == "parameter":
+            return state[source.name]
+        if source.name in state:
+            return state[source.name].clone()
+        value = self._program.constants[source.name]
+        if value.device.type == "meta":
+            raise ValueError(
+                f"the model makes the tensor '{source.name}' on the meta device, so it has no values to run with. "
+                "Build the model on a real device."
+            )
+        return value.to(device, copy=True)
+
+    def _flat_inputs(self, example: Example) -> list[Any]:
+        spec = self._program.call_spec.in_spec
+        order = spec.children()[1].context if hasattr(spec, "children") else spec.children_specs[1].context
+        kwargs = {name: example.kwargs[name] for name in order}
+        return pytree.tree_leaves((example.args, kwargs))
+
+
+def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
+    """Export a model in one mode, with a free batch size where it allows one.
+
+    The model is not changed: a copy that shares its tensors is traced, and fake tensors stand in for them.
+
+    Raises:
+        ValueError: If the model cannot run on the example, or cannot be exported.
+    """
+    shadow = _shadow(model).train(training)
+    batched = _with_batch_of_two(example)
+    with _traceable():
+        if batched is not None:
+            try:
+                return Graph(_export(shadow, batched, free_batch=True), training, free_batch=True)
+            except Exception:
+                pass  # a model that fixes its batch size: the fixed export below says what is wrong, if anything is
+        try:
+            return Graph(_export(shadow, example, free_batch=False), training, free_batch=False)
+        except Exception as error:
+            raise _export_error(model, example, training, error) from error
+
+
+def _export(model: nn.Module, example: Example, free_batch: bool) -> Any:
+    from torch.export import Dim, ShapesCollection, export
+
+    shapes = None
+    if free_batch:
+        shapes = ShapesCollection()
+        for tensor in example.tensors():
+            if _has_batch(tensor, example):
+                shapes[tensor] = {0: Dim.AUTO}
+    return export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _has_batch(tensor: Tensor, example: Example) -> bool:
+    first = next(t for t in example.tensors() if t.dim())
+    return tensor.dim() > 0 and tensor.shape[0] == first.shape[0]
+
+
+def _with_batch_of_two(example: Example) -> Example | None:
+    """Return the example with at least two entries in its batch: export takes a size of one for a constant."""
+    if not any(t.dim() for t in example.tensors()):
+        return None
+
+    def widen(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor) or not _has_batch(leaf, example):
+            return leaf
+        return leaf.repeat(2, *[1] * (leaf.dim() - 1)) if leaf.shape[0] == 1 else leaf.clone()
+
+    return Example(*pytree.tree_map(widen, (example.args, example.kwargs)))
+
+
+def _shadow(model: nn.Module) -> nn.Module:
+    """Copy the modules but not the tensors."""
+    tensors = [*model.parameters(), *model.buffers()]
+    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+
+
+@contextmanager
+def _traceable() -> Iterator[None]:
+    """Keep attention in separate operators, and export's own warnings to itself."""
+    fast = torch.backends.mha.get_fastpath_enabled()
+    torch.backends.mha.set_fastpath_enabled(False)
+    try:
+        with warnings.catch_warnings(), torch.enable_grad():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        torch.backends.mha.set_fastpath_enabled(fast)
+
+
+def _export_error(model: nn.Module, example: Example, training: bool, error: Exception) -> ValueError:
+    """Tell a wrong example input from a model that export cannot follow, by running the model itself."""
+    name = type(model).__name__
+    shapes = ", ".join(str(tuple(t.shape)) for t in example.tensors())
+    try:
+        with torch.no_grad():
+            _shadow(model).train(training)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
+    except Exception as own:
+        return ValueError(f"{name} does not run on example_input of shape {shapes}: {_first_line(own)}")
+    return ValueError(
+        f"torch.export cannot follow {name} in {'train' if training else 'eval'} mode: {_first_line(error)} "
+        "What usually helps: no branches on tensor values, no .item() or numpy inside forward."
+    )
+
+
+def _first_line(error: Exception) -> str:
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _read_state(program: Any) -> Iterator[tuple[str, State]]:
+    from torch.export.graph_signature import InputKind
+
+    for spec in program.graph_signature.input_specs:
+        if spec.kind is InputKind.PARAMETER:
+            yield spec.arg.name, State("parameter", spec.target)
+        elif spec.kind is InputKind.BUFFER:
+            yield spec.arg.name, State("buffer" if spec.persistent else "constant", spec.target)
+        elif spec.kind is InputKind.CONSTANT_TENSOR:
+            yield spec.arg.name, State("constant", spec.target)
+
+
+def _is_user_output(spec: Any) -> bool:
+    from torch.export.graph_signature import OutputKind
+
+    return spec.kind is OutputKind.USER_OUTPUT and hasattr(spec.arg, "name")
+
+
+def _live_nodes(graph: Any) -> list[Node]:
+    """Drop nodes that nothing depends on: what is computed and thrown away must not constrain a symmetry."""
+    live: set[Node] = set()
+    for node in reversed(graph.nodes):
+        if node.op in ("placeholder", "output") or node in live or _mutates(node):
+            live.add(node)
+            live.update(node.all_input_nodes)
+    return [node for node in graph.nodes if node in live]
+
+
+def _mutates(node: Node) -> bool:
+    schema = getattr(node.target, "_schema", None)
+    return schema is not None and schema.is_mutable
+
+
+def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
+    last: dict[Node, Node] = {}
+    for node in nodes:
+        last[node] = node
+        for source in node.all_input_nodes:
+            last[source] = node
+    ends: dict[Node, list[Node]] = {}
+    for node, end in last.items():
+        ends.setdefault(end, []).append(node)
+    return ends
+
+
+def _call(node: Node, env: dict[Node, Any], device: torch.device, dtype: torch.dtype | None) -> Any:
+    from torch.fx.node import map_aggregate
+
+    if getattr(node.target, "__name__", "").startswith("_assert"):
+        return None  # export's own checks of dtypes, which a run in another precision does not meet
+
+    def resolve(leaf: Any) -> Any:
+        if isinstance(leaf, torch.fx.Node):
+            return env[leaf]
+        if isinstance(leaf, torch.device):
+            return device
+        if dtype is not None and isinstance(leaf, torch.dtype) and leaf.is_floating_point:
+            return dtype
+        return leaf
+
+    args, kwargs = map_aggregate(node.args, resolve), map_aggregate(node.kwargs, resolve)
+    return node.target(*_without_dropout(node, args), **{k: 0.0 if k == "dropout_p" else v for k, v in kwargs.items()})
+
+
+def _without_dropout(node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    schema = getattr(node.target, "_schema", None)
+    if schema is None or not any("dropout" in text for text in (schema.name, *(a.name for a in schema.arguments))):
+        return args
+    rates = ("p", "dropout", "dropout_p")
+    return tuple(
+        0.0 if argument.name in rates and isinstance(value, float) else value
+        for argument, value in zip(schema.arguments, args, strict=False)
+    )

@@ -1,0 +1,896 @@
+"""One rule per operator: how the axes of its inputs act on the axes of its outputs.
+
+A rule is called as ``rule(walk, *args, **kwargs)`` with the operator's own arguments, each tensor replaced by a
+`Traced`, and returns the axes of the output (a list of axes; a list of such lists for several outputs). It is right if
+
+1. axes that the operator indexes with one loop variable are unified;
+2. an axis whose positions carry meaning (order, neighbours, integer indices) is fixed;
+3. every tensor that the operator forms inside and that has fewer axes than its inputs and outputs is shown
+   (``walk.show``): statistics of a norm, the sum in a softmax. They decide what may vary with what.
+
+Rules only ever unify and fix, so their order does not matter. Shapes come from ``walk.shapes``.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from itertools import accumulate, pairwise
+from math import prod
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modeconn.symmetry.axes import UNIT, Axis
+
+if TYPE_CHECKING:
+    from modeconn.symmetry.discover import Walk
+
+Rule = Callable[..., Any]
+aten = torch.ops.aten
+
+
+@dataclass(frozen=True)
+class Traced:
+    """A tensor of the graph.
+
+    Args:
+        axes: One axis per dimension.
+        node: The graph node that made it.
+        points_into: For a tensor of positions (argmax), the axis they count: whoever reads them fixes it.
+    """
+
+    axes: tuple[Axis, ...]
+    node: Any = None
+    points_into: Axis | None = None
+
+    def without(self, *dims: int) -> list[Axis]:
+        """Return the axes but for some dimensions."""
+        drop = {dim % len(self.axes) for dim in dims}
+        return [axis for dim, axis in enumerate(self.axes) if dim not in drop]
+
+    def replace(self, changes: dict[int, Axis]) -> list[Axis]:
+        """Return the axes with some dimensions exchanged."""
+        changes = {dim % len(self.axes): axis for dim, axis in changes.items()}
+        return [changes.get(dim, axis) for dim, axis in enumerate(self.axes)]
+
+
+def traced_in(values: Any) -> list[Traced]:
+    """Return every tensor in nested arguments."""
+    if isinstance(values, Traced):
+        return [values]
+    if isinstance(values, dict):
+        values = values.values()
+    return [t for v in values for t in traced_in(v)] if isinstance(values, (list, tuple, type({}.values()))) else []
+
+
+# -------------------------------------------------------------------------------- elementwise
+
+
+def broadcast(walk: Walk, tensors: Iterable[Traced], num_dims: int) -> list[Axis]:
+    """Align to the right and unify; an axis of one position ties nothing."""
+    axes: list[Axis] = [UNIT] * num_dims
+    for tensor in tensors:
+        offset = num_dims - len(tensor.axes)
+        for dim, axis in enumerate(tensor.axes):
+            if axis == UNIT:
+                continue
+            if axes[offset + dim] != UNIT:
+                walk.unify(axes[offset + dim], axis)
+            axes[offset + dim] = axis
+    return axes
+
+
+def pointwise(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
+    """Any operator on entries of one place (``torch.Tag.pointwise``)."""
+    return broadcast(walk, traced_in((args, kwargs)), len(walk.shape))
+
+
+def same(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
+    """Keep the first tensor's axes, whatever lends it a type or a device."""
+    return list(input.axes)
+
+
+def fill(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
+    """A tensor whose entries are all equal: any relabelling leaves it."""
+    return [walk.free(size) for size in walk.shape]
+
+
+def constant(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
+    """A tensor of positions or random numbers."""
+    return [walk.fixed(size, "values by position") for size in walk.shape]
+
+
+def fill_in_place(walk: Walk, input: Traced, value: Any) -> list[Axis]:
+    """``fill_``, ``zero_``: what was there no longer matters, where it was does."""
+    return list(input.axes)
+
+
+# -------------------------------------------------------------------------------- contractions
+
+
+def contraction(walk: Walk, operands: Sequence[Traced], labels: Sequence[str], out: str) -> list[Axis]:
+    """A sum of products in Einstein's notation: one label, one axis."""
+    named: dict[str, Axis] = {}
+    for tensor, letters in zip(operands, labels, strict=True):
+        for axis, letter in zip(tensor.axes, letters, strict=True):
+            if named.get(letter, UNIT) != UNIT and axis != UNIT:
+                walk.unify(named[letter], axis)
+            elif axis != UNIT:
+                named[letter] = axis
+    for tensor, letters in zip(operands, labels, strict=True):
+        for axis, letter in zip(tensor.axes, letters, strict=True):
+            if letter not in out:
+                walk.contract(tensor, axis)
+    return [named.get(letter, UNIT) for letter in out]
+
+
+def linear(walk: Walk, input: Traced, weight: Traced, bias: Traced | None = None) -> list[Axis]:
+    """``x W^T + b``."""
+    batch = _letters(len(input.axes) - 1)
+    out = contraction(
+        walk, [input, weight], [batch + "I", "OI"[2 - len(weight.axes) :]], batch + "O"[: len(weight.axes) - 1]
+    )
+    if bias is not None and bias.axes:
+        walk.unify(out[-1], bias.axes[0])
+    return out
+
+
+def matmul(walk: Walk, input: Traced, other: Traced) -> list[Axis]:
+    """``mm``, ``bmm``, ``mv``, ``dot`` and ``matmul`` with broadcast batch axes."""
+    left, right = len(input.axes), len(other.axes)
+    batch = _letters(max(left, right, 2) - 2)
+    rows, columns = "I" * (left > 1), "J" * (right > 1)
+    left_labels = batch[len(batch) - max(left - 2, 0) :] + rows + "K"
+    right_labels = batch[len(batch) - max(right - 2, 0) :] + "K" + columns
+    return contraction(walk, [input, other], [left_labels, right_labels], batch + rows + columns)
+
+
+def add_matmul(walk: Walk, input: Traced, left: Traced, right: Traced, **scales: Any) -> list[Axis]:
+    """``addmm``, ``baddbmm``, ``addmv``."""
+    product = Traced(tuple(matmul(walk, left, right)))
+    return broadcast(walk, [input, product], len(product.axes))
+
+
+def einsum(walk: Walk, equation: str, tensors: Sequence[Traced], path: Any = None) -> list[Axis]:
+    """Any einsum; an ellipsis stands for the axes that the letters leave."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    labels = left.split(",")
+    spare = [c for c in "αβγδεζηθικλμ"]
+    width = max(len(t.axes) - len(s.replace("...", "")) for t, s in zip(tensors, labels, strict=True))
+    dots = "".join(spare[:width])
+    labels = [
+        s.replace("...", dots[width - (len(t.axes) - len(s.replace("...", ""))) :])
+        for t, s in zip(tensors, labels, strict=True)
+    ]
+    if "->" not in equation:
+        once = "".join(labels)
+        right = dots + "".join(sorted(c for c in set(once) if once.count(c) == 1 and c not in dots))
+    return contraction(walk, tensors, labels, right.replace("...", dots))
+
+
+def bilinear(walk: Walk, left: Traced, right: Traced, weight: Traced, bias: Traced | None = None) -> list[Axis]:
+    """``x1^T W x2 + b``."""
+    batch = _letters(len(left.axes) - 1)
+    out = contraction(walk, [left, weight, right], [batch + "I", "OIJ", batch + "J"], batch + "O")
+    if bias is not None:
+        walk.unify(out[-1], bias.axes[0])
+    return out
+
+
+def outer(walk: Walk, left: Traced, right: Traced) -> list[Axis]:
+    """Every product of an entry of one vector with one of another."""
+    return [left.axes[0], right.axes[0]]
+
+
+def _letters(count: int) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[:count]
+
+
+def _convolve(walk: Walk, x: Traced, weight: Traced, bias: Traced | None, groups: int, transposed: bool) -> list[Axis]:
+    channel = len(x.axes) - len(weight.axes) + 1
+    size = walk.size(x.axes[channel])
+    group, inner = walk.split(x.axes[channel], (groups, size // groups))
+    if transposed:
+        walk.unify(x.axes[channel], weight.axes[0])
+        out = walk.product([group, weight.axes[1]])
+    else:
+        weight_group, outer = walk.split(weight.axes[0], (groups, walk.size(weight.axes[0]) // groups))
+        walk.unify(group, weight_group)
+        walk.unify(inner, weight.axes[1])
+        out = walk.product([group, outer])
+    walk.contract(x, inner)
+    if bias is not None:
+        walk.unify(out, bias.axes[0])
+    for axis in (*x.axes[channel + 1 :], *weight.axes[2:]):
+        walk.fix(axis, "neighbours in a convolution")
+    spatial = [walk.fixed(size, "neighbours in a convolution") for size in walk.shape[channel + 1 :]]
+    return [*x.axes[:channel], out, *spatial]
+
+
+def conv(
+    walk: Walk,
+    input: Traced,
+    weight: Traced,
+    bias: Traced | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> list[Axis]:
+    """Convolution in 1 to 3 dimensions; channels are groups x channels of a group."""
+    return _convolve(walk, input, weight, bias, groups, transposed=False)
+
+
+def conv_transpose(
+    walk: Walk,
+    input: Traced,
+    weight: Traced,
+    bias: Traced | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> list[Axis]:
+    """Transposed convolution: the weight's first axis is the input's."""
+    return _convolve(walk, input, weight, bias, groups, transposed=True)
+
+
+def convolution(
+    walk: Walk,
+    input: Traced,
+    weight: Traced,
+    bias: Traced | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> list[Axis]:
+    """The general operator behind both."""
+    return _convolve(walk, input, weight, bias, groups, transposed)
+
+
+def attention(
+    walk: Walk,
+    query: Traced,
+    key: Traced,
+    value: Traced,
+    attn_mask: Traced | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> list[Axis]:
+    """``softmax(q k^T) v``; with ``enable_gqa`` each key and value head serves several query heads."""
+    if enable_gqa:
+        heads = walk.size(key.axes[-3])
+        repeats = walk.free(walk.size(query.axes[-3]) // heads)
+        key, value = (Traced(tuple(t.replace({-3: walk.product([t.axes[-3], repeats])})), t.node) for t in (key, value))
+    batch = _letters(len(query.axes) - 2)
+    scores = contraction(walk, [query, key], [batch + "TD", batch + "SD"], batch + "TS")
+    if attn_mask is not None:
+        scores = broadcast(walk, [Traced(tuple(scores)), attn_mask], len(scores))
+    if is_causal:
+        for axis in scores[-2:]:
+            walk.fix(axis, "causal order")
+    walk.show(scores)
+    walk.show(scores[:-1])
+    return contraction(walk, [Traced(tuple(scores)), value], [batch + "TS", batch + "SE"], batch + "TE")
+
+
+# -------------------------------------------------------------------------------- norms and reductions
+
+
+def batch_norm(
+    walk: Walk,
+    input: Traced,
+    weight: Traced | None,
+    bias: Traced | None,
+    running_mean: Traced | None,
+    running_var: Traced | None,
+    *settings: Any,
+) -> Any:
+    """Statistics per channel over everything else; the running ones are relabelled with it."""
+    channel = input.axes[1]
+    for vector in (weight, bias, running_mean, running_var):
+        if vector is not None:
+            walk.unify(channel, vector.axes[0])
+    walk.show([channel])
+    return [list(input.axes)] + [[channel]] * (len(walk.shapes) - 1) if len(walk.shapes) > 1 else list(input.axes)
+
+
+def instance_norm(
+    walk: Walk,
+    input: Traced,
+    weight: Traced | None,
+    bias: Traced | None,
+    running_mean: Traced | None,
+    running_var: Traced | None,
+    *settings: Any,
+) -> list[Axis]:
+    """Statistics per example and channel."""
+    for vector in (weight, bias, running_mean, running_var):
+        if vector is not None:
+            walk.unify(input.axes[1], vector.axes[0])
+    walk.show(input.axes[:2])
+    walk.show([input.axes[1]])
+    return list(input.axes)
+
+
+def layer_norm(
+    walk: Walk,
+    input: Traced,
+    normalized_shape: Sequence[int],
+    weight: Traced | None = None,
+    bias: Traced | None = None,
+    *settings: Any,
+    **more: Any,
+) -> list[Axis]:
+    """Statistics over the last axes (also RMS norm)."""
+    first = len(input.axes) - len(normalized_shape)
+    for scale in (weight, bias):
+        if isinstance(scale, Traced):
+            for x, y in zip(input.axes[first:], scale.axes, strict=True):
+                walk.unify(x, y)
+    walk.show(input.axes[:first])
+    return list(input.axes)
+
+
+def group_norm(
+    walk: Walk, input: Traced, num_groups: int, weight: Traced | None = None, bias: Traced | None = None, *settings: Any
+) -> list[Axis]:
+    """Statistics per example and group of neighbouring channels."""
+    for scale in (weight, bias):
+        if scale is not None:
+            walk.unify(input.axes[1], scale.axes[0])
+    width = walk.size(input.axes[1]) // num_groups
+    segments = [(segment,) for segment in walk.normal(input.axes[1])]
+    if all(walk.size(segment) % width == 0 for segment in segments):
+        groups = [walk.split(segment, (walk.size(segment) // width, width))[0] for segment in segments]
+    else:
+        groups = walk.split(input.axes[1], (num_groups, width))[:1]
+    walk.show([input.axes[0], walk.concatenate(groups)])
+    return list(input.axes)
+
+
+def softmax(walk: Walk, input: Traced, dim: int, *settings: Any, **more: Any) -> list[Axis]:
+    """A sum over one axis divides every entry along it."""
+    walk.show(input.without(dim))
+    return list(input.axes)
+
+
+def weight_norm(walk: Walk, v: Traced, g: Traced, dim: int = 0) -> list[Axis]:
+    """``g v / ||v||``, a norm per position of ``dim``."""
+    walk.show([v.axes[dim]])
+    return broadcast(walk, [v, g], len(v.axes))
+
+
+def _reduced_dims(walk: Walk, input: Traced) -> list[int]:
+    dims = walk.arguments.get("dim")
+    if dims is None or dims == []:
+        return list(range(len(input.axes)))
+    return [d % len(input.axes) for d in ([dims] if isinstance(dims, int) else dims)] if input.axes else []
+
+
+def reduction(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
+    """Sum, mean, maximum, norm over axes, in any order of their positions; positions found are fixed when read."""
+    dims = _reduced_dims(walk, input)
+    for dim in dims:
+        walk.contract(input, input.axes[dim])
+    kept = [
+        UNIT if d in dims else a for d, a in enumerate(input.axes) if d not in dims or walk.arguments.get("keepdim")
+    ]
+    return [kept] * len(walk.shapes) if len(walk.shapes) > 1 else kept
+
+
+def arg_reduction(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Traced]:
+    """``argmax``, ``argmin``."""
+    dims = _reduced_dims(walk, input)
+    axes = reduction(walk, input)
+    return [Traced(tuple(axes), points_into=walk.concatenate(input.axes[d] for d in dims))]
+
+
+def values_and_positions(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Traced]:
+    """``max``, ``topk``, ``sort`` along one axis: the values do not depend on the order of the positions."""
+    dim = walk.arguments.get("dim")
+    dim = (-1 if dim is None else dim) % len(input.axes)
+    if len(walk.shape) < len(input.axes):
+        axes = input.without(dim)
+    else:
+        axes = input.replace({dim: walk.fixed(walk.shape[dim], "sorted")})
+    walk.show(input.without(dim))
+    return [Traced(tuple(axes)), Traced(tuple(axes), points_into=input.axes[dim])]
+
+
+def ordered(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
+    """``cumsum``, ``flip``, ``roll``: order along some axes carries meaning (all of them where none is named)."""
+    dims = walk.arguments.get("dim", walk.arguments.get("dims"))
+    dims = list(range(len(input.axes))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+    for dim in dims:
+        walk.fix(input.axes[dim], "ordered")
+    changed = input.replace({dim: walk.fixed(walk.size(input.axes[dim]), "ordered") for dim in dims})
+    return [changed] * len(walk.shapes) if len(walk.shapes) > 1 else changed
+
+
+def triangle(walk: Walk, input: Traced, *args: Any) -> list[Axis]:
+    """``tril``, ``triu``: the last two axes are ordered."""
+    for axis in input.axes[-2:]:
+        walk.fix(axis, "ordered")
+    return list(input.axes)
+
+
+# -------------------------------------------------------------------------------- space
+
+
+def spatial(num_dims: int) -> Rule:
+    """Pooling and resizing: neighbours along the last ``num_dims`` axes, the others untouched."""
+
+    def rule(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
+        for axis in input.axes[-num_dims:]:
+            walk.fix(axis, "neighbours in space")
+        out = [*input.axes[:-num_dims], *(walk.fixed(n, "neighbours in space") for n in walk.shape[-num_dims:])]
+        return [out] * len(walk.shapes) if len(walk.shapes) > 1 else out
+
+    return rule
+
+
+def grid_sample(walk: Walk, input: Traced, grid: Traced, *args: Any) -> list[Axis]:
+    """Pixels looked up at positions."""
+    for axis in (*input.axes[2:], *grid.axes[1:]):
+        walk.fix(axis, "neighbours in space")
+    walk.unify(input.axes[0], grid.axes[0])
+    return [*input.axes[:2], *(walk.fixed(n, "neighbours in space") for n in walk.shape[2:])]
+
+
+def im2col(walk: Walk, input: Traced, *args: Any) -> list[Axis]:
+    """Patches as columns: channels x kernel positions, blocks."""
+    for axis in input.axes[-2:]:
+        walk.fix(axis, "neighbours in space")
+    kernel = walk.shape[-2] // walk.size(input.axes[-3])
+    column = walk.product([input.axes[-3], walk.fixed(kernel, "neighbours in space")])
+    return [*input.axes[:-3], column, walk.fixed(walk.shape[-1], "neighbours in space")]
+
+
+def unfold(walk: Walk, input: Traced, dim: int, size: int, step: int) -> list[Axis]:
+    """Sliding windows along one axis."""
+    walk.fix(input.axes[dim], "neighbours in space")
+    windows = walk.fixed(walk.shape[dim], "neighbours in space")
+    return [*input.replace({dim: windows}), walk.fixed(size, "neighbours in space")]
+
+
+def pad(walk: Walk, input: Traced, pad: Sequence[int], mode: str = "constant", value: Any = None) -> list[Axis]:
+    """Constant entries before and behind are interchangeable; reflected ones are not."""
+    axes = list(input.axes)
+    for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
+        dim = len(axes) - 1 - i
+        if before == after == 0:
+            continue
+        if mode == "constant" and before >= 0 and after >= 0 and not walk.is_fixed(axes[dim]):
+            axes[dim] = walk.concatenate([walk.free(before), axes[dim], walk.free(after)])
+        else:
+            walk.fix(axes[dim], "padded")
+            axes[dim] = walk.fixed(walk.shape[dim], "padded")
+    return axes
+
+
+def constant_pad(walk: Walk, input: Traced, widths: Sequence[int], value: Any = 0) -> list[Axis]:
+    """``pad`` below the dispatcher."""
+    return pad(walk, input, widths)
+
+
+def pixel_shuffle(walk: Walk, input: Traced, factor: int) -> list[Axis]:
+    """``(c r r, h, w) -> (c, h r, w r)``."""
+    channels, *blocks = walk.split(input.axes[-3], (walk.shape[-3], factor, factor))
+    for axis in (*blocks, *input.axes[-2:]):
+        walk.fix(axis, "neighbours in space")
+    return [*input.axes[:-3], channels, *(walk.fixed(n, "neighbours in space") for n in walk.shape[-2:])]
+
+
+def pixel_unshuffle(walk: Walk, input: Traced, factor: int) -> list[Axis]:
+    """``(c, h r, w r) -> (c r r, h, w)``."""
+    for axis in input.axes[-2:]:
+        walk.fix(axis, "neighbours in space")
+    blocks = walk.fixed(factor * factor, "neighbours in space")
+    space = [walk.fixed(n, "neighbours in space") for n in walk.shape[-2:]]
+    return [*input.axes[:-3], walk.product([input.axes[-3], blocks]), *space]
+
+
+def channel_shuffle(walk: Walk, input: Traced, groups: int) -> list[Axis]:
+    """Channels as groups x members become members x groups."""
+    group, inner = walk.split(input.axes[1], (groups, walk.size(input.axes[1]) // groups))
+    return input.replace({1: walk.product([inner, group])})
+
+
+# -------------------------------------------------------------------------------- shapes
+
+
+def reshape(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
+    """Any view of the same entries in the same order: shortest runs of axes with equal products correspond."""
+    source = [axis for axis in input.axes if axis != UNIT]
+    sizes = [walk.size(axis) for axis in source]
+    out: list[Axis] = []
+    run: list[Axis] = []
+    i = 0
+    wanted: list[int] = []
+    if 0 in sizes:
+        return [walk.fixed(n, "empty") for n in walk.shape]
+    for size in walk.shape:
+        if size == 1 and not wanted:
+            out.append(UNIT)
+            continue
+        wanted.append(size)
+        while i < len(source) and prod(map(walk.size, run)) < prod(wanted):
+            run.append(source[i])
+            i += 1
+        if prod(map(walk.size, run)) == prod(wanted):
+            out += walk.split(walk.product(run), wanted) if len(run) != len(wanted) else _pairwise(walk, run, wanted)
+            run, wanted = [], []
+    return out
+
+
+def _pairwise(walk: Walk, run: list[Axis], wanted: list[int]) -> list[Axis]:
+    return run if [walk.size(axis) for axis in run] == wanted else walk.split(walk.product(run), wanted)
+
+
+def permute(walk: Walk, input: Traced, dims: Sequence[int]) -> list[Axis]:
+    """Reorder the axes."""
+    return [input.axes[dim] for dim in dims]
+
+
+def transpose(walk: Walk, input: Traced, dim0: int = -2, dim1: int = -1) -> list[Axis]:
+    """Exchange two axes (``t`` and ``mT`` the last two)."""
+    if len(input.axes) < 2:
+        return list(input.axes)
+    return input.replace({dim0: input.axes[dim1], dim1: input.axes[dim0]})
+
+
+def movedim(walk: Walk, input: Traced, source: Any, destination: Any) -> list[Axis]:
+    """Move axes to other places."""
+    order = list(torch.empty([1] * len(input.axes)).movedim(source, destination).shape)  # checks the arguments
+    rank = len(order)
+    source = [source] if isinstance(source, int) else source
+    destination = [destination] if isinstance(destination, int) else destination
+    places = {d % rank: s % rank for s, d in zip(source, destination, strict=True)}
+    others = iter([d for d in range(rank) if d not in places.values()])
+    return [input.axes[places[d] if d in places else next(others)] for d in range(rank)]
+
+
+def expand(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
+    """Repeated entries are equal, hence interchangeable."""
+    offset = len(walk.shape) - len(input.axes)
+    return [
+        walk.free(size) if dim < offset or input.axes[dim - offset] == UNIT else input.axes[dim - offset]
+        for dim, size in enumerate(walk.shape)
+    ]
+
+
+def repeat(walk: Walk, input: Traced, repeats: Sequence[int]) -> list[Axis]:
+    """Tiles: copies x positions."""
+    offset = len(repeats) - len(input.axes)
+    axes = [UNIT] * offset + list(input.axes)
+    return [walk.product([walk.free(count), axis]) for count, axis in zip(repeats, axes, strict=True)]
+
+
+def repeat_interleave(walk: Walk, input: Traced, repeats: int, dim: int | None = None, **kwargs: Any) -> list[Axis]:
+    """Each position several times in a row: positions x copies."""
+    if dim is None:
+        return [walk.product([walk.product(input.axes), walk.free(repeats)])]
+    return input.replace({dim: walk.product([input.axes[dim], walk.free(repeats)])})
+
+
+def cat(walk: Walk, tensors: Sequence[Traced], dim: int = 0) -> list[Axis]:
+    """One behind the other; tensors of one position each are a stack."""
+    tensors = [t for t in tensors if len(t.axes) == len(walk.shape)]  # torch skips empty one-dimensional tensors
+    dim %= len(walk.shape)
+    if len(tensors) > 1 and all(t.axes[dim] == UNIT for t in tensors):
+        return stack(walk, [Traced(tuple(t.without(dim)), t.node) for t in tensors], dim)
+    others = [Traced(tuple(t.replace({dim: UNIT}))) for t in tensors]
+    axes = broadcast(walk, others, len(walk.shape))
+    axes[dim] = walk.concatenate(t.axes[dim] for t in tensors)
+    return axes
+
+
+def stack(walk: Walk, tensors: Sequence[Traced], dim: int = 0) -> list[Axis]:
+    """A new fixed axis; along it, every other axis may be relabelled differently."""
+    over = walk.fixed(len(tensors), "stacked")
+    axes = [walk.family(over, [t.axes[d] for t in tensors]) for d in range(len(tensors[0].axes))]
+    dim %= len(axes) + 1
+    return [*axes[:dim], over, *axes[dim:]]
+
+
+def split(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[list[Axis]]:
+    """``split``, ``chunk``, ``tensor_split``: consecutive pieces of one axis."""
+    dim = walk.arguments.get("dim", 0) % len(input.axes)
+    return [_piece(walk, input, dim, start, stop) for start, stop in _bounds(s[dim] for s in walk.shapes)]
+
+
+def _bounds(sizes: Iterable[int]) -> Iterable[tuple[int, int]]:
+    return pairwise(accumulate(sizes, initial=0))
+
+
+def _piece(walk: Walk, input: Traced, dim: int, start: int, stop: int) -> list[Axis]:
+    axis, size = input.axes[dim], walk.size(input.axes[dim])
+    if (start, stop) == (0, size):
+        return list(input.axes)
+    if stop - start == 1 and not _cuttable(walk, input, dim):
+        return [UNIT if d == dim else walk.member(a, axis, start) for d, a in enumerate(input.axes)]
+    if walk.is_fixed(axis):
+        return input.replace({dim: walk.fixed(stop - start, "sliced")})
+    pieces = walk.cut(axis, [start, stop - start, size - stop])
+    return input.replace({dim: pieces[1]})
+
+
+def _cuttable(walk: Walk, input: Traced, dim: int) -> bool:
+    """Whether one index is best taken by pinning that one position: nothing else could move differently there."""
+    others_fixed = all(walk.is_fixed(axis) for axis in input.without(dim))
+    return others_fixed and not walk.is_fixed(input.axes[dim])
+
+
+def slice_(
+    walk: Walk, input: Traced, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
+) -> list[Axis]:
+    """A range of one axis; with a step, one member of each block."""
+    dim %= len(input.axes)
+    axis, size = input.axes[dim], walk.size(input.axes[dim])
+    first, stop, _ = slice(start, end, step).indices(size)
+    if step == 1:
+        return _piece(walk, input, dim, first, max(first, stop))
+    if size % step == 0 and first < step and walk.shape[dim] == size // step:
+        blocks, offset = walk.split(axis, (size // step, step))
+        return input.replace({dim: walk.member(blocks, offset, first)})
+    walk.fix(axis, "sliced")
+    return input.replace({dim: walk.fixed(walk.shape[dim], "sliced")})
+
+
+def select(walk: Walk, input: Traced, dim: int, index: int) -> list[Axis]:
+    """One index of an axis, which becomes fixed."""
+    dim, axis = dim % len(input.axes), input.axes[dim]
+    index %= walk.size(axis)
+    if _cuttable(walk, input, dim):
+        walk.cut(axis, [index, 1, walk.size(axis) - index - 1])
+        return input.without(dim)
+    return [walk.member(a, axis, index) for d, a in enumerate(input.axes) if d != dim]
+
+
+def unbind(walk: Walk, input: Traced, dim: int = 0) -> list[list[Axis]]:
+    """Every index of an axis."""
+    return [select(walk, input, dim, index) for index in range(len(walk.shapes))]
+
+
+def glu(walk: Walk, input: Traced, dim: int = -1) -> list[Axis]:
+    """The first half of an axis gated by the second."""
+    half = walk.size(input.axes[dim]) // 2
+    values, gates = walk.cut(input.axes[dim], [half, half])
+    walk.unify(values, gates)
+    return input.replace({dim: values})
+
+
+# -------------------------------------------------------------------------------- looking things up
+
+
+def embedding(walk: Walk, weight: Traced, indices: Traced, *settings: Any) -> list[Axis]:
+    """Rows of a table by number."""
+    walk.fix(weight.axes[0], "looked up by number")
+    return [*indices.axes, *weight.axes[1:]]
+
+
+def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis]:
+    """Positions of one axis by number."""
+    walk.fix(input.axes[dim], "looked up by number")
+    return input.replace({dim: index.axes[0] if index.axes else UNIT})
+
+
+def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) -> list[Axis]:
+    """Positions of one axis by a number for each entry."""
+    dim %= len(input.axes)
+    walk.fix(input.axes[dim], "looked up by number")
+    for d, (x, i) in enumerate(zip(input.axes, index.axes, strict=True)):
+        if d == dim or x == UNIT or i == UNIT:
+            continue
+        if walk.size(x) == walk.size(i):
+            walk.unify(x, i)
+        else:
+            walk.fix(x, "looked up by number")
+            walk.fix(i, "looked up by number")
+    return list(index.axes)
+
+
+def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[Axis] | None:
+    """Advanced indexing by integers; boolean masks depend on values and are left to the unknown."""
+    if any(i is not None and walk.dtype(i) in (torch.bool, torch.uint8) for i in indices):
+        return None
+    used = [d for d, i in enumerate(indices) if i is not None]
+    for dim in used:
+        walk.fix(input.axes[dim], "looked up by number")
+    looked_up = [i for i in indices if i is not None]
+    picked = broadcast(walk, looked_up, max(len(i.axes) for i in looked_up))
+    rest = input.without(*used)
+    together = used[-1] - used[0] + 1 == len(used)
+    at = used[0] if together else 0
+    return [*rest[:at], *picked, *rest[at:]]
+
+
+# -------------------------------------------------------------------------------- recurrent networks
+
+
+def _cell(walk: Walk, x: Axis, weights: Sequence[Traced], hidden: Axis, projection: Axis | None = None) -> None:
+    """One layer and direction: gates x hidden units, the same units in every gate and in the state."""
+    size = walk.size(hidden)
+    state = hidden if projection is None else projection
+    matrices, biases = [w for w in weights if len(w.axes) == 2], [w for w in weights if len(w.axes) == 1]
+    if projection is not None:
+        walk.unify(matrices[2].axes[0], projection)
+        walk.unify(matrices[2].axes[1], hidden)
+    for matrix, source in zip(matrices[:2], (x, state), strict=True):
+        walk.unify(matrix.axes[1], source)
+    for weight in (*matrices[:2], *biases):
+        gates, units = walk.split(weight.axes[0], (walk.size(weight.axes[0]) // size, size))
+        walk.fix(gates, "gates of a recurrent cell")
+        walk.unify(units, hidden)
+    walk.show([hidden])
+
+
+def recurrent_cell(walk: Walk, input: Traced, hx: Any, *weights: Traced | None) -> Any:
+    """``lstm_cell``, ``gru_cell``, ``rnn_*_cell``."""
+    states = [hx] if isinstance(hx, Traced) else list(hx)
+    hidden = states[0].axes[-1]
+    for state in states:
+        walk.unify(state.axes[-1], hidden)
+    walk.contract(states[0], hidden)
+    walk.contract(input, input.axes[-1])
+    _cell(walk, input.axes[-1], [w for w in weights if w is not None], hidden)
+    batch = broadcast(walk, [Traced(tuple(s.axes[:-1])) for s in states], len(states[0].axes) - 1)
+    out = [*batch, hidden]
+    return [out] * len(walk.shapes) if len(walk.shapes) > 1 else out
+
+
+def recurrent(
+    walk: Walk,
+    input: Traced,
+    hx: Any,
+    params: Sequence[Traced],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[list[Axis]]:
+    """``lstm``, ``gru``, ``rnn_*`` over a sequence; states are stacks over layers and directions."""
+    states = [hx] if isinstance(hx, Traced) else list(hx)
+    directions = 2 if bidirectional else 1
+    per_cell = len(params) // (num_layers * directions)
+    walk.fix(input.axes[1 if batch_first else 0], "order in time")
+    x, finals, cells = input.axes[-1], [], []
+    for layer in range(num_layers):
+        outs = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            weights = params[k * per_cell : (k + 1) * per_cell]
+            projected = sum(len(w.axes) == 2 for w in weights) == 3
+            state = walk.free(walk.size(weights[1].axes[1]))
+            hidden = walk.free(walk.size(weights[-1].axes[1])) if projected else state
+            _cell(walk, x, weights, hidden, state if projected else None)
+            for s, axis in zip(states, (state, hidden), strict=False):
+                walk.unify(walk.member(s.axes[-1], s.axes[0], k), axis)
+            outs.append(state)
+            finals.append(state)
+            cells.append(hidden)
+        x = walk.concatenate(outs)
+    walk.contract(input, input.axes[-1])
+    over = walk.fixed(num_layers * directions, "layers")
+    batch = [input.axes[0 if batch_first else 1]] if len(input.axes) == 3 else []
+    stacks = [[over, *batch, walk.family(over, axes)] for axes in (finals, cells)]
+    return [[*input.axes[:-1], x], *stacks[: len(walk.shapes) - 1]]
+
+
+# -------------------------------------------------------------------------------- complex numbers
+
+
+def view_as_complex(walk: Walk, input: Traced) -> list[Axis]:
+    """A last axis of real and imaginary parts goes."""
+    walk.fix(input.axes[-1], "real and imaginary part")
+    return list(input.axes[:-1])
+
+
+def view_as_real(walk: Walk, input: Traced) -> list[Axis]:
+    """A last axis of real and imaginary parts comes."""
+    return [*input.axes, walk.fixed(2, "real and imaginary part")]
+
+
+def prelu(walk: Walk, input: Traced, weight: Traced) -> list[Axis]:
+    """A slope per channel, or one for all."""
+    if weight.axes and weight.axes[0] != UNIT:
+        walk.unify(input.axes[1] if len(input.axes) > 1 else input.axes[0], weight.axes[0])
+    return list(input.axes)
+
+
+def _table(names: dict[Rule, str]) -> dict[Any, Rule]:
+    return {getattr(aten, name): rule for rule, text in names.items() for name in text.split() if hasattr(aten, name)}
+
+
+RULES: dict[Any, Rule] = _table(
+    {
+        same: "clone contiguous detach alias to _to_copy type_as dropout feature_dropout alpha_dropout "
+        "feature_alpha_dropout lift_fresh lift_fresh_copy positive resolve_conj resolve_neg",
+        pointwise: "where masked_fill copy clamp rsub addcmul addcdiv lerp pow complex polar rrelu relu6 hardtanh "
+        "celu selu softplus threshold logit heaviside float_power isclose nan_to_num fake_quantize_per_tensor_affine "
+        "__and__ __or__ __xor__ __lshift__ __rshift__ floor_divide",
+        fill: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
+        "empty_permuted scalar_tensor",
+        fill_in_place: "fill zero",
+        constant: "arange linspace logspace eye rand randn randint randperm rand_like randn_like bernoulli "
+        "tril_indices triu_indices",
+        linear: "linear",
+        matmul: "matmul mm bmm mv dot",
+        add_matmul: "addmm baddbmm addmv",
+        einsum: "einsum",
+        bilinear: "bilinear",
+        outer: "outer ger",
+        conv: "conv1d conv2d conv3d",
+        conv_transpose: "conv_transpose1d conv_transpose2d conv_transpose3d",
+        convolution: "convolution",
+        attention: "scaled_dot_product_attention",
+        batch_norm: "batch_norm native_batch_norm cudnn_batch_norm _native_batch_norm_legit "
+        "_native_batch_norm_legit_functional _batch_norm_impl_index",
+        instance_norm: "instance_norm",
+        layer_norm: "layer_norm rms_norm",
+        group_norm: "group_norm",
+        softmax: "softmax log_softmax _softmax _log_softmax _safe_softmax",
+        weight_norm: "_weight_norm",
+        reduction: "sum mean amax amin prod var std norm linalg_vector_norm linalg_norm logsumexp all any nansum "
+        "nanmean var_mean std_mean count_nonzero",
+        arg_reduction: "argmax argmin",
+        values_and_positions: "topk sort median kthvalue mode",
+        ordered: "cumsum cumprod cummax cummin logcumsumexp flip roll fliplr flipud rot90",
+        triangle: "tril triu",
+        spatial(1): "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool1d_with_indices "
+        "upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d reflection_pad1d replication_pad1d",
+        spatial(2): "max_pool2d avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
+        "max_pool2d_with_indices upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d fractional_max_pool2d",
+        spatial(3): "max_pool3d avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d "
+        "max_pool3d_with_indices upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact3d reflection_pad3d "
+        "replication_pad3d fractional_max_pool3d",
+        grid_sample: "grid_sampler grid_sampler_2d grid_sampler_3d",
+        im2col: "im2col",
+        unfold: "unfold",
+        pad: "pad",
+        constant_pad: "constant_pad_nd",
+        pixel_shuffle: "pixel_shuffle",
+        pixel_unshuffle: "pixel_unshuffle",
+        channel_shuffle: "channel_shuffle native_channel_shuffle",
+        reshape: "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as squeeze unsqueeze "
+        "view_copy atleast_1d ravel",
+        permute: "permute",
+        transpose: "transpose t mT swapaxes swapdims transpose_copy",
+        movedim: "movedim moveaxis",
+        expand: "expand expand_as broadcast_to",
+        repeat: "repeat",
+        repeat_interleave: "repeat_interleave",
+        cat: "cat concat concatenate",
+        stack: "stack",
+        split: "split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk",
+        slice_: "slice",
+        select: "select",
+        unbind: "unbind",
+        glu: "glu",
+        embedding: "embedding",
+        index_select: "index_select",
+        gather: "gather",
+        index: "index",
+        recurrent_cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
+        view_as_complex: "view_as_complex",
+        view_as_real: "view_as_real",
+        prelu: "prelu _prelu_kernel",
+    }
+)
+RULES[aten.max.dim] = RULES[aten.min.dim] = values_and_positions
+for _packet in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu):  # their overloads for packed sequences differ
+    RULES[_packet.input] = recurrent
+RULES[aten.max.default] = RULES[aten.min.default] = reduction
+"""The rules by operator (``aten.linear``) or by one overload of it (``aten.max.dim``), which goes first."""

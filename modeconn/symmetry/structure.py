@@ -1,0 +1,158 @@
+"""How a relabelling moves the entries of a tensor, once its axes are known in terms of atoms."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from math import prod
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.symmetry import axes as algebra
+from modeconn.symmetry.axes import At, Axis, Families, atoms_of, expand
+
+Perms = Mapping[int, Tensor]
+"""``atom -> perm`` of shape ``(*sizes of its parents, n)``: destination place to source unit; absent atoms stay."""
+
+
+@dataclass(frozen=True)
+class Structure:
+    """The atoms of a model after discovery.
+
+    Args:
+        sizes: Positions of each atom.
+        parents: For each free atom, the atoms whose index its relabelling may depend on: the units of a head, one
+            permutation for each head. Parents come before their children.
+        families: Atoms that stand for different axes at different indices of a fixed axis.
+    """
+
+    sizes: dict[int, int]
+    parents: dict[int, tuple[int, ...]]
+    families: Families = field(default_factory=dict)
+
+    def size(self, axis: Axis) -> int:
+        """Return the number of positions of an axis."""
+        return sum(prod(self.factor_size(f) for f in segment) for segment in axis)
+
+    def factor_size(self, factor: Any) -> int:
+        """Return the number of positions of one factor of a product."""
+        if isinstance(factor, At):
+            return factor.size
+        return self.sizes[factor] if isinstance(factor, int) else self.size(factor)
+
+    def moving_atoms(self, axis: Axis) -> set[int]:
+        """Return the free atoms of an axis, with those of its families."""
+        found: set[int] = set()
+        for atom in atoms_of(axis):
+            if atom in self.families:
+                for member in self.families[atom][1]:
+                    found |= self.moving_atoms(member)
+            elif atom in self.parents:
+                found.add(atom)
+        return found
+
+    def pieces(self, x: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, tuple[tuple[int, int], ...]]]:
+        """Cut a tensor into views with one dimension per atom.
+
+        Args:
+            x: Any tensor whose shape is that of ``axes``.
+            axes: One axis per dimension.
+
+        Yields:
+            ``view, ((atom, dim), ...)``: a view into ``x`` and, for each of its dimensions, the atom and the dimension
+            of ``x`` that it came from. The views cover every entry of ``x`` once.
+        """
+        for part in expand(tuple(axes), self.families):
+            yield from self._explode(x, 0, [(axis, dim) for dim, axis in enumerate(part)], ())
+
+    def _explode(self, x: Tensor, dim: int, items: list[tuple[Any, int]], labels: tuple) -> Iterator[tuple]:
+        if not items:
+            yield x, labels
+            return
+        (what, origin), rest = items[0], items[1:]
+        if isinstance(what, int):
+            yield from self._explode(x, dim + 1, rest, (*labels, (what, origin)))
+        elif isinstance(what, At):
+            yield from self._explode(x.select(dim, what.index), dim, rest, labels)
+        else:
+            start = 0
+            for segment in what:
+                sizes = [self.factor_size(factor) for factor in segment]
+                part = x.narrow(dim, start, prod(sizes))
+                part = part.unflatten(dim, sizes) if sizes else part.squeeze(dim)
+                yield from self._explode(part, dim, [(factor, origin) for factor in segment] + rest, labels)
+                start += prod(sizes)
+
+    def relabel(self, x: Tensor, axes: Sequence[Axis], perms: Perms) -> Tensor:
+        """Return ``x`` with its entries moved: place ``i`` of an axis holds what unit ``perm[i]`` held."""
+        for dims in self._coupled(axes, perms):
+            index = self._source_index([axes[d] for d in dims], perms).to(x.device)
+            if len(dims) == 1:
+                x = x.index_select(dims[0], index)
+                continue
+            moved = x.movedim(dims, tuple(range(len(dims))))
+            picked = moved.flatten(0, len(dims) - 1).index_select(0, index)
+            x = picked.view(moved.shape).movedim(tuple(range(len(dims))), dims)
+        return x
+
+    def _coupled(self, axes: Sequence[Axis], perms: Perms) -> list[tuple[int, ...]]:
+        """Return the dimensions that move, those together where one tells how another one moves."""
+        moving = [self.moving_atoms(axis) & perms.keys() for axis in axes]
+        groups: list[set[int]] = []
+        for dim, axis in enumerate(axes):
+            if not moving[dim]:
+                continue
+            asked = {p for atom in moving[dim] for p in self.parents[atom]}
+            asked |= {self.families[atom][0] for atom in atoms_of(axis) if atom in self.families}
+            asked -= set(atoms_of(axis))
+            group = {dim} | {d for d, other in enumerate(axes) if d != dim and asked & self._reachable(other)}
+            for touching in [g for g in groups if g & group]:
+                group |= touching
+                groups.remove(touching)
+            groups.append(group)
+        return [tuple(sorted(group)) for group in groups]
+
+    def _reachable(self, axis: Axis) -> set[int]:
+        return set(atoms_of(axis)) | self.moving_atoms(axis)
+
+    def _source_index(self, axes: Sequence[Axis], perms: Perms) -> Tensor:
+        shape = [self.size(axis) for axis in axes]
+        places = torch.arange(prod(shape)).view(shape)
+        index = torch.empty_like(places)
+        for (place, labels), (target, _) in zip(self.pieces(places, axes), self.pieces(index, axes), strict=True):
+            target.copy_(place[tuple(self._sources(labels, place.shape, perms))] if labels else place)
+        return index.flatten()
+
+    def _sources(self, labels: tuple, shape: Sequence[int], perms: Perms) -> Iterable[Tensor]:
+        """For each dimension of a piece, the coordinate its entries come from."""
+        here = [_along(torch.arange(n), dim, len(shape)) for dim, n in enumerate(shape)]
+        for dim, (atom, origin) in enumerate(labels):
+            if atom not in perms:
+                yield here[dim]
+                continue
+            where = [_find(parent, labels, origin) for parent in self.parents[atom]]
+            yield perms[atom].cpu()[(*(here[w] for w in where), here[dim])]
+
+
+def _along(values: Tensor, dim: int, num_dims: int) -> Tensor:
+    return values.view([-1 if d == dim else 1 for d in range(num_dims)])
+
+
+def _find(atom: int, labels: tuple, origin: int) -> int:
+    """Return the dimension that holds ``atom``: in the same axis of the tensor if it is there, else in another."""
+    dims = [dim for dim, label in enumerate(labels) if label == (atom, origin)]
+    return dims[0] if dims else next(dim for dim, label in enumerate(labels) if label[0] == atom)
+
+
+def dependencies(tensors: Iterable[algebra.Tensor], families: Families, free: Iterable[int]) -> dict[int, set[int]]:
+    """Return, for each free atom, the atoms whose index every tensor that holds it also determines."""
+    free = set(free)
+    found: dict[int, set[int]] = {}
+    for tensor in tensors:
+        for part in expand(tensor, families):
+            for atom, determined in algebra.co_occurrences(part):
+                if atom in free:
+                    found[atom] = found[atom] & determined if atom in found else set(determined)
+    return found

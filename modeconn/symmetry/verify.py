@@ -1,0 +1,156 @@
+"""Proof that a spec is right: every tensor of the graph is relabelled as predicted."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.rng import seeded
+from modeconn.symmetry.graph import Example
+from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import PermutationSpec, Trace, VerificationError
+
+
+def verify(spec: PermutationSpec, model: nn.Module, example_input: Any, *, tolerance: float, seed: int) -> float:
+    """See `PermutationSpec.verify`."""
+    from modeconn.symmetry.discover import discover, example_for
+
+    spec.check_model(model)
+    example = _float64(example_for(model, example_input).to("cpu"))
+    traces = spec.traces or discover(model, example_input).traces
+    if not spec.traces and not spec_matches(spec, model, example_input):
+        raise VerificationError("the groups of this saved spec are not those that the model has now.")
+    generator = torch.Generator().manual_seed(seed)
+    state = redraw_state(model, generator)
+    permutation = spec.random(generator)
+    worst = 0.0
+    for trace in traces:
+        for name, error in _differences(spec, trace, state, permutation, example, seed):
+            if not error <= tolerance:
+                raise VerificationError(_blame(spec, trace, state, permutation, example, tolerance, seed, name, error))
+            worst = max(worst, error)
+    return worst
+
+
+def redraw_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return float64 parameters and floating buffers with generic values: matrices of unit gain, vectors in [0.5, 1.5].
+
+    Values a model starts with hide mistakes: zero scales, equal biases, unit variances.
+    """
+    drawn: dict[int, Tensor] = {}
+    state: dict[str, Tensor] = {}
+    saved = set(model.state_dict(keep_vars=True))
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    for name, tensor in named:
+        if name not in saved:
+            continue
+        if id(tensor) not in drawn:
+            drawn[id(tensor)] = _redraw(tensor, generator)
+        state[name] = drawn[id(tensor)]
+    return state
+
+
+def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
+    if not tensor.is_floating_point():
+        return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.device.type == "meta" else tensor.cpu().clone()
+    if tensor.dim() < 2:
+        return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
+    fan_in = max(math.prod(tensor.shape[1:]), 1)
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / math.sqrt(fan_in)
+
+
+def _differences(
+    spec: PermutationSpec, trace: Trace, state: dict[str, Tensor], permutation: Permutation, example: Example, seed: int
+) -> Iterator[tuple[str, float]]:
+    """Run the model and its relabelled twin node by node; yield each node's name and relative difference."""
+    perms = permutation.by_atom()
+    plain = trace.graph.run(state, example, torch.float64)
+    moved = trace.graph.run(permutation.relabel(state), example, torch.float64)
+    for number in range(len(trace.graph.nodes)):
+        with seeded(seed + number):
+            node, value = next(plain, (None, None))
+        with seeded(seed + number):
+            _, twin = next(moved, (None, None))
+        if node is None:
+            return
+        for x, y, axes in _tensors(value, twin, trace.axes.get(node)):
+            if x.numel() and (x.is_floating_point() or x.is_complex()):
+                yield node.name, _relative(spec.structure.relabel(x, axes, perms), y)
+
+
+def _tensors(x: Any, y: Any, axes: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
+    if isinstance(x, Tensor) and axes is not None:
+        yield x, y, axes
+    elif isinstance(x, (list, tuple)) and isinstance(axes, list):
+        for triple in zip(x, y, axes, strict=False):
+            yield from _tensors(*triple)
+
+
+def _relative(expected: Tensor, actual: Tensor) -> float:
+    if torch.equal(expected, actual):
+        return 0.0
+    finite = torch.isfinite(expected.abs())
+    if not torch.equal(finite, torch.isfinite(actual.abs())):
+        return math.inf
+    expected, actual = expected[finite], actual[finite]
+    difference = float((expected - actual).abs().max()) if expected.numel() else 0.0
+    spread = float(expected.std()) if expected.numel() > 1 else 0.0
+    return difference / max(spread, 1e-6 * float(expected.abs().max()), 1e-300) if difference else 0.0
+
+
+def _blame(
+    spec: PermutationSpec,
+    trace: Trace,
+    state: dict[str, Tensor],
+    permutation: Permutation,
+    example: Example,
+    tolerance: float,
+    seed: int,
+    name: str,
+    error: float,
+) -> str:
+    """Move one group at a time to find the ones behind a failure."""
+    identity = spec.identity().perms
+    guilty = []
+    for group in spec.groups:
+        alone = Permutation(spec, {**identity, group.name: permutation.perms[group.name]})
+        if any(not e <= tolerance for _, e in _differences(spec, trace, state, alone, example, seed)):
+            guilty.append(f"'{group.name}'")
+    mode = "train" if trace.graph.training else "eval"
+    who = f"group {', '.join(guilty)}" if guilty else "several groups together"
+    return (
+        f"relabelling {who} changes the function: in {mode} mode tensor '{name}' differs from its prediction by "
+        f"{error:.1e} standard deviations."
+    )
+
+
+def _float64(example: Example) -> Example:
+    from torch.utils import _pytree as pytree
+
+    def convert(leaf: Any) -> Any:
+        if not isinstance(leaf, Tensor):
+            return leaf
+        if leaf.device.type == "meta":
+            leaf = (
+                torch.rand(leaf.shape).to(leaf.dtype)
+                if leaf.is_floating_point()
+                else torch.zeros_like(leaf, device="cpu")
+            )
+        if not leaf.is_floating_point():
+            return leaf.clone()
+        noise = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        return leaf.double() + noise  # an example of zeros shows nothing
+
+    return Example(*pytree.tree_map(convert, (example.args, example.kwargs)))
+
+
+def spec_matches(spec: PermutationSpec, model: nn.Module, example_input: Any) -> bool:
+    """Return whether a fresh discovery gives the same groups in the same places."""
+    from modeconn.symmetry.discover import discover
+
+    fresh = discover(model, example_input)
+    return [(g.shape, g.places) for g in fresh.groups] == [(g.shape, g.places) for g in spec.groups]
