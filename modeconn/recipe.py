@@ -80,7 +80,7 @@ class Recipe:
         ValueError: If a setting is out of range.
 
     Example:
-        >>> Recipe(epochs=10).learning_rate_factor(epoch=9)
+        >>> round(Recipe(epochs=10).learning_rate_factor(epoch=9), 3)
         0.01
     """
 

@@ -13,6 +13,7 @@ from modeconn.models.resnet import resnet20, resnet32
 from modeconn.models.tinyten import tinyten
 from modeconn.models.vgg import vgg11, vgg11_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 from modeconn.models.zoo import Normalize, build, describe, names
+from modeconn.train import train
 
 __all__ = [
     "Normalize",
@@ -27,6 +28,7 @@ __all__ = [
     "resnet20",
     "resnet32",
     "tinyten",
+    "train",
     "vgg11",
     "vgg11_bn",
     "vgg16",
