@@ -34,6 +34,17 @@ def test_sizes_are_those_of_the_paper_at_100_classes(name, num_parameters, mega_
     assert counter.get_total_flops() / 2e6 == pytest.approx(mega_macs, abs=0.05)
 
 
+@pytest.mark.parametrize(
+    "name", ["resnet20", "resnet32", "preresnet110", "preresnet164", "vgg11", "vgg16", "vgg19", "vgg16_bn"]
+)
+def test_the_number_in_a_name_counts_the_layers_off_the_shortcuts(name):
+    with torch.device("meta"):
+        model = models.build(name)
+    layers = [key for key, module in model.named_modules() if isinstance(module, (torch.nn.Conv2d, torch.nn.Linear))]
+    depth = int(name.removesuffix("_bn").lstrip("abcdefghijklmnopqrstuvwxyz"))
+    assert sum("shortcut" not in key for key in layers) == depth
+
+
 def test_wide_resnet_has_the_published_size():
     with torch.device("meta"):
         model = models.wideresnet28x10()
@@ -52,6 +63,16 @@ def test_forward_and_backward_reach_every_parameter_in_both_modes(name):
     loss.backward()
     assert loss.isfinite()
     assert all(parameter.grad is not None for parameter in model.parameters())
+
+
+@pytest.mark.parametrize("name", models.names())
+def test_logits_alone_reach_inputs_and_every_parameter_but_auxiliary_heads(name):
+    model = small(name).eval()
+    x = model.example_input().requires_grad_()
+    model(x).sum().backward()
+    assert x.grad is not None
+    without = {key for key, parameter in model.named_parameters() if parameter.grad is None}
+    assert without == {key for key, _ in model.named_parameters() if key.startswith("auxiliary")}
 
 
 def test_googlenet_returns_its_auxiliary_logits_in_train_mode_alone():

@@ -2,6 +2,7 @@ from __future__ import annotations
 
 import copy
 import logging
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -152,6 +153,21 @@ def test_autocast_lowers_the_precision_of_the_forward_pass_alone(dtype):
     assert set(seen) == {dtype} and weights(trained).dtype == torch.float32
     torch.testing.assert_close(weights(trained), weights(full), rtol=0, atol=0.05)  # bfloat16 keeps 8 bits
     assert not torch.equal(weights(trained), weights(full))
+
+
+def test_gradients_too_small_for_float16_are_scaled():
+    loader = small_loader()
+    loader = loader.with_(inputs=loader.inputs.float())
+    model = models.mlp(4, (5,), 3)
+    recipe = Recipe(epochs=2, optimizer=partial(torch.optim.SGD, lr=1e7), weight_decay=0.0)
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        return 1e-8 * F.cross_entropy(outputs.float(), targets)
+
+    full = models.train(model, loader, recipe=recipe, loss_fn=loss_fn)
+    half = models.train(model, loader, recipe=replace(recipe, autocast=torch.float16), loss_fn=loss_fn)
+    assert (weights(full) - weights(model)).abs().max() > 0.01
+    torch.testing.assert_close(weights(half), weights(full), rtol=0, atol=1e-3)
 
 
 def test_compile_runs_the_compiled_model(monkeypatch):

@@ -19,7 +19,7 @@ CIFAR10_MEAN = (0.4914, 0.4822, 0.4465)
 CIFAR10_STD = (0.247, 0.243, 0.261)
 
 P = ParamSpec("P")
-M = TypeVar("M", bound=nn.Module)
+M = TypeVar("M", bound="ZooModel")
 
 
 class Normalize(nn.Module):
@@ -78,6 +78,8 @@ class ZooModel(nn.Module):
         std: See `Normalize`.
     """
 
+    zoo_entry: tuple[str, dict[str, Any]]  # set by `factory`, read by `describe`
+
     def __init__(self, input_shape: tuple[int, ...], mean: Statistic, std: Statistic) -> None:
         super().__init__()
         if min(input_shape) < 1:
@@ -92,7 +94,7 @@ class ZooModel(nn.Module):
         return ramp.reshape(2, *self.input_shape)
 
 
-_FACTORIES: dict[str, Callable[..., nn.Module]] = {}
+_FACTORIES: dict[str, Callable[..., ZooModel]] = {}
 
 
 def factory(make: Callable[P, M]) -> Callable[P, M]:
@@ -120,7 +122,7 @@ def factory(make: Callable[P, M]) -> Callable[P, M]:
 def _json_value(value: Any) -> Any:
     if isinstance(value, Tensor):
         return value.tolist()
-    if isinstance(value, Sequence) and not isinstance(value, str):
+    if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
     return value
 
@@ -136,7 +138,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_FACTORIES))
 
 
-def build(name: str, **arguments: Any) -> nn.Module:
+def build(name: str, **arguments: Any) -> ZooModel:
     """Make the zoo's model ``name``: ``build("mlp", num_inputs=64, ...)`` is ``mlp(num_inputs=64, ...)``.
 
     Raises:
