@@ -3,12 +3,17 @@
 from __future__ import annotations
 
 import contextlib
+import functools
 import json
 import os
-from collections.abc import Mapping
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -61,18 +66,18 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
         ValueError: If it is a pickle, which might run code, or truncated, or a file of another kind or program.
     """
     path = Path(path)
-    with path.open("rb") as file:
+    with path.open("rb") as file:  # a missing file is named in Python's own words
         start = file.read(2)
-    if start.startswith(_PICKLES):
-        raise ValueError(
-            f"{str(path)!r} is a pickle (a file of torch.save), which could run code when it is read. "
-            f"Only safetensors files that modeconn wrote are read."
-        )
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except safetensors.SafetensorError as error:
+        if start.startswith(_PICKLES):  # asked only now: the length of a good header may begin with the same bytes
+            raise ValueError(
+                f"{str(path)!r} is a pickle (a file of torch.save), which could run code when it is read. "
+                f"Only safetensors files that modeconn wrote are read."
+            ) from None
         raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({error}).") from error
     if _KEY not in metadata:
         raise ValueError(f"{str(path)!r} was not written by modeconn; it should be a {kind}.")
@@ -114,3 +119,101 @@ def _sync_folder(folder: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often a long run saves itself. It saves after every epoch, and inside epochs if you say so.
+
+    Args:
+        path: The file; if it exists, a run of the same settings goes on from it.
+        every_batches: Save also after so many batches.
+        every_seconds: Save also after so many seconds.
+
+    Raises:
+        ValueError: If an interval is not positive.
+    """
+
+    path: str | os.PathLike[str]
+    every_batches: int | None = None
+    every_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every_batches", "every_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {name}={value}.")
+
+    def is_due(self, batch: int, last_saved: float) -> bool:
+        """Whether to save inside an epoch after ``batch`` batches of it; ``last_saved`` is a `time.monotonic`."""
+        by_batches = self.every_batches is not None and batch % self.every_batches == 0
+        return by_batches or (self.every_seconds is not None and time.monotonic() - last_saved >= self.every_seconds)
+
+
+def pack_rng(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a state of `modeconn.rng.rng_state` into tensors, their names beginning with ``prefix``, and JSON."""
+    tensors = {f"{prefix}{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+    numpy_state = json.loads(json.dumps(state["numpy"], default=np.ndarray.tolist))
+    return tensors, {"numpy": numpy_state, "python": state["python"]}
+
+
+def unpack_rng(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Invert `pack_rng`."""
+    version, internal, gauss = about["python"]
+    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {**state, "numpy": about["numpy"], "python": (version, tuple(internal), gauss)}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the bits of a run depend on besides its settings."""
+    on_gpu = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def warn_about_environment(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Warn if a run goes on elsewhere than where it began: it will not end with the same bits."""
+    changes = [
+        f"{name} was {saved.get(name)} and is {value}" for name, value in current.items() if saved.get(name) != value
+    ]
+    if changes:
+        warnings.warn(
+            f"the run was interrupted under other conditions ({'; '.join(changes)}); it goes on, but will not end with "
+            f"the same bits as an uninterrupted one.",
+            stacklevel=4,
+        )
+
+
+def check_settings(path: str | os.PathLike[str], saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint belongs to the run at hand.
+
+    Raises:
+        ValueError: Naming the first setting that differs, and both values.
+    """
+    current = json.loads(json.dumps(current))
+    for name in [*current, *saved]:
+        if saved.get(name) != current.get(name):
+            raise ValueError(
+                f"checkpoint {os.fspath(path)!r} is of another run: {name} is {saved.get(name)} in it and "
+                f"{current.get(name)} here. "
+                f"Pass another path, or delete the file to start anew."
+            )
+
+
+def describe(function: Callable[..., Any]) -> str:
+    """Name a function so that another one is likely to be named otherwise; partials with their arguments.
+
+    Example:
+        >>> describe(functools.partial(torch.optim.SGD, lr=0.1))
+        'torch.optim.sgd.SGD(lr=0.1)'
+    """
+    if isinstance(function, functools.partial):
+        arguments = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
+        return f"{describe(function.func)}({', '.join(arguments)})"
+    named = function if hasattr(function, "__qualname__") else type(function)
+    return f"{named.__module__}.{named.__qualname__}"

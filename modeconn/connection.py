@@ -8,7 +8,7 @@ import time
 import warnings
 from collections.abc import Iterable
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,10 +22,8 @@ from modeconn.evaluate import Meter, Objective, Profile, fetch
 from modeconn.loaders import check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.rng import seeded
+from modeconn.symmetry import Permutation, PermutationSpec
 from modeconn.weights import WeightSpace, load_buffers, named_buffers
-
-if TYPE_CHECKING:
-    from modeconn.symmetry import Permutation
 
 _KIND = "connection"
 _FORMAT = 1
@@ -233,11 +231,13 @@ class Connection:
         tensors = {"control_points": torch.stack([self.space.to_canonical(row) for row in self.control_points])}
         for end, buffers in zip("ab", self.buffers, strict=True):
             tensors |= {f"buffers.{end}.{name}": buffer for name, buffer in buffers.items()}
+        tensors |= permutation_tensors(self.permutation)
         about = {
             "format": _FORMAT,
             "curve": [type(self.curve).__name__, asdict(self.curve)],
             "parameters": self.space.shapes,
             "model": models.describe(self._template),
+            "permutation": None if self.permutation is None else self.permutation.spec.to_json(),
             "history": None if self.history is None else asdict(self.history),
         }
         checkpoint.write(path, _KIND, tensors, about)
@@ -272,6 +272,7 @@ class Connection:
             CURVES[name](**arguments),
             torch.stack([space.from_canonical(row) for row in points]),
             tuple({name: buffer.to(space.device) for name, buffer in side.items()} for side in buffers),
+            permutation=saved_permutation(tensors, about["permutation"]),
             history=None if about["history"] is None else History(**about["history"]),
         )
 
@@ -309,6 +310,22 @@ class Connection:
         if limit not in self._calibration:
             self._calibration[limit] = calibration_batches(self.training.loader, self.device, limit=limit)
         return self._calibration[limit]
+
+
+_PERMUTATION = "permutation."
+
+
+def permutation_tensors(permutation: Permutation | None) -> dict[str, Tensor]:
+    """Return the tensors by which a file holds a permutation; its spec goes into the description."""
+    return {} if permutation is None else {f"{_PERMUTATION}{name}": perm for name, perm in permutation.perms.items()}
+
+
+def saved_permutation(tensors: dict[str, Tensor], spec: Any) -> Permutation | None:
+    """Invert `permutation_tensors`, with the spec as JSON; None if there is none."""
+    if spec is None:
+        return None
+    perms = {name.removeprefix(_PERMUTATION): perm for name, perm in tensors.items() if name.startswith(_PERMUTATION)}
+    return Permutation(PermutationSpec.from_json(spec), perms)
 
 
 def warn_about_buffers(model_a: nn.Module, model_b: nn.Module) -> None:

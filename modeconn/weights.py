@@ -82,6 +82,14 @@ class WeightSpace:
         return {slot.name: slot.shape for slot in self._slots}
 
     @property
+    def layout(self) -> dict[str, str]:
+        """All that gives an entry of a flat vector its meaning, by parameter, as a text to compare."""
+        return {
+            slot.name: f"{slot.shape}, {self.dtype}, memory order {slot.order}{'' if slot.trainable else ', frozen'}"
+            for slot in self._slots
+        }
+
+    @property
     def trainable(self) -> Tensor:
         """Bool mask ``(P,)``, on `device`: False where the weight belongs to a frozen parameter."""
         mask = torch.empty(self.num_parameters, dtype=torch.bool, device=self.device)

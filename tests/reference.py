@@ -6,8 +6,11 @@ import copy
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from modeconn.curves import Curve
+from modeconn.recipe import Recipe
+from modeconn.weights import WeightSpace
 
 
 def de_casteljau(control_points: Tensor, t: float) -> Tensor:
@@ -46,3 +49,35 @@ def pooled_statistics(model: nn.Module, data: list) -> dict[str, tuple[Tensor, T
             model(inputs)
     values = {name: torch.cat(rows, dim=1) for name, rows in seen.items()}
     return {name: (value.mean(1), value.var(1)) for name, value in values.items()}
+
+
+def fit_by_autograd(
+    model: nn.Module,
+    curve: Curve,
+    control_points: Tensor,
+    recipe: Recipe,
+    data: list,
+    positions: list[float],
+) -> Tensor:
+    """Learn a curve by differentiating through basis, mixing and penalty, one step for each batch and position."""
+    model = copy.deepcopy(model).train()
+    space = WeightSpace(model)
+    fixed = control_points.clone()
+    inner = nn.Parameter(control_points[curve.trained].clone())
+    optimizer = recipe.make_optimizer([inner])
+    frozen = {name for name, parameter in model.named_parameters() if not parameter.requires_grad}
+    for index, t in enumerate(positions):
+        recipe.set_learning_rate(optimizer, index / len(data))
+        points = fixed.clone()
+        points[curve.trained] = inner
+        theta = curve.basis(t).to(points) @ points
+        inputs, targets = data[index % len(data)]
+        views = {name: v.detach() if name in frozen else v for name, v in space.unflatten(theta).items()}
+        outputs = functional_call(copy.deepcopy(model), views, (inputs,))  # it spoils a module of two names
+        penalty = sum((view**2).sum() for name, view in views.items())
+        optimizer.zero_grad()
+        (nn.functional.cross_entropy(outputs, targets) + recipe.weight_decay / 2 * penalty).backward()
+        optimizer.step()
+    points = fixed.clone()
+    points[curve.trained] = inner.detach()
+    return points

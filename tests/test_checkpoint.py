@@ -79,6 +79,12 @@ def test_a_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch, dump):
     assert not (tmp_path / "boom").exists()
 
 
+def test_no_header_length_is_taken_for_a_pickle(tmp_path):
+    for length in range(0, 256, 8):  # headers are padded to multiples of 8 bytes
+        checkpoint.write(tmp_path / "a", "thing", {}, {"text": "x" * length})
+        assert checkpoint.read(tmp_path / "a", "thing")[1]["text"] == "x" * length
+
+
 def test_a_file_of_another_kind_or_program_is_refused(tmp_path):
     checkpoint.write(tmp_path / "ours", "connection", TENSORS, {})
     with pytest.raises(ValueError, match="ours' is a connection, not a thing"):

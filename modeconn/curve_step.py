@@ -1,0 +1,140 @@
+"""One step of learning a curve: weights at t, an ordinary forward and backward pass, the gradient pulled back."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from modeconn.curves import Curve
+from modeconn.evaluate import Objective
+from modeconn.loss import LossFn, check_targets
+from modeconn.recipe import Recipe
+from modeconn.weights import Workspace
+
+BLOCK = 64
+"""Steps over which t is stratified."""
+
+
+def stratified_positions(seed: int, block: int) -> Tensor:
+    """Return the positions t of one block of steps: one in each of `BLOCK` equal parts of [0, 1], in random order.
+
+    A function of its arguments alone, so that a run can be taken up at any step. Each position by itself is uniform.
+
+    Returns:
+        float64 ``(BLOCK,)`` on the CPU.
+    """
+    random = np.random.default_rng([seed, block])
+    return torch.from_numpy((random.permutation(BLOCK) + random.random(BLOCK)) / BLOCK)
+
+
+def supervised(loss_fn: LossFn, *, check: bool = False) -> Objective:
+    """Return ``forward(model, batch) -> loss`` for ``(inputs, targets)``; with ``check``, targets must be classes."""
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = batch
+        outputs = model(inputs)
+        if check:
+            check_targets(outputs, targets)
+        return loss_fn(outputs, targets)
+
+    return forward
+
+
+class CurveStep:
+    r"""Takes optimizer steps on the control points of a curve.
+
+    With :math:`\theta = \sum_k B_k(t) c_k` the gradient of :math:`c_k` is :math:`B_k(t) \, \nabla L(\theta)`, so a step
+    is the ordinary one of the unmodified module plus three passes over vectors: one to mix the control points into the
+    workspace, two to pull gradient and penalty back. Autograd never sees the curve.
+
+    Args:
+        workspace: The module to run, in train mode, with its flat weights and gradient; its buffers are scratch.
+        curve: The curve; its `trained` control points are learned.
+        control_points: ``(K, P)``, changed in place.
+        recipe: Optimizer, weight decay, precision, compilation. The caller sets the learning rate, see `optimizer`.
+
+    Attributes:
+        optimizer: The optimizer of the trained control points, one parameter ``(M, P)``.
+    """
+
+    def __init__(self, workspace: Workspace, curve: Curve, control_points: Tensor, recipe: Recipe) -> None:
+        self.curve = curve
+        self.control_points = control_points
+        self.workspace = workspace
+        self._trained = nn.Parameter(control_points[curve.trained])  # shares memory with the control points
+        self._trained.grad = torch.zeros_like(self._trained)
+        self.optimizer = recipe.make_optimizer([self._trained])
+        self._weight_decay = recipe.weight_decay
+        self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        device = control_points.device.type
+        if recipe.autocast is not None:
+            self._autocast = lambda: torch.autocast(device, dtype=recipe.autocast)
+        self._scaler = torch.amp.GradScaler(device, enabled=recipe.autocast == torch.float16)
+        workspace.model.train()
+        self._model = torch.compile(workspace.model) if recipe.compile else workspace.model
+        space = workspace.space
+        self._decayed = None if space.all_trainable else space.trainable.to(space.dtype)
+
+    def __call__(self, batch: Any, weights: Tensor, forward: Objective) -> Tensor:
+        """Take one step.
+
+        Args:
+            batch: What ``forward`` takes, on the device of the control points.
+            weights: ``curve.basis(t)`` in the dtype and on the device of the control points, ``(K,)``.
+            forward: ``forward(model, batch) -> loss``, a mean over examples. What changes a batch in the light of the
+                model, as an attack does, comes inside: the model it gets stands at t.
+
+        Returns:
+            The loss, a scalar on the device, without the penalty.
+        """
+        self.move(weights)
+        self.workspace.zero_grad()
+        with self._autocast():
+            loss = forward(self._model, batch)
+        self._scaler.scale(loss).backward()
+        self._pull_back(weights[self.curve.trained])
+        self._scaler.step(self.optimizer)
+        self._scaler.update()
+        return loss.detach()
+
+    def move(self, weights: Tensor) -> None:
+        """Put the workspace at the point of the curve with these basis weights ``(K,)``."""
+        torch.mv(self.control_points.t(), weights, out=self.workspace.theta)
+
+    @torch.no_grad()
+    def _pull_back(self, weights: Tensor) -> None:
+        gradient = self._trained.grad
+        torch.outer(weights, self.workspace.grad, out=gradient)
+        self._scaler.unscale_(self.optimizer)
+        if self._weight_decay:
+            theta = self.workspace.theta
+            if self._decayed is not None:  # frozen weights are not pulled anywhere
+                theta = theta * self._decayed
+            gradient.addr_(weights, theta, alpha=self._weight_decay)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that changes from step to step, as tensors and as JSON can hold it."""
+        values = self.optimizer.state[self._trained] if self._trained in self.optimizer.state else {}
+        tensors = {f"optimizer.{name}": value for name, value in values.items() if isinstance(value, Tensor)}
+        scalars = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
+        buffers = {f"buffer.{name}": buffer for name, buffer in self.workspace.model.named_buffers()}
+        tensors = {"control_points": self.control_points, **tensors, **buffers}
+        return tensors, {"optimizer": scalars, "scaler": self._scaler.state_dict()}
+
+    @torch.no_grad()
+    def load_state(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Take up where `state` was."""
+        self.control_points.copy_(tensors["control_points"])
+        for name, buffer in self.workspace.model.named_buffers():  # some modules do learn in them
+            buffer.copy_(tensors[f"buffer.{name}"])
+        start = "optimizer."
+        values = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
+        state = {**values, **about["optimizer"]}
+        groups = self.optimizer.state_dict()["param_groups"]
+        self.optimizer.load_state_dict({"state": {0: state} if state else {}, "param_groups": groups})
+        self._scaler.load_state_dict(about["scaler"])
