@@ -1,1 +1,50 @@
-"""modeconn: connect independently trained neural networks."""
+"""modeconn: connect independently trained neural networks.
+
+import modeconn
+from modeconn import data, models
+
+train, test = data.load("digits")
+a, b = (models.train(models.mlp(64, (128, 128), 10, seed=s), train, seed=s) for s in (1, 2))
+
+spec = modeconn.discover(a)                                # which units may be relabelled
+aligned = modeconn.align(a, b, train, spec=spec)           # b, relabelled after a
+connection = modeconn.fit_curve(a, b, train, align=True)   # a low-loss curve between them
+profile = connection.evaluate(test)                        # loss and accuracy along it
+"""
+
+from modeconn._version import __version__
+from modeconn.align import ActivationMatching, Alignment, WeightMatching, align
+from modeconn.connection import Connection
+from modeconn.curves import Bezier, Line, PolyChain
+from modeconn.evaluate import Profile
+from modeconn.recipe import Recipe
+from modeconn.symmetry import (
+    RULES,
+    Permutation,
+    PermutationSpec,
+    UnknownOperatorWarning,
+    VerificationError,
+    discover,
+)
+from modeconn.weights import WeightSpace
+
+__all__ = [
+    "RULES",
+    "ActivationMatching",
+    "Alignment",
+    "Bezier",
+    "Connection",
+    "Line",
+    "Permutation",
+    "PermutationSpec",
+    "PolyChain",
+    "Profile",
+    "Recipe",
+    "UnknownOperatorWarning",
+    "VerificationError",
+    "WeightMatching",
+    "WeightSpace",
+    "__version__",
+    "align",
+    "discover",
+]

@@ -54,6 +54,7 @@ class Space:
         self._why: list[str | None] = []  # why an atom is fixed, None while it is free
         self._meaning: dict[int, Axis] = {}  # atom -> the axis it was found to be; every axis is read through this
         self._normal: dict[Axis, Axis] = {}  # cache of `normal`, emptied when `_meaning` grows
+        self._batch: set[int] = set()
         self._member: dict[tuple[int, int, int], int] = {}  # (family, index axis, index) -> member
 
     # ---------------------------------------------------------------- making and reading axes
@@ -65,6 +66,12 @@ class Space:
     def fixed(self, size: int, why: str) -> Axis:
         """Return a new axis whose positions carry meaning."""
         return self._new(size, why)
+
+    def batch(self, size: int) -> Axis:
+        """Return a new fixed axis that stands for the batch: any other size would do as well."""
+        axis = self._new(size, "input")
+        self._batch.update(axis[0])
+        return axis
 
     def _new(self, size: int, why: str | None) -> Axis:
         if size <= 1:
@@ -111,6 +118,11 @@ class Space:
     def is_fixed(self, axis: Axis) -> bool:
         """Return whether no position of the axis can move."""
         return all(self._why[atom] for atom in atoms_of(self.normal(axis)))
+
+    @property
+    def batch_atoms(self) -> frozenset[int]:
+        """The atoms that stand for the batch."""
+        return frozenset(self._batch)
 
     @property
     def num_atoms(self) -> int:
@@ -173,6 +185,8 @@ class Space:
     def _split_atom(self, atom: int, num: int) -> tuple[Axis, Axis]:
         why, size = self._why[atom], self._size[atom]
         head, tail = self._new(num, why), self._new(size // num, why)
+        if atom in self._batch:
+            self._batch.update(head[0])
         self._define(atom, ((*head[0], *tail[0]),))
         return head, tail
 
@@ -267,6 +281,7 @@ class Space:
     def _equate(self, f: Any, g: Any) -> bool:
         if isinstance(f, int) and isinstance(g, int):
             self._why[g] = self._why[g] or self._why[f]
+            self._batch.update({g} if f in self._batch else ())
             self._define(f, ((g,),))
         elif isinstance(f, int):
             self._become(f, g)
@@ -302,6 +317,7 @@ class Space:
                 if not (isinstance(f, int) and isinstance(g, int) and self._size[f] == self._size[g]):
                     return
                 if f != g and f not in self._meaning and g not in self._meaning:
+                    self._batch.update({g} if f in self._batch else ())
                     self._define(f, ((g,),))
 
     # ---------------------------------------------------------------- families

@@ -89,6 +89,23 @@ def example_for(model: nn.Module, example_input: Any = None, batch: Any = None) 
     return Example.of(example_input).to(device)
 
 
+def traces_of(spec: PermutationSpec, model: nn.Module, example_input: Any = None) -> tuple[Trace, ...]:
+    """Return the exported graphs behind a spec; a loaded one has none, so the model is exported anew.
+
+    Raises:
+        ValueError: If discovery does not find this spec in the model.
+    """
+    if spec.traces:
+        return spec.traces
+    fresh = discover(model, example_input)
+    if fresh != spec:
+        raise ValueError(
+            "the saved spec is not what discover finds in this model now (another model, version or rules); "
+            "run discover again."
+        )
+    return fresh.traces
+
+
 @dataclass
 class _Unknown:
     """An operator without a rule, as it was met."""
@@ -190,7 +207,7 @@ class Walk(Space):
             return value
         source = graph.state.get(node.name)
         if source is None:
-            axes = [self.fixed(_hint(n), "input") for n in value.shape]
+            axes = [self.fixed(n, "input") if isinstance(n, int) else self.batch(_hint(n)) for n in value.shape]
         elif source.name in self.state and source.kind != "constant":
             axes = self.state[source.name]
         elif (known := graph.constant(source)) is not None and _all_equal(known):
@@ -324,7 +341,7 @@ class Walk(Space):
             mine = {p for p in mine if set(parents.get(p, ())) <= mine}
             parents[atom] = tuple(sorted(mine, key=lambda p: (p in parents, order.index(p) if p in parents else p)))
         atoms = range(self.num_atoms)
-        return Structure({a: self.atom_size(a) for a in atoms}, parents, families)
+        return Structure({a: self.atom_size(a) for a in atoms}, parents, families, self.batch_atoms)
 
     def _costs(self) -> Iterable[UnknownOperator]:
         """Sum up the units that each unknown operator fixed, by operator."""

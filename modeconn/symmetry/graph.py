@@ -50,6 +50,26 @@ class Example:
         """Return every tensor among the inputs."""
         return [leaf for leaf in pytree.tree_leaves((self.args, self.kwargs)) if isinstance(leaf, Tensor)]
 
+    def has_batch(self, tensor: Tensor) -> bool:
+        """Whether a tensor's first dimension has the size of the first input's."""
+        first = next((t for t in self.tensors() if t.dim()), None)
+        return first is not None and tensor.dim() > 0 and tensor.shape[0] == first.shape[0]
+
+    def with_batch_of_two(self) -> Example | None:
+        """Return the inputs with at least two entries in their batch, since export takes a size of one for a constant.
+
+        None if no input has a first dimension.
+        """
+        if not any(t.dim() for t in self.tensors()):
+            return None
+
+        def widen(leaf: Any) -> Any:
+            if not isinstance(leaf, Tensor) or not self.has_batch(leaf):
+                return leaf
+            return leaf.repeat(2, *[1] * (leaf.dim() - 1)) if leaf.shape[0] == 1 else leaf.clone()
+
+        return Example(*pytree.tree_map(widen, (self.args, self.kwargs)))
+
 
 @dataclass(frozen=True)
 class State:
@@ -84,13 +104,22 @@ class Graph:
         self.used_state = {self.state[node.name].name for node in self.nodes if node.name in self.state}
         self._last_use = _last_uses(self.nodes)
 
-    def run(self, state: Mapping[str, Tensor], example: Example, dtype: torch.dtype | None = None) -> Iterator[tuple]:
+    def run(
+        self,
+        state: Mapping[str, Tensor],
+        example: Example,
+        *,
+        dtype: torch.dtype | None = None,
+        running_statistics: bool = False,
+    ) -> Iterator[tuple[Node, Any]]:
         """Execute node by node, without gradients and without dropout.
 
         Args:
             state: Parameters and buffers by name; buffers are copied before a node may change them.
             example: Inputs on the device of ``state``; any batch size if `free_batch`.
             dtype: Every cast to a floating type inside the graph goes to this one; None leaves them.
+            running_statistics: Let batch norm use them also in train mode: what eval mode computes, for every branch
+                that train mode has.
 
         Yields:
             ``node, value`` right after each node ran, before a later in-place operation changes the value. Values
@@ -110,11 +139,23 @@ class Graph:
                 elif node.op == "get_attr":
                     value = getattr(self._program.graph_module, node.target)
                 else:
-                    value = _call(node, env, device, dtype)
+                    value = _call(node, env, device, dtype, running_statistics)
                 env[node] = value
                 yield node, value
                 for done in self._last_use.get(node, ()):
                     del env[done]
+
+    def check_batch(self, example: Example) -> None:
+        """Raise a ValueError if the model was exported for another batch size only."""
+        if self.free_batch:
+            return
+        exported = [node.meta["val"] for node in self.nodes if node.op == "placeholder" and node.name not in self.state]
+        for given, traced in zip(example.tensors(), exported, strict=False):
+            if tuple(given.shape) != tuple(traced.shape):
+                raise ValueError(
+                    f"this model runs only on inputs of shape {tuple(traced.shape)}, the shape of the example input, "
+                    f"got {tuple(given.shape)}: it fixes its batch size. Pass an example input of the loader's shape."
+                )
 
     def constant(self, source: State) -> Tensor | None:
         """Return the value of a constant, None for what the model's state holds."""
@@ -150,7 +191,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
         ValueError: If the model cannot run on the example, or cannot be exported.
     """
     shadow = _shadow(model).train(training)
-    batched = _with_batch_of_two(example)
+    batched = example.with_batch_of_two()
     with _traceable():
         if batched is not None:
             try:
@@ -170,27 +211,9 @@ def _export(model: nn.Module, example: Example, free_batch: bool) -> Any:
     if free_batch:
         shapes = ShapesCollection()
         for tensor in example.tensors():
-            if _has_batch(tensor, example):
+            if example.has_batch(tensor):
                 shapes[tensor] = {0: Dim.AUTO}
     return export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
-
-
-def _has_batch(tensor: Tensor, example: Example) -> bool:
-    first = next(t for t in example.tensors() if t.dim())
-    return tensor.dim() > 0 and tensor.shape[0] == first.shape[0]
-
-
-def _with_batch_of_two(example: Example) -> Example | None:
-    """Return the example with at least two entries in its batch: export takes a size of one for a constant."""
-    if not any(t.dim() for t in example.tensors()):
-        return None
-
-    def widen(leaf: Any) -> Any:
-        if not isinstance(leaf, Tensor) or not _has_batch(leaf, example):
-            return leaf
-        return leaf.repeat(2, *[1] * (leaf.dim() - 1)) if leaf.shape[0] == 1 else leaf.clone()
-
-    return Example(*pytree.tree_map(widen, (example.args, example.kwargs)))
 
 
 def _shadow(model: nn.Module) -> nn.Module:
@@ -278,7 +301,9 @@ def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
     return ends
 
 
-def _call(node: Node, env: dict[Node, Any], device: torch.device, dtype: torch.dtype | None) -> Any:
+def _call(
+    node: Node, env: dict[Node, Any], device: torch.device, dtype: torch.dtype | None, running_statistics: bool
+) -> Any:
     from torch.fx.node import map_aggregate
 
     if getattr(node.target, "__name__", "").startswith("_assert"):
@@ -294,15 +319,20 @@ def _call(node: Node, env: dict[Node, Any], device: torch.device, dtype: torch.d
         return leaf
 
     args, kwargs = map_aggregate(node.args, resolve), map_aggregate(node.kwargs, resolve)
-    return node.target(*_without_dropout(node, args), **{k: 0.0 if k == "dropout_p" else v for k, v in kwargs.items()})
+    settings = _settings(node, running_statistics)
+    names = [argument.name for argument in node.target._schema.arguments] if settings else []
+    args = [settings.get(name, value) for name, value in zip(names, args, strict=False)] if settings else args
+    return node.target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
 
 
-def _without_dropout(node: Node, args: tuple[Any, ...]) -> tuple[Any, ...]:
+def _settings(node: Node, running_statistics: bool) -> dict[str, Any]:
+    """Return the arguments of an operator that are not to be taken from the graph."""
     schema = getattr(node.target, "_schema", None)
-    if schema is None or not any("dropout" in text for text in (schema.name, *(a.name for a in schema.arguments))):
-        return args
-    rates = ("p", "dropout", "dropout_p")
-    return tuple(
-        0.0 if argument.name in rates and isinstance(value, float) else value
-        for argument, value in zip(schema.arguments, args, strict=False)
-    )
+    if schema is None:
+        return {}
+    names = {argument.name for argument in schema.arguments}
+    if "dropout" in schema.name:
+        return {"p": 0.0}
+    if running_statistics and {"running_mean", "training"} <= names:
+        return {"training": False}
+    return {name: 0.0 for name in ("dropout", "dropout_p") if name in names}

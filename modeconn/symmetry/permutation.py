@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import copy
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
+from modeconn import checkpoint
 from modeconn.symmetry.spec import Group, PermutationSpec
 
 
@@ -73,6 +74,14 @@ class Permutation:
         """Return the perms under the numbers that the spec's structure uses."""
         return {group.atom: self.perms[group.name] for group in self.spec.groups}
 
+    def flat_sources(self, name: str) -> Tensor:
+        """Return the source of every unit of a group, blocks and units inside them numbered row-major, ``(N,)``."""
+        group = self.spec[name]
+        flat = torch.zeros(group.shape, dtype=torch.int64)
+        for source, size in zip([*self._parent_sources(group), self.perms[name]], group.shape, strict=True):
+            flat = flat * size + source
+        return flat.flatten()
+
     def inverse(self) -> Permutation:
         """Return the relabelling that undoes this one."""
         return Permutation(self.spec, {g.name: self._inverse(g) for g in self.spec.groups})
@@ -126,25 +135,19 @@ class Permutation:
     def __repr__(self) -> str:
         return f"Permutation({len(self.perms)} groups, {self.num_moved:,} of {self.spec.num_units:,} units moved)"
 
-    def save(self, path: str | Path) -> None:
-        """Write the permutation and its spec to a safetensors file."""
-        from modeconn.checkpoint import write_file
-
-        write_file(path, dict(self.perms), {"kind": "permutation", "spec": self.spec.to_json()})
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the permutation and its spec to a safetensors file, all or nothing."""
+        checkpoint.write(path, "permutation", self.perms, {"spec": self.spec.to_json()})
 
     @classmethod
-    def load(cls, path: str | Path) -> Permutation:
+    def load(cls, path: str | os.PathLike[str]) -> Permutation:
         """Read what `save` wrote.
 
         Raises:
-            ValueError: If the file is no permutation of modeconn.
+            ValueError: If the file is no permutation that modeconn wrote.
         """
-        from modeconn.checkpoint import read_file
-
-        tensors, metadata = read_file(path)
-        if metadata.get("kind") != "permutation":
-            raise ValueError(f"{path} holds no permutation.")
-        return cls(PermutationSpec.from_json(metadata["spec"]), tensors)
+        perms, about = checkpoint.read(path, "permutation")
+        return cls(PermutationSpec.from_json(about["spec"]), perms)
 
 
 def _check(group: Group, perm: Tensor) -> None:

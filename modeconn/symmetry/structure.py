@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from math import prod
 from typing import Any
@@ -12,6 +12,9 @@ from torch import Tensor
 
 from modeconn.symmetry import axes as algebra
 from modeconn.symmetry.axes import At, Axis, Families, atoms_of, expand
+
+Labels = tuple[tuple[int, int], ...]
+"""For each dimension of a piece, its atom and the axis of the tensor that it came from."""
 
 Perms = Mapping[int, Tensor]
 """``atom -> perm`` of shape ``(*sizes of its parents, n)``: destination place to source unit; absent atoms stay."""
@@ -26,11 +29,13 @@ class Structure:
         parents: For each free atom, the atoms whose index its relabelling may depend on: the units of a head, one
             permutation for each head. Parents come before their children.
         families: Atoms that stand for different axes at different indices of a fixed axis.
+        batch: Fixed atoms that stand for the batch, whose size is only that of the example.
     """
 
     sizes: dict[int, int]
     parents: dict[int, tuple[int, ...]]
     families: Families = field(default_factory=dict)
+    batch: frozenset[int] = frozenset()
 
     def size(self, axis: Axis) -> int:
         """Return the number of positions of an axis."""
@@ -53,7 +58,7 @@ class Structure:
                 found.add(atom)
         return found
 
-    def pieces(self, x: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, tuple[tuple[int, int], ...]]]:
+    def pieces(self, x: Tensor, axes: Sequence[Axis]) -> Iterator[tuple[Tensor, Labels]]:
         """Cut a tensor into views with one dimension per atom.
 
         Args:
@@ -67,7 +72,7 @@ class Structure:
         for part in expand(tuple(axes), self.families):
             yield from self._explode(x, 0, [(axis, dim) for dim, axis in enumerate(part)], ())
 
-    def _explode(self, x: Tensor, dim: int, items: list[tuple[Any, int]], labels: tuple) -> Iterator[tuple]:
+    def _explode(self, x: Tensor, dim: int, items: list[tuple[Any, int]], labels: Labels) -> Iterator[tuple]:
         if not items:
             yield x, labels
             return
@@ -77,13 +82,15 @@ class Structure:
         elif isinstance(what, At):
             yield from self._explode(x.select(dim, what.index), dim, rest, labels)
         else:
-            start = 0
+            start, nominal = 0, self.size(what)
             for segment in what:
                 sizes = [self.factor_size(factor) for factor in segment]
-                part = x.narrow(dim, start, prod(sizes))
+                length = prod(sizes) * x.shape[dim] // nominal  # differs from its size only along the batch
+                sizes = [-1 if factor in self.batch else n for factor, n in zip(segment, sizes, strict=True)]
+                part = x.narrow(dim, start, length)
                 part = part.unflatten(dim, sizes) if sizes else part.squeeze(dim)
                 yield from self._explode(part, dim, [(factor, origin) for factor in segment] + rest, labels)
-                start += prod(sizes)
+                start += length
 
     def relabel(self, x: Tensor, axes: Sequence[Axis], perms: Perms) -> Tensor:
         """Return ``x`` with its entries moved: place ``i`` of an axis holds what unit ``perm[i]`` held."""
@@ -125,14 +132,38 @@ class Structure:
             target.copy_(place[tuple(self._sources(labels, place.shape, perms))] if labels else place)
         return index.flatten()
 
-    def _sources(self, labels: tuple, shape: Sequence[int], perms: Perms) -> Iterable[Tensor]:
+    def unit_dims(self, labels: Labels, atoms: Container[int]) -> Iterator[list[int]]:
+        """Yield, for each time a piece holds units of ``atoms``, the dimensions of their parents and their own.
+
+        An atom that only says where another of ``atoms`` lies (the head of a unit) is part of that one's.
+        """
+        chains = [
+            [*(find_label(parent, labels, origin) for parent in self.parents[atom]), dim]
+            for dim, (atom, origin) in enumerate(labels)
+            if atom in atoms
+        ]
+        inner = {dim for chain in chains for dim in chain[:-1]}
+        yield from (chain for chain in chains if chain[-1] not in inner)
+
+    def move_piece(self, piece: Tensor, labels: Labels, perms: Perms, stay: Container[int]) -> Tensor:
+        """Relabel a piece along all its dimensions but those in ``stay``."""
+        sources = list(self._sources(labels, piece.shape, perms))
+        moving = [dim for dim, (atom, _) in enumerate(labels) if dim not in stay and atom in perms]
+        for dim in sorted(moving, key=lambda d: len(self.parents[labels[d][0]])):  # blocks before what is inside them
+            if self.parents[labels[dim][0]]:
+                piece = piece.gather(dim, sources[dim].expand(piece.shape).to(piece.device))
+            else:
+                piece = piece.index_select(dim, sources[dim].flatten().to(piece.device))
+        return piece
+
+    def _sources(self, labels: Labels, shape: Sequence[int], perms: Perms) -> Iterable[Tensor]:
         """For each dimension of a piece, the coordinate its entries come from."""
         here = [_along(torch.arange(n), dim, len(shape)) for dim, n in enumerate(shape)]
         for dim, (atom, origin) in enumerate(labels):
             if atom not in perms:
                 yield here[dim]
                 continue
-            where = [_find(parent, labels, origin) for parent in self.parents[atom]]
+            where = [find_label(parent, labels, origin) for parent in self.parents[atom]]
             yield perms[atom].cpu()[(*(here[w] for w in where), here[dim])]
 
 
@@ -140,7 +171,7 @@ def _along(values: Tensor, dim: int, num_dims: int) -> Tensor:
     return values.view([-1 if d == dim else 1 for d in range(num_dims)])
 
 
-def _find(atom: int, labels: tuple, origin: int) -> int:
+def find_label(atom: int, labels: Labels, origin: int) -> int:
     """Return the dimension that holds ``atom``: in the same axis of the tensor if it is there, else in another."""
     dims = [dim for dim, label in enumerate(labels) if label == (atom, origin)]
     return dims[0] if dims else next(dim for dim, label in enumerate(labels) if label[0] == atom)

@@ -1,0 +1,85 @@
+"""Neuron alignment: units that respond alike to the same inputs take the same place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.align.assignment import match_groups
+from modeconn.align.method import Match, correlations
+from modeconn.align.statistics import Moments, collect
+from modeconn.symmetry.spec import PermutationSpec
+
+
+@dataclass(frozen=True)
+class ActivationMatching:
+    r"""Match units by their activations on training data (Tatro et al., 2020).
+
+    For each group the relabelling maximises :math:`\sum_i \operatorname{corr}(X_a[i], X_b[\pi(i)])`, exactly, over all
+    images and places. A group that is read in several tensors (a residual stream) is matched on the pooled moments of
+    all of them. Both networks run once over the data, in eval mode, without augmentation.
+
+    Args:
+        num_examples: How many training examples to use, from the beginning of one pass; None for the whole loader.
+        pre_activation: Read units before their elementwise nonlinearity instead of after it.
+        statistic: "correlation" (Pearson's); "cosine", not centred; or "inner_product", which minimises
+            :math:`\sum_i \|X_a[i] - X_b[\pi(i)]\|^2`, the Wasserstein-2 distance between the two layers' units.
+
+    References:
+        Tatro et al., 2020, https://arxiv.org/abs/2009.02439; Li et al., 2016, https://arxiv.org/abs/1511.07543
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    num_examples: int | None = 10_000
+    pre_activation: bool = False
+    statistic: Literal["correlation", "cosine", "inner_product"] = "correlation"
+
+    def __post_init__(self) -> None:
+        if self.num_examples is not None and self.num_examples < 2:
+            raise ValueError(f"num_examples must be at least 2, or None, got num_examples={self.num_examples}.")
+        if self.statistic not in ("correlation", "cosine", "inner_product"):
+            raise ValueError(
+                f"statistic must be 'correlation', 'cosine' or 'inner_product', got statistic={self.statistic!r}."
+            )
+
+    def match(
+        self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
+    ) -> Match:
+        """Return the relabelling of b; ``loader`` yields training data."""
+        if loader is None:
+            raise ValueError(
+                "ActivationMatching compares activations, so it needs data: pass loader=, or use WeightMatching()."
+            )
+        moments = collect(
+            spec,
+            model_a,
+            model_b,
+            loader,
+            num_examples_at_most=self.num_examples,
+            before_activation=self.pre_activation,
+        )
+        similarities = {name: self._similarity(m) for name, m in moments.items()}
+        permutation = match_groups(spec, similarities)
+        return Match(permutation, correlations(moments, permutation), _constant_units(moments))
+
+    def _similarity(self, moments: Moments) -> Tensor:
+        similarity = getattr(moments, self.statistic)()
+        if not bool(torch.isfinite(similarity).all()):
+            raise ValueError("activations are NaN or infinite on this data; check the endpoints' weights and inputs.")
+        return _tie_to_identity(similarity, *moments.constant())
+
+
+def _tie_to_identity(similarity: Tensor, constant_a: Tensor, constant_b: Tensor) -> Tensor:
+    """Let units that say nothing stay where they are: a bonus far below any real difference decides ties only."""
+    bonus = 1e-9 * similarity.abs().max().clamp(min=1e-300)
+    return similarity + torch.diag(bonus * (constant_a | constant_b))
+
+
+def _constant_units(moments: dict[str, Moments]) -> dict[str, tuple[int, int]]:
+    return {name: tuple(int(c.sum()) for c in m.constant()) for name, m in moments.items()}

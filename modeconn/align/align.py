@@ -1,0 +1,119 @@
+"""The verb: relabel b after a."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Any
+
+from torch import nn
+
+from modeconn.align.activation_matching import ActivationMatching
+from modeconn.align.method import Method, correlations
+from modeconn.align.statistics import collect, inputs_of
+from modeconn.align.weight_matching import WeightMatching
+from modeconn.loaders import first_batch
+from modeconn.symmetry.discover import discover
+from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import PermutationSpec
+from modeconn.weights import WeightSpace
+
+_LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Alignment:
+    """Two networks with their units under the same names.
+
+    Args:
+        model_b: b relabelled: a new model, the same function as b.
+        permutation: ``permutation.apply(b)`` is ``model_b``.
+        correlation: Mean correlation of paired units before and after, by group, on the data that was given; groups
+            that are never summed over are left out.
+        constant_units: Units that never change on that data, ``(of a, of b)`` by group; they stay where they can.
+        history: The method's objective, step by step, if it has one.
+    """
+
+    model_b: nn.Module
+    permutation: Permutation
+    correlation: dict[str, tuple[float, float]] = field(default_factory=dict)
+    constant_units: dict[str, tuple[int, int]] = field(default_factory=dict)
+    history: tuple[float, ...] = ()
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """The groups that were matched."""
+        return self.permutation.spec
+
+    def __repr__(self) -> str:
+        lines = [f"Alignment({self.permutation!r})"]
+        width = max(map(len, self.correlation), default=0)
+        for name, (before, after) in self.correlation.items():
+            dead = sum(self.constant_units.get(name, (0, 0)))
+            note = f"  {dead} constant" if dead else ""
+            lines.append(f"  {name:{width}}  correlation {before:6.3f} -> {after:6.3f}{note}")
+        return "\n".join(lines)
+
+
+def align(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any] | None = None,
+    *,
+    method: Method | None = None,
+    spec: PermutationSpec | None = None,
+    example_input: Any = None,
+    verify: bool = True,
+) -> Alignment:
+    """Relabel the units of b so that it agrees with a; a stays, b is copied.
+
+    Args:
+        model_a: The reference.
+        model_b: A network of the same architecture.
+        loader: Training data, ``(inputs, targets)`` batches; targets are not read.
+        method: How to match. Default: `ActivationMatching` with a loader, `WeightMatching` without.
+        spec: What `discover` found for this architecture. Default: it is discovered here.
+        example_input: For discovery, where there is neither a loader nor ``model_a.example_input()``.
+        verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
+
+    Returns:
+        The relabelled b, its permutation, and the correlations before and after. A model without a free group gives
+        the identity.
+
+    Raises:
+        ValueError: If the networks are of different architectures, hold NaN, or data is missing.
+
+    Example:
+        >>> from modeconn import models
+        >>> a, b = (models.mlp(64, (16,), 10, seed=s) for s in (1, 2))
+        >>> align(a, b).permutation
+        Permutation(1 groups, 16 of 16 units moved)
+    """
+    space = WeightSpace(model_a)
+    space.check(model_a, name="a")
+    space.check(model_b, name="b")
+    if spec is None:
+        first = None if loader is None else inputs_of(first_batch(loader))
+        example = example_input if example_input is not None else first
+        spec = discover(model_a, example)
+        if verify:
+            spec.verify(model_a, example)
+    else:
+        spec.check_model(model_a)
+    if not spec.groups:
+        _LOGGER.warning("%s has no group of units that may be relabelled.", type(model_a).__name__)
+    if method is None:
+        method = WeightMatching() if loader is None else ActivationMatching()
+    match = method.match(spec, model_a, model_b, loader)
+    correlation = match.correlation
+    if not correlation and loader is not None:
+        moments = collect(spec, model_a, model_b, loader, num_examples_at_most=2_048, before_activation=False)
+        correlation = correlations(moments, match.permutation)
+    return Alignment(
+        model_b=match.permutation.apply(model_b),
+        permutation=match.permutation,
+        correlation=correlation,
+        constant_units=match.constant_units,
+        history=match.history,
+    )

@@ -1,0 +1,136 @@
+"""Linear assignment: which unit of b takes which place of a."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from itertools import product
+from math import prod
+
+import torch
+from torch import Tensor
+
+from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import Group, PermutationSpec
+
+
+def match_units(similarity: Tensor) -> Tensor:
+    r"""Pair each unit of network a with a unit of network b so that total similarity is largest.
+
+    .. math:: \pi^\star = \operatorname{argmax}_{\pi \in S_n} \sum_{i=1}^{n} C_{i, \pi(i)}
+
+    With cross-correlations of activations as ``C`` this is the layer-wise step of neuron alignment (Tatro et al.,
+    2020); with inner products of weights, that of weight matching (Ainsworth et al., 2023). Exact; O(n^3), on the CPU.
+
+    Args:
+        similarity: ``C``, shape ``(n, n)``, rows for units of a, columns for units of b; finite, any scale.
+
+    Returns:
+        ``perm``, int64, shape ``(n,)``, on the device of ``similarity``: unit ``perm[i]`` of b takes place i.
+
+    Raises:
+        ValueError: If ``similarity`` is not square or not finite (a unit that never fires has no correlation).
+
+    References:
+        Tatro et al., 2020, https://arxiv.org/abs/2009.02439; Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836
+
+    Example:
+        >>> match_units(torch.tensor([[0.1, 0.9], [0.8, 0.2]]))
+        tensor([1, 0])
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    if similarity.dim() != 2 or similarity.shape[0] != similarity.shape[1]:
+        raise ValueError(f"similarity must be square, got shape {tuple(similarity.shape)}.")
+    if not bool(torch.isfinite(similarity).all()):
+        raise ValueError("similarity must be finite; it holds NaN or infinite entries.")
+    _, columns = linear_sum_assignment(similarity.detach().double().cpu().numpy(), maximize=True)
+    return torch.from_numpy(columns).to(similarity.device)
+
+
+def match_groups(spec: PermutationSpec, similarities: Mapping[str, Tensor]) -> Permutation:
+    """Choose the relabelling of largest total similarity.
+
+    Groups without parents are matched by one assignment. Where the units of a group lie in blocks that can be exchanged
+    (the parent: heads, convolution groups), the assignment inside is solved for every pair of blocks, and its value is
+    the similarity of those two blocks in the outer one: exact for any depth of nesting.
+
+    Args:
+        spec: The groups.
+        similarities: By group name, ``(N, N)`` with ``N`` the product of the group's shape, units numbered row-major;
+            rows for a, columns for b. A group left out has no evidence of its own.
+
+    Returns:
+        The permutation, on the CPU.
+    """
+    groups = {group.name: group for group in spec.groups}
+    total = {
+        name: similarities[name].double().cpu() if name in similarities else _nothing(group)
+        for name, group in groups.items()
+    }
+    deepest_first = sorted(groups.values(), key=lambda g: len(_free_parents(g)), reverse=True)
+    for group in deepest_first:
+        parent = _chain_parent(group, groups)
+        if parent is not None:
+            total[parent.name] = total[parent.name] + _block_values(group, parent, total[group.name])
+    perms: dict[str, Tensor] = {}
+    for group in reversed(deepest_first):
+        perms[group.name] = _read_off(group, groups, total[group.name], perms)
+    return Permutation(spec, perms)
+
+
+def _nothing(group: Group) -> Tensor:
+    count = prod(group.shape)
+    return torch.zeros(count, count, dtype=torch.float64)
+
+
+def _free_parents(group: Group) -> list[str]:
+    return [name for name, _ in group.parents if name]
+
+
+def _chain_parent(group: Group, groups: Mapping[str, Group]) -> Group | None:
+    """Return the nearest free parent if it varies with all the other parents; their evidence then adds up."""
+    free = _free_parents(group)
+    if not free:
+        return None
+    nearest = groups[free[-1]]
+    return nearest if (*nearest.parents, (nearest.name, nearest.size)) == group.parents else None
+
+
+def _block_values(group: Group, parent: Group, similarity: Tensor) -> Tensor:
+    """Return the value of the best inner assignment for every pair of places of the parent."""
+    n = group.size
+    blocks = similarity.view(similarity.shape[0] // n, n, similarity.shape[1] // n, n).transpose(1, 2)
+    values = torch.empty(blocks.shape[:2], dtype=torch.float64)
+    for i, j in product(*map(range, values.shape)):
+        values[i, j] = _value(blocks[i, j])
+    return values
+
+
+def _value(similarity: Tensor) -> Tensor:
+    return similarity.gather(1, match_units(similarity)[:, None]).sum()
+
+
+def _read_off(group: Group, groups: Mapping[str, Group], similarity: Tensor, perms: Mapping[str, Tensor]) -> Tensor:
+    """Solve the assignment inside each block, given which block of b takes its place."""
+    n = group.size
+    blocks = similarity.view(similarity.shape[0] // n, n, similarity.shape[1] // n, n)
+    perm = torch.empty(group.shape, dtype=torch.int64)
+    sizes = [size for _, size in group.parents]
+    names = [name for name, _ in group.parents]
+    for place in product(*map(range, sizes)):
+        source = []
+        for name, index in zip(names, place, strict=True):
+            if not name:
+                source.append(index)
+                continue
+            above = [place[names.index(p)] if p else place[k] for k, (p, _) in enumerate(groups[name].parents)]
+            source.append(int(perms[name][(*above, index)]))
+        perm[place] = match_units(blocks[_flat(place, sizes), :, _flat(source, sizes)])
+    return perm
+
+
+def _flat(index: tuple[int, ...] | list[int], sizes: list[int]) -> int:
+    flat = 0
+    for i, size in zip(index, sizes, strict=True):
+        flat = flat * size + i
+    return flat

@@ -1,0 +1,54 @@
+"""What a matching method takes and gives."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any, Protocol
+
+from torch import nn
+
+from modeconn.align.statistics import Moments
+from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import PermutationSpec
+
+
+@dataclass(frozen=True)
+class Match:
+    """What a method found.
+
+    Args:
+        permutation: The relabelling of b.
+        correlation: Mean correlation of paired units, ``(before, after)`` by group; empty if no data was used.
+        constant_units: Units that never change on the data, ``(of a, of b)`` by group.
+        history: The method's objective, step by step, if it has one.
+    """
+
+    permutation: Permutation
+    correlation: dict[str, tuple[float, float]] = field(default_factory=dict)
+    constant_units: dict[str, tuple[int, int]] = field(default_factory=dict)
+    history: tuple[float, ...] = ()
+
+
+class Method(Protocol):
+    """A way to choose the relabelling of b; its settings are its fields."""
+
+    def match(
+        self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
+    ) -> Match:
+        """Return the relabelling that brings b closest to a in the method's sense."""
+        ...
+
+
+def correlations(moments: Mapping[str, Moments], permutation: Permutation) -> dict[str, tuple[float, float]]:
+    """Return the mean correlation of paired units before and after relabelling, by group.
+
+    Units that are constant in either network count as 0.
+    """
+    result = {}
+    for name, m in moments.items():
+        correlation = m.correlation()
+        sources = permutation.flat_sources(name).to(correlation.device)
+        after = correlation.gather(1, sources[:, None]).mean()
+        result[name] = (float(correlation.diagonal().mean()), float(after))
+    return result

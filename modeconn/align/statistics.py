@@ -1,0 +1,253 @@
+"""Second moments of two networks' units, streamed over a data set in one pass."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.loaders import batches, num_examples
+from modeconn.symmetry.discover import traces_of
+from modeconn.symmetry.graph import Example
+from modeconn.symmetry.spec import Group, PermutationSpec, Tap, Trace
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+aten = torch.ops.aten
+_REDUCTIONS = {
+    aten.adaptive_avg_pool1d, aten.adaptive_avg_pool2d, aten.adaptive_avg_pool3d, aten.mean, aten.sum, aten.amax,
+    aten.adaptive_max_pool1d, aten.adaptive_max_pool2d, aten.adaptive_max_pool3d, aten.avg_pool1d, aten.avg_pool2d,
+    aten.avg_pool3d, aten.max_pool1d, aten.max_pool2d, aten.max_pool3d,
+}  # fmt: skip
+_REARRANGEMENTS = {
+    aten.view, aten.reshape, aten.flatten, aten.unflatten, aten.squeeze, aten.unsqueeze, aten.permute, aten.transpose,
+    aten.dropout, aten.dropout_, aten.feature_dropout, aten.contiguous, aten.clone, aten.detach, aten.movedim,
+}  # fmt: skip
+
+
+class Moments:
+    """Count, sums and products of the units of two networks, over any number of samples.
+
+    Values are shifted by the first samples' mean, multiplied in their own precision and added up in float64: the
+    variance of a unit with a large mean would otherwise drown in rounding.
+
+    Args:
+        num_units: ``N``.
+    """
+
+    def __init__(self, num_units: int) -> None:
+        self.count = 0
+        self._shift: tuple[Tensor, Tensor] | None = None
+        self._sums = [torch.zeros(num_units, dtype=torch.float64) for _ in range(2)]
+        self._squares = [torch.zeros(num_units, dtype=torch.float64) for _ in range(2)]
+        self._products = torch.zeros(num_units, num_units, dtype=torch.float64)
+
+    def add(self, a: Tensor, b: Tensor) -> None:
+        """Add samples: ``a`` and ``b`` of shape ``(N, samples)``, one sample the same input and place for both."""
+        if self._shift is None:
+            self._shift = (a.mean(1), b.mean(1))
+            self._to(a.device)
+        a, b = (x - shift[:, None] for x, shift in zip((a, b), self._shift, strict=True))
+        self.count += a.shape[1]
+        for k, x in enumerate((a, b)):
+            self._sums[k] += x.sum(1)
+            self._squares[k] += torch.linalg.vecdot(x, x)
+        self._products += a @ b.T
+
+    def _to(self, device: torch.device) -> None:
+        self._sums = [x.to(device) for x in self._sums]
+        self._squares = [x.to(device) for x in self._squares]
+        self._products = self._products.to(device)
+
+    def variances(self) -> tuple[Tensor, Tensor]:
+        """Return the variance of each unit of a and of b, ``(N,)`` each."""
+        a, b = (q / self.count - (s / self.count) ** 2 for q, s in zip(self._squares, self._sums, strict=True))
+        return a.clamp(min=0), b.clamp(min=0)
+
+    def covariance(self) -> Tensor:
+        """Return the covariance of each unit of a with each of b, ``(N, N)``."""
+        mean_a, mean_b = (s / self.count for s in self._sums)
+        return self._products / self.count - torch.outer(mean_a, mean_b)
+
+    def means(self) -> tuple[Tensor, Tensor]:
+        """Return the mean of each unit of a and of b, ``(N,)`` each."""
+        a, b = (s / self.count + shift for s, shift in zip(self._sums, self._shift, strict=True))
+        return a, b
+
+    def constant(self) -> tuple[Tensor, Tensor]:
+        """Return which units of a and of b never change, up to rounding: bool ``(N,)`` each."""
+        return tuple(v <= 1e-12 * (m**2 + v.max()) for v, m in zip(self.variances(), self.means(), strict=True))
+
+    def correlation(self) -> Tensor:
+        """Return Pearson's correlation of each unit of a with each of b, ``(N, N)``; 0 for a constant unit."""
+        scale_a, scale_b = (
+            torch.where(constant, 0.0, v.clamp(min=1e-300).rsqrt())
+            for v, constant in zip(self.variances(), self.constant(), strict=True)
+        )
+        return self.covariance() * scale_a[:, None] * scale_b[None, :]
+
+    def inner_product(self) -> Tensor:
+        """Return the mean product of each unit of a with each of b, not centred, ``(N, N)``."""
+        mean_a, mean_b = self.means()
+        return self.covariance() + torch.outer(mean_a, mean_b)
+
+    def cosine(self) -> Tensor:
+        """Return the mean product over the root mean squares, ``(N, N)``; 0 for a unit that is always 0."""
+        scale_a, scale_b = (
+            torch.where(power > 0, power.clamp(min=1e-300).rsqrt(), 0.0)
+            for power in (v + m**2 for v, m in zip(self.variances(), self.means(), strict=True))
+        )
+        return self.inner_product() * scale_a[:, None] * scale_b[None, :]
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Which units to read from a tensor of the graph."""
+
+    node: Node
+    group: Group
+
+
+def readings(spec: PermutationSpec, trace: Trace, *, before_activation: bool) -> list[Reading]:
+    """Return what to read for each group: every tensor in which its units are summed over, once.
+
+    A tensor that is only averaged over space before (global pooling) is read before that; with ``before_activation``,
+    before elementwise functions of it alone (ReLU, GELU) and pooling too.
+    """
+    groups = {group.atom: group for group in spec.groups}
+    found: dict[tuple[Node, int], Reading] = {}
+    for tap in trace.taps:
+        for atom in sorted(spec.structure.moving_atoms(tap.axis) & groups.keys()):
+            node = _before_pooling(trace, tap, atom, spec)
+            if before_activation:
+                node = _before_activation(trace, node, atom, spec)
+            if node.op != "placeholder":
+                found.setdefault((node, atom), Reading(node, groups[atom]))
+    return list(found.values())
+
+
+def _before_pooling(trace: Trace, tap: Tap, atom: int, spec: PermutationSpec) -> Node:
+    node, found = tap.node, tap.node
+    while (source := _only_tensor_input(node)) is not None and _holds(trace, source, atom, spec):
+        packet = getattr(node.target, "overloadpacket", None)
+        if packet in _REDUCTIONS and _pools_everything(node):
+            found = source
+        elif packet not in _REARRANGEMENTS:
+            break
+        node = source
+    return found
+
+
+def _pools_everything(node: Node) -> bool:
+    """Whether what a reduction leaves of the axes that it changes is one position."""
+    before, after = node.args[0].meta["val"].shape, node.meta["val"].shape
+    return len(after) < len(before) or all(n == 1 for n, m in zip(after, before, strict=True) if n != m)
+
+
+def _before_activation(trace: Trace, node: Node, atom: int, spec: PermutationSpec) -> Node:
+    while (source := _only_tensor_input(node)) is not None and _holds(trace, source, atom, spec):
+        packet = getattr(node.target, "overloadpacket", None)
+        elementwise = torch.Tag.pointwise in getattr(node.target, "tags", ()) or str(packet).endswith("_")
+        if not (elementwise or packet in _REDUCTIONS or packet in _REARRANGEMENTS):
+            break
+        node = source
+    return node
+
+
+def _only_tensor_input(node: Node) -> Node | None:
+    """Return the one tensor that a node is a function of, None if there are several or a parameter is among them."""
+    if node.op != "call_function":
+        return None
+    tensors = [n for n in node.all_input_nodes if isinstance(n.meta.get("val"), Tensor)]
+    return tensors[0] if len(tensors) == 1 and tensors[0].op == "call_function" else None
+
+
+def _holds(trace: Trace, node: Node, atom: int, spec: PermutationSpec) -> bool:
+    axes = trace.axes.get(node)
+    return isinstance(axes, tuple) and any(atom in spec.structure.moving_atoms(axis) for axis in axes)
+
+
+def collect(
+    spec: PermutationSpec,
+    model_a: nn.Module,
+    model_b: nn.Module,
+    loader: Iterable[Any],
+    *,
+    num_examples_at_most: int | None,
+    before_activation: bool,
+) -> dict[str, Moments]:
+    """Run both networks in eval mode over the same data and return the moments of every group that is summed over."""
+    device = next(model_a.parameters()).device
+    data = batches(loader.with_(augment=(), shuffle=False) if hasattr(loader, "with_") else loader, device)
+    moments: dict[str, Moments] = {}
+    trace, chosen, seen = None, {}, 0
+    for batch in data:
+        inputs = inputs_of(batch)
+        if trace is None:
+            trace, chosen = _where_to_read(spec, traces_of(spec, model_a, inputs), before_activation)
+        room = math.inf if num_examples_at_most is None else num_examples_at_most - seen
+        inputs = _first(inputs, room)
+        seen += num_examples(inputs)
+        for node, a, b in _in_step(trace, model_a, model_b, Example.of(inputs)):
+            for group in chosen.get(node, ()):
+                _add(spec, moments, group, trace.axes[node], a, b)
+        if num_examples_at_most is not None and seen >= num_examples_at_most:
+            break
+    return moments
+
+
+def _where_to_read(
+    spec: PermutationSpec, traces: Sequence[Trace], before_activation: bool
+) -> tuple[Trace, dict[Node, list[Group]]]:
+    """Choose the mode in which the most groups are summed over: auxiliary heads exist in train mode only."""
+    plans = []
+    for trace in traces:
+        chosen: dict[Node, list[Group]] = {}
+        for reading in readings(spec, trace, before_activation=before_activation):
+            chosen.setdefault(reading.node, []).append(reading.group)
+        plans.append((trace, chosen))
+    return max(plans, key=lambda plan: len({group.name for groups in plan[1].values() for group in groups}))
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return what the model reads of a batch: the inputs of a pair, or the whole of anything else."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
+
+
+def _first(inputs: Any, count: float) -> Any:
+    if isinstance(inputs, Tensor):
+        return inputs if len(inputs) <= count else inputs[: int(count)]
+    if isinstance(inputs, dict):
+        return {name: _first(value, count) for name, value in inputs.items()}
+    return tuple(_first(value, count) for value in inputs)
+
+
+def _in_step(trace: Trace, model_a: nn.Module, model_b: nn.Module, example: Example) -> Iterator[tuple]:
+    trace.graph.check_batch(example)
+    runs = [trace.graph.run(_state(model), example, running_statistics=True) for model in (model_a, model_b)]
+    for (node, a), (_, b) in zip(*runs, strict=True):
+        yield node, a, b
+
+
+def _state(model: nn.Module) -> dict[str, Tensor]:
+    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    return {name: tensor.detach() for name, tensor in named}
+
+
+def _add(spec: PermutationSpec, moments: dict[str, Moments], group: Group, axes: Any, a: Tensor, b: Tensor) -> None:
+    if group.name not in moments:
+        moments[group.name] = Moments(math.prod(group.shape))
+    for x, y in zip(unit_samples(spec, group, axes, a), unit_samples(spec, group, axes, b), strict=True):
+        moments[group.name].add(x, y)
+
+
+def unit_samples(spec: PermutationSpec, group: Group, axes: Any, values: Tensor) -> Iterator[Tensor]:
+    """Yield the values of a group's units, ``(N, samples)``, for each time the tensor holds them."""
+    for view, labels in spec.structure.pieces(values, axes):
+        for dims in spec.structure.unit_dims(labels, {group.atom}):
+            yield view.movedim(dims, list(range(len(dims)))).reshape(math.prod(group.shape), -1)
