@@ -17,6 +17,7 @@ from modeconn.align import ActivationMatching, Alignment, WeightMatching, align
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.evaluate import Profile
+from modeconn.fit import fit_curve
 from modeconn.recipe import Recipe
 from modeconn.symmetry import (
     RULES,
@@ -47,4 +48,5 @@ __all__ = [
     "__version__",
     "align",
     "discover",
+    "fit_curve",
 ]
