@@ -128,22 +128,22 @@ class Graph:
         device = next((t.device for t in (*state.values(), *example.tensors())), torch.device("cpu"))
         inputs = iter(self._flat_inputs(example))
         env: dict[Node, Any] = {}
-        with torch.no_grad():
-            for node in self.nodes:
-                if node.op == "output":
-                    return
-                if node.op == "placeholder":
-                    value = self._state_value(node, state, device, dtype) if node.name in self.state else next(inputs)
-                    if dtype and isinstance(value, Tensor) and value.is_floating_point():
-                        value = value.to(dtype)
-                elif node.op == "get_attr":
-                    value = getattr(self._program.graph_module, node.target)
-                else:
+        for node in self.nodes:
+            if node.op == "output":
+                return
+            if node.op == "placeholder":
+                value = self._state_value(node, state, device, dtype) if node.name in self.state else next(inputs)
+                if dtype and isinstance(value, Tensor) and value.is_floating_point():
+                    value = value.to(dtype)
+            elif node.op == "get_attr":
+                value = getattr(self._program.graph_module, node.target)
+            else:
+                with torch.no_grad():  # not around the yield: two runs in step would restore each other's state
                     value = _call(node, env, device, dtype, running_statistics)
-                env[node] = value
-                yield node, value
-                for done in self._last_use.get(node, ()):
-                    del env[done]
+            env[node] = value
+            yield node, value
+            for done in self._last_use.get(node, ()):
+                del env[done]
 
     def check_batch(self, example: Example) -> None:
         """Raise a ValueError if the model was exported for another batch size only."""
