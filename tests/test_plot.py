@@ -1,0 +1,153 @@
+from __future__ import annotations
+
+import dataclasses
+import types
+
+import matplotlib
+import numpy as np
+import pytest
+import torch
+from matplotlib.container import ErrorbarContainer
+from matplotlib.figure import Figure
+
+from modeconn import plot
+from modeconn.connection import History
+from modeconn.evaluate import Profile
+
+T = torch.linspace(0, 1, 5, dtype=torch.float64)
+BUMP = Profile(T, loss=1 + T * (1 - T), accuracy=0.9 - T / 10, arc_length=T)
+FLAT = dataclasses.replace(BUMP, loss=torch.ones_like(T))
+
+
+@pytest.fixture
+def ax():
+    return Figure().subplots()
+
+
+def texts(legend):
+    return [text.get_text() for text in legend.get_texts()]
+
+
+def learned(loss, loss_by_t):
+    return types.SimpleNamespace(history=History(loss, loss_by_t))
+
+
+@pytest.mark.parametrize(
+    ("quantity", "values", "axis"),
+    [
+        ("loss", BUMP.loss, "loss (mean per example)"),
+        ("accuracy", 100 * BUMP.accuracy, "accuracy (%)"),
+        ("error", 100 * BUMP.error, "error (%)"),
+    ],
+)
+def test_a_profile_is_drawn_along_t_in_the_units_its_axis_names(ax, quantity, values, axis):
+    assert plot.profile(BUMP, quantity=quantity, ax=ax) is ax
+    curve, ends = ax.lines
+    np.testing.assert_array_equal(curve.get_xdata(), T)
+    np.testing.assert_allclose(curve.get_ydata(), values)
+    np.testing.assert_allclose(ends.get_xydata(), [(0, values[0]), (1, values[-1])])
+    assert ax.get_ylabel() == axis and "t (0: network a, 1: network b)" in ax.get_xlabel()
+    assert ax.get_legend() is None
+
+
+def test_several_profiles_differ_in_colour_and_dashes_and_are_named(ax):
+    plot.profile(BUMP, FLAT, labels=["straight", "curve"], ax=ax)
+    first, _, second, _ = ax.lines
+    assert first.get_color() != second.get_color() and first.get_linestyle() != second.get_linestyle()
+    assert texts(ax.get_legend()) == ["straight", "curve"]
+
+
+@pytest.mark.parametrize(("quantity", "expected"), [("loss", (3, 2)), ("accuracy", (50, 80)), ("error", (50, 20))])
+def test_rings_mark_ends_whose_own_statistics_give_other_values(ax, quantity, expected):
+    own = torch.tensor([3.0, 2.0]).double(), torch.tensor([0.5, 0.8]).double()
+    plot.profile(dataclasses.replace(BUMP, own_loss=own[0], own_accuracy=own[1]), quantity=quantity, ax=ax)
+    np.testing.assert_allclose(ax.lines[2].get_ydata(), expected)
+    assert ax.lines[2].get_fillstyle() == "none"
+
+
+def test_ends_whose_own_statistics_agree_get_no_ring(ax):
+    plot.profile(dataclasses.replace(BUMP, own_loss=BUMP.loss[[0, -1]]), ax=ax)
+    assert len(ax.lines) == 2
+
+
+def test_without_an_ax_a_new_figure_is_made():
+    with matplotlib.rc_context({"backend": "agg"}):
+        from matplotlib import pyplot
+
+        first, second = plot.profile(BUMP), BUMP.plot()
+        assert first.figure is not second.figure
+        pyplot.close("all")
+
+
+def test_correlations_are_drawn_before_and_after_for_each_group(ax):
+    assert plot.correlation({"conv1": (0.1, 0.7), "fc": (0.2, 0.9)}, ax=ax) is ax
+    before, after = ax.containers
+    np.testing.assert_allclose(before.lines[0].get_ydata(), [0.1, 0.2])
+    np.testing.assert_allclose(after.lines[0].get_ydata(), [0.7, 0.9])
+    assert [label.get_text() for label in ax.get_xticklabels()] == ["conv1", "fc"]
+    assert texts(ax.get_legend()) == ["before alignment", "after alignment"]
+    assert not before.has_yerr
+
+
+def test_several_alignments_are_drawn_as_mean_and_range(ax):
+    alignments = [types.SimpleNamespace(correlation={"fc": (0.0, after)}) for after in (0.2, 0.3, 0.7)]
+    plot.correlation(*alignments, ax=ax)
+    after = ax.containers[1]
+    assert isinstance(after, ErrorbarContainer) and after.has_yerr
+    np.testing.assert_allclose(after.lines[0].get_ydata(), [0.4])
+    np.testing.assert_allclose(after.lines[2][0].get_segments()[0][:, 1], [0.2, 0.7])
+
+
+@pytest.mark.parametrize(("count", "angle"), [(3, 0), (9, 30), (32, 90)])
+def test_group_names_turn_as_they_get_more_and_can_be_replaced(ax, count, angle):
+    correlation = {f"group{index}": (0.0, 0.5) for index in range(count)}
+    plot.correlation(correlation, labels=[f"g{index}" for index in range(count)], ax=ax)
+    labels = ax.get_xticklabels()
+    assert labels[1].get_text() == "g1" and {label.get_rotation() for label in labels} == {angle}
+
+
+def test_negative_correlations_stay_in_sight(ax):
+    plot.correlation({"fc": (-0.4, 0.5)}, ax=ax)
+    assert ax.get_ylim()[0] < -0.4
+
+
+def test_a_history_is_drawn_by_epoch_with_its_range_over_t(ax):
+    fit = learned([2.0, 1.0], [[1.0, None, 3.0], [0.5, 1.5, None]])
+    assert plot.history(fit, ax=ax) is ax
+    np.testing.assert_array_equal(ax.lines[0].get_xydata(), [(1, 2), (2, 1)])
+    outline = ax.collections[0].get_paths()[0].vertices
+    assert {tuple(point) for point in outline} >= {(1, 1), (1, 3), (2, 0.5), (2, 1.5)}
+    assert texts(ax.get_legend()) == ["mean over t", "range over t"]
+
+
+def test_two_histories_share_one_entry_for_their_range(ax):
+    fit = learned([2.0], [[1.0, 3.0]])
+    plot.history(fit, fit, labels=["one", "two"], ax=ax)
+    assert texts(ax.get_legend()) == ["one", "range over t", "two"]
+
+
+@pytest.mark.parametrize(
+    ("draw", "message"),
+    [
+        (lambda: plot.profile(), "there is no profile to draw"),
+        (lambda: plot.profile(BUMP, FLAT, labels=["one"]), r"must name each profile: 2 to draw, got labels=\['one'\]"),
+        (lambda: plot.profile(BUMP, labels="a"), "must name each profile: 1 to draw, got labels='a'"),
+        (
+            lambda: plot.profile(FLAT, dataclasses.replace(BUMP, accuracy=None), quantity="accuracy"),
+            "profile 1 has no accuracy; its targets are no classes",
+        ),
+        (lambda: plot.profile(BUMP, quantity="speed"), "quantity must be 'loss', 'accuracy' or 'error', got .*'speed'"),
+        (lambda: plot.correlation(), "there is no correlation to draw"),
+        (lambda: plot.correlation({}), "there is no correlation to draw"),
+        (lambda: plot.correlation({"a": (0, 1)}, {"b": (0, 1)}), "different architectures"),
+        (lambda: plot.correlation({"a": (0, 1)}, labels=[]), r"must name each group: 1 to draw, got labels=\[\]"),
+        (lambda: plot.history(types.SimpleNamespace(history=None)), "connection 0 has no history"),
+    ],
+)
+def test_what_cannot_be_drawn_is_an_error_and_no_figure_is_opened(draw, message):
+    from matplotlib import pyplot
+
+    before = pyplot.get_fignums()
+    with pytest.raises(ValueError, match=message):
+        draw()
+    assert pyplot.get_fignums() == before
