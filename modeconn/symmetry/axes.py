@@ -21,7 +21,7 @@ at ``(p, i)``. Whether the members may differ is known only when all tensors hav
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
@@ -391,7 +391,7 @@ class Space:
         lost = {family for family, p, _ in self._member if over.setdefault(family, p) != p}  # one index axis is enough
         families = self.families()
         for tensor in tensors:
-            for part in expand(tensor, families, stop=lost):
+            for part in expand(tensor, families, but=lost, partly=True):
                 lost |= {q for q, determined in co_occurrences(part) if q in over and over[q] not in determined}
         return lost
 
@@ -415,17 +415,28 @@ def atoms_of(axis: Axis) -> Iterator[int]:
                 yield from atoms_of(factor)
 
 
-def expand(tensor: Tensor, families: Families, stop: Iterable[int] = ()) -> Iterator[Tensor]:
-    """Yield the tensor at each index of the axes that its families are indexed by; families in ``stop`` stay."""
-    family = next((a for axis in tensor for a in atoms_of(axis) if a in families and a not in stop), None)
-    if family is None:
+def expand(tensor: Tensor, families: Families, *, but: Collection[int] = (), partly: bool = False) -> Iterator[Tensor]:
+    """Yield the tensor at each index of the axes that its families are indexed by.
+
+    Args:
+        tensor: The axes.
+        families: What to expand.
+        but: Families that stay; may grow while the tensors are read.
+        partly: Yield also what is still to be expanded, before its expansion.
+    """
+    if partly:
         yield tensor
+    family = next((a for axis in tensor for a in atoms_of(axis) if a in families and a not in but), None)
+    if family is None:
+        if not partly:
+            yield tensor
         return
     over, members = families[family]
     for index in range(len(members)):
-        here: dict[int, Any] = {q: at[index] for q, (p, at) in families.items() if p == over and q not in stop}
+        here: dict[int, Any] = {q: at[index] for q, (p, at) in families.items() if p == over and q not in but}
         here[over] = At(len(members), index)
-        yield from expand(tuple(_substitute(axis, here) for axis in tensor), families, stop)
+        part = tuple(_substitute(axis, here) for axis in tensor)
+        yield from expand(part, families, but=but, partly=partly)
 
 
 def _substitute(axis: Axis, values: dict[int, Any]) -> Axis:

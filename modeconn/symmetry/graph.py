@@ -101,7 +101,8 @@ class Graph:
         self.state = dict(_read_state(program))
         self.outputs = [spec.arg.name for spec in program.graph_signature.output_specs if _is_user_output(spec)]
         self.nodes = _live_nodes(program.graph)
-        self.used_state = {self.state[node.name].name for node in self.nodes if node.name in self.state}
+        read = {source for node in self.nodes for source in node.all_input_nodes}
+        self.used_state = {self.state[node.name].name for node in read if node.name in self.state}
         self._last_use = _last_uses(self.nodes)
 
     def run(

@@ -94,7 +94,7 @@ class Permutation:
 
     def __matmul__(self, other: Permutation) -> Permutation:
         """``(p @ q).apply(m)`` equals ``p.apply(q.apply(m))``."""
-        if other.spec.state != self.spec.state:
+        if (other.spec.state, other.spec.shapes) != (self.spec.state, self.spec.shapes):
             raise ValueError("these permutations are of different specs, so they cannot be composed.")
         return Permutation(
             self.spec,

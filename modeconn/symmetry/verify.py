@@ -8,11 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from modeconn.rng import seeded
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import PermutationSpec, Trace, VerificationError
+from modeconn.symmetry.spec import Group, PermutationSpec, Trace, VerificationError
 
 
 def verify(spec: PermutationSpec, model: nn.Module, example_input: Any, *, tolerance: float, seed: int) -> float:
@@ -111,10 +112,10 @@ def _blame(
     name: str,
     error: float,
 ) -> str:
-    """Move one group at a time to find the ones behind a failure."""
+    """Move the groups at the first wrong tensor one at a time to find those behind it."""
     identity = spec.identity().perms
     guilty = []
-    for group in spec.groups:
+    for group in _groups_at(spec, trace, name):
         alone = Permutation(spec, {**identity, group.name: permutation.perms[group.name]})
         if any(not e <= tolerance for _, e in _differences(spec, trace, state, alone, example, seed)):
             guilty.append(f"'{group.name}'")
@@ -126,9 +127,21 @@ def _blame(
     )
 
 
-def _float64(example: Example) -> Example:
-    from torch.utils import _pytree as pytree
+def _groups_at(spec: PermutationSpec, trace: Trace, name: str) -> Iterator[Group]:
+    """Yield the groups that move the tensor called ``name`` or one that it is computed from."""
+    node = next(node for node in trace.graph.nodes if node.name == name)
+    moving: set[int] = set()
+    for axes in pytree.tree_leaves([trace.axes.get(n) for n in (node, *node.all_input_nodes)], is_leaf=_is_tensor):
+        if axes is not None:
+            moving |= {atom for axis in axes for atom in spec.structure.moving_atoms(axis)}
+    yield from (group for group in spec.groups if group.atom in moving)
 
+
+def _is_tensor(axes: Any) -> bool:
+    return isinstance(axes, tuple)
+
+
+def _float64(example: Example) -> Example:
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf

@@ -1,0 +1,478 @@
+"""Written-out networks whose symmetry groups a person can derive, each with the derivation.
+
+``groups`` lists the shape of every group's permutation: ``(n,)`` for n units, ``(h, d)`` for d units in each of h
+blocks that can be exchanged themselves (which are then a group ``(h,)`` too).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Case:
+    name: str
+    build: Callable[[], nn.Module]
+    inputs: Callable[[], Any]
+    groups: list[tuple[int, ...]]
+    rules: dict[Any, Any] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        return self.name
+
+
+def image(channels: int = 3, size: int = 8) -> Callable[[], Tensor]:
+    return lambda: torch.rand(2, channels, size, size)
+
+
+def tokens(length: int = 6, vocabulary: int = 11) -> Callable[[], Tensor]:
+    return lambda: torch.arange(2 * length).view(2, length) % vocabulary
+
+
+class Lambda(nn.Module):
+    """Modules by name and a forward function of them."""
+
+    def __init__(self, forward: Callable[..., Any], **modules: nn.Module) -> None:
+        super().__init__()
+        self._forward = forward
+        for name, module in modules.items():
+            self.add_module(name, module)
+
+    def forward(self, *args: Any, **kwargs: Any) -> Any:
+        return self._forward(self, *args, **kwargs)
+
+
+def conv(i: int, o: int, kernel: int = 3, **kwargs: Any) -> nn.Conv2d:
+    return nn.Conv2d(i, o, kernel, padding=kernel // 2, **kwargs)
+
+
+# ---------------------------------------------------------------- plain and convolutional
+
+
+def plain() -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 7), nn.ReLU(), nn.Linear(7, 6), nn.Tanh(), nn.Linear(6, 3))
+
+
+def conv_flatten() -> nn.Module:
+    """Channels reach the linear layer as channels x pixels."""
+    return nn.Sequential(conv(3, 6), nn.BatchNorm2d(6), nn.ReLU(), nn.MaxPool2d(2), nn.Flatten(), nn.Linear(96, 4))
+
+
+def residual() -> nn.Module:
+    """The stem, the sum and what reads it share one group; the inside of the branch is free."""
+    return Lambda(
+        lambda m, x: m.head(F.relu((h := F.relu(m.stem(x))) + m.b2(m.c2(F.relu(m.b1(m.c1(h)))))).mean((2, 3))),
+        stem=conv(3, 6),
+        c1=conv(6, 5),
+        b1=nn.BatchNorm2d(5),
+        c2=conv(5, 6),
+        b2=nn.BatchNorm2d(6),
+        head=nn.Linear(6, 4),
+    )
+
+
+def option_a_shortcut() -> nn.Module:
+    """Zero-padded channels: 4 stream channels stay apart from 2 + 2 that only the branch fills."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).relu()
+        y = F.pad(h[:, :, ::2, ::2], (0, 0, 0, 0, 2, 2)) + m.down(h)
+        return m.head(y.relu().mean((2, 3)))
+
+    return Lambda(forward, stem=conv(3, 4), down=nn.Conv2d(4, 8, 3, 2, 1), head=nn.Linear(8, 3))
+
+
+def concatenated_skips() -> nn.Module:
+    """A small U-Net: encoder channels come back beside the decoder's."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        e1 = m.e1(x).relu()
+        e2 = m.e2(F.max_pool2d(e1, 2)).relu()
+        up = F.interpolate(m.mid(e2).relu(), scale_factor=2.0, mode="nearest")
+        return m.out(m.d1(torch.cat([up, e1], 1)).relu())
+
+    return Lambda(forward, e1=conv(3, 4), e2=conv(4, 6), mid=conv(6, 5), d1=conv(9, 7), out=conv(7, 2, 1))
+
+
+def dense_block() -> nn.Module:
+    """Each layer reads all before it: one group per layer."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = [m.stem(x)]
+        for layer in (m.l1, m.l2):
+            h.append(layer(torch.cat(h, 1).relu()))
+        return m.head(m.norm(torch.cat(h, 1)).relu().mean((2, 3)))
+
+    return Lambda(
+        forward, stem=conv(3, 4), l1=conv(4, 3), l2=conv(7, 3), norm=nn.BatchNorm2d(10), head=nn.Linear(10, 2)
+    )
+
+
+def depthwise_separable() -> nn.Module:
+    """A depthwise convolution keeps its input's channels; with multiplier 2 each has two copies, freely ordered."""
+    return nn.Sequential(
+        conv(3, 6, 1), nn.ReLU(), conv(6, 12, groups=6), nn.BatchNorm2d(12), nn.ReLU(), conv(12, 5, 1), nn.ReLU(),
+        nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(5, 3),
+    )  # fmt: skip
+
+
+def squeeze_excitation() -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).relu()
+        gate = m.up(m.down(h.mean((2, 3), keepdim=True)).relu()).sigmoid()
+        return m.head((h * gate).mean((2, 3)))
+
+    return Lambda(forward, stem=conv(3, 6), down=conv(6, 2, 1), up=conv(2, 6, 1), head=nn.Linear(6, 3))
+
+
+def grouped() -> nn.Module:
+    """Two groups of three channels, then two of two: groups can be exchanged, channels inside each group too."""
+    return nn.Sequential(
+        conv(3, 6), nn.ReLU(), conv(6, 4, groups=2), nn.ReLU(), nn.Flatten(2), nn.Conv1d(4, 5, 1), nn.Flatten(),
+        nn.Linear(320, 2),
+    )  # fmt: skip
+
+
+def channel_shuffle() -> nn.Module:
+    """c1 has 2 groups (of 3 stem channels) of 3 outputs; after the shuffle, their j-th outputs make up group j of c2.
+
+    So the 2 groups are also the inputs of every group of c2, and the 3 outputs are its groups, with 2 outputs each.
+    """
+    return Lambda(
+        lambda m, x: m.head(m.c2(m.dw(m.shuffle(m.c1(m.stem(x).relu()).relu()))).relu().mean((2, 3))),
+        stem=conv(3, 6),
+        c1=conv(6, 6, 1, groups=2),
+        shuffle=nn.ChannelShuffle(2),
+        dw=conv(6, 6, groups=6),
+        c2=conv(6, 6, 1, groups=3),
+        head=nn.Linear(6, 3),
+    )
+
+
+def pixel_shuffle() -> nn.Module:
+    """8 channels become 2 of 2 x 2 pixels: the two can be exchanged, the pixels cannot."""
+    return nn.Sequential(conv(3, 5), nn.ReLU(), conv(5, 8), nn.PixelShuffle(2), nn.ReLU(), conv(2, 3))
+
+
+def group_norm() -> nn.Module:
+    """4 norm groups of 2: both may be permuted."""
+    return nn.Sequential(conv(3, 8), nn.GroupNorm(4, 8), nn.ReLU(), conv(8, 2))
+
+
+def convnext_block() -> nn.Module:
+    """Layer scale and layer norm belong to the stream."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        y = m.fc2(F.gelu(m.fc1(m.norm(m.dw(h).permute(0, 2, 3, 1)))))
+        h = h + (m.scale.weight[0] * y).permute(0, 3, 1, 2)
+        return m.head(h.mean((2, 3)))
+
+    return Lambda(
+        forward,
+        stem=conv(3, 6),
+        dw=conv(6, 6, groups=6),
+        norm=nn.LayerNorm(6),
+        fc1=nn.Linear(6, 10),
+        fc2=nn.Linear(10, 6),
+        scale=nn.Embedding(1, 6),
+        head=nn.Linear(6, 3),
+    )
+
+
+def transposed_and_3d() -> nn.Module:
+    return nn.Sequential(
+        nn.Conv3d(1, 4, 3, padding=1), nn.InstanceNorm3d(4, affine=True), nn.ReLU(),
+        nn.ConvTranspose3d(4, 6, 2, groups=2), nn.ReLU(), nn.Conv3d(6, 2, 1),
+    )  # fmt: skip
+
+
+# ---------------------------------------------------------------- attention
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention, its query, key and value spelled in different ways."""
+
+    def __init__(self, width: int, heads: int, spelling: str, causal: bool = False) -> None:
+        super().__init__()
+        self.heads, self.size, self.spelling, self.causal = heads, width // heads, spelling, causal
+        self.qkv = nn.Linear(width, 3 * width)
+        self.out = nn.Linear(width, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, t, _ = x.shape
+        h, d = self.heads, self.size
+        fused = self.qkv(x)
+        if self.spelling == "3hd":
+            q, k, v = fused.reshape(b, t, 3, h, d).permute(2, 0, 3, 1, 4)
+        elif self.spelling == "h3d":
+            q, k, v = fused.reshape(b, t, h, 3, d).permute(3, 0, 2, 1, 4).unbind(0)
+        elif self.spelling == "hd3":
+            q, k, v = fused.view(b, t, h, d, 3).transpose(1, 2).unbind(-1)
+        elif self.spelling == "h(q+k+v)":
+            q, k, v = fused.view(b, t, h, 3 * d).transpose(1, 2).chunk(3, -1)
+        else:
+            q, k, v = (z.view(b, t, h, d).transpose(1, 2) for z in fused.chunk(3, -1))
+        if self.spelling == "einsum":
+            scores = torch.einsum("bhtd,bhsd->bhts", q, k) / d**0.5
+            y = torch.einsum("bhts,bhsd->bhtd", scores.softmax(-1), v)
+        elif self.spelling == "matmul":
+            y = (q @ k.transpose(-2, -1) / d**0.5).softmax(-1) @ v
+        else:
+            y = F.scaled_dot_product_attention(q, k, v, is_causal=self.causal)
+        return self.out(y.transpose(1, 2).reshape(b, t, h * d))
+
+
+SPELLINGS = ("3hd", "h3d", "hd3", "h(q+k+v)", "chunk", "einsum", "matmul")
+ATTENTION = [(4,), (4, 2), (4, 2)]  # heads, query-key units in each, value-output units in each
+
+
+def attention(spelling: str) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, 8), Attention(8, 4, spelling), nn.Linear(8, 3))
+
+
+class RMSNorm(nn.Module):
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.rand(width) + 0.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x * torch.rsqrt(x.pow(2).mean(-1, keepdim=True) + 1e-6) * self.weight
+
+
+class TinyGPT(nn.Module):
+    """Tied input and output embedding, RMS norm, rotary positions on request, grouped key and value heads."""
+
+    def __init__(self, rotary: bool = False, vocabulary: int = 11, width: int = 8, heads: int = 4) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(vocabulary, width)
+        self.norms = nn.ModuleList(RMSNorm(width) for _ in range(3))
+        self.q, self.k, self.v = (nn.Linear(width, n, bias=False) for n in (16, 8, 8))
+        self.o = nn.Linear(16, width, bias=False)
+        self.gate, self.up, self.down = nn.Linear(width, 12), nn.Linear(width, 12), nn.Linear(12, width)
+        self.head = nn.Linear(width, vocabulary, bias=False)
+        self.head.weight = self.embed.weight
+        self.heads, self.rotary = heads, rotary
+
+    def forward(self, ids: Tensor) -> Tensor:
+        b, t = ids.shape
+        x = self.embed(ids)
+        y = self.norms[0](x)
+        q, k, v = (f(y).view(b, t, -1, 4).transpose(1, 2) for f in (self.q, self.k, self.v))
+        if self.rotary:
+            angle = torch.arange(t)[:, None] * torch.tensor([1.0, 0.1, 1.0, 0.1])
+            q, k = (z * angle.cos() + torch.cat([-z[..., 2:], z[..., :2]], -1) * angle.sin() for z in (q, k))
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.o(y.transpose(1, 2).reshape(b, t, -1))
+        y = self.norms[1](x)
+        x = x + self.down(F.silu(self.gate(y)) * self.up(y))
+        return self.head(self.norms[2](x))
+
+
+def vit() -> nn.Module:
+    """Patches, a class token, learned positions: all of the stream."""
+
+    class ViT(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.patch = nn.Conv2d(3, 8, 4, 4)
+            self.cls = nn.Parameter(torch.rand(1, 1, 8))
+            self.pos = nn.Parameter(torch.rand(1, 5, 8))
+            layer = nn.TransformerEncoderLayer(8, 2, 12, activation="gelu", batch_first=True, norm_first=True)
+            self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+            self.head = nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            x = self.patch(x).flatten(2).transpose(1, 2)
+            x = torch.cat([self.cls.expand(x.shape[0], -1, -1), x], 1) + self.pos
+            return self.head(self.encoder(x)[:, 0])
+
+    return ViT()
+
+
+def windows() -> nn.Module:
+    """Swin-like: windows of 2 x 2 tokens, shifted by a roll, relative position bias per head."""
+
+    class Windows(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed = nn.Conv2d(3, 8, 1)
+            self.bias = nn.Parameter(torch.rand(9, 4))
+            self.register_buffer("index", torch.arange(16).view(4, 4) % 9)
+            self.qkv, self.proj, self.head = nn.Linear(8, 24), nn.Linear(8, 8), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.embed(x).permute(0, 2, 3, 1)
+            b, height, width, c = h.shape
+            z = torch.roll(h, (-1, -1), (1, 2))
+            z = z.view(b, height // 2, 2, width // 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(-1, 4, c)
+            q, k, v = self.qkv(z).view(-1, 4, 3, 4, 2).permute(2, 0, 3, 1, 4)
+            bias = self.bias[self.index.view(-1)].view(4, 4, 4).permute(2, 0, 1)
+            z = ((q @ k.transpose(-2, -1) + bias).softmax(-1) @ v).transpose(1, 2).reshape(-1, 4, c)
+            z = self.proj(z).view(b, height // 2, width // 2, 2, 2, c).permute(0, 1, 3, 2, 4, 5).reshape(h.shape)
+            return self.head((h + torch.roll(z, (1, 1), (1, 2))).mean((1, 2)))
+
+    return Windows()
+
+
+def encoder_decoder() -> nn.Module:
+    return Lambda(
+        lambda m, x: m.head(m.t(m.src(x), m.tgt(x))),
+        src=nn.Linear(5, 8),
+        tgt=nn.Linear(5, 8),
+        t=nn.Transformer(8, 2, 1, 1, 12, batch_first=True),
+        head=nn.Linear(8, 3),
+    )
+
+
+def multihead() -> nn.Module:
+    """`nn.MultiheadAttention` with its weights, averaged over heads, among the outputs."""
+    return Lambda(
+        lambda m, x: m.attention((h := m.embed(x)), h, h),
+        embed=nn.Linear(5, 8),
+        attention=nn.MultiheadAttention(8, 4, batch_first=True),
+    )
+
+
+# ---------------------------------------------------------------- recurrent, shared, selected, unknown
+
+
+def lstm() -> nn.Module:
+    """Two layers: the units of each, the same in its four gates."""
+    return Lambda(
+        lambda m, x: m.head(m.lstm(x)[0][:, -1]), lstm=nn.LSTM(5, 6, 2, batch_first=True), head=nn.Linear(6, 3)
+    )
+
+
+def gru_both_ways() -> nn.Module:
+    """Forward and backward units are two groups, concatenated."""
+    return Lambda(
+        lambda m, x: m.head(m.gru(x)[0].mean(1)),
+        gru=nn.GRU(5, 6, bidirectional=True, batch_first=True),
+        head=nn.Linear(12, 3),
+    )
+
+
+def lstm_cells() -> nn.Module:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = c = x.new_zeros(x.shape[0], 6)
+        for step in x.unbind(1):
+            h, c = m.cell(step, (h, c))
+        return m.head(h)
+
+    return Lambda(forward, cell=nn.LSTMCell(5, 6), head=nn.Linear(6, 3))
+
+
+def siamese() -> nn.Module:
+    """One encoder for two inputs: one group for both."""
+
+    def forward(m: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        u, v = (m.enc(z).relu() for z in (x, y))
+        return m.head((u - v).abs())
+
+    return Lambda(forward, enc=nn.Linear(5, 7), head=nn.Linear(7, 2))
+
+
+def two_experts() -> nn.Module:
+    """Stem, head and each expert's hidden units; the router's two outputs are read by position, so they stay."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).relu()
+        gate = m.router(h).softmax(-1)
+        return m.head(sum(gate[:, i : i + 1] * expert(h) for i, expert in enumerate(m.experts)))
+
+    experts = [nn.Sequential(nn.Linear(6, 9), nn.ReLU(), nn.Linear(9, 6)) for _ in range(2)]
+    return Lambda(
+        forward, stem=nn.Linear(5, 6), router=nn.Linear(6, 2), experts=nn.ModuleList(experts), head=nn.Linear(6, 3)
+    )
+
+
+class ExpertBank(nn.Module):
+    """Experts in one tensor: exchangeable with the router's outputs, hidden units free inside each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.router = nn.Linear(5, 3)
+        self.w1 = nn.Parameter(torch.rand(3, 5, 4))
+        self.w2 = nn.Parameter(torch.rand(3, 4, 2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        hidden = torch.einsum("bi,eih->beh", x, self.w1).relu()
+        return torch.einsum("be,beh,eho->bo", self.router(x).softmax(-1), hidden, self.w2)
+
+
+def glu_and_maxout() -> nn.Module:
+    """GLU ties the two halves; maxout of pairs lets each pair's two members change places too."""
+    return Lambda(
+        lambda m, x: m.head(m.b(F.glu(m.a(x))).unflatten(-1, (4, 2)).amax(-1)),
+        a=nn.Linear(5, 12),
+        b=nn.Linear(6, 8),
+        head=nn.Linear(4, 3),
+    )
+
+
+def gram() -> nn.Module:
+    """Channel-by-channel products: the channels meet themselves; the two outputs are summed over, so they move too."""
+    return Lambda(
+        lambda m, x: m.out((h := m.c(x).flatten(2)) @ h.transpose(1, 2)).sum((1, 2)), c=conv(3, 5), out=nn.Linear(5, 2)
+    )
+
+
+def weight_normed() -> nn.Module:
+    return nn.Sequential(
+        nn.utils.parametrizations.weight_norm(nn.Linear(5, 7)),
+        nn.ReLU(),
+        nn.utils.parametrizations.weight_norm(nn.Linear(7, 3)),
+    )
+
+
+CASES = [
+    Case("plain", plain, lambda: torch.rand(2, 5), [(7,), (6,)]),
+    Case("conv flatten", conv_flatten, image(), [(6,)]),
+    Case("residual", residual, image(), [(6,), (5,)]),
+    Case("option A shortcut", option_a_shortcut, image(), [(4,), (2,), (2,)]),
+    Case("u-net", concatenated_skips, image(), [(4,), (6,), (5,), (7,)]),
+    Case("dense block", dense_block, image(), [(4,), (3,), (3,)]),
+    Case("depthwise separable", depthwise_separable, image(), [(6,), (6, 2), (5,)]),
+    Case("squeeze and excitation", squeeze_excitation, image(), [(6,), (2,)]),
+    Case("grouped", grouped, image(), [(2,), (2, 3), (2, 2), (5,)]),
+    Case("channel shuffle", channel_shuffle, image(), [(2,), (2, 3), (3,), (3, 2)]),
+    Case("pixel shuffle", pixel_shuffle, image(), [(5,), (2,)]),
+    Case("group norm", group_norm, image(), [(4,), (4, 2)]),
+    Case("convnext block", convnext_block, image(), [(6,), (10,)]),
+    Case("transposed and 3d", transposed_and_3d, lambda: torch.rand(2, 1, 4, 4, 4), [(2,), (2, 2), (2, 3)]),
+    *(
+        Case(f"attention {s}", lambda s=s: attention(s), lambda: torch.rand(2, 6, 5), [(8,), *ATTENTION, (8,)])
+        for s in SPELLINGS
+    ),
+    # 16 query units are 4 heads; 2 key and value heads serve 2 query heads each: kv heads x repeats x units
+    Case("gpt, tied", TinyGPT, tokens(), [(8,), (2,), (2, 2), (2, 4), (2, 4), (12,)]),
+    # rotation pairs unit i with i + 2 at frequency i: nothing inside a query or key head can move
+    Case("gpt, rotary", lambda: TinyGPT(rotary=True), tokens(), [(8,), (2,), (2, 2), (2, 4), (12,)]),
+    Case("vit", vit, image(), [(8,), (2,), (2, 4), (2, 4), (12,)]),
+    Case("windows", windows, image(size=4), [(8,), (4,), (4, 2), (4, 2)]),
+    # one stream: cross-attention reads source and target through the columns of one weight; three attentions; two
+    # feed-forward layers
+    Case(
+        "encoder-decoder",
+        encoder_decoder,
+        lambda: torch.rand(2, 6, 5),
+        [(8,), *[(2,), (2, 4), (2, 4)] * 3, (12,), (12,)],
+    ),
+    Case("multi-head attention", multihead, lambda: torch.rand(2, 6, 5), [(8,), *ATTENTION]),
+    Case("lstm", lstm, lambda: torch.rand(2, 4, 5), [(6,), (6,)]),
+    Case("gru both ways", gru_both_ways, lambda: torch.rand(2, 4, 5), [(6,), (6,)]),
+    Case("lstm cells", lstm_cells, lambda: torch.rand(2, 3, 5), [(6,)]),
+    Case("siamese", siamese, lambda: (torch.rand(2, 5), torch.rand(2, 5)), [(7,)]),
+    Case("two experts", two_experts, lambda: torch.rand(2, 5), [(6,), (6,), (9,), (9,)]),
+    Case("expert bank", ExpertBank, lambda: torch.rand(2, 5), [(3,), (3, 4)]),
+    Case("glu and maxout", glu_and_maxout, lambda: torch.rand(2, 5), [(6,), (4,), (4, 2)]),
+    Case("gram matrix", gram, image(), [(5,), (2,)]),
+    Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
+]

@@ -1,0 +1,346 @@
+"""Discovery on written-out networks and on the zoo: right, complete, and honest about what it leaves out."""
+
+from __future__ import annotations
+
+import warnings
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modeconn
+from modeconn import RULES, discover, models
+from modeconn.symmetry import UnknownOperatorWarning, VerificationError
+from modeconn.symmetry.discover import Walk, example_for
+from modeconn.symmetry.graph import export
+from modeconn.symmetry.rules import contraction
+from tests.symmetry_cases import CASES, SPELLINGS, Case, attention
+
+ZOO = {
+    "mlp": lambda: models.mlp(64, (16, 12), 10),
+    **{name: getattr(models, name) for name in models.names() if name != "mlp"},
+}
+
+
+@pytest.mark.parametrize("case", CASES, ids=str)
+def test_groups_are_those_derived_by_hand_and_keep_every_tensor(case: Case) -> None:
+    torch.manual_seed(0)
+    model, inputs = case.build(), case.inputs()
+    spec = discover(model, inputs)
+    assert sorted(group.shape for group in spec.groups) == sorted(case.groups)
+    assert spec.verify(model, inputs) < 1e-10
+
+
+@pytest.mark.parametrize("name", ZOO)
+def test_relabelling_a_zoo_model_keeps_every_tensor(name: str) -> None:
+    model = ZOO[name]()
+    spec = discover(model)
+    assert spec.groups
+    assert spec.verify(model, tolerance=1e-10) < 1e-10
+
+
+@pytest.mark.parametrize(
+    ("name", "groups"),
+    [
+        # stem (shared by stage 1), one stream each for stages 2 and 3, one inside each of 3 x 5 blocks
+        ("resnet32", 3 + 15),
+        ("resnet20", 3 + 9),
+        # 57 in 9 inception blocks (6 each) and 3 stem convolutions, and a convolution and a linear layer in both heads
+        ("googlenet", 3 + 9 * 6 + 2 * 2),
+        # a group per convolution and hidden linear layer
+        ("vgg16_bn", 13 + 2),
+        ("tinyten", 8),
+    ],
+)
+def test_zoo_models_have_as_many_groups_as_a_person_counts(name: str, groups: int) -> None:
+    assert len(discover(ZOO[name]()).groups) == groups
+
+
+def test_spellings_of_one_attention_have_one_symmetry_group() -> None:
+    sizes = [discover(attention(spelling), torch.rand(2, 6, 5)).log10_size for spelling in SPELLINGS]
+    torch.testing.assert_close(torch.tensor(sizes), torch.full((len(sizes),), sizes[0]))
+
+
+def test_a_vit_b_layer_has_10_to_the_2147_attention_relabellings() -> None:
+    with torch.device("meta"):
+        layer = nn.Sequential(nn.Linear(3, 768), nn.MultiheadAttention(768, 12, batch_first=True))
+        model = _CallsAttention(layer)
+        spec = discover(model, torch.empty(2, 4, 3))
+    attention = sum(group.log10_size for group in spec.groups if group.size != 768)
+    assert attention == pytest.approx(2147, abs=1)  # log10 of 12! x (64!)^24
+
+
+class _CallsAttention(nn.Module):
+    def __init__(self, parts: nn.Sequential) -> None:
+        super().__init__()
+        self.parts = parts
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.parts[0](x)
+        return self.parts[1](h, h, h, need_weights=False)[0].sum(-1)
+
+
+def _forgetful(number: int) -> dict:
+    """Rules that forget, at the ``number``-th linear layer met in each graph, that its input meets its weight."""
+    met = [0]
+
+    def linear(walk: Walk, input, weight, bias=None):
+        met[0] += 1
+        if (met[0] - 1) % 41 != number:
+            return RULES[torch.ops.aten.linear](walk, input, weight, bias)
+        if bias is not None:
+            walk.unify(weight.axes[0], bias.axes[0])
+        for tensor in (input, weight):
+            walk.contract(tensor, tensor.axes[1])
+        return contraction(walk, [input, weight], ["aX", "OI"], "aO")
+
+    return {**RULES, torch.ops.aten.linear: linear}
+
+
+def test_one_wrong_axis_in_any_of_40_groups_of_a_plain_network_is_seen() -> None:
+    """Comparing outputs alone would miss the first ones by far: their effect on the output is 1e-16."""
+    torch.manual_seed(0)
+    layers = [layer for _ in range(41) for layer in (nn.Linear(6, 6), nn.ReLU())][:-1]
+    model, example = nn.Sequential(*layers), torch.rand(2, 6)
+    graphs = [export(model, example_for(model, example), training=mode) for mode in (False, True)]
+
+    def spec_with(rules: dict) -> modeconn.PermutationSpec:
+        walk = Walk(model, rules)
+        for graph in graphs:
+            walk.run(graph)
+        return walk.finish()
+
+    right = spec_with(RULES)
+    assert len(right.groups) == 40
+    assert right.verify(model, example) < 1e-10
+    for number in range(1, 41):  # the first layer reads the input, which does not move
+        wrong = spec_with(_forgetful(number))
+        assert len(wrong.groups) == 41
+        with pytest.raises(VerificationError, match=rf"group .*'{2 * number - 2}'|group .*'{2 * number}#2'"):
+            wrong.verify(model, example)
+
+
+def test_train_mode_constrains_what_eval_mode_does_not_show() -> None:
+    class Auxiliary(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.body, self.head, self.auxiliary = nn.Linear(4, 6), nn.Linear(6, 2), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor):
+            h = self.body(x).relu()
+            return (self.head(h), self.auxiliary(h)) if self.training else self.head(h)
+
+    model = Auxiliary()
+    (group,) = discover(model, torch.rand(2, 4)).groups
+    assert ("auxiliary.weight", 1) in group.places
+
+
+def test_discovery_leaves_the_model_and_random_state_as_they_were() -> None:
+    model = models.resnet20(seed=1).train()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    state = torch.get_rng_state()
+    discover(model).verify(model)
+    assert model.training
+    assert torch.equal(state, torch.get_rng_state())
+    for name, value in model.state_dict().items():
+        assert torch.equal(value, before[name]), name
+
+
+def test_a_model_on_the_meta_device_needs_no_memory() -> None:
+    with torch.device("meta"):
+        model = models.resnet20()
+    assert discover(model) == discover(models.resnet20())
+
+
+def test_half_precision_models_are_analysed_and_proved_in_float64() -> None:
+    model = models.resnet20().to(torch.bfloat16)
+    assert discover(model).verify(model) < 1e-10
+
+
+@torch.library.custom_op("modeconn_test::scan", mutates_args=())
+def scan(x: Tensor) -> Tensor:
+    return x.cumsum(-1)
+
+
+@scan.register_fake
+def _(x: Tensor) -> Tensor:
+    return torch.empty_like(x)
+
+
+class _Scanner(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(4, 6), nn.Linear(6, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.third(self.second(torch.ops.modeconn_test.scan(self.first(x))).relu())
+
+
+def test_an_unknown_operator_costs_freedom_and_is_named_with_its_price() -> None:
+    with pytest.warns(UnknownOperatorWarning, match=r"modeconn_test.scan.default .* 1 axis stays fixed \(6 units\)"):
+        spec = discover(_Scanner(), torch.rand(2, 4))
+    assert [group.name for group in spec.groups] == ["second"]
+    assert spec.fixed["first.weight"][0] == "read by modeconn_test.scan.default, which has no rule"
+    assert spec.verify(_Scanner(), torch.rand(2, 4)) < 1e-10
+
+
+def test_a_rule_given_by_argument_makes_an_operator_known() -> None:
+    def rule(walk: Walk, x):
+        walk.fix(x.axes[-1], "scanned in order")
+        return [*x.axes[:-1], walk.fixed(walk.shape[-1], "scanned in order")]
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        spec = discover(_Scanner(), torch.rand(2, 4), rules={**RULES, torch.ops.modeconn_test.scan.default: rule})
+    assert spec.unknown == ()
+    assert spec.fixed["first.weight"][0] == "scanned in order"
+
+
+def test_a_rule_that_returns_wrong_sizes_is_named() -> None:
+    rules = {**RULES, torch.ops.modeconn_test.scan: lambda walk, x: [walk.free(3), walk.free(3)]}
+    with pytest.raises(ValueError, match=r"rule for modeconn_test.scan.default returned axes of \(3, 3\) positions"):
+        discover(_Scanner(), torch.rand(2, 4), rules=rules)
+
+
+def test_frozen_parameters_stay_fixed_with_all_that_moves_with_them() -> None:
+    model = nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 2))
+    spec = discover(model, torch.rand(2, 4), freeze=["2.*"])
+    assert spec.groups == ()
+    spec = discover(model, torch.rand(2, 4), freeze=["0.bias"])
+    assert [group.name for group in spec.groups] == ["2"]
+
+
+def test_a_freeze_pattern_that_matches_nothing_is_an_error() -> None:
+    with pytest.raises(ValueError, match=r"freeze='nose\.\*' matches no parameter or buffer. The model has '0.weight'"):
+        discover(nn.Sequential(nn.Linear(2, 2)), torch.rand(2, 2), freeze=["nose.*"])
+
+
+def test_parameters_in_neither_graph_are_listed_and_stay() -> None:
+    class Unused(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.used, self.unused, self.out = nn.Linear(3, 4), nn.Linear(4, 4), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.used(x))
+
+    spec = discover(Unused(), torch.rand(2, 3))
+    assert spec.unread == ("unused.bias", "unused.weight")
+    assert spec.fixed["unused.weight"] == ("in neither graph", "in neither graph")
+
+
+def test_rows_of_a_table_that_this_input_does_not_reach_stay() -> None:
+    class Positions(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.table, self.out = nn.Parameter(torch.rand(9, 6)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x[..., None] + self.table[: x.shape[1]])
+
+    spec = discover(Positions(), torch.rand(2, 4))
+    assert [group.places for group in spec.groups] == [(("table", 1), ("out.weight", 1))]
+    model = Positions()
+    moved = spec.random().apply(model)
+    torch.testing.assert_close(moved(x := torch.rand(2, 9)), model(x))
+
+
+def test_tied_weights_move_together() -> None:
+    class Tied(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.head = nn.Embedding(7, 6), nn.Linear(6, 7, bias=False)
+            self.head.weight = self.embed.weight
+
+        def forward(self, ids: Tensor) -> Tensor:
+            return self.head(self.embed(ids).relu())
+
+    model, ids = Tied(), torch.arange(6).view(2, 3)
+    (group,) = discover(model, ids).groups
+    assert group.places == (("embed.weight", 1), ("head.weight", 1))
+    moved = discover(model, ids).random(torch.Generator().manual_seed(1)).apply(model)
+    assert moved.head.weight is moved.embed.weight
+    torch.testing.assert_close(moved(ids), model(ids))
+
+
+def test_keyword_inputs_and_dictionary_outputs_are_understood() -> None:
+    class Keywords(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, *, left: Tensor, right: Tensor) -> dict[str, Tensor]:
+            h = (self.a(left) + self.a(right)).relu()
+            return {"logits": self.b(h), "norm": h.norm(dim=-1)}
+
+    spec = discover(Keywords(), {"right": torch.rand(2, 3), "left": torch.rand(2, 3)})
+    assert [group.shape for group in spec.groups] == [(5,)]
+    assert spec.verify(Keywords(), {"right": torch.rand(2, 3), "left": torch.rand(2, 3)}) < 1e-10
+
+
+def test_positions_found_by_argmax_fix_the_axis_only_where_they_are_read() -> None:
+    class Best(nn.Module):
+        def __init__(self, read: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.read = nn.Linear(3, 5), nn.Linear(5, 2), read
+
+        def forward(self, x: Tensor):
+            h = self.a(x)
+            values, positions = h.max(-1, keepdim=True)
+            return self.b(h) + values + (positions if self.read else 0)
+
+    x = torch.rand(2, 3)
+    assert len(discover(Best(read=False), x).groups) == 1
+    assert len(discover(Best(read=True), x).groups) == 0
+
+
+def test_dead_code_does_not_constrain() -> None:
+    class Dead(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            h[:, 2] + 1
+            return self.b(h)
+
+    assert [group.shape for group in discover(Dead(), torch.rand(2, 3)).groups] == [(5,)]
+
+
+def test_a_model_without_hidden_units_has_no_group_and_aligns_by_the_identity() -> None:
+    a, b = nn.Linear(3, 2), nn.Linear(3, 2)
+    assert discover(a, torch.rand(2, 3)).groups == ()
+    assert modeconn.align(a, b, example_input=torch.rand(2, 3)).permutation.num_moved == 0
+
+
+def test_a_missing_example_input_says_what_to_pass() -> None:
+    with pytest.raises(ValueError, match=r"Linear has to be run once .* pass example_input="):
+        discover(nn.Linear(3, 2))
+
+
+def test_an_example_input_of_the_wrong_shape_gives_the_models_own_error() -> None:
+    with pytest.raises(
+        ValueError, match=r"Linear does not run on example_input of shape \(2, 4\): RuntimeError: mat1 and"
+    ):
+        discover(nn.Linear(3, 2), torch.rand(2, 4))
+
+
+def test_a_model_that_cannot_be_exported_says_why_and_what_helps() -> None:
+    class Branch(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return x if x.sum() > 0 else -x
+
+    with pytest.raises(ValueError, match=r"torch.export cannot follow Branch in eval mode: .*What usually helps"):
+        discover(Branch(), torch.rand(2, 4))
+
+
+def test_the_spec_prints_as_a_table() -> None:
+    model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+    assert repr(discover(model, torch.zeros(2, 4))) == (
+        "PermutationSpec(1 group, 8 units)\n  0  8 units  0.weight[0]  0.bias[0]  2.weight[1]"
+    )
+
+
+def test_every_operator_named_in_the_rules_exists() -> None:
+    assert len(RULES) > 200
