@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeconn.curves import Curve
+from modeconn.curves import Curve, mix
 from modeconn.evaluate import Objective
 from modeconn.loss import LossFn, check_targets
 from modeconn.recipe import Recipe
@@ -49,8 +49,8 @@ class CurveStep:
     r"""Takes optimizer steps on the control points of a curve.
 
     With :math:`\theta = \sum_k B_k(t) c_k` the gradient of :math:`c_k` is :math:`B_k(t) \, \nabla L(\theta)`, so a step
-    is the ordinary one of the unmodified module plus three passes over vectors: one to mix the control points into the
-    workspace, two to pull gradient and penalty back. Autograd never sees the curve.
+    is the ordinary one of the unmodified module, and a few passes over vectors to mix the control points and to gather
+    the gradient. Autograd never sees the curve.
 
     Args:
         workspace: The module to run, in train mode, with its flat weights and gradient; its buffers are scratch.
@@ -68,54 +68,50 @@ class CurveStep:
         self.workspace = workspace
         self._trained = nn.Parameter(control_points[curve.trained])  # shares memory with the control points
         self._trained.grad = torch.zeros_like(self._trained)
+        self._is_single = curve.num_trained == 1
+        if self._is_single:
+            workspace.gather_in(self._trained.grad[0])
         self.optimizer = recipe.make_optimizer([self._trained])
         self._weight_decay = recipe.weight_decay
-        self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         device = control_points.device.type
+        self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         if recipe.autocast is not None:
             self._autocast = lambda: torch.autocast(device, dtype=recipe.autocast)
         self._scaler = torch.amp.GradScaler(device, enabled=recipe.autocast == torch.float16)
         workspace.model.train()
         self._model = torch.compile(workspace.model) if recipe.compile else workspace.model
-        space = workspace.space
-        self._decayed = None if space.all_trainable else space.trainable.to(space.dtype)
 
-    def __call__(self, batch: Any, weights: Tensor, forward: Objective) -> Tensor:
+    def __call__(self, batch: Any, weights: Sequence[float], forward: Objective) -> Tensor:
         """Take one step.
 
         Args:
             batch: What ``forward`` takes, on the device of the control points.
-            weights: ``curve.basis(t)`` in the dtype and on the device of the control points, ``(K,)``.
+            weights: ``curve.basis(t)``, ``K`` numbers.
             forward: ``forward(model, batch) -> loss``, a mean over examples. What changes a batch in the light of the
                 model, as an attack does, comes inside: the model it gets stands at t.
 
         Returns:
             The loss, a scalar on the device, without the penalty.
         """
-        self.move(weights)
+        mix(self.control_points, weights, self.workspace.theta)
         self.workspace.zero_grad()
         with self._autocast():
             loss = forward(self._model, batch)
-        self._scaler.scale(loss).backward()
-        self._pull_back(weights[self.curve.trained])
+        self._pull_back(loss, weights[self.curve.trained])
         self._scaler.step(self.optimizer)
         self._scaler.update()
         return loss.detach()
 
-    def move(self, weights: Tensor) -> None:
-        """Put the workspace at the point of the curve with these basis weights ``(K,)``."""
-        torch.mv(self.control_points.t(), weights, out=self.workspace.theta)
-
-    @torch.no_grad()
-    def _pull_back(self, weights: Tensor) -> None:
-        gradient = self._trained.grad
-        torch.outer(weights, self.workspace.grad, out=gradient)
-        self._scaler.unscale_(self.optimizer)
-        if self._weight_decay:
-            theta = self.workspace.theta
-            if self._decayed is not None:  # frozen weights are not pulled anywhere
-                theta = theta * self._decayed
-            gradient.addr_(weights, theta, alpha=self._weight_decay)
+    def _pull_back(self, loss: Tensor, weights: Sequence[float]) -> None:
+        """Bring the gradient of loss and penalty to the trained control points, which have these ``weights``."""
+        # Scaling the loss in place of the gradient spares the usual, single control point two passes over memory.
+        factor = weights[0] if self._is_single else 1.0
+        self._scaler.scale(loss * factor).backward()
+        decay = self._weight_decay * factor * self._scaler.get_scale()
+        gradient = self.workspace.gather_grad(weight_decay=decay)
+        if not self._is_single:
+            for weight, row in zip(weights, self._trained.grad, strict=True):
+                torch.mul(gradient, weight, out=row)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that changes from step to step, as tensors and as JSON can hold it."""

@@ -126,7 +126,7 @@ class Run:
         self._seen: int | None = None  # checksum of the batch before the checkpoint, while its epoch is taken up
 
         self._positions: list[float] = []
-        self._weights = step.control_points.new_empty(0)
+        self._weights: list[list[float]] = []
         self._pending: list[tuple[float, Tensor, int]] = []
         self._last_batch: Any = None
         self._last_saved = time.monotonic()
@@ -178,10 +178,10 @@ class Run:
         progress.step += 1
 
     def _set_positions(self) -> None:
-        """Draw the t of the block that the next step belongs to; their basis weights go to the device together."""
+        """Draw the t of the block that the next step belongs to, and their basis weights."""
         positions = stratified_positions(self._seed, self._progress.step // BLOCK)
         self._positions = positions.tolist()
-        self._weights = self._step.curve.basis(positions).to(self._step.control_points)
+        self._weights = self._step.curve.basis(positions).tolist()
 
     def _read_losses(self) -> None:
         """Move pending losses to the history, all at once: reading each would make an accelerator wait every step."""

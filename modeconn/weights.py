@@ -171,10 +171,12 @@ class WeightSpace:
 
 
 class Workspace:
-    """A private copy of a model whose parameters, and their gradients, are views into two flat buffers.
+    """A private copy of a model whose parameters are views into one flat buffer.
 
-    Writing into `theta` moves the model; ``loss.backward()`` leaves the gradient in `grad`, without a copy. The
-    gradient adds up until `zero_grad`, which must take the place of setting gradients to None: the views would be lost.
+    Writing into `theta` moves the model. After ``loss.backward()``, `gather_grad` brings the gradient into a second
+    buffer. Gradients are no views into it: ``backward`` would have to add to them, which takes three passes over memory
+    after one to zero them, and gathering takes two. And with nothing left allocated between steps, glibc returns the
+    pages of the activations to the system at every step, and asks for them again.
 
     Args:
         model: The model to copy; it is not changed.
@@ -184,22 +186,46 @@ class Workspace:
         space: The weight space that names the parts of both buffers.
         model: The copy, an ordinary module.
         theta: The weights, ``(P,)``.
-        grad: The gradient, ``(P,)``; entries of frozen parameters stay 0.
+        grad: The gradient last gathered, ``(P,)``.
     """
 
     def __init__(self, model: nn.Module, space: WeightSpace | None = None) -> None:
         self.space = space or WeightSpace(model)
         self.theta = self.space.flatten(model)
-        self.grad = torch.zeros_like(self.theta)
         self.model = copy.deepcopy(model)
-        weights, gradients = self.space.unflatten(self.theta), self.space.unflatten(self.grad)
-        for name, parameter in self.model.named_parameters():
-            parameter.data = weights[name]
-            parameter.grad = gradients[name] if parameter.requires_grad else None
+        self._parameters = list(self.model.parameters())
+        for parameter, view in zip(self._parameters, self.space.unflatten(self.theta).values(), strict=True):
+            parameter.data = view
+        self.zero_grad()
+        self.gather_in(torch.zeros_like(self.theta))
+
+    def gather_in(self, buffer: Tensor) -> None:
+        """Make ``buffer (P,)`` the place where gradients are gathered."""
+        self.grad = buffer
+        self._grad_views = list(self.space.unflatten(buffer).values())
 
     def zero_grad(self) -> None:
-        """Set the gradient to zero, keeping the views."""
-        self.grad.zero_()
+        """Forget the gradient of the step before."""
+        for parameter in self._parameters:
+            parameter.grad = None
+
+    @torch.no_grad()
+    def gather_grad(self, *, weight_decay: float = 0.0) -> Tensor:
+        r"""Bring the gradient of the model's parameters into `grad` and return it.
+
+        Args:
+            weight_decay: Strength of a penalty :math:`\tfrac{\lambda}{2} \lVert \theta \rVert^2` whose gradient is
+                added on the way.
+
+        Returns:
+            `grad`, 0 for parameters without gradient, as frozen ones.
+        """
+        for parameter, view in zip(self._parameters, self._grad_views, strict=True):
+            if parameter.grad is None:
+                view.zero_()
+            else:
+                torch.add(parameter.grad, parameter, alpha=weight_decay, out=view)
+        return self.grad
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:

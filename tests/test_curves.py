@@ -54,6 +54,7 @@ def test_weights_both_ends_share_keep_their_bits_on_a_new_curve(curve):
     theta = torch.randn(100, generator=torch.Generator().manual_seed(0))
     points = curve.initial_control_points(theta, theta.clone())
     assert all(torch.equal(point, theta) for point in points)
+    assert all(torch.equal(curve.point(points, t), theta) for t in POSITIONS)
 
 
 @pytest.mark.parametrize("degree", [1, 2, 3, 6])

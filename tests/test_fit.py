@@ -12,14 +12,14 @@ import torch
 
 from modeconn.checkpoint import Checkpoint
 from modeconn.connection import Connection
-from modeconn.curve_step import BLOCK, CurveStep, stratified_positions, supervised
+from modeconn.curve_step import BLOCK, stratified_positions
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.fit import fit_curve
 from modeconn.loss import cross_entropy
 from modeconn.recipe import Recipe, constant, one_cycle
 from modeconn.rng import rng_state
 from modeconn.symmetry import discover
-from modeconn.weights import WeightSpace, Workspace
+from modeconn.weights import WeightSpace
 from tests.cases import CASE, CASES, batches, clone, same_bits
 from tests.reference import fit_by_autograd
 
@@ -221,18 +221,6 @@ def test_compilation_is_handed_the_training_model(monkeypatch):
     a, b = pair()
     fit_curve(a, b, batches(), align=False, recipe=Recipe(epochs=1, compile=True))
     assert len(compiled) == 1 and type(compiled[0]) is type(a)
-
-
-def test_a_step_makes_no_new_gradient_buffers():
-    a, b = pair()
-    space = WeightSpace(a)
-    workspace = Workspace(a, space)
-    points = Bezier(2).initial_control_points(space.flatten(a), space.flatten(b))
-    step = CurveStep(workspace, Bezier(2), points, SHORT)
-    places = [parameter.grad.data_ptr() for parameter in workspace.model.parameters()]
-    for batch in batches():
-        step(batch, Bezier(2).basis(0.3).float(), supervised(cross_entropy))
-    assert [parameter.grad.data_ptr() for parameter in workspace.model.parameters()] == places
 
 
 # -- alignment

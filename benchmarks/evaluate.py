@@ -1,0 +1,79 @@
+"""``Connection.evaluate`` against the forward passes it cannot do without, in one run.
+
+    python benchmarks/evaluate.py --model tinyten
+
+The bound is, for each of T points, one train-mode pass over the recalibration tensors and one eval-mode pass over the
+test tensors, with nothing around them. Aim: at most 1.1 times that.
+"""
+
+from __future__ import annotations
+
+import argparse
+import copy
+import statistics
+from collections.abc import Callable
+
+import torch
+from timing import environment, interleaved, ratio
+from torch import Tensor, nn
+
+from modeconn import models
+from modeconn.connection import Connection, TrainingData
+
+Batches = list[tuple[Tensor, Tensor]]
+
+
+def passes(model: nn.Module, train: Batches, test: Batches, num_points: int) -> Callable[[], object]:
+    model = copy.deepcopy(model)
+
+    @torch.no_grad()
+    def run() -> None:
+        for _ in range(num_points):
+            for flag, data in ((True, train), (False, test)):
+                model.train(flag)
+                for inputs, _targets in data:
+                    model(inputs)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tinyten")
+    parser.add_argument("--points", type=int, default=25)
+    parser.add_argument("--train", type=int, default=256, help="examples to recalibrate on")
+    parser.add_argument("--test", type=int, default=512, help="examples to evaluate")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+
+    device = torch.device(options.device)
+    model_a, model_b = (models.build(options.model, seed=seed).to(device) for seed in (0, 1))
+    train, test = (
+        list(
+            zip(
+                torch.rand(size, 3, 32, 32, device=device).split(options.batch),
+                torch.randint(10, (size,), device=device).split(options.batch),
+                strict=True,
+            )
+        )
+        for size in (options.train, options.test)
+    )
+    connection = Connection.straight_between(model_a, model_b, training=TrainingData(train))
+    rivals = {
+        "passes": passes(model_a, train, test, options.points),
+        "evaluate": lambda: connection.evaluate(test, num_points=options.points),
+    }
+    seconds = interleaved(rivals, options.rounds, device)
+    print(
+        f"{options.model}, {options.points} points, {options.train} + {options.test} images, batch {options.batch}; "
+        f"{environment(device)}"
+    )
+    for name, times in seconds.items():
+        print(f"{name:>9}  median {statistics.median(times):.2f} s, best {min(times):.2f} s")
+    print(f"evaluate / passes: {ratio(seconds['evaluate'], seconds['passes'])}")
+
+
+if __name__ == "__main__":
+    main()
