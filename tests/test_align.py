@@ -1,0 +1,372 @@
+"""Alignment recovers what was planted, by every method, and says what it could not know."""
+
+from __future__ import annotations
+
+from itertools import pairwise, permutations, product
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modeconn
+from modeconn import ActivationMatching, Permutation, WeightMatching, align, discover, models
+from modeconn.batch_norm import recalibrate
+from modeconn.matching import match_groups, match_units
+from modeconn.matching.statistics import Moments, collect, readings
+from tests.symmetry_cases import CASES
+
+BY_NAME = {case.name: case for case in CASES}
+
+
+@pytest.fixture
+def generator() -> torch.Generator:
+    return torch.Generator().manual_seed(5)
+
+
+def zoo_model(name: str) -> nn.Module:
+    return models.mlp(64, (16, 12), 10, seed=1) if name == "mlp" else getattr(models, name)(seed=1)
+
+
+def has_linear(model: nn.Module) -> bool:
+    """Whether there are hidden linear layers, which see one sample an image, not one a place."""
+    return sum(isinstance(module, nn.Linear) for module in model.modules()) > 1
+
+
+def batches(shape: tuple[int, ...], generator: torch.Generator, sizes: tuple[int, ...] = (24, 9)) -> list:
+    return [(torch.rand(n, *shape, generator=generator), torch.zeros(n, dtype=torch.int64)) for n in sizes]
+
+
+def blobs(generator: torch.Generator, sizes: tuple[int, ...]) -> list:
+    """Coarse random images. On white noise the units of deep linear layers fire for one image or none, many alike."""
+    return [
+        (nn.functional.interpolate(inputs, (32, 32), mode="bilinear"), targets)
+        for inputs, targets in batches((3, 3, 3), generator, sizes)
+    ]
+
+
+# ---------------------------------------------------------------- recovery
+
+
+@pytest.mark.parametrize("pre_activation", [False, True], ids=["post", "pre"])
+@pytest.mark.parametrize("name", [n for n in models.names() if n not in ("wideresnet28x10", "preresnet164")])
+def test_activations_recover_a_planted_permutation_of_every_zoo_model(
+    name: str, pre_activation: bool, generator: torch.Generator
+) -> None:
+    """On every unit that is not constant; constant ones are counted, and only they may be misplaced.
+
+    (A unit whose one response is at the level of rounding may count as constant in one of the two networks only.)
+    """
+    model = zoo_model(name)
+    loader = (
+        batches((64,), generator) if name == "mlp" else blobs(generator, (96, 65) if has_linear(model) else (24, 9))
+    )
+    recalibrate(model, [inputs for inputs, _ in loader], forward=lambda m, inputs: m(inputs))
+    model.eval()
+    spec = discover(model)
+    planted = spec.random(generator)
+    result = align(
+        model, planted.apply(model), loader, method=ActivationMatching(pre_activation=pre_activation), spec=spec
+    )
+    left = result.permutation @ planted
+    for group in spec.groups:
+        misplaced = int((left.perms[group.name] != torch.arange(group.size)).sum())
+        assert misplaced <= max(result.constant_units[group.name]), group.name
+        assert result.correlation[group.name][1] >= result.correlation[group.name][0]
+    assert result.correlation.keys() == {group.name for group in spec.groups}
+
+
+RECOVERABLE = [
+    "plain", "conv flatten", "residual", "u-net", "dense block", "depthwise separable", "squeeze and excitation",
+    "grouped", "channel shuffle", "convnext block", "attention 3hd", "attention chunk", "gpt, tied", "expert bank",
+    "windows",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", RECOVERABLE)
+def test_weights_recover_a_planted_permutation_with_its_blocks(name: str, generator: torch.Generator) -> None:
+    case = BY_NAME[name]
+    torch.manual_seed(1)
+    model, inputs = case.build().double(), case.inputs()
+    spec = discover(model, inputs.double() if inputs.is_floating_point() else inputs)
+    planted = spec.random(generator)
+    result = align(model, planted.apply(model), method=WeightMatching(), spec=spec)
+    assert result.permutation @ planted == spec.identity()
+
+
+@pytest.mark.parametrize(
+    "name", ["attention 3hd", "attention einsum", "multi-head attention", "grouped", "expert bank"]
+)
+def test_activations_recover_blocks_and_what_is_inside_them(name: str, generator: torch.Generator) -> None:
+    case = BY_NAME[name]
+    torch.manual_seed(1)
+    model, example = case.build().double(), case.inputs()
+    inputs = torch.rand(40, *example.shape[1:], generator=generator, dtype=torch.float64)
+    spec = discover(model, example.double())
+    planted = spec.random(generator)
+    result = align(
+        model, planted.apply(model), [(inputs, None)], method=ActivationMatching(pre_activation=True), spec=spec
+    )
+    assert result.permutation @ planted == spec.identity()
+
+
+def test_the_inverse_would_not_pass_for_the_permutation(generator: torch.Generator) -> None:
+    """Applying the inverse keeps the function too; only recovery tells them apart."""
+    model = models.mlp(8, (9,), 2)
+    spec = discover(model)
+    planted = spec.random(generator)
+    found = align(model, planted.apply(model), batches((8,), generator), spec=spec).permutation
+    assert found == planted.inverse()
+    assert found != planted
+
+
+def test_the_relabelled_model_is_the_same_function_and_b_is_untouched(generator: torch.Generator) -> None:
+    a, b = (models.resnet20(seed=s).double().eval() for s in (1, 2))
+    before = [p.clone() for p in b.parameters()]
+    result = align(a, b, [(x.double(), y) for x, y in batches((3, 32, 32), generator)])
+    x = torch.rand(3, 3, 32, 32, dtype=torch.float64)
+    torch.testing.assert_close(result.model_b(x), b(x), rtol=1e-10, atol=1e-12)
+    assert all(torch.equal(p, q) for p, q in zip(before, b.parameters(), strict=True))
+    assert result.permutation.num_moved > 0
+
+
+# ---------------------------------------------------------------- assignment
+
+
+@pytest.mark.parametrize("n", range(1, 7))
+def test_assignment_equals_brute_force(n: int, generator: torch.Generator) -> None:
+    similarity = torch.randn(n, n, generator=generator, dtype=torch.float64)
+    best = max(permutations(range(n)), key=lambda p: sum(similarity[i, j] for i, j in enumerate(p)))
+    assert match_units(similarity).tolist() == list(best)
+
+
+def test_assignment_of_blocks_equals_brute_force_over_all_relabellings(generator: torch.Generator) -> None:
+    """3 experts of 4 hidden units would be 3! x 4!^3; here 3 blocks of 2 and their router."""
+    case = BY_NAME["gpt, tied"]
+    spec = discover(case.build(), case.inputs())
+    name = next(g.name for g in spec.groups if g.shape == (2, 2))
+    outer = spec[name].parents[0][0]
+    similarities = {name: torch.randn(4, 4, generator=generator), outer: torch.randn(2, 2, generator=generator)}
+
+    def value(p: tuple[int, ...], inner: tuple[tuple[int, ...], ...]) -> Tensor:
+        own = sum(similarities[outer][i, j] for i, j in enumerate(p))
+        return own + sum(similarities[name][2 * i + k, 2 * p[i] + inner[i][k]] for i, k in product(range(2), range(2)))
+
+    swaps = list(permutations(range(2)))
+    best = max(product(swaps, product(swaps, swaps)), key=lambda choice: value(*choice))
+    found = match_groups(spec, similarities)
+    assert found.perms[outer].tolist() == list(best[0])
+    assert found.perms[name].tolist() == [list(row) for row in best[1]]
+
+
+def test_similarity_must_be_square_and_finite() -> None:
+    with pytest.raises(ValueError, match=r"similarity must be square, got shape \(2, 3\)"):
+        match_units(torch.rand(2, 3))
+    with pytest.raises(ValueError, match="similarity must be finite"):
+        match_units(torch.tensor([[float("nan")]]))
+
+
+# ---------------------------------------------------------------- statistics
+
+
+@pytest.mark.parametrize("offset", [0.0, 1e4])
+def test_streamed_moments_equal_those_of_all_samples_at_once(offset: float, generator: torch.Generator) -> None:
+    """Also where the mean is ten thousand times the spread, in float32."""
+    a, b = (torch.randn(5, 60, generator=generator) + offset for _ in range(2))
+    moments = Moments(5)
+    for start, stop in ((0, 1), (1, 33), (33, 60)):
+        moments.add(a[:, start:stop], b[:, start:stop])
+    a, b = a.double(), b.double()
+    naive = torch.corrcoef(torch.cat([a, b]))[:5, 5:]
+    tolerance = {"rtol": 1e-4, "atol": 1e-5}
+    torch.testing.assert_close(moments.correlation(), naive, **tolerance)
+    torch.testing.assert_close(moments.inner_product(), a @ b.T / 60, **tolerance)
+    cosine = nn.functional.normalize(a) @ nn.functional.normalize(b).T
+    torch.testing.assert_close(moments.cosine(), cosine, **tolerance)
+
+
+def test_activations_read_from_the_graph_are_those_that_hooks_see(generator: torch.Generator) -> None:
+    a, b = (models.tinyten(seed=s).eval() for s in (1, 2))
+    loader = batches((3, 32, 32), generator)
+    spec = discover(a)
+    found = collect(spec, a, b, loader, num_examples_at_most=None, before_activation=False)
+    relus = [[m for m in model.modules() if isinstance(m, nn.ReLU)] for model in (a, b)]
+    seen: list[list[Tensor]] = [[], []]
+    for model, kept, layers in zip((a, b), seen, relus, strict=True):
+        for layer in layers:
+            layer.register_forward_hook(lambda *args, kept=kept: kept.append(args[2].detach().clone()))
+        with torch.no_grad():
+            for inputs, _ in loader:
+                model(inputs)
+    per_batch = len(seen[0]) // len(loader)
+    for k, moments in enumerate(found.values()):
+        x, y = (
+            torch.cat([kept[k + i * per_batch].transpose(0, 1).flatten(1) for i in range(len(loader))], 1).double()
+            for kept in seen
+        )
+        naive = torch.corrcoef(torch.cat([x, y]))[: len(x), len(x) :]
+        torch.testing.assert_close(moments.correlation(), naive.nan_to_num(), rtol=1e-3, atol=1e-4)
+
+
+def test_a_stream_is_read_at_every_tensor_that_sums_over_it_each_once() -> None:
+    spec = discover(models.resnet20())
+    stem = spec.groups[0]
+    read = [r.node for r in readings(spec, spec.traces[0], before_activation=False) if r.group == stem]
+    assert len(read) == len(set(read)) == 4  # the stem's output and those of three blocks
+
+
+def test_pooled_channels_are_read_before_the_pooling() -> None:
+    spec = discover(models.resnet20())
+    last = (
+        spec.groups[-1] if len(spec.groups[-1].places) > 20 else max(spec.groups, key=lambda g: (g.size, len(g.places)))
+    )
+    nodes = [r.node for r in readings(spec, spec.traces[0], before_activation=False) if r.group == last]
+    assert all(len(node.meta["val"].shape) == 4 and node.meta["val"].shape[-1] == 8 for node in nodes)
+
+
+def test_units_that_never_change_are_counted_and_stay(generator: torch.Generator) -> None:
+    model = models.mlp(8, (10,), 2, seed=3)
+    with torch.no_grad():
+        model.layers[0].bias[[2, 5, 7]] = -100.0  # never fire
+    spec = discover(model)
+    result = align(model, model, batches((8,), generator), spec=spec)
+    assert result.constant_units == {"layers.0": (3, 3)}
+    assert result.permutation == spec.identity()
+
+
+def test_units_that_fire_for_one_image_only_are_told_apart_by_their_spread() -> None:
+    model = models.mlp(2, (4,), 2, mean=[0.0, 0.0], std=[1.0, 1.0])
+    with torch.no_grad():
+        model.layers[0].weight.copy_(torch.tensor([[1.0, 0], [2.0, 0], [3.0, 0], [4.0, 0]]))
+        model.layers[0].bias.copy_(torch.tensor([-0.5, -1.0, -1.5, -2.0]))
+    data = [(torch.tensor([[1.0, 0.0], [0.0, 1.0], [0.2, 0.3]]), None)]
+    spec = discover(model)
+    planted = Permutation(spec, {"layers.0": torch.tensor([2, 3, 1, 0])})
+    assert align(model, planted.apply(model), data, spec=spec).permutation @ planted == spec.identity()
+
+
+def test_the_inner_product_minimises_the_distance_between_units(generator: torch.Generator) -> None:
+    a, b = (models.mlp(6, (5,), 2, seed=s) for s in (1, 2))
+    loader = batches((6,), generator)
+    result = align(a, b, loader, method=ActivationMatching(statistic="inner_product"))
+    (perm,) = result.permutation.perms.values()
+    with torch.no_grad():
+        x, y = (torch.cat([m.layers[:2](m.normalize(i)) for i, _ in loader]).T for m in (a, b))
+    best = min(permutations(range(5)), key=lambda p: float((x - y[list(p)]).square().sum()))
+    assert perm.tolist() == list(best)
+
+
+def test_only_the_first_examples_are_read() -> None:
+    read = []
+
+    class Counting(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                read.append(len(batch[0]))
+                yield batch
+
+    generator = torch.Generator().manual_seed(0)
+    a, b = (models.mlp(6, (5,), 2, seed=s) for s in (1, 2))
+    loader = Counting(batches((6,), generator, (8, 8, 8, 8)))
+    align(a, b, loader, method=ActivationMatching(num_examples=12), example_input=torch.rand(2, 6))
+    assert read[-2:] == [8, 8]
+    assert len(read) <= 2 + 1  # one more may have been read for the example
+
+
+# ---------------------------------------------------------------- weight matching
+
+
+def test_weight_matching_never_lowers_its_objective_and_repeats_by_seed() -> None:
+    a, b = (models.mlp(12, (20, 20, 20), 4, seed=s).double() for s in (1, 2))
+    first, again = (align(a, b, method=WeightMatching(seed=3)) for _ in range(2))
+    history = first.history
+    assert all(y > x for x, y in pairwise(history))
+    assert first.permutation == again.permutation
+    with torch.no_grad():
+        inner = sum(float((p * q).sum()) for p, q in zip(a.parameters(), first.model_b.parameters(), strict=True))
+        fixed = float((a.layers[-1].bias * b.layers[-1].bias).sum())
+    assert inner == pytest.approx(history[-1] + fixed)
+
+
+def test_weight_matching_of_one_hidden_layer_is_the_best_of_all_relabellings() -> None:
+    a, b = (models.mlp(3, (5,), 2, seed=s).double() for s in (1, 2))
+    spec = discover(a)
+
+    @torch.no_grad()
+    def distance(model: nn.Module) -> float:
+        return sum(float((p - q).square().sum()) for p, q in zip(a.parameters(), model.parameters(), strict=True))
+
+    all_of_them = (Permutation(spec, {"layers.0": torch.tensor(p)}).apply(b) for p in permutations(range(5)))
+    assert distance(align(a, b, spec=spec).model_b) == pytest.approx(min(map(distance, all_of_them)))
+
+
+def test_a_recurrent_weight_is_matched_along_both_its_axes(generator: torch.Generator) -> None:
+    case = BY_NAME["lstm cells"]
+    torch.manual_seed(0)
+    model = case.build().double()
+    spec = discover(model, case.inputs().double())
+    planted = spec.random(generator)
+    result = align(model, planted.apply(model), spec=spec)
+    assert result.permutation @ planted == spec.identity()
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_networks_of_different_architecture_are_refused_with_both_shapes() -> None:
+    with pytest.raises(ValueError, match=r"'layers.0.weight'.*\(5, 8\).*\(6, 8\)"):
+        align(models.mlp(8, (5,), 2), models.mlp(8, (6,), 2))
+
+
+def test_weights_that_are_not_finite_are_named() -> None:
+    a, b = models.mlp(8, (5,), 2), models.mlp(8, (5,), 2, seed=1)
+    with torch.no_grad():
+        b.layers[0].weight[0, 0] = float("nan")
+    with pytest.raises(ValueError, match=r"layers\.0\.weight"):
+        align(a, b)
+
+
+def test_matching_by_activations_needs_data() -> None:
+    with pytest.raises(ValueError, match=r"ActivationMatching compares activations, so it needs data: pass loader="):
+        align(models.mlp(8, (5,), 2), models.mlp(8, (5,), 2, seed=1), method=ActivationMatching())
+
+
+@pytest.mark.parametrize(
+    "loader", [[], iter([(torch.rand(2, 8), torch.zeros(2))]), torch.rand(2, 8)], ids=["empty", "one-shot", "tensor"]
+)
+def test_loaders_that_cannot_serve_are_refused(loader: object) -> None:
+    with pytest.raises(ValueError, match=r"loader (is empty|can be read only once|must yield)"):
+        align(models.mlp(8, (5,), 2), models.mlp(8, (5,), 2, seed=1), loader)
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"num_examples": 1}, "num_examples must be at least 2, or None, got num_examples=1"),
+        ({"statistic": "covariance"}, "statistic must be .* got statistic='covariance'"),
+    ],
+)
+def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ActivationMatching(**settings)
+    with pytest.raises(ValueError, match="max_sweeps must be at least 1, got max_sweeps=0"):
+        WeightMatching(max_sweeps=0)
+
+
+def test_a_wrong_spec_is_caught_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
+    from modeconn.symmetry.discover import Walk
+
+    def skip(walk: Walk, input, weight, bias=None):
+        return [input.axes[0], weight.axes[0]]
+
+    rules = {**modeconn.RULES, torch.ops.aten.linear: skip}
+    monkeypatch.setattr("modeconn.matching.alignment.discover", lambda model, x: discover(model, x, rules=rules))
+    a, b = models.mlp(8, (5,), 2), models.mlp(8, (5,), 2, seed=1)
+    with pytest.raises(modeconn.VerificationError, match="changes the function"):
+        align(a, b)
+
+
+def test_an_alignment_prints_the_correlations(generator: torch.Generator) -> None:
+    a = models.mlp(8, (5,), 2)
+    text = repr(align(a, discover(a).random(generator).apply(a), batches((8,), generator)))
+    assert text.startswith("Alignment(Permutation(1 groups")
+    assert "layers.0  correlation" in text
