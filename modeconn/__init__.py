@@ -13,11 +13,11 @@ profile = connection.evaluate(test)                        # loss and accuracy a
 """
 
 from modeconn._version import __version__
-from modeconn.align import ActivationMatching, Alignment, WeightMatching, align
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.evaluate import Profile
 from modeconn.fit import fit_curve
+from modeconn.matching import ActivationMatching, Alignment, WeightMatching, align
 from modeconn.recipe import Recipe
 from modeconn.symmetry import (
     RULES,

@@ -35,7 +35,7 @@ from modeconn.symmetry import Permutation, PermutationSpec
 from modeconn.weights import WeightSpace, Workspace, named_buffers
 
 if TYPE_CHECKING:
-    from modeconn.align import Alignment
+    from modeconn.matching import Alignment
 
 _QUADRATIC = Bezier(2)
 _RECIPE = Recipe()
@@ -166,7 +166,7 @@ def _find_permutation(
         return None
     if _is_finished(align):
         return getattr(align, "permutation", align)
-    from modeconn.align import align as find
+    from modeconn.matching import align as find
 
     method = None if align is True else align
     return find(model_a, model_b, loader, method=method, spec=spec, example_input=example_input).permutation

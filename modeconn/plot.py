@@ -13,9 +13,9 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from modeconn.align import Alignment
-    from modeconn.connection import Connection
+    from modeconn.connection import Connection, History
     from modeconn.evaluate import Profile
+    from modeconn.matching import Alignment
 
 Correlation = Mapping[str, tuple[float, float]]
 """Mean correlation ``(before, after)`` by group."""
@@ -106,24 +106,24 @@ def correlation(
     return _finished(ax, legend=True)
 
 
-def history(*connections: Connection, labels: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+def history(*fits: Connection | History, labels: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Draw the training loss of each epoch of one or several fits, and its range over ten bins of t.
 
     Args:
-        connections: What `modeconn.fit_curve` returned, one line each.
+        fits: What `modeconn.fit_curve` returned, or the ``history`` of it, one line each.
         labels: A name for each, for the legend.
         ax: Where to draw. Default: a new figure.
 
     Raises:
-        ValueError: If there is no connection, a label is missing, or nothing was learned in a fit.
+        ValueError: If there is no fit, a label is missing, or nothing was learned in one.
     """
-    names = _labels(labels, connections, "connection")
-    for number, connection in enumerate(connections):
-        if connection.history is None:
-            raise ValueError(f"connection {number} has no history: no curve was learned.")
+    names = _labels(labels, fits, "fit")
+    histories = [getattr(fit, "history", fit) for fit in fits]
+    if None in histories:
+        raise ValueError(f"fit {histories.index(None)} has no history: no curve was learned.")
     ax = _axes(ax)
-    for number, (connection, name) in enumerate(zip(connections, names, strict=True)):
-        (colour, dashes), kept = _style(number), connection.history
+    for number, (kept, name) in enumerate(zip(histories, names, strict=True)):
+        colour, dashes = _style(number)
         epochs = np.arange(1, len(kept.loss) + 1)
         by_t = np.array(kept.loss_by_t, dtype=float)  # a bin without a batch is NaN
         low, high = np.nanmin(by_t, axis=1), np.nanmax(by_t, axis=1)

@@ -249,7 +249,7 @@ def test_alignment_is_asked_for_with_what_the_caller_gave(monkeypatch, align, me
         calls.append((args, kwargs))
         return types.SimpleNamespace(permutation=permutation)
 
-    monkeypatch.setitem(sys.modules, "modeconn.align", types.SimpleNamespace(align=fake))
+    monkeypatch.setitem(sys.modules, "modeconn.matching", types.SimpleNamespace(align=fake))
     data = batches()
     connection = fit_curve(a, b, data, align=align, recipe=SHORT, spec="spec", example_input="x")
     assert calls == [((a, b, data), {"method": method, "spec": "spec", "example_input": "x"})]
@@ -261,7 +261,7 @@ def test_the_alignment_does_not_move_the_order_of_the_data(monkeypatch):
         torch.rand(3)
         return types.SimpleNamespace(permutation=None)
 
-    monkeypatch.setitem(sys.modules, "modeconn.align", types.SimpleNamespace(align=fake))
+    monkeypatch.setitem(sys.modules, "modeconn.matching", types.SimpleNamespace(align=fake))
     fits = [fit_curve(*pair("dropout"), batches(), align=align, recipe=SHORT) for align in (True, False)]
     assert torch.equal(fits[0].control_points, fits[1].control_points)
 
@@ -269,7 +269,7 @@ def test_the_alignment_does_not_move_the_order_of_the_data(monkeypatch):
 def test_without_a_loader_the_straight_connection_comes_with_one_warning(monkeypatch):
     a, b, permutation = planted("residual")
     result = types.SimpleNamespace(permutation=permutation)
-    monkeypatch.setitem(sys.modules, "modeconn.align", types.SimpleNamespace(align=lambda *args, **kwargs: result))
+    monkeypatch.setitem(sys.modules, "modeconn.matching", types.SimpleNamespace(align=lambda *args, **kwargs: result))
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         connection = fit_curve(a, b, align=True)

@@ -5,8 +5,8 @@ import pickle
 import pytest
 import torch
 
+import modeconn
 from modeconn import models
-from modeconn.matching import align
 from tests.cases import CASE, CASES, same_bits
 
 
@@ -39,7 +39,7 @@ def test_any_other_model_takes_a_template_which_is_left_alone(tmp_path, case):
 
 def test_a_relabelled_model_keeps_its_description(tmp_path):
     a, b = models.mlp(6, [5], 3, seed=0), models.mlp(6, [5], 3, seed=1)
-    relabelled = align(a, b).model_b
+    relabelled = modeconn.align(a, b).model_b
     models.save(relabelled, tmp_path / "m")
     assert same_bits(models.load(tmp_path / "m"), relabelled)
 

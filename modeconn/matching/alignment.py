@@ -9,11 +9,11 @@ from typing import Any
 
 from torch import nn
 
-from modeconn.align.activation_matching import ActivationMatching
-from modeconn.align.method import Method, correlations
-from modeconn.align.statistics import collect, inputs_of
-from modeconn.align.weight_matching import WeightMatching
 from modeconn.loaders import first_batch
+from modeconn.matching.activation_matching import ActivationMatching
+from modeconn.matching.method import Method, correlations
+from modeconn.matching.statistics import collect, inputs_of
+from modeconn.matching.weight_matching import WeightMatching
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.align.assignment import match_groups
-from modeconn.align.method import Match
+from modeconn.matching.assignment import match_groups
+from modeconn.matching.method import Match
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec
 

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from torch import nn
 
-from modeconn.align.statistics import Moments
+from modeconn.matching.statistics import Moments
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
 

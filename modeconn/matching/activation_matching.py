@@ -9,9 +9,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modeconn.align.assignment import match_groups
-from modeconn.align.method import Match, correlations
-from modeconn.align.statistics import Moments, collect
+from modeconn.matching.assignment import match_groups
+from modeconn.matching.method import Match, correlations
+from modeconn.matching.statistics import Moments, collect
 from modeconn.symmetry.spec import PermutationSpec
 
 
@@ -72,13 +72,21 @@ class ActivationMatching:
         similarity = getattr(moments, self.statistic)()
         if not bool(torch.isfinite(similarity).all()):
             raise ValueError("activations are NaN or infinite on this data; check the endpoints' weights and inputs.")
-        return _tie_to_identity(similarity, *moments.constant())
+        return _break_ties(similarity, moments)
 
 
-def _tie_to_identity(similarity: Tensor, constant_a: Tensor, constant_b: Tensor) -> Tensor:
-    """Let units that say nothing stay where they are: a bonus far below any real difference decides ties only."""
-    bonus = 1e-9 * similarity.abs().max().clamp(min=1e-300)
-    return similarity + torch.diag(bonus * (constant_a | constant_b))
+def _break_ties(similarity: Tensor, moments: Moments) -> Tensor:
+    """Add what is far below any real difference and so decides between equals only.
+
+    Units that never change stay where they are. Units that respond to the same single image are all perfectly
+    correlated: those of equal spread are paired.
+    """
+    constant_a, constant_b = moments.constant()
+    log_a, log_b = (v.clamp(min=1e-300).log() for v in moments.variances())
+    spread = (log_a[:, None] - log_b[None, :]).abs().clamp(max=1)
+    spread = torch.where(constant_a[:, None] | constant_b[None, :], 1.0, spread)
+    scale = similarity.abs().max().clamp(min=1e-300)
+    return similarity - scale * (1e-6 * spread - 1e-9 * torch.diag((constant_a | constant_b).double()))
 
 
 def _constant_units(moments: dict[str, Moments]) -> dict[str, tuple[int, int]]:
