@@ -1,0 +1,149 @@
+"""Connect real networks: straight and curved, aligned and not, several pairs; a table in benchmarks/results.
+
+    python benchmarks/connect.py cifar10 --root DIR --work DIR
+    python benchmarks/connect.py fashion_mnist --root DIR --work DIR
+
+Each pair's endpoints, curves and numbers are kept in the work folder as soon as they are there; a run that is started
+again goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+import time
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from timing import environment
+from torch import nn
+
+import modeconn
+from modeconn import Recipe, data, models
+from modeconn.models import files
+from modeconn.recipe import one_cycle
+
+SETTINGS = {
+    "cifar10": {"model": {}, "endpoint_epochs": 12, "curve_epochs": 12},
+    "fashion_mnist": {"model": {"in_channels": 1, "image_size": 28}, "endpoint_epochs": 5, "curve_epochs": 5},
+}
+ROWS = ("straight", "straight aligned", "curve", "curve aligned")
+
+
+def sgd(epochs: int, lr: float) -> Recipe:
+    optimizer = partial(torch.optim.SGD, lr=lr, momentum=0.9, nesterov=True)
+    return Recipe(epochs=epochs, optimizer=optimizer, schedule=one_cycle, weight_decay=5e-4)
+
+
+def endpoint(seed: int, train: data.TensorLoader, settings: dict[str, Any], work: Path) -> nn.Module:
+    path = work / f"endpoint-{seed}.safetensors"
+    if not path.exists():
+        model = models.tinyten(**settings["model"], mean=train.mean().tolist(), std=train.std().tolist(), seed=seed)
+        model = model.to(memory_format=torch.channels_last)
+        files.save(models.train(model, train, recipe=sgd(settings["endpoint_epochs"], 0.1), seed=seed), path)
+    return files.load(path).to(memory_format=torch.channels_last)
+
+
+def measure(connection: modeconn.Connection, test: data.TensorLoader, points: int) -> dict[str, float]:
+    profile = connection.evaluate(test, num_points=points)
+    return {
+        "end accuracy": float(profile.own_accuracy.mean()),
+        "end loss": float(profile.own_loss.mean()),
+        "min accuracy": profile.min_accuracy,
+        "mean accuracy": profile.mean_accuracy,
+        "arc-length mean accuracy": profile.arc_mean_accuracy,
+        "barrier": profile.barrier,
+        "seconds to evaluate": profile.seconds,
+    }
+
+
+def run_pair(
+    pair: int, train: data.TensorLoader, test: data.TensorLoader, settings: dict[str, Any], work: Path, points: int
+) -> dict[str, Any]:
+    path = work / f"pair-{pair}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    a, b = (endpoint(seed, train, settings, work) for seed in (2 * pair + 1, 2 * pair + 2))
+    begin = time.perf_counter()
+    alignment = modeconn.align(a, b, train)
+    result: dict[str, Any] = {"seconds to align": time.perf_counter() - begin, "correlation": alignment.correlation}
+    recipe = sgd(settings["curve_epochs"], 0.05)
+    for row in ROWS:
+        begin = time.perf_counter()
+        connection = modeconn.fit_curve(
+            a,
+            b,
+            train,
+            align=alignment if "aligned" in row else False,
+            curve=modeconn.Bezier(2) if "curve" in row else modeconn.Line(),
+            recipe=recipe,
+            seed=pair,
+            checkpoint=work / f"curve-{pair}-{row.replace(' ', '-')}.safetensors" if "curve" in row else None,
+        )
+        fitted = time.perf_counter() - begin
+        result[row] = {**measure(connection, test, points), "seconds to fit": fitted}
+        print(pair, row, json.dumps(result[row]), flush=True)
+    path.write_text(json.dumps(result, indent=1))
+    return result
+
+
+def summary(pairs: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
+    """Mean and standard deviation over pairs."""
+    return {
+        row: {
+            key: (statistics.mean(v := [p[row][key] for p in pairs]), statistics.stdev(v) if len(v) > 1 else 0.0)
+            for key in pairs[0][row]
+        }
+        for row in ROWS
+    }
+
+
+def table(rows: dict[str, dict[str, tuple[float, float]]]) -> str:
+    percent = ("end accuracy", "min accuracy", "mean accuracy", "arc-length mean accuracy")
+    lines = ["| | " + " | ".join([*(f"{k}, %" for k in percent), "barrier", "minutes to fit"]) + " |", "|---" * 7 + "|"]
+    for name, row in rows.items():
+        cells = [f"{100 * row[k][0]:.1f} ± {100 * row[k][1]:.1f}" for k in percent]
+        cells += ["{:.3f} ± {:.3f}".format(*row["barrier"]), f"{row['seconds to fit'][0] / 60:.1f}"]
+        lines.append("| " + " | ".join([name, *cells]) + " |")
+    return "\n".join(lines)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=SETTINGS)
+    parser.add_argument("--root", required=True, help="folder of the data set")
+    parser.add_argument("--work", type=Path, required=True, help="folder for endpoints, curves and numbers")
+    parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--points", type=int, default=25)
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    settings = SETTINGS[args.data]
+    train, test = data.load(args.data, args.root)
+    pairs = []
+    for pair in range(args.pairs):
+        pairs.append(run_pair(pair, train, test, settings, args.work, args.points))
+        rows = summary(pairs)
+        record = {
+            "data": args.data,
+            "train examples": train.num_examples,
+            "test examples": test.num_examples,
+            "model": "tinyten",
+            "pairs": [[2 * p + 1, 2 * p + 2] for p in range(len(pairs))],
+            "settings": {k: v for k, v in settings.items() if k != "model"},
+            "points": args.points,
+            "environment": environment(train.device),
+            "rows": rows,
+            "each pair": pairs,
+        }
+        name = f"connect_{args.data}"
+        (args.out / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+        (args.out / f"{name}.md").write_text(table(rows) + "\n")
+    print(table(rows))
+
+
+if __name__ == "__main__":
+    main()
