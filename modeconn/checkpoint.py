@@ -58,8 +58,12 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
         raise _unwritable(path, error) from error
 
 
-def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read what `write` wrote: the tensors, on the CPU, and the description.
+
+    Args:
+        path: The file.
+        kind: What it has to be, or None for whatever it is; the description says it as "kind".
 
     Raises:
         FileNotFoundError: If there is no such file.
@@ -80,9 +84,9 @@ def read(path: str | os.PathLike[str], kind: str) -> tuple[dict[str, Tensor], di
             ) from None
         raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({error}).") from error
     if _KEY not in metadata:
-        raise ValueError(f"{str(path)!r} was not written by modeconn; it should be a {kind}.")
+        raise ValueError(f"{str(path)!r} was not written by modeconn; it should be a {kind or 'file of it'}.")
     about = json.loads(metadata[_KEY])
-    if about.get("kind") != kind:
+    if kind is not None and about.get("kind") != kind:
         raise ValueError(f"{str(path)!r} is a {about.get('kind')}, not a {kind}.")
     return tensors, about
 

@@ -122,7 +122,7 @@ def test_a_history_is_drawn_by_epoch_with_its_range_over_t(ax):
 
 def test_two_histories_share_one_entry_for_their_range(ax):
     fit = learned([2.0], [[1.0, 3.0]])
-    plot.history(fit, fit, labels=["one", "two"], ax=ax)
+    plot.history(fit, fit.history, labels=["one", "two"], ax=ax)
     assert texts(ax.get_legend()) == ["one", "range over t", "two"]
 
 
@@ -141,7 +141,7 @@ def test_two_histories_share_one_entry_for_their_range(ax):
         (lambda: plot.correlation({}), "there is no correlation to draw"),
         (lambda: plot.correlation({"a": (0, 1)}, {"b": (0, 1)}), "different architectures"),
         (lambda: plot.correlation({"a": (0, 1)}, labels=[]), r"must name each group: 1 to draw, got labels=\[\]"),
-        (lambda: plot.history(types.SimpleNamespace(history=None)), "connection 0 has no history"),
+        (lambda: plot.history(types.SimpleNamespace(history=None)), "fit 0 has no history"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_and_no_figure_is_opened(draw, message):

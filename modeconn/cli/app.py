@@ -1,0 +1,423 @@
+"""The commands, each of which reads files, calls one function and writes files."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import torch
+import typer
+from typer.core import TyperGroup
+
+from modeconn import Connection, Profile, Recipe, __version__, checkpoint, fit_curve, models
+from modeconn import align as align_models
+from modeconn.cli import demo as story
+from modeconn.cli import options, parse
+from modeconn.cli.files import describe_file, draw_files
+from modeconn.cli.options import DataOptions, change_recipe, template
+from modeconn.connection import TrainingData
+
+_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+
+
+class _Group(TyperGroup):
+    """Turns what the library raises into one line on stderr."""
+
+    def invoke(self, context: Any) -> Any:
+        try:
+            return super().invoke(context)
+        except (ValueError, OSError, FloatingPointError) as error:
+            _say(f"error: {error}")
+            raise typer.Exit(1) from None
+        except KeyboardInterrupt:
+            _say("interrupted.")
+            raise typer.Exit(_INTERRUPTED) from None
+
+
+app = typer.Typer(
+    cls=_Group,
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode="markdown",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    help="Connect independently trained neural networks by curves of low loss.\n\nBegin with: modeconn demo",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(__version__)
+        raise typer.Exit
+
+
+@app.callback()
+def _program(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
+    ] = False,
+) -> None:
+    """Hold the options of the program itself."""
+
+
+def _say(text: str) -> None:
+    """Tell the user something that is no result: on stderr, so that results can be piped."""
+    typer.echo(f"modeconn: {text}", err=True)
+
+
+def _legend(files: list[Path], labels: str | None) -> list[str] | None:
+    if labels is not None:
+        return labels.split(",")
+    return None if len(files) == 1 else [path.stem for path in files]
+
+
+def _one_line(profile: Profile) -> str:
+    return f"loss {profile.own_loss[0]:.4f}, accuracy {profile.own_accuracy[0]:.2%}"
+
+
+def _versions() -> str:
+    import platform
+
+    import numpy
+    import safetensors
+    import scipy
+
+    versions = {module.__name__: module.__version__ for module in (torch, numpy, scipy, safetensors)}
+    where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
+    return "\n".join(
+        [f"modeconn {__version__}", f"Python {platform.python_version()} on {platform.platform()}"]
+        + [f"{name} {version}" for name, version in versions.items()]
+        + [where]
+    )
+
+
+def _bars(wanted: bool | None) -> bool:
+    return sys.stderr.isatty() if wanted is None else wanted
+
+
+@app.command()
+def demo(
+    data: options.Data = "digits",
+    root: options.Root = None,
+    out: Annotated[Path, typer.Option(help="Folder for figures, connections and numbers.")] = Path("modeconn-demo"),
+    model: options.Template = None,
+    model_arg: options.ModelArguments = None,
+    epochs: options.Epochs = None,
+    curve_epochs: Annotated[int | None, typer.Option(help="The same for curves.", rich_help_panel="Recipe")] = None,
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
+    points: Annotated[int | None, typer.Option(min=2, help="How many networks to measure on each connection.")] = None,
+    seeds: Annotated[tuple[int, int], typer.Option(help="Of the two networks.")] = (1, 2),
+    batch_size: options.BatchSize = None,
+    augment: options.Augment = True,
+    data_seed: options.DataSeed = 0,
+    device: options.Device = "cpu",
+    progress: options.Progress = None,
+) -> None:
+    r"""Train two networks and connect them: straight and curved, with and without alignment.
+
+    Prints one table, and writes figures, connections and numbers into a folder. On the digits, which come with the
+    package, this takes seconds. On images it trains on 10,000 examples for 10 epochs and measures 2,000, unless told
+    otherwise.
+
+    For example:
+
+        modeconn demo
+
+        modeconn demo --data fashion_mnist --root DIR --model tinyten \
+            --epochs 20 --train-examples 60000
+    """
+    preset = story.DIGITS if data == "digits" else story.IMAGES
+    arguments = parse.settings(model_arg)
+    plan = preset.changed(
+        model=model,
+        arguments=arguments if model else {**preset.arguments, **arguments},
+        endpoints=change_recipe(preset.endpoints, epochs=epochs),
+        curve=change_recipe(preset.curve, epochs=curve_epochs),
+        num_points=points,
+        train_examples=train_examples,
+        test_examples=test_examples,
+    )
+    loaders = DataOptions(
+        data, root, batch_size, augment, plan.train_examples, plan.test_examples, data_seed, device
+    ).load()
+    out.mkdir(parents=True, exist_ok=True)
+    checkpoint.check_writable(out / "results.json")
+
+    def make(seed: int) -> torch.nn.Module:
+        return parse.make_model(plan.model, plan.arguments, loaders[0], seed=seed).to(device)
+
+    found = story.tell(plan, make, *loaders, seeds=seeds, say=_say, progress=_bars(progress))
+    story.write(found, out, {"data": data, "data_seed": data_seed, "seeds": seeds, **plan.to_json()})
+    typer.echo(f"{plan.model} on {data}, {found.rows[0].profile.num_examples} test examples\n\n{found.table()}\n")
+    typer.echo(f"Figures (*.png), networks and connections (*.safetensors), numbers (*.json): {out.resolve()}")
+
+
+@app.command()
+def train(
+    out: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
+    data: options.Data,
+    model: options.Model,
+    model_arg: options.ModelArguments = None,
+    seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation of the data, dropout.")] = 0,
+    root: options.Root = None,
+    batch_size: options.BatchSize = None,
+    augment: options.Augment = True,
+    train_examples: options.TrainExamples = None,
+    data_seed: options.DataSeed = 0,
+    epochs: options.Epochs = None,
+    optimizer: options.Optimizer = None,
+    schedule: options.Schedule = None,
+    weight_decay: options.WeightDecay = None,
+    autocast: options.Autocast = "none",
+    compile: options.Compile = False,
+    device: options.Device = "cpu",
+    progress: options.Progress = None,
+) -> None:
+    r"""Train one network: an end for a connection.
+
+    What the data says of the model need not be said again: classes, channels, image size, mean and deviation of the
+    inputs. Default recipe: 30 epochs of SGD with Nesterov momentum at learning rate 0.1.
+
+    For example:
+
+        modeconn train a.safetensors --data digits --seed 1 \
+            --model mlp --model-arg hidden=128,128 \
+            --optimizer adam:lr=0.003 --schedule one_cycle --weight-decay 0
+    """
+    recipe = change_recipe(
+        Recipe(),
+        epochs=epochs,
+        optimizer=optimizer,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        autocast=autocast,
+        compile=compile,
+    )
+    checkpoint.check_writable(out)
+    loader, test = DataOptions(
+        data, root, batch_size, augment, train_examples=train_examples, seed=data_seed, device=device
+    ).load()
+    network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed).to(device)
+    trained = models.train(network, loader, recipe=recipe, seed=seed, progress=_bars(progress))
+    models.save(trained, out)
+    both = Connection.straight_between(trained, trained, training=TrainingData(loader))
+    typer.echo(f"{model} on the test set: {_one_line(both.evaluate(test, num_points=2))}")
+    typer.echo(f"Wrote {out}")
+
+
+@app.command()
+def align(
+    a: options.File,
+    b: options.File,
+    out: Annotated[Path, typer.Option(help="File for b, relabelled.")],
+    permutation: Annotated[Path | None, typer.Option(help="File for the relabelling itself.")] = None,
+    report: Annotated[Path | None, typer.Option(help="JSON file for correlations, for modeconn plot.")] = None,
+    method: Annotated[
+        str | None,
+        typer.Option(help="activation[:KEY=VALUE,...] or weight[:...]; default: activation where there is data."),
+    ] = None,
+    data: options.OptionalData = None,
+    root: options.Root = None,
+    data_seed: options.DataSeed = 0,
+    model: options.Template = None,
+    model_arg: options.ModelArguments = None,
+    device: options.Device = "cpu",
+) -> None:
+    r"""Relabel the units of network b so that it agrees with network a; its function stays the same.
+
+    Prints the mean correlation of paired units before and after, for each group of units, where there is data.
+
+    For example:
+
+        modeconn align a.safetensors b.safetensors --data digits \
+            --out b-aligned.safetensors --report report.json
+
+        modeconn align a.safetensors b.safetensors --method weight \
+            --out b-aligned.safetensors
+    """
+    for path in (out, permutation, report):
+        if path is not None:
+            checkpoint.check_writable(path)
+    chosen = None if method is None else parse.method(method)
+    loader = None if data is None else DataOptions(data, root, seed=data_seed, device=device).load()[0]
+    shape = template(model, model_arg, loader)
+    found = align_models(*(models.load(path, shape).to(device) for path in (a, b)), loader, method=chosen)
+    models.save(found.model_b, out)
+    if permutation is not None:
+        found.permutation.save(permutation)
+    if report is not None:
+        report.write_text(json.dumps({"correlation": found.correlation}, indent=1), encoding="utf-8")
+    typer.echo(repr(found))
+    typer.echo(f"Wrote {', '.join(str(path) for path in (out, permutation, report) if path is not None)}")
+
+
+@app.command()
+def fit(
+    a: options.File,
+    b: options.File,
+    out: Annotated[Path, typer.Option(help="File for the connection.")],
+    data: options.Data,
+    align: Annotated[
+        str, typer.Option(help="activation[:KEY=VALUE,...], weight[:...], a permutation file, or none.")
+    ] = "activation",
+    curve: Annotated[str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS.")] = "bezier:2",
+    seed: Annotated[int, typer.Option(help="Of t, order and augmentation of the data, dropout.")] = 0,
+    root: options.Root = None,
+    batch_size: options.BatchSize = None,
+    augment: options.Augment = True,
+    train_examples: options.TrainExamples = None,
+    data_seed: options.DataSeed = 0,
+    model: options.Template = None,
+    model_arg: options.ModelArguments = None,
+    epochs: options.Epochs = None,
+    optimizer: options.Optimizer = None,
+    schedule: options.Schedule = None,
+    weight_decay: options.WeightDecay = None,
+    autocast: options.Autocast = "none",
+    compile: options.Compile = False,
+    checkpoint_file: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="Where the run saves itself; default: OUT.checkpoint, deleted at the end."),
+    ] = None,
+    save_every: Annotated[float, typer.Option(help="Seconds between checkpoints inside an epoch.")] = 60,
+    device: options.Device = "cpu",
+    progress: options.Progress = None,
+) -> None:
+    r"""Align network b with network a, then learn a curve of low loss between them.
+
+    Stopped by Ctrl-C or by anything else, the run goes on from its checkpoint when the same command is given again, and
+    ends with the same bits.
+
+    For example:
+
+        modeconn fit a.safetensors b.safetensors --data digits \
+            --out curve.safetensors --epochs 15 \
+            --optimizer adam:lr=0.001 --schedule one_cycle
+    """
+    recipe = change_recipe(
+        Recipe(),
+        epochs=epochs,
+        optimizer=optimizer,
+        schedule=schedule,
+        weight_decay=weight_decay,
+        autocast=autocast,
+        compile=compile,
+    )
+    how, shape_of_curve = parse.alignment(align), parse.curve(curve)
+    checkpoint.check_writable(out)
+    kept = checkpoint_file or out.with_name(out.name + ".checkpoint")
+    loader, _ = DataOptions(
+        data, root, batch_size, augment, train_examples=train_examples, seed=data_seed, device=device
+    ).load()
+    architecture = template(model, model_arg, loader)
+    try:
+        connection = fit_curve(
+            *(models.load(path, architecture).to(device) for path in (a, b)),
+            loader,
+            align=how,
+            curve=shape_of_curve,
+            recipe=recipe,
+            checkpoint=checkpoint.Checkpoint(kept, every_seconds=save_every),
+            seed=seed,
+            progress=_bars(progress),
+        )
+    except KeyboardInterrupt:
+        if kept.exists():
+            _say(f"the run is kept in {kept}; give the same command again to go on.")
+        raise
+    connection.save(out)
+    if checkpoint_file is None:
+        kept.unlink(missing_ok=True)
+    typer.echo(repr(connection))
+    typer.echo(f"Wrote {out}")
+
+
+@app.command()
+def evaluate(
+    connection: options.File,
+    data: options.Data,
+    out: Annotated[
+        Path | None, typer.Option(help="Begin of the names of the JSON and CSV files; default: the connection's name.")
+    ] = None,
+    points: Annotated[int, typer.Option(min=2, help="How many networks to measure, both ends included.")] = 61,
+    on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
+    root: options.Root = None,
+    batch_size: options.BatchSize = None,
+    test_examples: options.TestExamples = None,
+    data_seed: options.DataSeed = 0,
+    model: options.Template = None,
+    model_arg: options.ModelArguments = None,
+    device: options.Device = "cpu",
+    progress: options.Progress = None,
+) -> None:
+    """Measure loss and accuracy along a connection.
+
+    Batch norm is recalibrated at every point on training data. Prints a table, and writes all points as JSON and CSV.
+
+    For example:
+
+        modeconn evaluate curve.safetensors --data digits --points 25
+    """
+    base = connection.with_suffix("") if out is None else out
+    files = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
+    for path in files:
+        checkpoint.check_writable(path)
+    loaders = DataOptions(data, root, batch_size, test_examples=test_examples, seed=data_seed, device=device).load()
+    if on not in ("train", "test"):
+        raise ValueError(f"--on must be train or test, got {on!r}.")
+    measured = loaders[0].with_(augment=(), shuffle=False) if on == "train" else loaders[1]
+    architecture = template(model, model_arg, loaders[0])
+    loaded = Connection.load(connection, None if architecture is None else architecture.to(device))
+    profile = loaded.evaluate(measured, num_points=points, recalibrate=loaders[0], progress=_bars(progress))
+    profile.to_json(files[0])
+    profile.to_csv(files[1])
+    typer.echo(repr(profile))
+    typer.echo(f"Wrote {files[0]}, {files[1]}")
+
+
+@app.command(name="plot")
+def draw(
+    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
+    out: Annotated[Path, typer.Option(help="The figure: .png, .pdf, .svg.")],
+    quantity: Annotated[str, typer.Option(help="loss, accuracy or error, of profiles.")] = "loss",
+    labels: Annotated[str | None, typer.Option(help="Names for the legend, with commas between them.")] = None,
+) -> None:
+    r"""Draw files of one kind.
+
+    Profiles (of modeconn evaluate) are drawn along t; reports (of modeconn align) as correlations before and after;
+    connections as the loss of their training.
+
+    For example:
+
+        modeconn plot line.json curve.json --out profiles.pdf \
+            --labels "line,curve" --quantity accuracy
+
+        modeconn plot report.json --out correlations.png
+
+        modeconn plot curve.safetensors --out history.png
+    """
+    from matplotlib.figure import Figure
+
+    checkpoint.check_writable(out)
+    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+    draw_files(files, _legend(files, labels), quantity, figure.subplots())
+    figure.savefig(out, dpi=150)
+    typer.echo(f"Wrote {out}")
+
+
+@app.command()
+def info(
+    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, show_default=False)] = None,
+) -> None:
+    """Say what a file is.
+
+    Without a file: which versions are at work, and on which machine.
+
+    For example:
+
+        modeconn info curve.safetensors
+    """
+    typer.echo(_versions() if file is None else describe_file(file))

@@ -1,0 +1,134 @@
+"""What a file of modeconn is: told in words, or drawn."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modeconn import Permutation, Profile, checkpoint, plot
+from modeconn.cli.table import table
+from modeconn.connection import History
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+_Correlation = dict[str, list[float]]
+
+
+def describe_file(path: Path) -> str:
+    """Return what ``modeconn info`` prints of a file."""
+    if _is_json(path):
+        kind, content = _read_json(path)
+        text = repr(content) if kind == "profile" else _correlation_table(content)
+    else:
+        tensors, about = checkpoint.read(path)
+        kind, text = about["kind"], _SAFETENSORS[about["kind"]](path, tensors, about)
+    return f"{path}: {kind}\n{text}"
+
+
+def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str, ax: Axes) -> None:
+    """Draw profiles, reports of alignments or connections, all of one kind."""
+    read = [_read_json(path) if _is_json(path) else ("connection", _history(path)) for path in paths]
+    kinds, contents = zip(*read, strict=True)
+    if len(set(kinds)) > 1:
+        raise ValueError(
+            f"one figure shows files of one kind, got {', '.join(map(_with_article, sorted(set(kinds))))}."
+        )
+    if kinds[0] == "profile":
+        plot.profile(*contents, labels=labels, quantity=quantity, ax=ax)
+    elif kinds[0] == "connection":
+        plot.history(*contents, labels=labels, ax=ax)
+    else:
+        plot.correlation(*contents, labels=labels, ax=ax)
+
+
+def _is_json(path: Path) -> bool:
+    with path.open("rb") as file:
+        return file.read(1) == b"{"
+
+
+def _read_json(path: Path) -> tuple[str, Profile | _Correlation]:
+    text = path.read_text(encoding="utf-8")
+    try:
+        content = json.loads(text)
+        if "correlation" in content:
+            return "report of an alignment", content["correlation"]
+        return "profile", Profile.from_json(text)
+    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
+        raise ValueError(f"{str(path)!r} is neither a profile nor a report of an alignment.") from None
+
+
+def _history(path: Path) -> History | None:
+    kept = checkpoint.read(path, "connection")[1]["history"]
+    return None if kept is None else History(**kept)
+
+
+def _with_article(kind: str) -> str:
+    return f"a {kind}"
+
+
+def _correlation_table(correlation: _Correlation) -> str:
+    rows = [[name, *(f"{value:.3f}" for value in values)] for name, values in correlation.items()]
+    return table(["mean correlation", "before", "after"], rows)
+
+
+def _about_connection(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
+    name, arguments = about["curve"]
+    points, weights = tensors["control_points"].shape
+    history = about["history"]
+    lines = {
+        "curve": f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())}), {points} control points",
+        "model": _model(about),
+        "weights": f"{weights:,} of {str(tensors['control_points'].dtype).removeprefix('torch.')}",
+        "b": "as it was" if about["permutation"] is None else "relabelled",
+        "fit": "none" if history is None else _fit(history),
+    }
+    return _lines(lines)
+
+
+def _about_model(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
+    count = sum(tensor.numel() for tensor in tensors.values())
+    return _lines({"model": _model(about), "numbers": f"{count:,} in {len(tensors)} parameters and buffers"})
+
+
+def _about_permutation(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
+    permutation = Permutation.load(path)
+    return f"{permutation!r} of a\n{permutation.spec!r}"
+
+
+def _about_checkpoint(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
+    progress = about["progress"]
+    settings = {name: value for name, value in about["settings"].items() if not name.startswith("parameter ")}
+    return _lines({"done": f"{progress['epoch']} epochs and {progress['batch']} batches", **settings})
+
+
+_SAFETENSORS = {
+    "connection": _about_connection,
+    "model": _about_model,
+    "permutation": _about_permutation,
+    "checkpoint of fit_curve": _about_checkpoint,
+}
+
+
+def _fit(history: dict[str, Any]) -> str:
+    losses = history["loss"]
+    return f"{len(losses)} epochs in {history['seconds']:.1f} s, training loss {losses[-1]:.4g}"
+
+
+def _model(about: dict[str, Any]) -> str:
+    if about["model"] is None:
+        return "not of modeconn.models; give --model"
+    name, arguments = about["model"]
+    return f"{name}({', '.join(f'{key}={_short(value)}' for key, value in arguments.items())})"
+
+
+def _short(value: Any) -> str:
+    text = repr(value)
+    return text if len(text) <= 40 else f"<{len(value)} values>"
+
+
+def _lines(facts: dict[str, Any]) -> str:
+    width = max(map(len, facts))
+    return "\n".join(f"  {name:{width}}  {value}" for name, value in facts.items())

@@ -1,0 +1,172 @@
+"""Strings of the command line become the objects that the library takes; nowhere else does this happen."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import inspect
+import math
+import os
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from modeconn import ActivationMatching, Bezier, Line, Permutation, PolyChain, WeightMatching, models, recipe
+from modeconn.curves import Curve
+from modeconn.data import TensorLoader
+from modeconn.rng import seeded
+
+CURVES = {"line": Line, "bezier": Bezier, "polychain": PolyChain}
+METHODS = {"activation": ActivationMatching, "weight": WeightMatching}
+SCHEDULES = {one.__name__: one for one in (recipe.piecewise_linear, recipe.halving, recipe.one_cycle, recipe.constant)}
+OPTIMIZERS = {
+    name.lower(): value
+    for name, value in vars(torch.optim).items()
+    if inspect.isclass(value) and issubclass(value, torch.optim.Optimizer) and value is not torch.optim.Optimizer
+}
+_PRECISIONS = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+_NO_VARIATION = 0.1  # added to the deviation of single features: some pixels of the digits never change
+
+
+def curve(text: str) -> Curve:
+    """Read ``bezier:2``, ``polychain:num_segments=3``, ``line``.
+
+    Example:
+        >>> curve("bezier:3,free_ends=True")
+        Bezier(degree=3, free_ends=True)
+    """
+    return _call(text, CURVES, "curve")
+
+
+def method(text: str) -> ActivationMatching | WeightMatching:
+    """Read ``activation:num_examples=2000`` or ``weight:seed=1``."""
+    return _call(text, METHODS, "alignment method")
+
+
+def alignment(text: str) -> bool | ActivationMatching | WeightMatching | Permutation:
+    """Read ``none``, a method, or the name of a permutation file."""
+    if text == "none":
+        return False
+    return Permutation.load(text) if Path(text).is_file() else method(text)
+
+
+def optimizer(text: str) -> recipe.OptimizerFactory:
+    """Read ``adam:lr=0.003``: any optimizer of ``torch.optim``, its name in lower case."""
+    return _partial(text, OPTIMIZERS, "optimizer")
+
+
+def schedule(text: str) -> recipe.Schedule:
+    """Read ``one_cycle`` or ``halving:every=10``."""
+    return _partial(text, SCHEDULES, "schedule")
+
+
+def precision(text: str) -> torch.dtype | None:
+    """Read ``none``, ``bfloat16`` or ``float16``."""
+    return _look_up(text, _PRECISIONS, "precision")
+
+
+def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
+    """Read ``KEY=VALUE`` pairs; values are Python literals or else strings. None is no pair.
+
+    Example:
+        >>> settings(["hidden=128,64", "width=0.5", "name=wide"])
+        {'hidden': (128, 64), 'width': 0.5, 'name': 'wide'}
+    """
+    result = {}
+    for pair in pairs or ():
+        key, equals, value = pair.partition("=")
+        if not (equals and key.isidentifier()):
+            raise ValueError(f"an argument is written KEY=VALUE, got {pair!r}.")
+        result[key] = _literal(value)
+    return result
+
+
+def make_model(name: str, arguments: Mapping[str, Any], train: TensorLoader | None, *, seed: int = 0) -> nn.Module:
+    """Build a model of the zoo, or of a factory ``package.module:function``.
+
+    Args:
+        name: Which.
+        arguments: For its factory; they come before what the data says.
+        train: Data from which classes, channels, image size, number of inputs, mean and standard deviation are taken,
+            as far as the factory has arguments of these names.
+        seed: Of the initial weights.
+    """
+    zoo = {known: getattr(models, known) for known in models.names()}
+    factory = _import(name) if ":" in name else _look_up(name, zoo, "model")
+    known = inspect.signature(factory).parameters
+    facts = {} if train is None else {key: value for key, value in _facts(train).items() if key in known}
+    if "seed" in known:
+        facts["seed"] = seed
+    try:
+        inspect.signature(factory).bind(**{**facts, **arguments})
+    except TypeError as error:
+        raise ValueError(f"model {name!r} cannot be made: {error}. Pass --model-arg KEY=VALUE.") from None
+    with seeded(seed):
+        return factory(**{**facts, **arguments})
+
+
+def _facts(train: TensorLoader) -> dict[str, Any]:
+    """Return what data says of a model, under the names that the zoo's factories use."""
+    shape = train.input_shape
+    is_image = len(shape) == 3
+    return {
+        "num_classes": train.num_classes,
+        "num_inputs": math.prod(shape),
+        "mean": train.mean(),
+        "std": train.std() + (0 if is_image else _NO_VARIATION),
+        **({"in_channels": shape[0], "image_size": shape[-1]} if is_image else {}),
+    }
+
+
+def _import(path: str) -> Callable[..., nn.Module]:
+    """Import ``package.module:name``, also from the current folder, as ``python -m`` would."""
+    module, _, name = path.partition(":")
+    if os.getcwd() not in sys.path:
+        sys.path.insert(0, os.getcwd())
+    try:
+        return getattr(importlib.import_module(module), name)
+    except (ImportError, AttributeError) as error:
+        raise ValueError(f"cannot import {path!r}: {error}.") from None
+
+
+def _call(text: str, choices: Mapping[str, Callable[..., Any]], what: str) -> Any:
+    """Read ``name``, ``name:value`` or ``name:key=value,...`` and make the object."""
+    name, _, rest = text.partition(":")
+    parts = rest.split(",") if rest else []
+    positional = [_literal(part) for part in parts if "=" not in part]
+    named = settings([part for part in parts if "=" in part])
+    make = _look_up(name, choices, what)
+    try:
+        inspect.signature(make).bind(*positional, **named)
+    except TypeError as error:
+        raise ValueError(f"{what} {text!r}: {error}.") from None
+    return make(*positional, **named)
+
+
+def _partial(text: str, choices: Mapping[str, Callable[..., Any]], what: str) -> Callable[..., Any]:
+    """Read ``name`` or ``name:key=value,...``: a function with some of its arguments set."""
+    name, _, rest = text.partition(":")
+    function, named = _look_up(name, choices, what), settings(rest.split(",") if rest else [])
+    unknown = named.keys() - inspect.signature(function).parameters.keys()
+    if unknown:
+        raise ValueError(f"{what} {name!r} has no argument {min(unknown)!r}.")
+    return partial(function, **named) if named else function
+
+
+def _look_up(name: str, choices: Mapping[str, Any], what: str) -> Any:
+    if name not in choices:
+        raise ValueError(f"there is no {what} {name!r}; there are {', '.join(sorted(choices))}.")
+    return choices[name]
+
+
+def _literal(text: str) -> Any:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError):
+        return text

@@ -1,0 +1,23 @@
+"""Plain tables, which look the same in a terminal, a log and a file."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return rows under a header, the first column to the left, all others to the right.
+
+    Example:
+        >>> print(table(["", "loss"], [["line", "0.5"], ["curve", "0.25"]]))
+               loss
+        line    0.5
+        curve  0.25
+    """
+    cells = [header, *rows]
+    widths = [max(len(row[column]) for row in cells) for column in range(len(header))]
+    lines = []
+    for first, *others in cells:
+        rest = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
+        lines.append("  ".join([first.ljust(widths[0]), *rest]).rstrip())
+    return "\n".join(lines)
