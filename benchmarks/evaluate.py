@@ -40,9 +40,9 @@ def passes(model: nn.Module, train: Batches, test: Batches, num_points: int) -> 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", default="tinyten")
-    parser.add_argument("--points", type=int, default=25)
-    parser.add_argument("--train", type=int, default=256, help="examples to recalibrate on")
-    parser.add_argument("--test", type=int, default=512, help="examples to evaluate")
+    parser.add_argument("--points", type=int, default=61)
+    parser.add_argument("--train", type=int, default=128, help="examples to recalibrate on")
+    parser.add_argument("--test", type=int, default=256, help="examples to evaluate")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--device", default="cpu")

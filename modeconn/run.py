@@ -238,12 +238,8 @@ class Run:
         for _ in range(self._progress.batch):
             batch = self._fetch(iterator)
         self._last_batch = batch
-        reached = self._data_stream
         self._set_states(now)
-        if _checksum(batch) != self._seen:
-            return False
-        self._data_stream = reached
-        return True
+        return _checksum(batch) == self._seen
 
     def _states(self) -> dict[str, Any]:
         return {**rng_state(self._device), "data": self._data_stream}

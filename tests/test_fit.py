@@ -4,6 +4,7 @@ import random
 import sys
 import types
 import warnings
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -14,6 +15,7 @@ from modeconn.checkpoint import Checkpoint
 from modeconn.connection import Connection
 from modeconn.curve_step import BLOCK, stratified_positions
 from modeconn.curves import Bezier, Line, PolyChain
+from modeconn.data import TensorLoader
 from modeconn.fit import fit_curve
 from modeconn.loss import cross_entropy
 from modeconn.recipe import Recipe, constant, one_cycle
@@ -200,8 +202,9 @@ def test_learning_rates_follow_the_schedule_without_a_length():
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
 def test_autocast_takes_nearly_the_same_steps(dtype):
     a, b = pair()
-    plain = fit_curve(a, b, batches(), align=False, recipe=SHORT).control_points
-    recipe = Recipe(epochs=2, optimizer=SHORT.optimizer, schedule=constant, autocast=dtype)
+    recipe = Recipe(epochs=2, optimizer=SHORT.optimizer, schedule=constant, weight_decay=0.3)
+    plain = fit_curve(a, b, batches(), align=False, recipe=recipe).control_points
+    recipe = replace(recipe, autocast=dtype)
     seen = set()
 
     def forward(model, batch):
@@ -262,7 +265,9 @@ def test_the_alignment_does_not_move_the_order_of_the_data(monkeypatch):
         return types.SimpleNamespace(permutation=None)
 
     monkeypatch.setitem(sys.modules, "modeconn.matching", types.SimpleNamespace(align=fake))
-    fits = [fit_curve(*pair("dropout"), batches(), align=align, recipe=SHORT) for align in (True, False)]
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    data = TensorLoader(inputs, targets, batch_size=12, shuffle=True)
+    fits = [fit_curve(*pair(), data, align=align, recipe=SHORT) for align in (True, False)]
     assert torch.equal(fits[0].control_points, fits[1].control_points)
 
 

@@ -26,15 +26,11 @@ from tests.resume_worker import RECIPE, after, fit, loader
 ROOT = Path(__file__).parent.parent
 
 
-def interrupt() -> None:
-    raise KeyboardInterrupt
-
-
 class Breaking:
     """A loader that is interrupted when it is asked for the n-th time: once to look at, then nine times an epoch."""
 
-    def __init__(self, data, count: int) -> None:
-        self.data, self.left = data, count
+    def __init__(self, data, count: int, error: type[BaseException] = KeyboardInterrupt) -> None:
+        self.data, self.left, self.error = data, count, error
 
     def __len__(self) -> int:
         return len(self.data)
@@ -44,7 +40,7 @@ class Breaking:
         while True:
             self.left -= 1
             if self.left == 0:
-                raise KeyboardInterrupt
+                raise self.error
             try:
                 yield next(iterator)
             except StopIteration:
@@ -83,6 +79,13 @@ def test_a_run_killed_in_epochs_and_in_writes_ends_with_the_bits_of_an_uninterru
 def test_a_run_interrupted_at_any_batch_ends_with_the_same_bits(tmp_path, count):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "c", Breaking(loader(), count))
+    assert same(fit(tmp_path / "c"), fit())
+
+
+@pytest.mark.parametrize("count", [11, 15])
+def test_a_run_that_fails_goes_on_from_the_end_of_the_epoch_before(tmp_path, count):
+    with pytest.raises(MemoryError):
+        fit(tmp_path / "c", Breaking(loader(), count, MemoryError))
     assert same(fit(tmp_path / "c"), fit())
 
 
