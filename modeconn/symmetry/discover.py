@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from modeconn.symmetry.axes import UNIT, Axis, Space, atoms_of, expand
-from modeconn.symmetry.graph import Example, Graph, export
+from modeconn.symmetry.graph import Example, Graph, decompose, export
 from modeconn.symmetry.rules import RULES, Rule, Traced, pointwise, traced_in
 from modeconn.symmetry.spec import PermutationSpec, Tap, Trace, UnknownOperator
 from modeconn.symmetry.structure import Structure, dependencies
@@ -131,7 +131,6 @@ class Walk(Space):
         self._seen: list[Axis] = []  # contracted, so they matter though no output has them
         self._contracted: list[list[tuple[Node, Axis]]] = []
         self._unknown: list[_Unknown] = []
-        self._node: Any = None
         self.state = self._place_state(model)
         self.shapes: list[tuple[int, ...]] = []
         self.arguments: dict[str, Any] = {}
@@ -196,7 +195,7 @@ class Walk(Space):
             if node.op == "placeholder":
                 values[node] = self._placeholder(node, graph)
             elif node.op == "call_function":
-                values[node] = self._apply_rule(node, values)
+                values[node] = self._visit(node, values)
         for node in graph.nodes:
             if node.name in graph.outputs and isinstance(values.get(node), Traced):
                 self._fix_all([values[node]], "output")
@@ -216,33 +215,49 @@ class Walk(Space):
             axes = [self.fixed(_hint(n), f"constant '{source.name}'") for n in value.shape]
         return Traced(tuple(axes), node)
 
-    def _apply_rule(self, node: Node, values: dict[Node, Any]) -> Any:
+    def _visit(self, node: Node, values: Mapping[Node, Any]) -> Any:
+        """Return what a node makes, in terms of axes."""
         from torch.fx.node import map_aggregate
 
         args, kwargs = (
-            map_aggregate(a, lambda n: values[n] if isinstance(n, torch.fx.Node) else n)
+            _concrete(map_aggregate(a, lambda n: values[n] if isinstance(n, torch.fx.Node) else n))
             for a in (node.args, node.kwargs)
         )
-        outputs = _leaves(node.meta.get("val"))
+        outputs = [out for out in _leaves(node.meta.get("val")) if isinstance(out, torch.Tensor)]
         if getattr(node.target, "__name__", "") == "getitem":
             item = args[0][args[1]]
             return Traced(item.axes, node, item.points_into) if isinstance(item, Traced) else item
-        if not any(isinstance(out, torch.Tensor) for out in outputs):
+        if not outputs:
             return _concrete(node.meta.get("val"))
-        self._node = node
-        self.shapes = [tuple(map(_hint, out.shape)) for out in outputs if isinstance(out, torch.Tensor)]
         for tensor in traced_in((args, kwargs)):
             if tensor.points_into is not None:
                 self.fix(tensor.points_into, "its positions are read as numbers")
-        rule = self._rule_for(node.target)
-        result = None
+        self.shapes = [tuple(map(_hint, out.shape)) for out in outputs]
+        rule, result = self._rule_for(node.target), None
         if rule is not None:
-            args, kwargs = _concrete(args), _concrete(kwargs)
             self.arguments = _bind(node.target, args, kwargs)
             result = rule(self, *args, **kwargs)
         if result is None:
+            result = self._visit_parts(node, args, kwargs)
+        if result is None:
             result = self._unknown_operator(node, (args, kwargs))
         return self._outputs(node, result)
+
+    def _visit_parts(self, node: Node, args: Any, kwargs: Any) -> list[Traced] | None:
+        """Walk the simpler operators that one without a rule consists of; None if it does not consist of any."""
+        parts = decompose(node)
+        if parts is None:
+            return None
+        placeholders = iter(traced_in((args, kwargs)))
+        values: dict[Node, Any] = {}
+        for part in parts.nodes:
+            if part.op == "placeholder":
+                values[part] = next(placeholders)
+            elif part.op == "call_function":
+                part.meta.setdefault("nn_module_stack", node.meta.get("nn_module_stack", {}))
+                values[part] = _without_node(self._visit(part, values))
+        self.shapes = [tuple(map(_hint, out.shape)) for out in _leaves(node.meta["val"])]
+        return [values[out] for out in _leaves(parts.output_node().args[0])]
 
     def _rule_for(self, target: Any) -> Rule | None:
         packet = getattr(target, "overloadpacket", None)
@@ -361,6 +376,13 @@ class Walk(Space):
             Tap(node, self.normal(axis)) for node, axis in self._contracted[number] if not self.is_fixed(axis)
         )
         return Trace(self._graphs[number], axes, tuple(taps))
+
+
+def _without_node(value: Any) -> Any:
+    """Forget where a tensor comes from, if that is inside an operator of the graph: it cannot be read there."""
+    if isinstance(value, Traced):
+        return Traced(value.axes, None, value.points_into)
+    return [_without_node(v) for v in value] if isinstance(value, list) else value
 
 
 def _hint(size: Any) -> int:

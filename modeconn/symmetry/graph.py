@@ -100,7 +100,7 @@ class Graph:
         self._program = program
         self.state = dict(_read_state(program))
         self.outputs = [spec.arg.name for spec in program.graph_signature.output_specs if _is_user_output(spec)]
-        self.nodes = _live_nodes(program.graph)
+        self.nodes = _live_nodes(_inline_regions(program.graph_module))
         read = {source for node in self.nodes for source in node.all_input_nodes}
         self.used_state = {self.state[node.name].name for node in read if node.name in self.state}
         self._last_use = _last_uses(self.nodes)
@@ -273,6 +273,59 @@ def _is_user_output(spec: Any) -> bool:
     from torch.export.graph_signature import OutputKind
 
     return spec.kind is OutputKind.USER_OUTPUT and hasattr(spec.arg, "name")
+
+
+def decompose(node: Node) -> Any:
+    """Return the graph of simpler operators that an operator consists of, None if torch knows of none.
+
+    Its placeholders are the tensors among the node's arguments, in their order.
+    """
+    from torch._decomp import core_aten_decompositions
+    from torch.fx.experimental.proxy_tensor import make_fx
+
+    def value(leaf: Any) -> Any:
+        return leaf.meta["val"] if isinstance(leaf, torch.fx.Node) else leaf
+
+    leaves, structure = pytree.tree_flatten((tuple(node.args), dict(node.kwargs)))
+    leaves = [value(leaf) for leaf in leaves]
+    places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
+
+    def call(*tensors: Tensor) -> Any:
+        filled = list(leaves)
+        for place, tensor in zip(places, tensors, strict=True):
+            filled[place] = tensor
+        args, kwargs = pytree.tree_unflatten(filled, structure)
+        return node.target(*args, **kwargs)
+
+    try:
+        graph = make_fx(call, core_aten_decompositions())(*(leaves[place] for place in places)).graph
+    except Exception:  # whatever an operator without a decomposition raises under tracing
+        return None
+    graph.eliminate_dead_code()
+    calls = [part.target for part in graph.nodes if part.op == "call_function"]
+    return None if node.target in calls or any(part.op == "get_attr" for part in graph.nodes) else graph
+
+
+def _inline_regions(module: Any) -> Any:
+    """Return the graph with the bodies of regions (no_grad, autocast) in the place of the regions."""
+    bodies = {n for n in module.graph.nodes if n.op == "get_attr" and hasattr(getattr(module, n.target, None), "graph")}
+    regions = {n for n in module.graph.nodes if str(n.target).startswith("wrap_with_") and bodies & set(n.args)}
+    if not regions:
+        return module.graph
+    graph = torch.fx.Graph()
+    copies: dict[Node, Any] = {}
+    for node in module.graph.nodes:
+        if node in regions:
+            at = next(i for i, arg in enumerate(node.args) if arg in bodies)
+            body = getattr(module, node.args[at].target)
+            inputs = [copies[arg] for arg in node.args[at + 1 :]]
+            places = [n for n in body.graph.nodes if n.op == "placeholder"]
+            copies[node] = graph.graph_copy(_inline_regions(body), dict(zip(places, inputs, strict=True)))
+        elif node.op == "call_function" and node.args and isinstance(copies.get(node.args[0]), (tuple, list)):
+            copies[node] = copies[node.args[0]][node.args[1]]  # an item of a region's outputs
+        elif node not in bodies:
+            copies[node] = graph.node_copy(node, lambda n: copies[n])
+    return graph
 
 
 def _live_nodes(graph: Any) -> list[Node]:
