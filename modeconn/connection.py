@@ -12,7 +12,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from modeconn import checkpoint
 from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
@@ -21,6 +20,7 @@ from modeconn.curves import CURVES, Curve, Line
 from modeconn.evaluate import Meter, Objective, Profile, fetch
 from modeconn.loaders import check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
+from modeconn.progress import progress_bar
 from modeconn.rng import seeded
 from modeconn.symmetry import Permutation, PermutationSpec
 from modeconn.weights import WeightSpace, load_buffers, named_buffers
@@ -279,7 +279,7 @@ class Connection:
     def _measure(self, meter: Meter, t: Tensor, calibration: list[Any], *, progress: bool) -> list[int]:
         """Measure the points ``t``, then both ends as they came; return where among the results the latter are."""
         model, theta = copy.deepcopy(self._template), torch.empty_like(self.control_points[0])
-        for position in tqdm(t.tolist(), desc="evaluate", disable=not progress):
+        for position in progress_bar(t.tolist(), show=progress, desc="evaluate"):
             self._place(model, position, self.curve.point(self.control_points, position, out=theta), calibration)
             meter.measure(model)
         if not calibration or self.curve.free_ends:  # trained ends have no statistics but the recalibrated ones

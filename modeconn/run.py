@@ -17,7 +17,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor
-from tqdm.auto import tqdm
 
 from modeconn import checkpoint as files
 from modeconn.checkpoint import Checkpoint
@@ -25,6 +24,7 @@ from modeconn.connection import History
 from modeconn.curve_step import BLOCK, CurveStep, stratified_positions
 from modeconn.evaluate import Objective
 from modeconn.loaders import batches, num_examples
+from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe
 from modeconn.rng import rng_state, set_rng_state
 
@@ -141,7 +141,7 @@ class Run:
             KeyboardInterrupt: After Ctrl-C, when the step is done and a checkpoint, if there are any, written.
         """
         self._started = time.perf_counter() - self._progress.seconds
-        bar = tqdm(total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch", disable=not self._show)
+        bar = progress_bar(show=self._show, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
         with bar, self._interrupts_between_steps():
             while self._progress.epoch < self._recipe.epochs:
                 self._train_epoch()

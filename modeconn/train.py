@@ -10,10 +10,10 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm.auto import tqdm
 
 from modeconn.loaders import batches, check_loader, first_batch
 from modeconn.loss import LossFn, check_targets, cross_entropy
+from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe, one_cycle
 from modeconn.rng import seeded
 
@@ -111,7 +111,7 @@ class _Training:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.autocast is torch.float16)
 
     def run(self, loader: Iterable[Any], num_batches: int, *, progress: bool) -> None:
-        bar = tqdm(range(self.recipe.epochs), desc="train", unit="epoch", disable=not progress)
+        bar = progress_bar(range(self.recipe.epochs), show=progress, desc="train", unit="epoch")
         for epoch in bar:
             losses = []
             for step, batch in enumerate(batches(loader, self.device)):
