@@ -1,0 +1,52 @@
+"""What the README says, done."""
+
+from __future__ import annotations
+
+import re
+import shlex
+from pathlib import Path
+
+import matplotlib
+import pytest
+from typer.testing import CliRunner
+
+from modeconn.cli.app import app
+
+README = Path(__file__).parent.parent / "README.md"
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+INSTALL = "pip install -c constraints.txt "
+
+
+def test_every_python_block_runs_in_order(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    namespace = {}
+    with matplotlib.rc_context({"backend": "agg"}):
+        for number, (_, source) in enumerate(block for block in BLOCKS if block[0] == "python"):
+            exec(compile(source, f"README.md, python block {number}", "exec"), namespace)
+        matplotlib.pyplot.close("all")
+    assert namespace["profile"].barrier < 0.1 * namespace["naive"].barrier
+    printed = capsys.readouterr().out
+    assert str(namespace["spec"]) in printed and str(namespace["spec"]) in README.read_text(encoding="utf-8")
+    assert (tmp_path / "profiles.png").exists() and (tmp_path / "profile.csv").exists()
+
+
+def test_two_lines_install_and_do_everything():
+    lines = [line for line in README.read_text(encoding="utf-8").splitlines() if line.startswith(INSTALL)]
+    assert lines == [f"{INSTALL}. && modeconn demo", f'{INSTALL}".[test]" && pytest -n 2']
+
+
+def test_every_command_of_the_tour_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tour,) = (source for kind, source in BLOCKS if kind == "sh" and not source.startswith(INSTALL))
+    *commands, on_images = [shlex.split(line)[1:] for line in tour.splitlines()]
+    for command in commands:
+        result = CliRunner().invoke(app, command)
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "curve.png").exists() and "relabelled" in result.stdout
+    result = CliRunner().invoke(app, on_images)
+    assert result.exit_code == 1 and "fashion_mnist needs the file" in result.stderr  # DIR stands for the reader's own
+
+
+@pytest.mark.parametrize("target", re.findall(r"\]\(([^):]+)\)", README.read_text(encoding="utf-8")))
+def test_links_to_files_lead_somewhere(target):
+    assert (README.parent / target).is_file()
