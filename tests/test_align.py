@@ -173,8 +173,8 @@ def test_streamed_moments_equal_those_of_all_samples_at_once(offset: float, gene
     """Also where the mean is ten thousand times the spread, in float32."""
     a, b = (torch.randn(5, 60, generator=generator) + offset for _ in range(2))
     moments = Moments(5)
-    for start, stop in ((0, 1), (1, 33), (33, 60)):
-        moments.add(a[:, start:stop], b[:, start:stop])
+    for start, stop, parts in ((0, 2, 1), (2, 32, 10), (32, 60, 2)):  # few and many samples a part
+        moments.add(*(x[:, start:stop].unflatten(1, (parts, -1)).transpose(0, 1) for x in (a, b)))
     a, b = a.double(), b.double()
     naive = torch.corrcoef(torch.cat([a, b]))[:5, 5:]
     tolerance = {"rtol": 1e-4, "atol": 1e-5}

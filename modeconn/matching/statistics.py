@@ -33,8 +33,8 @@ _REARRANGEMENTS = {
 class Moments:
     """Count, sums and products of the units of two networks, over any number of samples.
 
-    Values are shifted by the first samples' mean, multiplied in their own precision and added up in float64: the
-    variance of a unit with a large mean would otherwise drown in rounding.
+    Values are multiplied in their own precision and added up in float64. Where the first samples show a mean far above
+    the spread, whose variance would drown in rounding, values are shifted by that mean first.
 
     Args:
         num_units: ``N``.
@@ -42,22 +42,22 @@ class Moments:
 
     def __init__(self, num_units: int) -> None:
         self.count = 0
-        self._shift: tuple[Tensor, Tensor] | None = None
+        self._shift: tuple[Tensor | None, Tensor | None] | None = None
         self._sums = [torch.zeros(num_units, dtype=torch.float64) for _ in range(2)]
         self._squares = [torch.zeros(num_units, dtype=torch.float64) for _ in range(2)]
         self._products = torch.zeros(num_units, num_units, dtype=torch.float64)
 
     def add(self, a: Tensor, b: Tensor) -> None:
-        """Add samples: ``a`` and ``b`` of shape ``(N, samples)``, one sample the same input and place for both."""
+        """Add samples of both networks, ``(L, N, R)``: ``L R`` samples, the same inputs and places for both."""
         if self._shift is None:
-            self._shift = (a.mean(1), b.mean(1))
             self._to(a.device)
-        a, b = (x - shift[:, None] for x, shift in zip((a, b), self._shift, strict=True))
-        self.count += a.shape[1]
+            self._shift = (_far_mean(a), _far_mean(b))
+        a, b = (x if shift is None else x - shift[:, None] for x, shift in zip((a, b), self._shift, strict=True))
+        self.count += a.shape[0] * a.shape[2]
         for k, x in enumerate((a, b)):
-            self._sums[k] += x.sum(1)
-            self._squares[k] += torch.linalg.vecdot(x, x)
-        self._products += a @ b.T
+            self._sums[k] += x.sum(2).sum(0, dtype=torch.float64)
+            self._squares[k] += torch.linalg.vector_norm(x, dim=2).double().square().sum(0)
+        self._products += _products(a, b)
 
     def _to(self, device: torch.device) -> None:
         self._sums = [x.to(device) for x in self._sums]
@@ -76,7 +76,10 @@ class Moments:
 
     def means(self) -> tuple[Tensor, Tensor]:
         """Return the mean of each unit of a and of b, ``(N,)`` each."""
-        a, b = (s / self.count + shift for s, shift in zip(self._sums, self._shift, strict=True))
+        a, b = (
+            s / self.count if shift is None else s / self.count + shift
+            for s, shift in zip(self._sums, self._shift, strict=True)
+        )
         return a, b
 
     def constant(self) -> tuple[Tensor, Tensor]:
@@ -103,6 +106,26 @@ class Moments:
             for power in (v + m**2 for v, m in zip(self.variances(), self.means(), strict=True))
         )
         return self.inner_product() * scale_a[:, None] * scale_b[None, :]
+
+
+def _far_mean(x: Tensor) -> Tensor | None:
+    """Return the mean of each unit over a few samples if that of any is far above its spread."""
+    flat = x[:16, :, :256].double().transpose(0, 1).flatten(1)
+    variance, mean = torch.var_mean(flat, 1, correction=0)
+    return mean.to(x.dtype) if bool((mean.square() > 100 * variance + 1e-30).any()) else None
+
+
+def _products(a: Tensor, b: Tensor) -> Tensor:
+    """Return the sum over samples of the products of units, ``(N, N)`` in float64, for samples ``(L, N, R)``.
+
+    Products of each of the ``L`` parts are formed without a copy of the samples, unless they would be larger than the
+    samples themselves.
+    """
+    length, num_units, rest = a.shape
+    if rest >= num_units or length == 1:
+        return torch.bmm(a, b.transpose(1, 2)).sum(0, dtype=torch.float64)
+    a, b = (x.transpose(0, 1).reshape(num_units, -1) for x in (a, b))
+    return (a @ b.T).double()
 
 
 @dataclass(frozen=True)
@@ -247,7 +270,9 @@ def _add(spec: PermutationSpec, moments: dict[str, Moments], group: Group, axes:
 
 
 def unit_samples(spec: PermutationSpec, group: Group, axes: Any, values: Tensor) -> Iterator[Tensor]:
-    """Yield the values of a group's units, ``(N, samples)``, for each time the tensor holds them."""
+    """Yield a group's units, ``(L, N, R)``, for each time the tensor holds them; a view where it can be."""
     for view, labels in spec.structure.pieces(values, axes):
         for dims in spec.structure.unit_dims(labels, {group.atom}):
-            yield view.movedim(dims, list(range(len(dims)))).reshape(math.prod(group.shape), -1)
+            first = min(dims)
+            grouped = view.movedim(dims, list(range(first, first + len(dims))))
+            yield grouped.reshape(math.prod(view.shape[:first]), math.prod(group.shape), -1)
