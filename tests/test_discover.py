@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import warnings
 
 import pytest
@@ -344,3 +345,19 @@ def test_the_spec_prints_as_a_table() -> None:
 
 def test_every_operator_named_in_the_rules_exists() -> None:
     assert len(RULES) > 200
+
+
+def test_a_report_says_what_moves_what_does_not_and_why() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UnknownOperatorWarning)
+        report = discover(_Scanner(), torch.rand(2, 4)).report()
+    text = repr(report)
+    assert text.startswith("1 group, 10^2.1 relabellings; ")
+    assert "read by modeconn_test.scan.default, which has no rule" in text
+    assert "no rule for modeconn_test.scan.default (in the model itself)" in text
+    data = json.loads(report.to_json())
+    assert data["groups"][0]["shape"] == [5]
+    assert data["fixed"]["output"] == [["third.weight", 0, 2], ["third.bias", 0, 2]]
+    # second (35) and third.weight (10) of 77 weights move
+    assert report.share_moving == pytest.approx((30 + 5 + 10) / (24 + 6 + 30 + 5 + 10 + 2))
+    assert "<table>" in report._repr_html_()

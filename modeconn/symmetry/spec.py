@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
     from modeconn.symmetry.permutation import Permutation
+    from modeconn.symmetry.report import SymmetryReport
 
 FORMAT = 1
 
@@ -188,6 +189,15 @@ class PermutationSpec:
             for g in self.groups
         ]
         return "\n".join([head, *rows])
+
+    def report(self) -> SymmetryReport:
+        """Return the groups, the size of the symmetry group, and what stayed fixed and why: prints, HTML, JSON."""
+        from modeconn.symmetry.report import SymmetryReport
+
+        return SymmetryReport.of(self)
+
+    def _repr_html_(self) -> str:
+        return self.report()._repr_html_()
 
     # ---------------------------------------------------------------- permutations
 

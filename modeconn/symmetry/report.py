@@ -1,0 +1,124 @@
+"""What discovery found in a model, and what it left fixed and why, for people to read."""
+
+from __future__ import annotations
+
+import html
+import json
+import math
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from modeconn.symmetry.spec import Group, PermutationSpec, UnknownOperator
+
+_PLACES_SHOWN = 4
+
+
+@dataclass(frozen=True, repr=False)
+class SymmetryReport:
+    """The symmetry of a model in numbers.
+
+    Args:
+        groups: Every group with its size and places.
+        log10_size: Decimal logarithm of the number of relabellings that leave the function as it is.
+        share_moving: Share of the scalars in saved parameters and buffers whose tensor has an axis that moves.
+        fixed: For each reason, the axes that it fixed, ``(parameter or buffer, dimension, positions)``.
+        unread: Parameters and buffers in neither graph.
+        unknown: Operators without a rule and what they cost.
+    """
+
+    groups: tuple[Group, ...]
+    log10_size: float
+    share_moving: float
+    fixed: dict[str, tuple[tuple[str, int, int], ...]]
+    unread: tuple[str, ...]
+    unknown: tuple[UnknownOperator, ...]
+
+    @classmethod
+    def of(cls, spec: PermutationSpec) -> SymmetryReport:
+        """Sum up a spec."""
+        sizes = {name: math.prod(shape) for name, shape in spec.shapes.items()}
+        moving = {name for group in spec.groups for name, _ in group.places}
+        fixed: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+        for name, reasons in spec.fixed.items():
+            for dim, why in enumerate(reasons):
+                if why:
+                    fixed[why].append((name, dim, spec.shapes[name][dim]))
+        return cls(
+            groups=spec.groups,
+            log10_size=spec.log10_size,
+            share_moving=sum(sizes[name] for name in moving) / max(sum(sizes.values()), 1),
+            fixed={why: tuple(axes) for why, axes in fixed.items()},
+            unread=spec.unread,
+            unknown=spec.unknown,
+        )
+
+    def to_json(self) -> str:
+        """Return the report as JSON."""
+        return json.dumps(
+            {
+                "groups": [
+                    {"name": g.name, "shape": g.shape, "parents": g.parents, "places": g.places} for g in self.groups
+                ],
+                "log10_size": self.log10_size,
+                "share_moving": self.share_moving,
+                "fixed": self.fixed,
+                "unread": self.unread,
+                "unknown": [str(u) for u in self.unknown],
+            },
+            indent=1,
+        )
+
+    @property
+    def _headline(self) -> str:
+        count = len(self.groups)
+        return (
+            f"{count} group{'s' * (count != 1)}, 10^{self.log10_size:,.1f} relabellings; "
+            f"{self.share_moving:.1%} of the weights are in tensors that move"
+        )
+
+    def _group_rows(self) -> list[list[str]]:
+        return [[g.name, str(g), _some([f"{name}[{dim}]" for name, dim in g.places])] for g in self.groups]
+
+    def _fixed_rows(self) -> list[list[str]]:
+        rows = []
+        for why, axes in sorted(self.fixed.items(), key=lambda item: -len(item[1])):
+            plural = "axis" if len(axes) == 1 else "axes"
+            rows.append([why, f"{len(axes)} {plural}", _some([f"{name}[{dim}]" for name, dim, _ in axes])])
+        return rows
+
+    def _remarks(self) -> list[str]:
+        remarks = [f"no rule for {unknown}" for unknown in self.unknown]
+        if self.unread:
+            remarks.append(f"in neither graph, left as they are: {_some(self.unread)}")
+        return remarks
+
+    def __repr__(self) -> str:
+        lines = [self._headline, "", "group", *_columns(self._group_rows())]
+        if self.fixed:
+            lines += ["", "fixed because", *_columns(self._fixed_rows())]
+        return "\n".join([*lines, *([""] if self._remarks() else []), *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        def table(head: Sequence[str], rows: list[list[str]]) -> str:
+            cells: list[Any] = [f"<tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>"]
+            cells += [f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows]
+            return f"<table>{''.join(cells)}</table>"
+
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return (
+            f"<p>{html.escape(self._headline)}</p>{table(('group', 'size', 'where'), self._group_rows())}"
+            f"{table(('fixed because', 'axes', 'where'), self._fixed_rows())}{remarks}"
+        )
+
+
+def _some(names: Sequence[str]) -> str:
+    shown = "  ".join(names[:_PLACES_SHOWN])
+    return shown if len(names) <= _PLACES_SHOWN else f"{shown}  and {len(names) - _PLACES_SHOWN} more"
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  " + "  ".join(f"{c:{w}}" for c, w in zip(row, widths, strict=True)).rstrip() for row in rows]
