@@ -1,6 +1,6 @@
 """Seconds and memory of aligning two networks by activations, against two plain forward passes over the same images.
 
-    python benchmarks/align.py [--model resnet32] [--images 10000] [--rounds 5]
+python benchmarks/align.py [--model resnet32] [--images 10000] [--rounds 5]
 """
 
 from __future__ import annotations
