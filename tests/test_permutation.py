@@ -77,10 +77,11 @@ def test_a_saved_permutation_does_the_same(case: Case, generator: torch.Generato
         assert torch.equal(x, y)
 
 
-def test_a_saved_spec_is_the_same_spec_and_still_verifies(case: Case) -> None:
+def test_a_saved_spec_is_the_same_spec_and_still_verifies(case: Case, tmp_path: Path) -> None:
     model, inputs = case.build(), case.inputs()
     spec = discover(model, inputs)
-    again = PermutationSpec.from_json(spec.to_json())
+    spec.save(tmp_path / "spec.safetensors")
+    again = PermutationSpec.load(tmp_path / "spec.safetensors")
     assert again == spec
     assert repr(again) == repr(spec)
     assert again.verify(model, inputs) < 1e-10

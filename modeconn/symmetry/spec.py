@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from modeconn import checkpoint
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.graph import Graph
 from modeconn.symmetry.structure import Structure
@@ -253,6 +255,19 @@ class PermutationSpec:
         return verify(self, model, example_input, tolerance=tolerance, seed=seed)
 
     # ---------------------------------------------------------------- files
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the spec to a file, all or nothing; the graphs stay behind."""
+        checkpoint.write(path, "spec", {}, {"spec": self.to_json()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
+        """Read what `save` wrote. Every use checks it against the names and shapes of the model.
+
+        Raises:
+            ValueError: If the file is no spec that modeconn wrote.
+        """
+        return cls.from_json(checkpoint.read(path, "spec")[1]["spec"])
 
     def to_json(self) -> str:
         """Return everything but the graphs as JSON."""
