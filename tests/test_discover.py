@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import warnings
+from dataclasses import dataclass
 
 import pytest
 import torch
@@ -277,6 +278,31 @@ def test_keyword_inputs_and_dictionary_outputs_are_understood() -> None:
     spec = discover(Keywords(), {"right": torch.rand(2, 3), "left": torch.rand(2, 3)})
     assert [group.shape for group in spec.groups] == [(5,)]
     assert spec.verify(Keywords(), {"right": torch.rand(2, 3), "left": torch.rand(2, 3)}) < 1e-10
+
+
+@dataclass
+class _Output:
+    logits: Tensor
+    cache: object
+
+
+class _Cache:
+    def __init__(self, *kept: Tensor) -> None:
+        self.kept = list(kept)
+
+
+def test_tensors_inside_returned_objects_are_outputs_too() -> None:
+    class Remembers(nn.Module):
+        def __init__(self, keep: bool) -> None:
+            super().__init__()
+            self.a, self.b, self.keep = nn.Linear(3, 5), nn.Linear(5, 2), keep
+
+        def forward(self, x: Tensor) -> _Output:
+            h = self.a(x).relu()
+            return _Output(self.b(h), _Cache(h) if self.keep else _Cache())
+
+    assert [group.shape for group in discover(Remembers(keep=False), torch.rand(2, 3)).groups] == [(5,)]
+    assert discover(Remembers(keep=True), torch.rand(2, 3)).groups == ()
 
 
 def test_positions_found_by_argmax_fix_the_axis_only_where_they_are_read() -> None:

@@ -192,6 +192,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
         ValueError: If the model cannot run on the example, or cannot be exported.
     """
     shadow = _shadow(model).train(training)
+    shadow.register_forward_hook(lambda module, inputs, outputs: _plain(outputs))
     batched = example.with_batch_of_two()
     with _traceable():
         if batched is not None:
@@ -215,6 +216,20 @@ def _export(model: nn.Module, example: Example, free_batch: bool) -> Any:
             if example.has_batch(tensor):
                 shapes[tensor] = {0: Dim.AUTO}
     return export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _plain(value: Any, seen: tuple[int, ...] = ()) -> Any:
+    """Return outputs as nested lists and dicts of tensors: also those of data classes, caches and other objects."""
+    if id(value) in seen:
+        return None
+    seen = (*seen, id(value))
+    if isinstance(value, Mapping):
+        return {str(key): _plain(item, seen) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_plain(item, seen) for item in value]
+    if isinstance(value, (Tensor, torch.SymInt, int, float, bool, str, type(None))):
+        return value
+    return _plain(getattr(value, "__dict__", None), seen)
 
 
 def _shadow(model: nn.Module) -> nn.Module:
