@@ -13,6 +13,7 @@ import modeconn
 from modeconn import Bezier, Connection, Line, Permutation, PolyChain, Profile, Recipe, data, models
 from modeconn.cli import parse
 from modeconn.cli.app import app
+from modeconn.cli.demo import on_threads
 from modeconn.data import TensorLoader
 from modeconn.recipe import halving, one_cycle
 from tests.cases import CASE, same_bits
@@ -216,6 +217,15 @@ def test_the_files_of_the_demo_are_what_its_numbers_come_from(demo):
     b = models.load(out / "b.safetensors")
     relabelled = Permutation.load(out / "permutation.safetensors").apply(b)
     assert same_bits(Connection.load(out / "curve-aligned.safetensors").model_at(1), relabelled)
+
+
+def test_the_number_of_threads_is_given_back():
+    before = torch.get_num_threads()
+    with on_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    with on_threads(None):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
 
 
 def test_the_demo_runs_on_image_files(tmp_path):

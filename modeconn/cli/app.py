@@ -149,7 +149,8 @@ def demo(
     def make(seed: int) -> torch.nn.Module:
         return parse.make_model(plan.model, plan.arguments, loaders[0], seed=seed).to(device)
 
-    found = story.tell(plan, make, *loaders, seeds=seeds, say=_say, progress=_bars(progress))
+    with story.on_threads(plan.num_threads):
+        found = story.tell(plan, make, *loaders, seeds=seeds, say=_say, progress=_bars(progress))
     story.write(found, out, {"data": data, "data_seed": data_seed, "seeds": seeds, **plan.to_json()})
     typer.echo(f"{plan.model} on {data}, {found.rows[0].profile.num_examples} test examples\n\n{found.table()}\n")
     typer.echo(f"Figures (*.png), networks and connections (*.safetensors), numbers (*.json): {out.resolve()}")

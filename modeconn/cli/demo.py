@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -34,6 +35,7 @@ class Preset:
         num_points: At how many points they are measured.
         train_examples: How many examples are trained on, None for all.
         test_examples: How many are measured on, None for all.
+        num_threads: On how many threads to compute, None for as many as torch takes.
     """
 
     model: str
@@ -43,6 +45,7 @@ class Preset:
     num_points: int
     train_examples: int | None = None
     test_examples: int | None = None
+    num_threads: int | None = None
 
     def changed(self, **given: Any) -> Preset:
         """Return a preset with those settings that are not None."""
@@ -59,6 +62,7 @@ DIGITS = Preset(
     endpoints=models.DIGITS_RECIPE,
     curve=Recipe(15, partial(torch.optim.Adam, lr=1e-3), one_cycle),
     num_points=61,
+    num_threads=1,  # matrices this small wait for each other's threads longer than they compute
 )
 IMAGES = Preset(
     model="tinyten",
@@ -113,6 +117,17 @@ class Story:
     def table(self) -> str:
         """Return the one table."""
         return table(["", *self.rows[0].numbers()], [row.cells() for row in self.rows])
+
+
+@contextmanager
+def on_threads(number: int | None) -> Iterator[None]:
+    """Compute on so many threads meanwhile; None leaves them."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(number or before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def tell(
