@@ -362,6 +362,34 @@ def test_a_model_that_cannot_be_exported_says_why_and_what_helps() -> None:
         discover(Branch(), torch.rand(2, 4))
 
 
+def test_a_model_that_exports_in_eval_mode_only_is_analysed_with_a_warning() -> None:
+    class DropsLayers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h if not self.training or torch.rand(()) > 0.5 else h.relu())
+
+    with pytest.warns(UserWarning, match=r"cannot follow DropsLayers in train mode: .* hold for eval mode only"):
+        spec = discover(DropsLayers(), torch.rand(2, 3))
+    assert [group.shape for group in spec.groups] == [(5,)]
+
+
+def test_sizes_that_depend_on_values_are_refused() -> None:
+    class Masks(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a = nn.Linear(3, 5)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.a(x[x.sum(1) > 1])
+
+    with pytest.raises(ValueError, match=r"a tensor whose size .* depends on values"):
+        discover(Masks(), torch.rand(2, 3))
+
+
 def test_the_spec_prints_as_a_table() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     assert repr(discover(model, torch.zeros(2, 4))) == (

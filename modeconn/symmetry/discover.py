@@ -52,6 +52,7 @@ def discover(
             ``freeze`` matches nothing.
 
     Warns:
+        UserWarning: If only eval mode can be exported (layers dropped at random in train mode, say).
         UnknownOperatorWarning: Once for each operator without a rule, with its place and what it costs.
 
     Example:
@@ -61,7 +62,11 @@ def discover(
           0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
     """
     example = example_for(model, example_input)
-    graphs = [export(model, example, training=False), export(model, example, training=True)]
+    graphs = [export(model, example, training=False)]
+    try:
+        graphs.append(export(model, example, training=True))
+    except ValueError as error:
+        warnings.warn(f"{error} The groups hold for eval mode only.", stacklevel=2)
     walk = Walk(model, rules)
     walk.freeze(freeze)
     for graph in graphs:
@@ -387,7 +392,14 @@ def _without_node(value: Any) -> Any:
 
 def _hint(size: Any) -> int:
     """Return a size as a number, also where export keeps it symbolic; no guard is set."""
-    return size if isinstance(size, int) else int(size.node.hint)
+    if isinstance(size, int):
+        return size
+    if size.node.hint is None:
+        raise ValueError(
+            f"the model makes a tensor whose size ({size}) depends on values, such as those of nonzero or a boolean "
+            "mask; its symmetries cannot be read from a graph."
+        )
+    return int(size.node.hint)
 
 
 def _leaves(value: Any) -> list[Any]:

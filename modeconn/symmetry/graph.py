@@ -312,13 +312,17 @@ def decompose(node: Node) -> Any:
         args, kwargs = pytree.tree_unflatten(filled, structure)
         return node.target(*args, **kwargs)
 
-    try:
-        graph = make_fx(call, core_aten_decompositions())(*(leaves[place] for place in places)).graph
-    except Exception:  # whatever an operator without a decomposition raises under tracing
-        return None
-    graph.eliminate_dead_code()
-    calls = [part.target for part in graph.nodes if part.op == "call_function"]
-    return None if node.target in calls or any(part.op == "get_attr" for part in graph.nodes) else graph
+    tensors = [leaves[place] for place in places]
+    for table in (dict, core_aten_decompositions):  # the second takes seconds to build, and is rarely needed
+        try:
+            graph = make_fx(call, table())(*tensors).graph
+        except Exception:  # whatever an operator without a decomposition raises under tracing
+            return None
+        graph.eliminate_dead_code()
+        calls = [part.target for part in graph.nodes if part.op == "call_function"]
+        if node.target not in calls and not any(part.op == "get_attr" for part in graph.nodes):
+            return graph
+    return None
 
 
 def _inline_regions(module: Any) -> Any:

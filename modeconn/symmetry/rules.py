@@ -101,8 +101,15 @@ def constant(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
     return [walk.fixed(size, "values by position") for size in walk.shape]
 
 
-def fill_in_place(walk: Walk, input: Traced, value: Any) -> list[Axis]:
+def fill_in_place(walk: Walk, input: Traced, value: Any = 0) -> list[Axis]:
     """``fill_``, ``zero_``: what was there no longer matters, where it was does."""
+    return list(input.axes)
+
+
+def randomize(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
+    """``uniform_``, ``normal_``: random numbers by position."""
+    for axis in input.axes:
+        walk.fix(axis, "random numbers by position")
     return list(input.axes)
 
 
@@ -416,6 +423,24 @@ def ordered(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
     return [changed] * len(walk.shapes) if len(walk.shapes) > 1 else changed
 
 
+def fourier(walk: Walk, input: Traced, dim: Sequence[int], *settings: Any) -> list[Axis]:
+    """A Fourier transform: order along the transformed axes carries meaning."""
+    for d in dim:
+        walk.fix(input.axes[d], "ordered")
+    walk.show(input.without(*dim))
+    return input.replace({d: walk.fixed(walk.shape[d], "ordered") for d in dim})
+
+
+def diagonal(walk: Walk, input: Traced, offset: int = 0, dim1: int = 0, dim2: int = 1) -> list[Axis]:
+    """Entries with equal index in two axes."""
+    if offset == 0 and walk.size(input.axes[dim1]) == walk.size(input.axes[dim2]):
+        walk.unify(input.axes[dim1], input.axes[dim2])
+        return [*input.without(dim1, dim2), input.axes[dim1]]
+    for dim in (dim1, dim2):
+        walk.fix(input.axes[dim], "ordered")
+    return [*input.without(dim1, dim2), walk.fixed(walk.shape[-1], "ordered")]
+
+
 def triangle(walk: Walk, input: Traced, *args: Any) -> list[Axis]:
     """``tril``, ``triu``: the last two axes are ordered."""
     for axis in input.axes[-2:]:
@@ -457,6 +482,7 @@ def im2col(walk: Walk, input: Traced, *args: Any) -> list[Axis]:
 
 def unfold(walk: Walk, input: Traced, dim: int, size: int, step: int) -> list[Axis]:
     """Sliding windows along one axis."""
+    dim %= len(input.axes)
     walk.fix(input.axes[dim], "neighbours in space")
     windows = walk.fixed(walk.shape[dim], "neighbours in space")
     return [*input.replace({dim: windows}), walk.fixed(size, "neighbours in space")]
@@ -819,10 +845,15 @@ RULES: dict[Any, Rule] = _table(
         "feature_alpha_dropout lift_fresh lift_fresh_copy positive resolve_conj resolve_neg",
         pointwise: "where masked_fill copy clamp rsub addcmul addcdiv lerp pow complex polar rrelu relu6 hardtanh "
         "celu selu softplus threshold logit heaviside float_power isclose nan_to_num fake_quantize_per_tensor_affine "
-        "__and__ __or__ __xor__ __lshift__ __rshift__ floor_divide",
+        "__and__ __or__ __xor__ __lshift__ __rshift__ floor_divide "
+        "hardswish log_sigmoid multiply subtract divide negative absolute greater less greater_equal less_equal "
+        "not_equal fix arctan2 conj",
         fill: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
         "empty_permuted scalar_tensor",
         fill_in_place: "fill zero",
+        randomize: "uniform normal exponential log_normal cauchy geometric random",
+        fourier: "_fft_c2c _fft_r2c _fft_c2r",
+        diagonal: "diagonal",
         constant: "arange linspace logspace eye rand randn randint randperm rand_like randn_like bernoulli "
         "tril_indices triu_indices",
         linear: "linear",
@@ -889,6 +920,9 @@ RULES: dict[Any, Rule] = _table(
         prelu: "prelu _prelu_kernel",
     }
 )
+UNINITIALISED = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_permuted}
+"""Operators whose values mean nothing until something is written there."""
+
 RULES[aten.max.dim] = RULES[aten.min.dim] = values_and_positions
 for _packet in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu):  # their overloads for packed sequences differ
     RULES[_packet.input] = recurrent
