@@ -281,12 +281,30 @@ def test_info_tells_what_a_file_is(demo, folder, tmp_path):
     assert "fc                 0.100  0.750" in run("info", tmp_path / "r.json").stdout
 
 
+def test_symmetry_reports_proves_and_saves(folder, tmp_path):
+    result = run(
+        "symmetry", folder / "a.safetensors", "--out", tmp_path / "r.json", "--save-spec", tmp_path / "s.safetensors"
+    )
+    assert result.output.startswith("1 group, 10^13.3 relabellings")
+    assert "proved: no tensor differs" in result.output
+    assert json.loads((tmp_path / "r.json").read_text())["groups"][0]["shape"] == [16]
+    a = models.load(folder / "a.safetensors")
+    assert modeconn.PermutationSpec.load(tmp_path / "s.safetensors") == modeconn.discover(a)
+
+
+def test_symmetry_takes_any_factory_and_input():
+    layer = ["torch.nn:LSTMCell", "--model-arg", "input_size=3", "--model-arg", "hidden_size=4"]
+    assert "0 groups" in run("symmetry", *layer, "--input-shape", "2,3", "--no-verify").output  # its state is returned
+    result = run("symmetry", "resnet20", "--freeze", "stem*", "--no-verify")
+    assert "frozen by request" in result.output
+
+
 def test_info_without_a_file_tells_versions():
     text = run("info").stdout
     assert f"modeconn {modeconn.__version__}" in text and f"torch {torch.__version__}" in text
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "align", "fit", "evaluate", "plot", "info"])
+@pytest.mark.parametrize("command", ["demo", "train", "align", "fit", "evaluate", "plot", "info", "symmetry"])
 def test_the_help_of_every_command_has_an_example(command):
     text = run(command, "--help").stdout
     assert f"\n  modeconn {command}" in text

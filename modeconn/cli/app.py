@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from modeconn import Connection, Profile, Recipe, __version__, checkpoint, fit_curve, models
+from modeconn import Connection, Profile, Recipe, __version__, checkpoint, discover, fit_curve, models
 from modeconn import align as align_models
 from modeconn.cli import demo as story
 from modeconn.cli import options, parse
@@ -407,6 +407,59 @@ def draw(
     draw_files(files, _legend(files, labels), quantity, figure.subplots())
     figure.savefig(out, dpi=150)
     typer.echo(f"Wrote {out}")
+
+
+@app.command()
+def symmetry(
+    model: Annotated[
+        str, typer.Argument(help="A model file, a model of the zoo, or package.module:factory.", show_default=False)
+    ],
+    model_arg: options.ModelArguments = None,
+    input_shape: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="N,C,H,W[:DTYPE]",
+            help="Shape of an example input, such as 2,3,224,224 or 2,16:int64; repeat it for several inputs. "
+            "Default: what the model says of itself.",
+            show_default=False,
+        ),
+    ] = None,
+    freeze: Annotated[
+        list[str] | None, typer.Option(metavar="PATTERN", help="Leave parameters of these names fixed.")
+    ] = None,
+    verify: Annotated[
+        bool, typer.Option(help="Whether to compare every tensor with its predicted relabelling.")
+    ] = True,
+    out: Annotated[Path | None, typer.Option(help="Write the report as JSON to this file.", show_default=False)] = None,
+    save_spec: Annotated[
+        Path | None, typer.Option(help="Write the spec to this file, for Python.", show_default=False)
+    ] = None,
+) -> None:
+    """Find and prove the groups of units of a model that can be relabelled.
+
+    For example:
+
+        modeconn symmetry resnet20 --model-arg width=2
+
+        modeconn symmetry torchvision.models:resnet18 --input-shape 2,3,224,224
+    """
+    for path in (out, save_spec):
+        if path is not None:
+            checkpoint.check_writable(path)
+    if Path(model).is_file():
+        network = models.load(model)
+    else:
+        network = parse.make_model(model, parse.settings(model_arg), None)
+    example = None if input_shape is None else tuple(map(parse.example_input, input_shape))
+    spec = discover(network, example, freeze=freeze or ())
+    typer.echo(repr(spec.report()))
+    if verify:
+        error = spec.verify(network, example)
+        typer.echo(f"\nproved: no tensor differs from its prediction by more than {error:.1e} standard deviations")
+    if out is not None:
+        out.write_text(spec.report().to_json() + "\n")
+    if save_spec is not None:
+        spec.save(save_spec)
 
 
 @app.command()

@@ -71,6 +71,21 @@ def precision(text: str) -> torch.dtype | None:
     return _look_up(text, _PRECISIONS, "precision")
 
 
+def example_input(text: str) -> torch.Tensor:
+    """Read ``2,3,32,32`` (uniform random values) or ``2,16:int64`` (zeros) as an input of that shape.
+
+    Example:
+        >>> example_input("2,5:int64").shape
+        torch.Size([2, 5])
+    """
+    sizes, _, kind = text.partition(":")
+    dtype = getattr(torch, kind or "float32", None)
+    if not isinstance(dtype, torch.dtype) or not all(size.strip().isdigit() for size in sizes.split(",")):
+        raise ValueError(f"an input shape is written 2,3,32,32 or 2,16:int64, got {text!r}.")
+    shape = [int(size) for size in sizes.split(",")]
+    return torch.rand(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
+
+
 def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     """Read ``KEY=VALUE`` pairs; values are Python literals or else strings. None is no pair.
 
