@@ -437,6 +437,8 @@ def symmetry(
 ) -> None:
     """Find and prove the groups of units of a model that can be relabelled.
 
+    Prints where each group appears, how many relabellings there are, and what stays fixed and why.
+
     For example:
 
         modeconn symmetry resnet20 --model-arg width=2
