@@ -370,3 +370,11 @@ def test_an_alignment_prints_the_correlations(generator: torch.Generator) -> Non
     text = repr(align(a, discover(a).random(generator).apply(a), batches((8,), generator)))
     assert text.startswith("Alignment(Permutation(1 groups")
     assert "layers.0  correlation" in text
+
+
+def test_heads_are_compared_by_their_units_and_not_mixed_over_them() -> None:
+    """The order of units inside two heads differs, so a head's samples cannot be laid side by side."""
+    case = BY_NAME["attention 3hd"]
+    spec = discover(case.build(), case.inputs())
+    read = {r.group.shape for r in readings(spec, spec.traces[0], before_activation=False)}
+    assert read == {(8,), (4, 2)}

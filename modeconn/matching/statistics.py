@@ -145,7 +145,9 @@ def readings(spec: PermutationSpec, trace: Trace, *, before_activation: bool) ->
     groups = {group.atom: group for group in spec.groups}
     found: dict[tuple[Node, int], Reading] = {}
     for tap in trace.taps:
-        for atom in sorted(spec.structure.moving_atoms(tap.axis) & groups.keys()):
+        moving = spec.structure.moving_atoms(tap.axis) & groups.keys()
+        blocks = {parent for atom in moving for parent in spec.structure.parents[atom]}
+        for atom in sorted(moving - blocks):  # what a block's units say of it is weighed by match_groups
             node = _before_pooling(trace, tap, atom, spec)
             if before_activation:
                 node = _before_activation(trace, node, atom, spec)
