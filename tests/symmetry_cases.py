@@ -275,6 +275,23 @@ class TinyGPT(nn.Module):
         return self.head(self.norms[2](x))
 
 
+def ordered_heads() -> nn.Module:
+    """A bias by head (as in ALiBi) fixes the heads; the units of each are still free."""
+
+    class Ordered(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.embed, self.qkv, self.head = nn.Linear(5, 8), nn.Linear(8, 24), nn.Linear(8, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            b, t, _ = x.shape
+            q, k, v = self.qkv(self.embed(x)).view(b, t, 4, 3, 2).unbind(3)
+            scores = torch.einsum("bthd,bshd->bhts", q, k) * torch.tensor([1.0, 0.5, 0.25, 0.125]).view(4, 1, 1)
+            return self.head(torch.einsum("bhts,bshd->bthd", scores.softmax(-1), v).flatten(2))
+
+    return Ordered()
+
+
 def vit() -> nn.Module:
     """Patches, a class token, learned positions: all of the stream."""
 
@@ -455,6 +472,7 @@ CASES = [
     Case("gpt, tied", TinyGPT, tokens(), [(8,), (2,), (2, 2), (2, 4), (2, 4), (12,)]),
     # rotation pairs unit i with i + 2 at frequency i: nothing inside a query or key head can move
     Case("gpt, rotary", lambda: TinyGPT(rotary=True), tokens(), [(8,), (2,), (2, 2), (2, 4), (12,)]),
+    Case("ordered heads", ordered_heads, lambda: torch.rand(2, 6, 5), [(8,), (4, 2), (4, 2)]),
     Case("vit", vit, image(), [(8,), (2,), (2, 4), (2, 4), (12,)]),
     Case("windows", windows, image(size=4), [(8,), (4,), (4, 2), (4, 2)]),
     # one stream: cross-attention reads source and target through the columns of one weight; three attentions; two

@@ -122,7 +122,11 @@ class Structure:
         return [tuple(sorted(group)) for group in groups]
 
     def _reachable(self, axis: Axis) -> set[int]:
-        return set(atoms_of(axis)) | self.moving_atoms(axis)
+        """Return the atoms of an axis and, for families among them, those of their members."""
+        found = set(atoms_of(axis))
+        for family in found & self.families.keys():
+            found |= {atom for member in self.families[family][1] for atom in self._reachable(member)}
+        return found
 
     def _source_index(self, axes: Sequence[Axis], perms: Perms) -> Tensor:
         shape = [self.size(axis) for axis in axes]
