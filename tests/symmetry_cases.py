@@ -122,6 +122,25 @@ def depthwise_separable() -> nn.Module:
     )  # fmt: skip
 
 
+def inverted_residuals() -> nn.Module:
+    """MobileNetV2: wide inside each block, one narrow stream through both, no nonlinearity where it is added."""
+
+    def block(wide: int) -> nn.Sequential:
+        return nn.Sequential(
+            conv(4, wide, 1, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(),
+            conv(wide, wide, groups=wide, bias=False), nn.BatchNorm2d(wide), nn.ReLU6(),
+            conv(wide, 4, 1, bias=False), nn.BatchNorm2d(4),
+        )  # fmt: skip
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        for part in (m.first, m.second):
+            h = h + part(h)
+        return m.head(h.mean((2, 3)))
+
+    return Lambda(forward, stem=conv(3, 4), first=block(7), second=block(9), head=nn.Linear(4, 2))
+
+
 def squeeze_excitation() -> nn.Module:
     def forward(m: nn.Module, x: Tensor) -> Tensor:
         h = m.stem(x).relu()
@@ -457,6 +476,7 @@ CASES = [
     Case("u-net", concatenated_skips, image(), [(4,), (6,), (5,), (7,)]),
     Case("dense block", dense_block, image(), [(4,), (3,), (3,)]),
     Case("depthwise separable", depthwise_separable, image(), [(6,), (6, 2), (5,)]),
+    Case("inverted residuals", inverted_residuals, image(), [(4,), (7,), (9,)]),
     Case("squeeze and excitation", squeeze_excitation, image(), [(6,), (2,)]),
     Case("grouped", grouped, image(), [(2,), (2, 3), (2, 2), (5,)]),
     Case("channel shuffle", channel_shuffle, image(), [(2,), (2, 3), (3,), (3, 2)]),
