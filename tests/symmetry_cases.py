@@ -460,6 +460,18 @@ def gram() -> nn.Module:
     )
 
 
+def written_in_pieces() -> nn.Module:
+    """A tensor made empty and filled by slices: the halves are two groups, as the slices have it."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = x.new_empty(x.shape[0], 8)
+        h[:, :3] = m.a(x)
+        h[:, 3:] = m.b(x)
+        return m.head(h)
+
+    return Lambda(forward, a=nn.Linear(5, 3), b=nn.Linear(5, 5), head=nn.Linear(8, 2))
+
+
 def weight_normed() -> nn.Module:
     return nn.Sequential(
         nn.utils.parametrizations.weight_norm(nn.Linear(5, 7)),
@@ -512,5 +524,6 @@ CASES = [
     Case("expert bank", ExpertBank, lambda: torch.rand(2, 5), [(3,), (3, 4)]),
     Case("glu and maxout", glu_and_maxout, lambda: torch.rand(2, 5), [(6,), (4,), (4, 2)]),
     Case("gram matrix", gram, image(), [(5,), (2,)]),
+    Case("written in pieces", written_in_pieces, lambda: torch.rand(2, 5), [(3,), (5,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]

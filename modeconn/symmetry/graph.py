@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from modeconn.loaders import to_device
+from modeconn.symmetry.rules import UNINITIALISED
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -395,7 +396,9 @@ def _call(
     settings = _settings(node, running_statistics)
     names = [argument.name for argument in node.target._schema.arguments] if settings else []
     args = [settings.get(name, value) for name, value in zip(names, args, strict=False)] if settings else args
-    return node.target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
+    value = node.target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
+    # What stands in memory that nobody has written to is not the same in two runs.
+    return value.zero_() if getattr(node.target, "overloadpacket", None) in UNINITIALISED else value
 
 
 def _settings(node: Node, running_statistics: bool) -> dict[str, Any]:

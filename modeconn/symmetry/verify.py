@@ -13,7 +13,6 @@ from torch.utils import _pytree as pytree
 from modeconn.rng import seeded
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.rules import UNINITIALISED
 from modeconn.symmetry.spec import Group, PermutationSpec, Trace, VerificationError
 
 
@@ -77,8 +76,6 @@ def _differences(
             _, twin = next(moved, (None, None))
         if node is None:
             return
-        if getattr(node.target, "overloadpacket", None) in UNINITIALISED:
-            continue
         for x, y, axes in _tensors(value, twin, trace.axes.get(node)):
             if x.numel() and (x.is_floating_point() or x.is_complex()):
                 yield node.name, _relative(spec.structure.relabel(x, axes, perms), y)
