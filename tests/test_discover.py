@@ -378,6 +378,60 @@ def test_a_model_that_exports_in_eval_mode_only_is_analysed_with_a_warning() -> 
     assert [group.shape for group in spec.groups] == [(5,)]
 
 
+def test_a_model_that_does_not_run_in_train_mode_is_an_error() -> None:
+    class NeedsMore(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.auxiliary = nn.Linear(3, 5), nn.Linear(5, 2), nn.Linear(4, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            return self.b(h) + (self.auxiliary(h) if self.training else 0)
+
+    with pytest.raises(ValueError, match=r"NeedsMore does not run on example_input"):
+        discover(NeedsMore(), torch.rand(2, 3))
+
+
+def test_looking_up_one_position_of_an_axis_fixes_it() -> None:
+    class Gathers(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(1, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.b(self.a(x).gather(0, torch.zeros(1, 1, dtype=torch.int64)))
+
+    assert discover(Gathers(), torch.rand(2, 3)).groups == ()
+
+
+def test_a_sum_over_an_axis_meets_one_index_of_it() -> None:
+    class Meets(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.w, self.out = nn.Parameter(torch.rand(3, 6)), nn.Linear(6, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(x[:, :1] * (self.w.sum(0) + self.w[0]))
+
+    spec = discover(Meets(), torch.rand(2, 3))
+    assert (6,) in [group.shape for group in spec.groups]
+    assert spec.verify(Meets(), torch.rand(2, 3)) < 1e-10
+
+
+def test_a_state_made_in_forward_is_proved_in_float64_too() -> None:
+    class MakesState(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.cell, self.out = nn.GRUCell(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.out(self.cell(x, torch.zeros(x.shape[0], 5)))
+
+    spec = discover(MakesState(), torch.rand(2, 3))
+    assert [group.shape for group in spec.groups] == [(5,)]
+    assert spec.verify(MakesState(), torch.rand(2, 3)) < 1e-10
+
+
 def test_sizes_that_depend_on_values_are_refused() -> None:
     class Masks(nn.Module):
         def __init__(self) -> None:

@@ -280,6 +280,7 @@ class Space:
 
     def _equate(self, f: Any, g: Any) -> bool:
         if isinstance(f, int) and isinstance(g, int):
+            f, g = max(f, g), min(f, g)  # the older keeps its name: a family that is its own member would not settle
             self._why[g] = self._why[g] or self._why[f]
             self._batch.update({g} if f in self._batch else ())
             self._define(f, ((g,),))

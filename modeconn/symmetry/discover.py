@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from modeconn.symmetry.axes import UNIT, Axis, Space, atoms_of, expand
-from modeconn.symmetry.graph import Example, Graph, decompose, export
+from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
 from modeconn.symmetry.rules import RULES, Rule, Traced, pointwise, traced_in
 from modeconn.symmetry.spec import PermutationSpec, Tap, Trace, UnknownOperator
 from modeconn.symmetry.structure import Structure, dependencies
@@ -65,7 +65,7 @@ def discover(
     graphs = [export(model, example, training=False)]
     try:
         graphs.append(export(model, example, training=True))
-    except ValueError as error:
+    except ExportError as error:
         warnings.warn(f"{error} The groups hold for eval mode only.", stacklevel=2)
     walk = Walk(model, rules)
     walk.freeze(freeze)

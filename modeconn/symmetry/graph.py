@@ -85,6 +85,10 @@ class State:
     name: str
 
 
+class ExportError(ValueError):
+    """A model that runs, but that ``torch.export`` cannot follow."""
+
+
 class Graph:
     """One mode of a model, exported.
 
@@ -262,7 +266,7 @@ def _export_error(model: nn.Module, example: Example, training: bool, error: Exc
             _shadow(model).train(training)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     except Exception as own:
         return ValueError(f"{name} does not run on example_input of shape {shapes}: {_first_line(own)}")
-    return ValueError(
+    return ExportError(
         f"torch.export cannot follow {name} in {'train' if training else 'eval'} mode: {_first_line(error)} "
         "What usually helps: no branches on tensor values, no .item() or numpy inside forward."
     )
@@ -396,7 +400,10 @@ def _call(
     settings = _settings(node, running_statistics)
     names = [argument.name for argument in node.target._schema.arguments] if settings else []
     args = [settings.get(name, value) for name, value in zip(names, args, strict=False)] if settings else args
+    tensors_in = [n for n in node.all_input_nodes if isinstance(env[n], Tensor)]
     value = node.target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
+    if dtype is not None and not tensors_in and isinstance(value, Tensor) and value.is_floating_point():
+        value = value.to(dtype)  # made by the graph, in torch's default type
     # What stands in memory that nobody has written to is not the same in two runs.
     return value.zero_() if getattr(node.target, "overloadpacket", None) in UNINITIALISED else value
 

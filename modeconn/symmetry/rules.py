@@ -715,7 +715,7 @@ def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) ->
     dim %= len(input.axes)
     walk.fix(input.axes[dim], "looked up by number")
     for d, (x, i) in enumerate(zip(input.axes, index.axes, strict=True)):
-        if d == dim or x == UNIT or i == UNIT:
+        if d == dim:
             continue
         if walk.size(x) == walk.size(i):
             walk.unify(x, i)
