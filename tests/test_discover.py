@@ -8,8 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
-from torch import Tensor, nn
-from torch.library import custom_op
+from torch import Tensor, library, nn
 
 import modeconn
 from modeconn import RULES, discover, models
@@ -160,7 +159,7 @@ def test_half_precision_models_are_analysed_and_proved_in_float64() -> None:
     assert discover(model).verify(model) < 1e-10
 
 
-@custom_op("modeconn_test::scan", mutates_args=())
+@library.custom_op("modeconn_test::scan", mutates_args=())
 def scan(x: Tensor) -> Tensor:
     return x.cumsum(-1)
 
