@@ -40,6 +40,30 @@ class Method(Protocol):
         ...
 
 
+Start = Permutation | Method | None
+"""Where a method that improves a relabelling begins: one that is given, one that another method finds, or none moved."""
+
+
+def starting_permutation(
+    start: Start, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
+) -> Permutation:
+    """Return the relabelling of b that ``start`` stands for.
+
+    Raises:
+        ValueError: If it is a permutation of another spec.
+    """
+    if start is None:
+        return spec.identity()
+    if not isinstance(start, Permutation):
+        return start.match(spec, model_a, model_b, loader).permutation
+    if {g.name: g.shape for g in start.spec.groups} != {g.name: g.shape for g in spec.groups}:
+        raise ValueError(
+            "start= is a permutation of another spec: its groups differ from those of the networks that are matched. "
+            "Pass one that align returned for this architecture."
+        )
+    return Permutation(spec, start.perms)
+
+
 def correlations(moments: Mapping[str, Moments], permutation: Permutation) -> dict[str, tuple[float, float]]:
     """Return the mean correlation of paired units before and after relabelling, by group.
 
