@@ -76,13 +76,13 @@ def train(
     device = parameters[0].device
 
     with seeded(seed, device):
-        num_batches = _count_batches(loader, any_batch=forward is not None)
+        num_batches = count_batches(loader, any_batch=forward is not None)
     with seeded(seed, device):
         _Training(trained, parameters, recipe, loss_fn, forward).run(loader, num_batches, progress=progress)
     return trained.eval()
 
 
-def _count_batches(loader: Iterable[Any], *, any_batch: bool) -> int:
+def count_batches(loader: Iterable[Any], *, any_batch: bool) -> int:
     """Check the loader and return the number of its batches, read through once if it does not know."""
     first_batch(loader) if any_batch else check_loader(loader)
     try:

@@ -14,6 +14,7 @@ from modeconn.models.resnet import resnet20, resnet32
 from modeconn.models.tinyten import tinyten
 from modeconn.models.vgg import vgg11, vgg11_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 from modeconn.models.zoo import Normalize, build, describe, names
+from modeconn.population import train_population
 from modeconn.train import DIGITS_RECIPE, train
 
 __all__ = [
@@ -33,6 +34,7 @@ __all__ = [
     "save",
     "tinyten",
     "train",
+    "train_population",
     "vgg11",
     "vgg11_bn",
     "vgg16",
