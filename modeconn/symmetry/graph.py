@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import copy
+import inspect
+import io
+import logging
 import warnings
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -18,6 +21,8 @@ from modeconn.symmetry.rules import UNINITIALISED
 
 if TYPE_CHECKING:
     from torch.fx import Node
+
+_LOGGER = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -99,9 +104,8 @@ class Graph:
         free_batch: Whether it runs for any batch size, or only for that of the example.
     """
 
-    def __init__(self, program: Any, training: bool, free_batch: bool) -> None:
+    def __init__(self, program: Any, training: bool) -> None:
         self.training = training
-        self.free_batch = free_batch
         self._program = program
         self.state = dict(_read_state(program))
         self.outputs = [spec.arg.name for spec in program.graph_signature.output_specs if _is_user_output(spec)]
@@ -109,6 +113,7 @@ class Graph:
         read = {source for node in self.nodes for source in node.all_input_nodes}
         self.used_state = {self.state[node.name].name for node in read if node.name in self.state}
         self._last_use = _last_uses(self.nodes)
+        self.free_batch = any(_is_free(n) for input in self._inputs() for n in input.shape)
 
     def run(
         self,
@@ -155,13 +160,17 @@ class Graph:
         """Raise a ValueError if the model was exported for another batch size only."""
         if self.free_batch:
             return
-        exported = [node.meta["val"] for node in self.nodes if node.op == "placeholder" and node.name not in self.state]
-        for given, traced in zip(example.tensors(), exported, strict=False):
+        for given, traced in zip(example.tensors(), self._inputs(), strict=False):
             if tuple(given.shape) != tuple(traced.shape):
                 raise ValueError(
                     f"this model runs only on inputs of shape {tuple(traced.shape)}, the shape of the example input, "
                     f"got {tuple(given.shape)}: it fixes its batch size. Pass an example input of the loader's shape."
                 )
+
+    def _inputs(self) -> list[Tensor]:
+        """Return the tensors that stand for the inputs."""
+        inputs = [n.meta.get("val") for n in self.nodes if n.op == "placeholder" and n.name not in self.state]
+        return [value for value in inputs if isinstance(value, Tensor)]
 
     def constant(self, source: State) -> Tensor | None:
         """Return the value of a constant, None for what the model's state holds."""
@@ -198,29 +207,45 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
     """
     shadow = _shadow(model).train(training)
     shadow.register_forward_hook(lambda module, inputs, outputs: _plain(outputs))
-    batched = example.with_batch_of_two()
+    _name_keywords(shadow, example)
     with _traceable():
-        if batched is not None:
-            try:
-                return Graph(_export(shadow, batched, free_batch=True), training, free_batch=True)
-            except Exception:
-                pass  # a model that fixes its batch size: the fixed export below says what is wrong, if anything is
+        graph = _with_free_batch(shadow, example, training)
+        if graph is not None:
+            return graph
         try:
-            return Graph(_export(shadow, example, free_batch=False), training, free_batch=False)
+            return Graph(_export(shadow, example, None), training)
         except Exception as error:
             raise _export_error(model, example, training, error) from error
 
 
-def _export(model: nn.Module, example: Example, free_batch: bool) -> Any:
-    from torch.export import Dim, ShapesCollection, export
+def _with_free_batch(model: nn.Module, example: Example, training: bool) -> Graph | None:
+    """Return None for a model that fixes its batch size: what is wrong with one of any size shows without it too."""
+    batched = example.with_batch_of_two()
+    if batched is None:
+        return None
+    try:
+        graph = Graph(_export(model, batched, _free_first_dims(model, batched)), training)
+    except Exception as error:
+        _LOGGER.debug("%s cannot be exported for any batch size: %s", type(model).__name__, _first_line(error))
+        return None
+    return graph if graph.free_batch else None
 
-    shapes = None
-    if free_batch:
-        shapes = ShapesCollection()
-        for tensor in example.tensors():
-            if example.has_batch(tensor):
-                shapes[tensor] = {0: Dim.AUTO}
+
+def _export(model: nn.Module, example: Example, shapes: Any) -> Any:
+    from torch.export import export
+
     return export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+
+
+def _free_first_dims(model: nn.Module, example: Example) -> Any:
+    """Return, in the structure of the arguments of ``forward``, which dimensions have any size."""
+    from torch.export import Dim
+
+    def free(leaf: Any) -> Any:
+        return {0: Dim.AUTO} if isinstance(leaf, Tensor) and example.has_batch(leaf) else None
+
+    arguments = inspect.signature(model.forward).bind(*example.args, **example.kwargs).arguments
+    return pytree.tree_map(free, dict(arguments))
 
 
 def _plain(value: Any, seen: tuple[int, ...] = ()) -> Any:
@@ -244,17 +269,37 @@ def _shadow(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
+def _name_keywords(model: nn.Module, example: Example) -> None:
+    """Turn the ``**kwargs`` of ``forward`` into parameters: inside it, export takes no free sizes."""
+    inner = model.forward
+    signature = inspect.signature(inner)
+    named = [p for p in signature.parameters.values() if p.kind is not inspect.Parameter.VAR_KEYWORD]
+    if len(named) == len(signature.parameters):
+        return
+    names = {p.name for p in named}
+    more = [inspect.Parameter(n, inspect.Parameter.KEYWORD_ONLY) for n in example.kwargs if n not in names]
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        return inner(*args, **kwargs)
+
+    forward.__signature__ = signature.replace(parameters=[*named, *more])  # type: ignore[attr-defined]
+    model.forward = forward
+
+
 @contextmanager
 def _traceable() -> Iterator[None]:
     """Keep attention in separate operators, and export's own warnings to itself."""
-    fast = torch.backends.mha.get_fastpath_enabled()
+    fast, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
     torch.backends.mha.set_fastpath_enabled(False)
+    log.setLevel(logging.ERROR)
     try:
-        with warnings.catch_warnings(), torch.enable_grad():
+        with warnings.catch_warnings(), torch.enable_grad(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        log.setLevel(level)
 
 
 def _export_error(model: nn.Module, example: Example, training: bool, error: Exception) -> ValueError:
@@ -275,6 +320,11 @@ def _export_error(model: nn.Module, example: Example, training: bool, error: Exc
 def _first_line(error: Exception) -> str:
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
+
+
+def _is_free(size: Any) -> bool:
+    """Whether a size is neither a number nor a symbol that export found to be one."""
+    return not isinstance(size, int) and size.node.maybe_as_int() is None
 
 
 def _read_state(program: Any) -> Iterator[tuple[str, State]]:
