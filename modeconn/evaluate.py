@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import csv
-import html
 import io
 import json
 import os
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 
 from modeconn.loaders import batches, num_examples
 from modeconn.loss import LossFn, check_targets, is_classification, main_output
+from modeconn.table import html_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -242,9 +242,8 @@ class Profile:
         return "\n".join([title, *lines])
 
     def _repr_html_(self) -> str:
-        header, *rows = [[html.escape(cell) for cell in row] for row in self._table()]
-        body = "".join("<tr>" + "".join(f"<td>{cell}</td>" for cell in row) + "</tr>" for row in rows)
-        return f"<table><tr>{''.join(f'<th>{cell}</th>' for cell in header)}</tr>{body}</table>"
+        header, *rows = self._table()
+        return html_table(header, rows)
 
     def _table(self) -> list[list[str]]:
         """One row for the loss and, if there is one, one for the accuracy; accuracies in percent."""

@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from modeconn import Alignment, Connection, Profile, Recipe, align, checkpoint, fit_curve, models, plot
-from modeconn.cli.table import table
 from modeconn.connection import TrainingData
 from modeconn.data import TensorLoader
 from modeconn.recipe import one_cycle
+from modeconn.table import table
 
 T = TypeVar("T")
 

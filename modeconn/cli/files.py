@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn import Permutation, Profile, checkpoint, plot
-from modeconn.cli.table import table
 from modeconn.connection import History
+from modeconn.table import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

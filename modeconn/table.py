@@ -1,7 +1,8 @@
-"""Plain tables, which look the same in a terminal, a log and a file."""
+"""Plain tables, which look the same in a terminal, a log and a file; and the same for notebooks."""
 
 from __future__ import annotations
 
+import html
 from collections.abc import Sequence
 
 
@@ -21,3 +22,15 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
         rest = (cell.rjust(width) for cell, width in zip(others, widths[1:], strict=True))
         lines.append("  ".join([first.ljust(widths[0]), *rest]).rstrip())
     return "\n".join(lines)
+
+
+def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """Return the same as HTML.
+
+    Example:
+        >>> html_table(["", "loss"], [["line", "0.5"]])
+        '<table><tr><th></th><th>loss</th></tr><tr><td>line</td><td>0.5</td></tr></table>'
+    """
+    lines = [(header, "th"), *((row, "td") for row in rows)]
+    body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) for cells, tag in lines)
+    return f"<table>{''.join(f'<tr>{line}</tr>' for line in body)}</table>"
