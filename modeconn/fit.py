@@ -210,7 +210,7 @@ def _settings(
         "loss": files.describe(training.forward or training.loss_fn),
         "seed": seed,
         "align": _describe_alignment(align),
-        **{f"the digest of network {name}": _digest(model) for name, model in zip("ab", models, strict=True)},
+        **{f"the digest of network {name}": digest(model) for name, model in zip("ab", models, strict=True)},
     }
 
 
@@ -218,13 +218,13 @@ def _describe_alignment(align: Any) -> str:
     if not _is_finished(align):
         return repr(align)
     permutation = getattr(align, "permutation", align)
-    return f"a permutation of digest {_digest(permutation.perms.values())}"
+    return f"a permutation of digest {digest(permutation.perms.values())}"
 
 
-def _digest(model: nn.Module | Iterable[Tensor]) -> str:
+def digest(model: nn.Module | Iterable[Tensor]) -> str:
     """Return a hash of tensors, of a module those of all parameters and buffers."""
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else model
-    digest = hashlib.sha256()
+    total = hashlib.sha256()
     for tensor in tensors:
-        digest.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    return digest.hexdigest()[:16]
+        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    return total.hexdigest()[:16]

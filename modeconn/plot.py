@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from modeconn.comparison import Comparison
     from modeconn.connection import Connection, History
     from modeconn.evaluate import Profile
     from modeconn.matching import Alignment
@@ -134,6 +135,39 @@ def history(*fits: Connection | History, labels: Sequence[str] | None = None, ax
     ax.set_ylabel("training loss (mean per example)")
     ax.xaxis.get_major_locator().set_params(integer=True)
     return _finished(ax, legend=True)
+
+
+def comparison(compared: Comparison, *, column: str = "line", ax: Axes | None = None) -> Axes:
+    """Draw what each method of a comparison made of every pair: a dot for a pair, a bar for the mean.
+
+    Args:
+        compared: What `modeconn.compare` returned.
+        column: What to draw, one of ``compared.columns``; accuracies are drawn in percent.
+        ax: Where to draw. Default: a new figure.
+
+    Raises:
+        ValueError: If there is no such column.
+    """
+    if column not in compared.columns:
+        raise ValueError(f"there is no column {column!r}; there are {', '.join(compared.columns)}.")
+    is_share = column.endswith("accuracy")
+    ax = _axes(ax)
+    for place, cells in enumerate(compared.values.values()):
+        values = np.array(cells[column]) * (100 if is_share else 1)
+        beside = place + np.linspace(-0.25, 0.25, len(values))
+        ax.plot(beside, values, ".", color=_style(place)[0], markersize=4, alpha=0.6)
+        ax.hlines(values.mean(), place - 0.35, place + 0.35, color="black", linewidth=1.8)
+    _name_groups(ax, list(compared.values))
+    ax.set_ylabel(_quantity(column))
+    return _finished(ax, legend=False)
+
+
+def _quantity(column: str) -> str:
+    """Name a column of a comparison, with its unit."""
+    if column in ("seconds", "peak bytes"):
+        return f"{column} of matching"
+    connection, _, accuracy = column.partition(" ")
+    return f"accuracy lost, {connection} (%)" if accuracy else f"barrier of the loss, {connection}"
 
 
 def _style(number: int) -> tuple[str, str]:

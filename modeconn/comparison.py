@@ -1,0 +1,417 @@
+"""Many ways to match on the same pairs of networks, in one table."""
+
+from __future__ import annotations
+
+import contextlib
+import csv
+import hashlib
+import io
+import json
+import os
+import re
+import statistics
+import time
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+
+from modeconn import checkpoint as files
+from modeconn.batch_norm import norm_layers
+from modeconn.connection import Connection, TrainingData
+from modeconn.curves import Bezier, Curve
+from modeconn.evaluate import Meter, Profile, fetch
+from modeconn.fit import digest, fit_curve
+from modeconn.loaders import check_loader, num_examples
+from modeconn.loss import LossFn, cross_entropy
+from modeconn.matching import Match, Method
+from modeconn.matching.alignment import find_spec
+from modeconn.memory import peak_memory
+from modeconn.progress import progress_bar
+from modeconn.recipe import Recipe
+from modeconn.rng import seeded
+from modeconn.symmetry import Permutation, PermutationSpec
+from modeconn.table import html_table, table
+from modeconn.weights import WeightSpace, load_buffers
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+BASELINES = ("identity", "random")
+
+_QUADRATIC = Bezier(2)
+_Record = dict[str, Any]
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Comparison:
+    r"""What each method made of each pair of networks.
+
+    Columns are "line", "repaired" and "curve", the barrier of the loss (see `Profile.barrier`) on the straight line as
+    it is, on the straight line repaired, and on a fitted curve; the same with " accuracy" for `Profile.accuracy_drop`,
+    a fraction; "seconds" and "peak bytes" of the matching alone. Columns that were not measured are absent.
+
+    Args:
+        values: By row and column one value for each pair; rows are "identity", "random" and the methods.
+        num_points: At how many points of each connection the barriers were measured.
+        num_examples: On how many examples.
+
+    Example:
+        >>> halved = {"identity": {"line": [1.0, 2.0, 3.0]}, "weights": {"line": [0.5, 1.0, 1.5]}}
+        >>> Comparison(halved, num_points=25, num_examples=500).ratio("weights")
+        (0.5, 0.5, 0.5)
+    """
+
+    values: dict[str, dict[str, list[float]]]
+    num_points: int
+    num_examples: int
+
+    @property
+    def num_pairs(self) -> int:
+        """How many pairs of networks were compared."""
+        return len(self.values[BASELINES[0]]["line"])
+
+    @property
+    def columns(self) -> list[str]:
+        """What was measured."""
+        return list(self.values[BASELINES[0]])
+
+    def summary(self) -> dict[str, dict[str, dict[str, float]]]:
+        """Return mean, standard deviation, median and maximum over pairs, by row and column."""
+        return {
+            row: {column: _moments(cells) for column, cells in columns.items()} for row, columns in self.values.items()
+        }
+
+    def ratio(
+        self, row: str, baseline: str = "identity", *, column: str = "line", num_resamples: int = 10_000, seed: int = 0
+    ) -> tuple[float, float, float]:
+        r"""Return how much of a baseline's value a method leaves, with a 95% interval.
+
+        .. math:: \sum_i v_i / \sum_i w_i
+
+        over pairs of networks, a ratio of means: single barriers may be almost 0. The interval is that of a bootstrap
+        that draws pairs of networks, method and baseline together.
+
+        Args:
+            row: The method.
+            baseline: Another row.
+            column: What to compare.
+            num_resamples: Of the bootstrap.
+            seed: Likewise.
+
+        Returns:
+            ``(ratio, low, high)``.
+
+        Raises:
+            ValueError: If there is no such row or column, or the baseline has no barrier.
+        """
+        ours, theirs = self._cells(row, column), self._cells(baseline, column)
+        if not theirs.mean() > 0:
+            raise ValueError(
+                f"the {column!r} of {baseline!r} is {theirs.mean().item()} in the mean, so no ratio to it."
+            )
+        generator = torch.Generator().manual_seed(seed)
+        drawn = torch.randint(len(ours), (num_resamples, len(ours)), generator=generator)
+        ratios = ours[drawn].mean(1) / theirs[drawn].mean(1)
+        low, high = ratios.quantile(ratios.new_tensor([0.025, 0.975])).tolist()
+        return float(ours.mean() / theirs.mean()), low, high
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return all values and, for readers, the summary as JSON; also write it to ``path`` if given."""
+        return _written(json.dumps({**asdict(self), "summary": self.summary()}, indent=1) + "\n", path)
+
+    @classmethod
+    def from_json(cls, text: str) -> Comparison:
+        """Invert `to_json`."""
+        record = json.loads(text)
+        return cls(record["values"], record["num_points"], record["num_examples"])
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return one line for each pair and row, as comma-separated values; also write it to ``path`` if given."""
+        buffer = io.StringIO()
+        writer = csv.writer(buffer, lineterminator="\n")
+        writer.writerow(["pair", "row", *self.columns])
+        for pair in range(self.num_pairs):
+            for row, columns in self.values.items():
+                writer.writerow([pair, row, *(columns[column][pair] for column in self.columns)])
+        return _written(buffer.getvalue(), path)
+
+    def plot(self, *, column: str = "line", ax: Axes | None = None) -> Axes:
+        """Draw one column with matplotlib; see `modeconn.plot.comparison`."""
+        from modeconn import plot
+
+        return plot.comparison(self, column=column, ax=ax)
+
+    def __repr__(self) -> str:
+        title = f"Comparison({self.num_pairs} pairs, {self.num_points} points, {self.num_examples} examples)"
+        return "\n".join([title, table(*self._table())])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Header and rows; barriers as mean and deviation, accuracies in percent, median seconds, the largest peak."""
+        rows = [
+            [row, *(_cell(column, found) for column, found in columns.items())]
+            for row, columns in self.summary().items()
+        ]
+        return ["barrier", *self.columns], rows
+
+    def _cells(self, row: str, column: str) -> Tensor:
+        if row not in self.values:
+            raise ValueError(f"there is no row {row!r}; there are {', '.join(self.values)}.")
+        if column not in self.columns:
+            raise ValueError(f"there is no column {column!r}; there are {', '.join(self.columns)}.")
+        return torch.tensor(self.values[row][column], dtype=torch.float64)
+
+
+def compare(
+    pairs: Iterable[tuple[nn.Module, nn.Module]],
+    methods: Mapping[str, Method] | Sequence[Method],
+    loader: Iterable[Any],
+    test: Iterable[Any],
+    *,
+    num_points: int = 25,
+    repair: bool = True,
+    recipe: Recipe | None = None,
+    curve: Curve = _QUADRATIC,
+    loss_fn: LossFn = cross_entropy,
+    spec: PermutationSpec | None = None,
+    example_input: Any = None,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> Comparison:
+    """Match pairs of networks by each of several methods and measure the barriers that are left.
+
+    Two rows are always there: "identity", b as it is, which can win once repaired, and "random", b relabelled at
+    random. "Repaired" stands for recalibration where there is batch norm, whose running statistics are otherwise
+    interpolated like the weights, and for `modeconn.repair` where there is none.
+
+    Args:
+        pairs: Networks ``(a, b)`` of one architecture, which is discovered and proved once.
+        methods: Method objects by the names of their rows, or a list of them, named by their classes.
+        loader: Training data, for matching, repair and curves.
+        test: What is measured on.
+        num_points: At how many points of each connection, both ends included.
+        repair: Whether to measure the repaired line too, which some layers do not allow, see `modeconn.repair`.
+        recipe: How a curve is fitted between each matched pair. None: no curve.
+        curve: The family of curves.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, of measuring and of curves.
+        spec: Symmetries of the architecture, if known.
+        example_input: For discovery; default the first inputs of ``loader``.
+        checkpoint: A file of finished measurements, one line of JSON each. What is in it is not measured again, also
+            if pairs or methods have been added meanwhile. Networks, methods (by ``repr``), settings and the first
+            batches of both loaders tell measurements apart.
+        seed: Of the random relabellings (each pair has its own), the order of data and the curves.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The table, which keeps the values of every pair. "Peak bytes" are those a matching needs beyond what was in use
+        when it began, see `modeconn.memory.peak_memory`; small needs met by memory that the process holds free do not
+        show, so the table prints the largest over pairs.
+
+    Raises:
+        ValueError: If there is no pair, networks differ in architecture or hold NaN, data is missing, or two rows have
+            one name.
+
+    Example:
+        >>> from modeconn import WeightMatching, data, models
+        >>> train, test = data.load("digits")
+        >>> networks = [models.mlp(64, (8,), 10, seed=seed) for seed in range(2)]
+        >>> compare([networks], {"weights": WeightMatching()}, train, test, num_points=3, repair=False).columns
+        ['line', 'line accuracy', 'seconds', 'peak bytes']
+    """
+    pairs, named = list(pairs), _named(methods)
+    space = _check_pairs(pairs)
+    with seeded(seed, space.device):
+        spec = find_spec(pairs[0][0], loader, spec, example_input, verify=True)
+        measured = fetch(test, space.device)
+        about = [files.describe(loss_fn), curve, recipe, num_points, repair, seed]
+        about += [digest(part for part in check_loader(data) if isinstance(part, Tensor)) for data in (loader, test)]
+    trial = _Trial(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)
+    known = _Records(checkpoint)
+    records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
+    bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
+    for number, (a, b) in enumerate(pairs):
+        for row, method in {"identity": _Identity(), "random": _Random(seed + number), **named}.items():
+            key = _key(*about, method, digest(a), digest(b))
+            if key not in known:
+                known.add(key, trial.run(method, a, b))
+            records[row].append(known[key])
+            bar.update()
+    return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured))
+
+
+@dataclass(frozen=True)
+class _Trial:
+    """What is done with every pair and method."""
+
+    spec: PermutationSpec
+    training: TrainingData
+    test: Iterable[Any]
+    num_points: int
+    repair: bool
+    recipe: Recipe | None
+    curve: Curve
+    seed: int
+
+    def run(self, method: Method, model_a: nn.Module, model_b: nn.Module) -> _Record:
+        """Return the numbers of one row for one pair, by column."""
+        permutation, cost = self._match(method, model_a, model_b)
+        line = Connection.straight_between(model_a, permutation.apply(model_b), training=self.training)
+        record = _barriers("line", self._measure_as_it_is(line))
+        if self.repair:
+            record |= _barriers("repaired", line.evaluate(self.test, num_points=self.num_points, repair=True))
+        if self.recipe is not None:
+            fitted = fit_curve(
+                model_a,
+                model_b,
+                self.training.loader,
+                align=permutation,
+                curve=self.curve,
+                recipe=self.recipe,
+                loss_fn=self.training.loss_fn,
+                seed=self.seed,
+            )
+            record |= _barriers("curve", fitted.evaluate(self.test, num_points=self.num_points))
+        return record | cost
+
+    def _match(self, method: Method, model_a: nn.Module, model_b: nn.Module) -> tuple[Permutation, _Record]:
+        device = next(model_a.parameters()).device
+        with seeded(self.seed, device), peak_memory(device) as peak:
+            begin = time.perf_counter()
+            permutation = method.match(self.spec, model_a, model_b, self.training.loader).permutation
+            seconds = time.perf_counter() - begin  # permutations are on the CPU, so an accelerator is done as well
+        return permutation, {"seconds": seconds, **({} if peak.num_bytes is None else {"peak bytes": peak.num_bytes})}
+
+    def _measure_as_it_is(self, line: Connection) -> Profile:
+        """Measure a straight line with running statistics of batch norm on the straight line too."""
+        model, (at_a, at_b) = line.model_at(0), line.buffers
+        running = {
+            f"{layer}.{kind}".lstrip(".") for layer in norm_layers(model) for kind in ("running_mean", "running_var")
+        }
+        meter = Meter(self.test, self.training.loss_fn)
+        t = torch.linspace(0, 1, self.num_points, dtype=torch.float64)
+        for position in t.tolist():
+            line.space.load(line.weights_at(position), model)
+            mixed = {name: torch.lerp(at_a[name], at_b[name], position) for name in running}
+            load_buffers({**(at_b if position == 1 else at_a), **mixed}, model)
+            meter.measure(model)
+        loss, accuracy = meter.results()
+        return Profile(t, loss, accuracy, arc_length=t * line.length())
+
+
+@dataclass(frozen=True)
+class _Identity:
+    """Leaves b as it is."""
+
+    def match(self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Any) -> Match:
+        return Match(spec.identity())
+
+
+@dataclass(frozen=True)
+class _Random:
+    """Relabels b at random."""
+
+    seed: int
+
+    def match(self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Any) -> Match:
+        return Match(spec.random(torch.Generator().manual_seed(self.seed)))
+
+
+class _Records:
+    """Finished measurements by key, in memory and, if there is a path, in a file that only grows."""
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._known: dict[str, _Record] = {}
+        if self._path is not None:
+            files.check_writable(self._path)
+            if self._path.exists():
+                self._read(self._path)
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the line at which a process was killed
+                self._known |= json.loads(line)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> _Record:
+        return self._known[key]
+
+    def add(self, key: str, record: _Record) -> None:
+        self._known[key] = record
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps({key: record})}")  # a line break first: the last line may be a broken one
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def _key(*parts: Any) -> str:
+    """Return a digest of what makes a measurement what it is; where an object lies in memory is no part of that."""
+    text = "\n".join(re.sub(" at 0x[0-9a-f]+", "", str(part)) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
+
+
+def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method]:
+    if isinstance(methods, Mapping):
+        methods_by_name = list(methods.items())
+    else:
+        methods_by_name = [(type(method).__name__, method) for method in methods]
+    names = [*BASELINES, *(name for name, _ in methods_by_name)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(
+                f"two rows have the name {name!r}; pass methods as a dict, none of them named {BASELINES}."
+            )
+    return dict(methods_by_name)
+
+
+def _check_pairs(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> WeightSpace:
+    if not pairs:
+        raise ValueError("pairs is empty: there are no networks to compare methods on.")
+    space = WeightSpace(pairs[0][0])
+    for number, pair in enumerate(pairs):
+        for end, model in zip("ab", pair, strict=True):
+            space.check(model, name=f"{end} of pair {number}", reference="a of pair 0")
+    return space
+
+
+def _barriers(column: str, profile: Profile) -> _Record:
+    drop = profile.accuracy_drop
+    return {column: profile.barrier, **({} if drop is None else {f"{column} accuracy": drop})}
+
+
+def _values(records: Mapping[str, Sequence[_Record]]) -> dict[str, dict[str, list[float]]]:
+    """Return the records by row and column, with the columns that all of them have."""
+    everything = [record for row in records.values() for record in row]
+    columns = [column for column in everything[0] if all(column in record for record in everything)]
+    return {row: {column: [one[column] for one in found] for column in columns} for row, found in records.items()}
+
+
+def _moments(cells: Sequence[float]) -> dict[str, float]:
+    spread = statistics.stdev(cells) if len(cells) > 1 else 0.0
+    return {"mean": statistics.fmean(cells), "std": spread, "median": statistics.median(cells), "max": max(cells)}
+
+
+def _cell(column: str, found: Mapping[str, float]) -> str:
+    if column == "peak bytes":
+        return f"{found['max'] / 1e6:.1f} MB"
+    if column == "seconds":
+        return f"{found['median']:.3g} s"
+    if column.endswith("accuracy"):
+        return f"{100 * found['mean']:.2f} ± {100 * found['std']:.2f} %"
+    return f"{found['mean']:.4f} ± {found['std']:.4f}"
+
+
+def _written(text: str, path: str | os.PathLike[str] | None) -> str:
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text

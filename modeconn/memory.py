@@ -1,0 +1,63 @@
+"""How much memory a piece of work needs."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+_PROCESS = Path("/proc/self")
+
+
+@dataclass
+class Peak:
+    """The most memory in use during a block beyond what was in use when it began, None where that cannot be known."""
+
+    num_bytes: int | None = None
+
+
+@contextmanager
+def peak_memory(device: torch.device) -> Iterator[Peak]:
+    """Measure the memory that a block needs; the number is there at its end.
+
+    On a CUDA device it is what torch allocates there. Otherwise it is the resident memory of the whole process, which
+    Linux alone tells: all libraries are counted, but memory that the process holds free and uses again is not.
+
+    Args:
+        device: Where the work is done.
+
+    Example:
+        >>> with peak_memory(torch.device("cpu")) as peak:
+        ...     _ = torch.zeros(10_000_000)
+        >>> peak.num_bytes is None or peak.num_bytes > 0
+        True
+    """
+    peak = Peak()
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        before = torch.cuda.memory_allocated(device)
+        yield peak
+        peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
+    elif _forget_peak():
+        before = _peak_of_process()
+        yield peak
+        peak.num_bytes = _peak_of_process() - before
+    else:
+        yield peak
+
+
+def _forget_peak() -> bool:
+    """Let the peak of resident memory be what is resident now; return whether the system can."""
+    try:
+        (_PROCESS / "clear_refs").write_text("5")
+    except OSError:
+        return False
+    return True
+
+
+def _peak_of_process() -> int:
+    lines = (_PROCESS / "status").read_text().splitlines()
+    return next(1024 * int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
