@@ -102,7 +102,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any], *, forward: Forward | Non
             model(batch[0]) if forward is None else forward(model, batch)
     for layer, seen in calls.items():
         if seen:
-            mean, variance = _pool(seen)
+            mean, variance = pool(seen)
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(variance)
 
@@ -136,8 +136,8 @@ def _batch_statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[di
             layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked = values
 
 
-def _pool(calls: _Calls) -> tuple[Tensor, Tensor]:
-    """Return mean and unbiased variance over all calls, each ``(C,)``, summed in float64."""
+def pool(calls: _Calls) -> tuple[Tensor, Tensor]:
+    """Return mean and unbiased variance over all calls, of each its count and both, ``(C,)``, summed in float64."""
     means, variances = torch.stack([row for _, row in calls]).double().unbind(1)
     counts = means.new_tensor([count for count, _ in calls])[:, None]
     total = counts.sum()

@@ -20,6 +20,7 @@ from modeconn.curves import CURVES, Curve, Line
 from modeconn.evaluate import Meter, Objective, Profile, fetch
 from modeconn.loaders import check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
+from modeconn.pre_activations import Statistics, impose, measure, mix
 from modeconn.progress import progress_bar
 from modeconn.rng import seeded
 from modeconn.symmetry import Permutation, PermutationSpec
@@ -37,11 +38,13 @@ class History:
         loss: Mean training loss of each epoch, without the weight penalty.
         loss_by_t: The same for ten equal bins of t, one list of ten an epoch; None where no batch fell into a bin.
         seconds: Time of training alone, over all parts of an interrupted run.
+        turns: What each step of `PAM` in the permutation did.
     """
 
     loss: list[float] = field(default_factory=list)
     loss_by_t: list[list[float | None]] = field(default_factory=list)
     seconds: float = 0.0
+    turns: list[dict[str, Any]] = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -133,6 +136,7 @@ class Connection:
         *,
         recalibrate: Iterable[Any] | None = None,
         recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
     ) -> nn.Module:
         """Return the network at ``t`` as a new model in eval mode.
 
@@ -141,14 +145,17 @@ class Connection:
             recalibrate: Training data that batch norm is recalibrated on. Default: between the ends, the fit's
                 training loader; at the ends, which have statistics of their own, nothing is recalibrated.
             recalibration_examples: How many examples of it to use, None for all.
+            repair: Without batch norm, give every pre-activation between the ends the interpolation of their means and
+                standard deviations on that data, see `modeconn.repair`. With batch norm, recalibration does.
 
         Raises:
-            ValueError: If t is outside [0, 1], or batch norm needs training data that is neither remembered nor given.
+            ValueError: If t is outside [0, 1], or batch norm or repair needs training data that is neither remembered
+                nor given.
         """
         model, theta = copy.deepcopy(self._template), self.weights_at(t)
         keeps_own = recalibrate is None and t in (0, 1) and not self.curve.free_ends
-        data = [] if keeps_own else self._calibration_data(recalibrate, recalibration_examples)
-        self._place(model, t, theta, data)
+        data = [] if keeps_own else self._calibration_data(recalibrate, recalibration_examples, repair)
+        self._place(model, t, theta, data, self._statistics_of_ends(data) if repair else None)
         return model
 
     def evaluate(
@@ -158,6 +165,7 @@ class Connection:
         num_points: int = 61,
         recalibrate: Iterable[Any] | None = None,
         recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
         loss_fn: LossFn | None = None,
         forward: Objective | None = None,
         progress: bool = False,
@@ -171,6 +179,7 @@ class Connection:
             num_points: How many points, both ends included.
             recalibrate: Training data for batch norm; default the fit's training loader.
             recalibration_examples: How many examples of it to use, None for all.
+            repair: Whether to repair the networks between the ends where there is no batch norm, see `model_at`.
             loss_fn: Default that of the fit, or cross entropy.
             forward: ``forward(model, batch) -> loss`` for batches that are no ``(inputs, targets)``; default that of
                 the fit, unless ``loss_fn`` is given.
@@ -187,10 +196,11 @@ class Connection:
         start = time.perf_counter()
         with seeded(0, self.device):
             check_loader(loader) if forward is None else first_batch(loader)
-            calibration = self._calibration_data(recalibrate, recalibration_examples)
+            calibration = self._calibration_data(recalibrate, recalibration_examples, repair)
+            ends = self._statistics_of_ends(calibration) if repair else None
             meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward)
             t = torch.linspace(0, 1, num_points, dtype=torch.float64)
-            own = self._measure(meter, t, calibration, progress=progress)
+            own = self._measure(meter, t, calibration, ends, progress=progress)
         loss, accuracy = meter.results()
         return Profile(
             t=t,
@@ -276,11 +286,19 @@ class Connection:
             history=None if about["history"] is None else History(**about["history"]),
         )
 
-    def _measure(self, meter: Meter, t: Tensor, calibration: list[Any], *, progress: bool) -> list[int]:
+    def _measure(
+        self,
+        meter: Meter,
+        t: Tensor,
+        calibration: list[Any],
+        ends: tuple[Statistics, ...] | None,
+        *,
+        progress: bool,
+    ) -> list[int]:
         """Measure the points ``t``, then both ends as they came; return where among the results the latter are."""
         model, theta = copy.deepcopy(self._template), torch.empty_like(self.control_points[0])
         for position in progress_bar(t.tolist(), show=progress, desc="evaluate"):
-            self._place(model, position, self.curve.point(self.control_points, position, out=theta), calibration)
+            self._place(model, position, self.curve.point(self.control_points, position, out=theta), calibration, ends)
             meter.measure(model)
         if not calibration or self.curve.free_ends:  # trained ends have no statistics but the recalibrated ones
             return [0, len(t) - 1]
@@ -289,23 +307,43 @@ class Connection:
             meter.measure(model)
         return [len(t), len(t) + 1]
 
-    def _place(self, model: nn.Module, t: float, theta: Tensor, calibration: list[Any]) -> None:
+    def _place(
+        self,
+        model: nn.Module,
+        t: float,
+        theta: Tensor,
+        calibration: list[Any],
+        ends: tuple[Statistics, ...] | None = None,
+    ) -> None:
         """Make ``model`` the network at ``t``, of weights ``theta``."""
         self.space.load(theta, model)
         load_buffers(self.buffers[1 if t == 1 else 0], model)
         if calibration:
             recalibrate_statistics(model, calibration, forward=self.training.forward)
+        if ends is not None and 0 < t < 1:
+            impose(model, mix(ends, (1 - t, t)), calibration, forward=self.training.forward)
 
-    def _calibration_data(self, loader: Iterable[Any] | None, limit: int | None) -> list[Any]:
-        """Return the batches to recalibrate on; none for a model without batch norm."""
-        if not norm_layers(self._template):
+    def _statistics_of_ends(self, calibration: list[Any]) -> tuple[Statistics, ...] | None:
+        """Return what repair takes from the ends; None for a model with batch norm, which recalibration repairs."""
+        if norm_layers(self._template) or not calibration:
+            return None
+        model, found = copy.deepcopy(self._template), []
+        for end in (0, 1):
+            self._place(model, end, self.control_points[-end], [])
+            found.append(measure(model, calibration, forward=self.training.forward))
+        return tuple(found)
+
+    def _calibration_data(self, loader: Iterable[Any] | None, limit: int | None, repair: bool) -> list[Any]:
+        """Return the batches to recalibrate or repair on; none for a model that needs neither."""
+        if not (repair or norm_layers(self._template)):
             return []
         if loader is not None:
             return calibration_batches(loader, self.device, limit=limit, name="recalibrate")
         if self.training.loader is None:
             raise ValueError(
-                "between the ends of a connection batch norm needs statistics of training data, but this connection "
-                "remembers none: it was loaded, or made without a loader. Pass recalibrate=, a loader of such data."
+                f"between the ends of a connection {'repair' if repair else 'batch norm'} needs statistics of training "
+                "data, but this connection remembers none: it was loaded, or made without a loader. Pass recalibrate=, "
+                "a loader of such data."
             )
         if limit not in self._calibration:
             self._calibration[limit] = calibration_batches(self.training.loader, self.device, limit=limit)
@@ -341,7 +379,7 @@ def warn_about_buffers(model_a: nn.Module, model_b: nn.Module) -> None:
     if differ:
         warnings.warn(
             f"buffers {', '.join(map(repr, differ))} differ between the networks and are no batch-norm statistics; "
-            f"between the ends the connection takes those of a.",
+            f"networks between them take those of the first.",
             stacklevel=3,
         )
 
