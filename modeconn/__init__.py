@@ -13,11 +13,14 @@ profile = connection.evaluate(test)                        # loss and accuracy a
 """
 
 from modeconn._version import __version__
+from modeconn.comparison import Comparison, compare
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.evaluate import Profile
 from modeconn.fit import fit_curve
 from modeconn.matching import ActivationMatching, Alignment, WeightMatching, align
+from modeconn.merging import Merge, interpolate, merge_many
+from modeconn.pre_activations import repair
 from modeconn.recipe import Recipe
 from modeconn.symmetry import (
     RULES,
@@ -34,8 +37,10 @@ __all__ = [
     "ActivationMatching",
     "Alignment",
     "Bezier",
+    "Comparison",
     "Connection",
     "Line",
+    "Merge",
     "Permutation",
     "PermutationSpec",
     "PolyChain",
@@ -47,6 +52,10 @@ __all__ = [
     "WeightSpace",
     "__version__",
     "align",
+    "compare",
     "discover",
     "fit_curve",
+    "interpolate",
+    "merge_many",
+    "repair",
 ]

@@ -139,24 +139,30 @@ class WeightSpace:
             slot.view(theta).copy_(vector[slot.offset : slot.offset + slot.numel].view(slot.shape))
         return theta
 
-    def check(self, model: nn.Module, *, name: str = "b") -> None:
+    def check(self, model: nn.Module, *, name: str = "b", reference: str = "a") -> None:
         """Raise unless ``model`` has exactly these parameters and buffers, all weights finite.
+
+        Args:
+            model: Any module.
+            name: What the message calls it.
+            reference: What the message calls the model that this space is of.
 
         Raises:
             ValueError: Naming the first parameter that differs and both sides, or the parameter that is not finite.
         """
         parameters = dict(model.named_parameters())
         own = {slot.name: (slot.shape, self.dtype, self.device) for slot in self._slots}
-        _check_same(own, _describe(parameters), "parameter", name)
-        _check_same(self._buffers, _describe(dict(model.named_buffers())), "buffer", name)
+        _check_same(own, _describe(parameters), "parameter", name, reference)
+        _check_same(self._buffers, _describe(dict(model.named_buffers())), "buffer", name, reference)
         if _aliases(model) != self.aliases:
             raise ValueError(
-                f"endpoints tie different parameters: {self.aliases or 'none'} in a, {_aliases(model) or 'none'} in "
-                f"{name}. Both must come from one architecture."
+                f"endpoints tie different parameters: {self.aliases or 'none'} in {reference}, "
+                f"{_aliases(model) or 'none'} in {name}. Both must come from one architecture."
             )
         for key, parameter in parameters.items():
-            if not torch.isfinite(parameter).all():
-                bad = int((~torch.isfinite(parameter)).sum())
+            if torch.isfinite(parameter.sum()):  # one pass without a copy; where it overflows, count
+                continue
+            if bad := int((~torch.isfinite(parameter)).sum()):
                 raise ValueError(f"{key!r} of {name} holds NaN or infinite weights ({bad} of {parameter.numel()}).")
 
     def _check_vector(self, theta: Tensor) -> None:
@@ -286,14 +292,14 @@ def _describe(tensors: dict[str, Tensor]) -> dict[str, _Kind]:
     return {name: (tuple(tensor.shape), tensor.dtype, tensor.device) for name, tensor in tensors.items()}
 
 
-def _check_same(ours: dict[str, _Kind], theirs: dict[str, _Kind], what: str, name: str) -> None:
+def _check_same(ours: dict[str, _Kind], theirs: dict[str, _Kind], what: str, name: str, reference: str) -> None:
     same = "Both must come from one architecture."
     for key in [*ours, *theirs]:
         if ours.get(key) == theirs.get(key):
             continue
         if key not in ours or key not in theirs:
-            there, here = ("a", name) if key in ours else (name, "a")
+            there, here = (reference, name) if key in ours else (name, reference)
             raise ValueError(f"endpoints differ: {what} {key!r} is in {there} but not in {here}. {same}")
         left, right = next((x, y) for x, y in zip(ours[key], theirs[key], strict=True) if x != y)
         way_out = same if isinstance(left, tuple) else "Bring both to one dtype and device first, with .to(...)."
-        raise ValueError(f"endpoints differ at {key!r}: {left} in a, {right} in {name}. {way_out}")
+        raise ValueError(f"endpoints differ at {key!r}: {left} in {reference}, {right} in {name}. {way_out}")

@@ -93,16 +93,7 @@ def align(
     space = WeightSpace(model_a)
     space.check(model_a, name="a")
     space.check(model_b, name="b")
-    if spec is None:
-        first = None if loader is None else inputs_of(first_batch(loader))
-        example = example_input if example_input is not None else first
-        spec = discover(model_a, example)
-        if verify:
-            spec.verify(model_a, example)
-    else:
-        spec.check_model(model_a)
-    if not spec.groups:
-        _LOGGER.warning("%s has no group of units that may be relabelled.", type(model_a).__name__)
+    spec = find_spec(model_a, loader, spec, example_input, verify=verify)
     if method is None:
         method = WeightMatching() if loader is None else ActivationMatching()
     match = method.match(spec, model_a, model_b, loader)
@@ -117,3 +108,25 @@ def align(
         constant_units=match.constant_units,
         history=match.history,
     )
+
+
+def find_spec(
+    model: nn.Module,
+    loader: Iterable[Any] | None,
+    spec: PermutationSpec | None,
+    example_input: Any,
+    *,
+    verify: bool,
+) -> PermutationSpec:
+    """Return ``spec``, checked, or discover and prove one on the first example at hand; arguments as for `align`."""
+    if spec is None:
+        first = None if loader is None else inputs_of(first_batch(loader))
+        example = example_input if example_input is not None else first
+        spec = discover(model, example)
+        if verify:
+            spec.verify(model, example)
+    else:
+        spec.check_model(model)
+    if not spec.groups:
+        _LOGGER.warning("%s has no group of units that may be relabelled.", type(model).__name__)
+    return spec

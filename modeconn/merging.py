@@ -1,0 +1,227 @@
+"""One network in the place of several: a point between two, the mean of many."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, recalibrate
+from modeconn.connection import Connection, warn_about_buffers
+from modeconn.matching.alignment import find_spec
+from modeconn.matching.method import Method
+from modeconn.matching.weight_matching import WeightMatching
+from modeconn.pre_activations import repair as repair_model
+from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import PermutationSpec
+from modeconn.weights import WeightSpace
+
+
+def interpolate(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    t: float = 0.5,
+    *,
+    recalibrate: Iterable[Any] | None = None,
+    recalibration_examples: int | None = NUM_EXAMPLES,
+    repair: bool = False,
+) -> nn.Module:
+    """Return the network at ``t`` of the straight line between two, in eval mode; at its ends a and b, bit for bit.
+
+    Args:
+        model_a: At t=0.
+        model_b: At t=1, already aligned with a.
+        t: Position in [0, 1].
+        recalibrate: Training data, which batch norm and ``repair`` need between the ends.
+        recalibration_examples: How many examples of it to use, None for all.
+        repair: Without batch norm, also interpolate the statistics of pre-activations, see `modeconn.repair`.
+
+    Raises:
+        ValueError: If t is outside [0, 1], the networks differ in architecture or hold NaN, or data is missing.
+
+    Example:
+        >>> a, b = nn.Linear(2, 1), nn.Linear(2, 1)
+        >>> torch.equal(interpolate(a, b, 1.0).weight, b.weight)
+        True
+    """
+    warn_about_buffers(model_a, model_b)
+    line = Connection.straight_between(model_a, model_b)
+    return line.model_at(t, recalibrate=recalibrate, recalibration_examples=recalibration_examples, repair=repair)
+
+
+@dataclass(frozen=True)
+class Merge:
+    """The mean of several networks, once their units are under the same names.
+
+    Args:
+        model: The mean, in eval mode.
+        permutations: One for each network: ``permutations[i].apply(models[i])`` are what the mean is of. The first is
+            the identity, so the mean has the first network's names.
+        history: The sum of squared distances of the relabelled networks from their mean, as they came and after each
+            step that was taken; it falls.
+    """
+
+    model: nn.Module
+    permutations: tuple[Permutation, ...]
+    history: tuple[float, ...]
+
+    def pairwise(self, i: int, j: int) -> Permutation:
+        r"""Return the relabelling of network j after network i, :math:`P_{ij} = P_i^{-1} P_j`.
+
+        These compose exactly, :math:`P_{ij} P_{jk} P_{ki} = 1`, unlike relabellings that are found pair by pair.
+        """
+        return self.permutations[i].inverse() @ self.permutations[j]
+
+    def __repr__(self) -> str:
+        first, last = self.history[0], self.history[-1]
+        return (
+            f"Merge({len(self.permutations)} networks, squared distance from their mean {first:.4g} -> {last:.4g} "
+            f"in {len(self.history) - 1} steps)"
+        )
+
+
+def merge_many(
+    models: Sequence[nn.Module],
+    loader: Iterable[Any] | None = None,
+    *,
+    method: Method | None = None,
+    start: Method | None = None,
+    max_rounds: int = 100,
+    repair: bool = False,
+    spec: PermutationSpec | None = None,
+    example_input: Any = None,
+    verify: bool = True,
+    seed: int = 0,
+) -> Merge:
+    r"""Relabel networks into one set of names and return their mean (MergeMany, Git Re-Basin, algorithm 3).
+
+    In each round every network, in random order, is aligned with the mean of the others, until a round changes nothing.
+    A step is taken only if it brings the networks closer, so :math:`\sum_i \|P_i \theta_i - \bar\theta\|^2` falls with
+    any method and the rounds end. It is a local optimum, and a ``start`` finds a better one: the mean of networks under
+    different names says little.
+
+    Args:
+        models: Two or more networks of one architecture; they are not changed.
+        loader: Training data for batch norm, for ``repair`` and for methods that need it.
+        method: How to align a network with the mean of the others. Default: `WeightMatching`. A method that compares
+            activations sees a mean whose batch norm was recalibrated.
+        start: A method that first aligns every network with the first one, without any mean.
+        max_rounds: Stop after so many rounds at the latest; 0 keeps the ``start``.
+        repair: Without batch norm, repair the mean, see `modeconn.repair`; with it, it is recalibrated in any case.
+        spec: What `discover` found for this architecture. Default: it is discovered here.
+        example_input: For discovery, where there is neither a loader nor ``models[0].example_input()``.
+        verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
+        seed: For the order of the networks.
+
+    Raises:
+        ValueError: If there are fewer than two networks, they differ in architecture or hold NaN, or data is missing.
+
+    References:
+        Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836; Crisostomi et al., 2024,
+        https://arxiv.org/abs/2405.17897, on relabellings that compose.
+
+    Example:
+        >>> from modeconn import models
+        >>> merged = merge_many([models.mlp(8, (6,), 3, seed=s) for s in range(3)])
+        >>> merged.pairwise(0, 1) @ merged.pairwise(1, 2) @ merged.pairwise(2, 0)
+        Permutation(1 groups, 0 of 6 units moved)
+    """
+    models = list(models)
+    space = _check(models, loader, repair=repair)
+    if max_rounds < 0:
+        raise ValueError(f"max_rounds must be at least 0, got max_rounds={max_rounds}.")
+    names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
+    history = [names.spread()]
+    if start is not None:
+        names.follow_the_first(start, loader)
+        history.append(names.spread())
+    history += names.follow_the_others(method or WeightMatching(), loader, max_rounds, seed)
+    back = names.permutations[0].inverse()
+    permutations = tuple(back @ permutation for permutation in names.permutations)
+    merged = back.apply(names.mean())
+    relabelled = [permutation.apply(model) for permutation, model in zip(permutations, models, strict=True)]
+    for other in relabelled[1:]:
+        warn_about_buffers(relabelled[0], other)
+    if loader is not None and (repair or norm_layers(merged)):
+        merged = repair_model(merged, relabelled, loader)
+    return Merge(merged, permutations, tuple(history))
+
+
+class _CommonNames:
+    """Networks on their way to common names.
+
+    Attributes:
+        models: The networks as they are relabelled now.
+        permutations: By which they are.
+    """
+
+    def __init__(self, space: WeightSpace, spec: PermutationSpec, models: Sequence[nn.Module]) -> None:
+        self.models = list(models)
+        self.permutations = [spec.identity() for _ in models]
+        self._space = space
+        self._spec = spec
+        self._thetas = torch.stack([space.flatten(model) for model in models]).double()
+
+    def spread(self) -> float:
+        """Return the sum of squared distances from the mean."""
+        return _spread(self._thetas)
+
+    def mean(self) -> nn.Module:
+        """Return the mean of all weights, with the buffers of the first network."""
+        model = copy.deepcopy(self.models[0]).eval()
+        self._space.load(self._thetas.mean(0), model)
+        return model
+
+    def follow_the_first(self, method: Method, loader: Iterable[Any] | None) -> None:
+        """Align every network with the first one."""
+        for i, model in enumerate(self.models[1:], 1):
+            step = method.match(self._spec, self.models[0], model, loader).permutation
+            self._move(i, step, moved := step.apply(model), self._space.flatten(moved).double())
+
+    def follow_the_others(
+        self, method: Method, loader: Iterable[Any] | None, max_rounds: int, seed: int
+    ) -> Iterator[float]:
+        """Align every network with the mean of the others, round after round; yield the spread after each step."""
+        generator = torch.Generator().manual_seed(seed)
+        others = copy.deepcopy(self.models[0]).eval()
+        calibration = []
+        if loader is not None and norm_layers(others):
+            calibration = calibration_batches(loader, self._space.device)
+        for _ in range(max_rounds):
+            start = self.spread()
+            for i in torch.randperm(len(self.models), generator=generator).tolist():
+                rest = torch.cat([self._thetas[:i], self._thetas[i + 1 :]])
+                self._space.load(rest.mean(0), others)
+                recalibrate(others, calibration)
+                step = method.match(self._spec, others, self.models[i], loader).permutation
+                moved = step.apply(self.models[i])
+                theta = self._space.flatten(moved).double()
+                if _spread(torch.cat([rest, theta[None]])) < (1 - 1e-12) * self.spread():
+                    self._move(i, step, moved, theta)
+                    yield self.spread()
+            if self.spread() == start:
+                break
+
+    def _move(self, i: int, step: Permutation, moved: nn.Module, theta: Tensor) -> None:
+        self.models[i], self._thetas[i] = moved, theta
+        self.permutations[i] = step @ self.permutations[i]
+
+
+def _spread(thetas: Tensor) -> float:
+    return float((thetas - thetas.mean(0)).square().sum())
+
+
+def _check(models: Sequence[nn.Module], loader: Iterable[Any] | None, *, repair: bool) -> WeightSpace:
+    if len(models) < 2:
+        raise ValueError(f"there is nothing to merge in fewer than two networks, got {len(models)}.")
+    space = WeightSpace(models[0])
+    for i, model in enumerate(models):
+        space.check(model, name=f"models[{i}]", reference="models[0]")
+    if loader is None and (repair or norm_layers(models[0])):
+        what = "repair" if repair else "batch norm"
+        raise ValueError(f"the mean of networks needs statistics of training data for {what}: pass loader=.")
+    return space
