@@ -352,7 +352,7 @@ def test_the_help_of_every_command_has_an_example(command):
             "--on must be train or test, got 'both'",
         ),
         (("plot", "{}/a.safetensors", "--out", "{}/x.png"), "is a model, not a connection"),
-        (("plot", "{}/notes.json", "--out", "{}/x.png"), "is neither a profile nor a report"),
+        (("plot", "{}/notes.json", "--out", "{}/x.png"), "is no profile, no comparison and no report"),
         (("info", "{}/notes.txt"), "is truncated or no safetensors file"),
     ],
 )
@@ -449,3 +449,62 @@ PROGRAM = [sys.executable, "-m", "modeconn"]
 def test_the_module_runs_as_the_command():
     result = subprocess.run([*PROGRAM, "--version"], capture_output=True, text=True, check=True)
     assert result.stdout.strip() == modeconn.__version__
+
+
+# -- comparing methods
+
+
+def test_compare_does_what_the_function_does(folder, tmp_path):
+    a, b, _ = the_same_in_python()
+    out, methods = tmp_path / "c.json", ("activation", "weight:seed=1", "weight:start=activation")
+    given = [word for name in methods for word in ("--method", name)]
+    result = run(
+        *("compare", *ends(folder), *reversed(ends(folder)), "--data", "digits", "--out", out, *given),
+        *("--points", 3, "--epochs", 1, *ADAM, "--no-repair"),
+    )
+    found = modeconn.Comparison.from_json(out.read_text())
+    expected = modeconn.compare(
+        [(a, b), (b, a)],
+        {name: parse.method(name) for name in methods},
+        *data.load("digits"),
+        num_points=3,
+        repair=False,
+        recipe=Recipe(1, parse.optimizer("adam:lr=0.003"), one_cycle, 0.0),
+    )
+    for row in ("identity", "random", *methods):
+        for column in ("line", "line accuracy", "curve"):
+            assert found.values[row][column] == expected.values[row][column]
+    assert repr(found) in result.stdout
+    assert (tmp_path / "c.csv").read_text() == found.to_csv()
+    assert not (tmp_path / "c.json.checkpoint").exists()
+
+    assert repr(found) in run("info", out).stdout
+    run("plot", out, "--out", tmp_path / "c.png", "--quantity", "curve accuracy")
+    assert (tmp_path / "c.png").stat().st_size > 5_000
+    assert "one comparison, got 2" in run("plot", out, out, "--out", tmp_path / "c.png", code=1).stderr
+
+
+def test_compare_keeps_the_checkpoint_that_was_asked_for(folder, tmp_path):
+    common = ("compare", *ends(folder), "--data", "digits", "--points", 2, "--checkpoint", tmp_path / "kept")
+    for name in ("one", "two"):
+        run(*common, "--out", tmp_path / f"{name}.json")
+    one, two = ((tmp_path / f"{name}.json").read_text() for name in ("one", "two"))
+    assert one == two  # to the last second
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--points", 3], "networks are compared in pairs, but there are 3"),
+        (["--schedule", "one_cycle"], "say with --epochs how long"),
+    ],
+)
+def test_compare_says_what_is_missing(folder, tmp_path, words, message):
+    networks = [*ends(folder), *ends(folder)][: 3 if "--points" in words else 4]
+    result = run("compare", *networks, "--data", "digits", "--out", tmp_path / "c.json", *words, code=1)
+    assert message in result.stderr
+
+
+def test_a_method_may_start_from_another_one():
+    expected = modeconn.WeightMatching(seed=2, start=modeconn.ActivationMatching())
+    assert parse.method("weight:seed=2,start=activation") == expected

@@ -13,6 +13,7 @@ from typer.core import TyperGroup
 
 from modeconn import Connection, Profile, Recipe, __version__, checkpoint, discover, fit_curve, models
 from modeconn import align as align_models
+from modeconn import compare as compare_methods
 from modeconn.cli import demo as story
 from modeconn.cli import options, parse
 from modeconn.cli.files import describe_file, draw_files
@@ -379,17 +380,102 @@ def evaluate(
     typer.echo(f"Wrote {files[0]}, {files[1]}")
 
 
+@app.command()
+def compare(
+    networks: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
+    data: options.Data,
+    out: Annotated[Path, typer.Option(help="JSON file; a CSV file is written beside it.")],
+    method: Annotated[
+        list[str],
+        typer.Option(help="activation[:KEY=VALUE,...], weight[:...]: a row each; may be repeated."),
+    ] = ["activation", "weight"],  # noqa: B006  # typer reads it and copies it
+    points: Annotated[int, typer.Option(min=2, help="How many networks to measure on each connection.")] = 25,
+    repair: Annotated[bool, typer.Option(help="Whether to measure repaired (or recalibrated) lines too.")] = True,
+    curve: Annotated[str, typer.Option(help="bezier:DEGREE or polychain:SEGMENTS, fitted if --epochs is given.")] = (
+        "bezier:2"
+    ),
+    seed: Annotated[int, typer.Option(help="Of random relabellings, the order of the data and the curves.")] = 0,
+    root: options.Root = None,
+    batch_size: options.BatchSize = None,
+    augment: options.Augment = True,
+    train_examples: options.TrainExamples = None,
+    test_examples: options.TestExamples = None,
+    data_seed: options.DataSeed = 0,
+    model: options.Template = None,
+    model_arg: options.ModelArguments = None,
+    epochs: options.Epochs = None,
+    optimizer: options.Optimizer = None,
+    schedule: options.Schedule = None,
+    weight_decay: options.WeightDecay = None,
+    checkpoint_file: Annotated[
+        Path | None,
+        typer.Option("--checkpoint", help="Finished measurements; default: OUT.checkpoint, deleted at the end."),
+    ] = None,
+    device: options.Device = "cpu",
+    progress: options.Progress = None,
+) -> None:
+    r"""Compare ways to match on pairs of networks: the first and second file, the third and fourth, and so on.
+
+    Prints the barriers of the straight line between each pair, as it is and repaired, and of a curve if --epochs says
+    how long to fit one; always with rows for b as it is and for b relabelled at random.
+
+    For example:
+
+        modeconn compare a.safetensors b.safetensors c.safetensors d.safetensors \
+            --data digits --method weight --method activation --out compare.json
+    """
+    if len(networks) % 2:
+        raise ValueError(f"networks are compared in pairs, but there are {len(networks)}.")
+    settings = {"optimizer": optimizer, "schedule": schedule, "weight_decay": weight_decay}
+    if epochs is None and any(value is not None for value in settings.values()):
+        raise ValueError(
+            "--optimizer, --schedule and --weight-decay are for curves; say with --epochs how long to fit."
+        )
+    recipe = None if epochs is None else change_recipe(Recipe(), epochs=epochs, **settings)
+    methods, shape_of_curve = {name: parse.method(name) for name in method}, parse.curve(curve)
+    table = out.with_suffix(".csv")
+    for path in (out, table):
+        checkpoint.check_writable(path)
+    kept = checkpoint_file or out.with_name(out.name + ".checkpoint")
+    loaders = DataOptions(
+        data, root, batch_size, augment, train_examples, test_examples, seed=data_seed, device=device
+    ).load()
+    architecture = template(model, model_arg, loaders[0])
+    loaded = [models.load(path, architecture).to(device) for path in networks]
+    found = compare_methods(
+        list(zip(loaded[::2], loaded[1::2], strict=True)),
+        methods,
+        *loaders,
+        num_points=points,
+        repair=repair,
+        recipe=recipe,
+        curve=shape_of_curve,
+        checkpoint=kept,
+        seed=seed,
+        progress=_bars(progress),
+    )
+    found.to_json(out)
+    found.to_csv(table)
+    if checkpoint_file is None:
+        kept.unlink(missing_ok=True)
+    typer.echo(repr(found))
+    typer.echo(f"Wrote {out}, {table}")
+
+
 @app.command(name="plot")
 def draw(
     files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
     out: Annotated[Path, typer.Option(help="The figure: .png, .pdf, .svg.")],
-    quantity: Annotated[str, typer.Option(help="loss, accuracy or error, of profiles.")] = "loss",
+    quantity: Annotated[
+        str, typer.Option(help="loss, accuracy or error, of profiles; a column of a comparison.")
+    ] = "loss",
     labels: Annotated[str | None, typer.Option(help="Names for the legend, with commas between them.")] = None,
 ) -> None:
     r"""Draw files of one kind.
 
     Profiles (of modeconn evaluate) are drawn along t; reports (of modeconn align) as correlations before and after;
-    connections as the loss of their training.
+    connections as the loss of their training; a comparison (of modeconn compare) as one column of its table, by default
+    the barriers of the straight line.
 
     For example:
 

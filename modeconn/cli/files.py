@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeconn import Permutation, Profile, checkpoint, plot
+from modeconn import Comparison, Permutation, Profile, checkpoint, plot
 from modeconn.connection import History
 from modeconn.table import table
 
@@ -21,7 +21,7 @@ def describe_file(path: Path) -> str:
     """Return what ``modeconn info`` prints of a file."""
     if _is_json(path):
         kind, content = _read_json(path)
-        text = repr(content) if kind == "profile" else _correlation_table(content)
+        text = _correlation_table(content) if isinstance(content, dict) else repr(content)
     else:
         tensors, about = checkpoint.read(path)
         kind, text = about["kind"], _SAFETENSORS[about["kind"]](path, tensors, about)
@@ -29,7 +29,7 @@ def describe_file(path: Path) -> str:
 
 
 def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str, ax: Axes) -> None:
-    """Draw profiles, reports of alignments or connections, all of one kind."""
+    """Draw profiles, reports of alignments or connections, all of one kind, or one comparison."""
     read = [_read_json(path) if _is_json(path) else ("connection", _history(path)) for path in paths]
     kinds, contents = zip(*read, strict=True)
     if len(set(kinds)) > 1:
@@ -40,6 +40,10 @@ def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: st
         plot.profile(*contents, labels=labels, quantity=quantity, ax=ax)
     elif kinds[0] == "connection":
         plot.history(*contents, labels=labels, ax=ax)
+    elif kinds[0] == "comparison":
+        if len(contents) > 1:
+            raise ValueError(f"one figure shows one comparison, got {len(contents)}.")
+        plot.comparison(contents[0], column="line" if quantity == "loss" else quantity, ax=ax)
     else:
         plot.correlation(*contents, labels=labels, ax=ax)
 
@@ -49,15 +53,17 @@ def _is_json(path: Path) -> bool:
         return file.read(1) == b"{"
 
 
-def _read_json(path: Path) -> tuple[str, Profile | _Correlation]:
+def _read_json(path: Path) -> tuple[str, Profile | Comparison | _Correlation]:
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
         if "correlation" in content:
             return "report of an alignment", content["correlation"]
+        if "values" in content:
+            return "comparison", Comparison.from_json(text)
         return "profile", Profile.from_json(text)
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        raise ValueError(f"{str(path)!r} is neither a profile nor a report of an alignment.") from None
+        raise ValueError(f"{str(path)!r} is no profile, no comparison and no report of an alignment.") from None
 
 
 def _history(path: Path) -> History | None:

@@ -9,6 +9,7 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -19,6 +20,7 @@ from torch import nn
 from modeconn import ActivationMatching, Bezier, Line, Permutation, PolyChain, WeightMatching, models, recipe
 from modeconn.curves import Curve
 from modeconn.data import TensorLoader
+from modeconn.matching import Method
 from modeconn.rng import seeded
 
 CURVES = {"line": Line, "bezier": Bezier, "polychain": PolyChain}
@@ -44,12 +46,14 @@ def curve(text: str) -> Curve:
     return _call(text, CURVES, "curve")
 
 
-def method(text: str) -> ActivationMatching | WeightMatching:
-    """Read ``activation:num_examples=2000`` or ``weight:seed=1``."""
-    return _call(text, METHODS, "alignment method")
+def method(text: str) -> Method:
+    """Read ``activation:num_examples=2000``, ``weight:seed=1`` or ``weight:start=activation``."""
+    made = _call(text, METHODS, "alignment method")
+    start = getattr(made, "start", None)
+    return replace(made, start=method(start)) if isinstance(start, str) else made
 
 
-def alignment(text: str) -> bool | ActivationMatching | WeightMatching | Permutation:
+def alignment(text: str) -> bool | Method | Permutation:
     """Read ``none``, a method, or the name of a permutation file."""
     if text == "none":
         return False
