@@ -287,3 +287,17 @@ def test_curves_of_another_family_can_be_fitted(pairs):
         for degree in (3, 2)
     )
     assert cubic.values["identity"]["curve"] != quadratic.values["identity"]["curve"]
+
+
+# -- the digits experiment, small: benchmarks/compare_digits.py has it whole
+
+
+def test_both_matchings_leave_at_most_8_percent_of_the_barrier_on_the_digits():
+    train, test = digits()
+    untrained = [models.mlp(64, (32,) * 3, 10, mean=train.mean(), std=train.std() + 0.1, seed=s) for s in range(16)]
+    networks = models.train_population(untrained, train.with_(batch_size=64), recipe=models.DIGITS_RECIPE)
+    pairs = [(networks[i], networks[(i + 5) % 16]) for i in range(16)]
+    found = compare(pairs, METHODS, train, test, repair=False)
+    assert found.summary()["identity"]["line"]["mean"] > 0.5
+    assert 0.8 < found.ratio("random")[0] < 1.25
+    assert all(found.ratio(row)[0] <= 0.08 for row in METHODS)
