@@ -18,6 +18,7 @@ from modeconn.pre_activations import measure, mix
 from modeconn.train import DIGITS_RECIPE, train
 from tests.cases import CASE, batches, same_bits
 from tests.symmetry_cases import CASES
+from tests.test_cli import run
 
 SYMMETRY = {case.name: case for case in CASES}
 
@@ -220,6 +221,21 @@ def test_merging_refuses_what_does_not_belong_together():
         b.layers[0].bias[1] = torch.inf
     with pytest.raises(ValueError, match=r"'layers.0.bias' of models\[1\] holds NaN or infinite"):
         merge_many([a, b])
+
+
+def test_the_command_merges_files_as_the_function_does(tmp_path):
+    networks = [models.mlp(64, (8,), 10, seed=seed) for seed in (1, 2, 3)]
+    files = [tmp_path / f"{i}.safetensors" for i in range(3)]
+    for network, path in zip(networks, files, strict=True):
+        models.save(network, path)
+    out = tmp_path / "merged.safetensors"
+    text = run("merge", *files, "--data", "digits", "--start", "activation", "--repair", "--out", out).stdout
+    training, _ = data.load("digits")
+    expected = merge_many(networks, training, start=ActivationMatching(), repair=True)
+    assert same_bits(models.load(out), expected.model)
+    assert "Merge(3 networks" in text and "Their mean on the test set: loss" in text
+    assert same_bits(models.load(files[0]), networks[0])
+    assert "fewer than two networks, got 1" in run("merge", files[0], "--out", out, code=1).stderr
 
 
 # ---------------------------------------------------------------- repair

@@ -11,7 +11,7 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from modeconn import Connection, Profile, Recipe, __version__, checkpoint, discover, fit_curve, models
+from modeconn import Connection, Profile, Recipe, __version__, checkpoint, discover, fit_curve, merge_many, models
 from modeconn import align as align_models
 from modeconn import compare as compare_methods
 from modeconn.cli import demo as story
@@ -254,6 +254,47 @@ def align(
         report.write_text(json.dumps({"correlation": found.correlation}, indent=1), encoding="utf-8")
     typer.echo(repr(found))
     typer.echo(f"Wrote {', '.join(str(path) for path in (out, permutation, report) if path is not None)}")
+
+
+@app.command()
+def merge(
+    networks: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
+    out: Annotated[Path, typer.Option(help="File for the mean.")],
+    method: Annotated[
+        str, typer.Option(help="activation[:KEY=VALUE,...] or weight[:...]: aligns each with the mean of the others.")
+    ] = "weight",
+    start: Annotated[str | None, typer.Option(help="Likewise: first aligns each with the first network.")] = None,
+    repair: Annotated[bool, typer.Option(help="Whether to repair the mean of networks without batch norm.")] = False,
+    seed: Annotated[int, typer.Option(help="Of the order of the networks.")] = 0,
+    data: options.OptionalData = None,
+    root: options.Root = None,
+    data_seed: options.DataSeed = 0,
+    model: options.Template = None,
+    model_arg: options.ModelArguments = None,
+    device: options.Device = "cpu",
+) -> None:
+    r"""Bring two or more networks under one set of names, and write their mean.
+
+    With batch norm, the mean is recalibrated on training data. Prints how far the networks are from their mean and,
+    where there is data, what the mean does on the test set.
+
+    For example:
+
+        modeconn merge a.safetensors b.safetensors c.safetensors \
+            --data digits --start activation --repair --out merged.safetensors
+    """
+    checkpoint.check_writable(out)
+    chosen, first = parse.method(method), None if start is None else parse.method(start)
+    loader, test = (None, None) if data is None else DataOptions(data, root, seed=data_seed, device=device).load()
+    architecture = template(model, model_arg, loader)
+    loaded = [models.load(path, architecture).to(device) for path in networks]
+    found = merge_many(loaded, loader, method=chosen, start=first, repair=repair, seed=seed)
+    models.save(found.model, out)
+    typer.echo(repr(found))
+    if test is not None:
+        itself = Connection.straight_between(found.model, found.model, training=TrainingData(loader))
+        typer.echo(f"Their mean on the test set: {_one_line(itself.evaluate(test, num_points=2))}")
+    typer.echo(f"Wrote {out}")
 
 
 @app.command()
