@@ -73,6 +73,8 @@ class CurveStep:
             workspace.gather_in(self._trained.grad[0])
         self.optimizer = recipe.make_optimizer([self._trained])
         self._weight_decay = recipe.weight_decay
+        self._anchor: Tensor | None = None
+        self._pull = 0.0
         device = control_points.device.type
         self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
         if recipe.autocast is not None:
@@ -102,6 +104,14 @@ class CurveStep:
         self._scaler.update()
         return loss.detach()
 
+    def hold(self, nu: float) -> None:
+        r"""Keep the trained control points near where they are now, :math:`c_0`, from here on.
+
+        :math:`\tfrac{1}{2 \nu} \lVert c - c_0 \rVert^2` is added to the loss; nothing if ``nu`` is infinite.
+        """
+        self._pull = 1.0 / nu
+        self._anchor = self._trained.detach().clone() if self._pull else None
+
     def _pull_back(self, loss: Tensor, weights: Sequence[float]) -> None:
         """Bring the gradient of loss and penalty to the trained control points, which have these ``weights``."""
         # Scaling the loss in place of the gradient spares the usual, single control point two passes over memory.
@@ -112,6 +122,8 @@ class CurveStep:
         if not self._is_single:
             for weight, row in zip(weights, self._trained.grad, strict=True):
                 torch.mul(gradient, weight, out=row)
+        if self._anchor is not None:
+            self._trained.grad.add_(self._trained.detach() - self._anchor, alpha=self._pull * self._scaler.get_scale())
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that changes from step to step, as tensors and as JSON can hold it."""
@@ -120,7 +132,9 @@ class CurveStep:
         scalars = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         buffers = {f"buffer.{name}": buffer for name, buffer in self.workspace.model.named_buffers()}
         tensors = {"control_points": self.control_points, **tensors, **buffers}
-        return tensors, {"optimizer": scalars, "scaler": self._scaler.state_dict()}
+        if self._anchor is not None:
+            tensors["anchor"] = self._anchor
+        return tensors, {"optimizer": scalars, "scaler": self._scaler.state_dict(), "pull": self._pull}
 
     @torch.no_grad()
     def load_state(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
@@ -128,6 +142,7 @@ class CurveStep:
         self.control_points.copy_(tensors["control_points"])
         for name, buffer in self.workspace.model.named_buffers():  # some modules do learn in them
             buffer.copy_(tensors[f"buffer.{name}"])
+        self._anchor, self._pull = tensors.get("anchor"), about["pull"]
         start = "optimizer."
         values = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
         state = {**values, **about["optimizer"]}

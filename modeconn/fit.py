@@ -29,6 +29,8 @@ from modeconn.evaluate import Objective
 from modeconn.loaders import check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.recipe import Recipe
+from modeconn.refinement.exact import descend
+from modeconn.refinement.pam import PAM, Refinement
 from modeconn.rng import seeded
 from modeconn.run import KIND, Keeper, Run
 from modeconn.symmetry import Permutation, PermutationSpec
@@ -50,6 +52,7 @@ def fit_curve(
     align: bool | Permutation | Alignment | Any = True,
     curve: Curve = _QUADRATIC,
     recipe: Recipe = _RECIPE,
+    refine: PAM | None = None,
     loss_fn: LossFn = cross_entropy,
     forward: Objective | None = None,
     spec: Any = None,
@@ -76,6 +79,7 @@ def fit_curve(
             or False to take b as it is.
         curve: The family of curves to learn from; `Line()` learns nothing.
         recipe: Epochs, optimizer, schedule, weight decay, autocast, compile.
+        refine: `PAM()` to improve the relabelling and the curve together, by turns, from where ``align`` starts.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         forward: ``forward(model, batch) -> loss`` in its place, for batches of any other kind.
         spec: Symmetries of the architecture, if known.
@@ -101,6 +105,8 @@ def fit_curve(
     space.check(model_b, name="b")
     warn_about_buffers(model_a, model_b)
     training = TrainingData(loader, loss_fn, forward)
+    if refine is not None:
+        refine.check(curve, recipe, loader)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     if loader is None:
@@ -113,20 +119,32 @@ def fit_curve(
     with seeded(seed, space.device):
         if loader is not None:
             check_loader(loader) if forward is None else first_batch(loader)
-        settings = _settings(space, (model_a, model_b), align, curve, recipe, training, seed) if checkpoint else {}
+        settings = (
+            _settings(space, (model_a, model_b), align, curve, recipe, refine, training, seed) if checkpoint else {}
+        )
         saved = _read(checkpoint.path, settings) if checkpoint else None
         if saved is None:
             permutation = _find_permutation(model_a, model_b, loader, align, spec, example_input)
+            if refine and permutation is None:
+                permutation = _find_spec(model_a, loader, spec, example_input).identity()
         else:
             permutation = saved_permutation(saved[0], saved[1]["permutation"])
         relabelled = model_b if permutation is None else permutation.apply(model_b)
 
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
         history = None
-        if curve.num_trained:
+        if curve.num_trained or refine:
             step = CurveStep(Workspace(model_a, space), curve, points, recipe)
-            keeper = _keeper(checkpoint, settings, permutation) if checkpoint else None
-            history = _learn(step, recipe, training, seed=seed, keeper=keeper, saved=saved, progress=progress)
+            if refine and refine.exact:
+                permutation, history = descend(refine, permutation, step, training, recipe.epochs)
+            else:
+                keeper = _keeper(checkpoint, settings, permutation) if checkpoint else None
+                refinement = Refinement(refine, permutation, step, training, recipe, seed=seed) if refine else None
+                history = _learn(
+                    step, recipe, training, refinement, seed=seed, keeper=keeper, saved=saved, progress=progress
+                )
+                permutation = refinement.permutation if refinement else permutation
+            relabelled = model_b if permutation is None else permutation.apply(model_b)
     buffers = named_buffers(model_a), named_buffers(relabelled)
     return Connection(model_a, curve, points, buffers, permutation=permutation, history=history, training=training)
 
@@ -135,6 +153,7 @@ def _learn(
     step: CurveStep,
     recipe: Recipe,
     training: TrainingData,
+    refinement: Refinement | None,
     *,
     seed: int,
     keeper: Keeper | None,
@@ -142,12 +161,23 @@ def _learn(
     progress: bool,
 ) -> History:
     """Move the control points of ``step`` to low loss, from where a checkpoint stood if there is one."""
+    if refinement and not step.curve.num_trained:
+        return refinement.relabel_only(recipe.epochs)
     forward = training.forward
     first, later = (
         (forward, forward) if forward else (supervised(training.loss_fn, check=check) for check in (True, False))
     )
     with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
-        run = Run(step, training.loader, recipe, (first, later), seed=seed, keeper=keeper, progress=progress)
+        run = Run(
+            step,
+            training.loader,
+            recipe,
+            (first, later),
+            seed=seed,
+            keeper=keeper,
+            refinement=refinement,
+            progress=progress,
+        )
         if saved is not None:
             run.resume(*saved)
         return run.train()
@@ -170,6 +200,15 @@ def _find_permutation(
 
     method = None if align is True else align
     return find(model_a, model_b, loader, method=method, spec=spec, example_input=example_input).permutation
+
+
+def _find_spec(
+    model: nn.Module, loader: Iterable[Any] | None, spec: PermutationSpec | None, example_input: Any
+) -> PermutationSpec:
+    """Return the symmetries of a model that is not aligned, proved."""
+    from modeconn.matching.alignment import find_spec
+
+    return find_spec(model, loader, spec, example_input, verify=True)
 
 
 def _is_finished(align: Any) -> bool:
@@ -198,6 +237,7 @@ def _settings(
     align: Any,
     curve: Curve,
     recipe: Recipe,
+    refine: PAM | None,
     training: TrainingData,
     seed: int,
 ) -> dict[str, Any]:
@@ -209,6 +249,7 @@ def _settings(
         **{name: files.describe(value) if callable(value) else str(value) for name, value in values.items()},
         "loss": files.describe(training.forward or training.loss_fn),
         "seed": seed,
+        "refine": repr(refine),
         "align": _describe_alignment(align),
         **{f"the digest of network {name}": digest(model) for name, model in zip("ab", models, strict=True)},
     }

@@ -12,7 +12,7 @@ import warnings
 import zlib
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -27,6 +27,9 @@ from modeconn.loaders import batches, num_examples
 from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe
 from modeconn.rng import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from modeconn.refinement.pam import Refinement
 
 logger = logging.getLogger(__name__)
 
@@ -99,6 +102,7 @@ class Run:
         forwards: ``forward(model, batch) -> loss`` for the first epoch, in which targets are checked, and for the rest.
         seed: For t and the model's stream.
         keeper: For checkpoints, or None.
+        refinement: What changes the relabelling of b between epochs, or None.
         progress: Whether to show a progress bar.
     """
 
@@ -111,8 +115,10 @@ class Run:
         *,
         seed: int = 0,
         keeper: Keeper | None = None,
+        refinement: Refinement | None = None,
         progress: bool = False,
     ) -> None:
+        self._refinement = refinement
         self._step, self._loader, self._recipe, self._forwards = step, loader, recipe, forwards
         self._seed, self._keeper, self._show = seed, keeper, progress
         self._device = step.control_points.device
@@ -144,12 +150,17 @@ class Run:
         bar = progress_bar(show=self._show, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
         with bar, self._interrupts_between_steps():
             while self._progress.epoch < self._recipe.epochs:
+                if self._refinement and self._progress.batch == 0:
+                    self._refinement.before_epoch(self._progress.epoch)
+                    if self._refinement.is_finished:
+                        break
                 self._train_epoch()
                 bar.update()
                 bar.set_postfix(loss=f"{self._progress.loss[-1]:.4g}")
             if self._interrupted:
                 raise KeyboardInterrupt
-        return History(self._progress.loss, self._progress.loss_by_t, self._progress.seconds)
+        turns = self._refinement.turns if self._refinement else []
+        return History(self._progress.loss, self._progress.loss_by_t, self._progress.seconds, turns)
 
     def _train_epoch(self) -> None:
         iterator = self._start_epoch()
@@ -296,6 +307,9 @@ class Run:
         for moment, states in rng.items():
             rng_tensors, about[f"rng_{moment}"] = files.pack_rng(states, f"rng_{moment}.")
             tensors |= rng_tensors
+        if self._refinement:
+            refined, about["refinement"] = self._refinement.state()
+            tensors |= refined
         about |= {
             **self._keeper.about,
             "progress": asdict(self._progress),
@@ -309,6 +323,8 @@ class Run:
         """Go on from a checkpoint of the same settings, as `modeconn.checkpoint.read` returns it."""
         files.warn_about_environment(about["environment"], files.environment(self._device))
         self._step.load_state(tensors, about)
+        if self._refinement:
+            self._refinement.load_state(about["refinement"])
         self._progress = _Progress(**about["progress"])
         self._epoch_start = files.unpack_rng(tensors, about["rng_start"], "rng_start.")
         at_start = self._progress.batch == 0

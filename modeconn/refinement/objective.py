@@ -1,0 +1,114 @@
+"""The loss along a curve on a fixed sample, as a function of the relabelled network b and of the curve's bend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.batch_norm import norm_layers
+from modeconn.curves import Curve
+from modeconn.evaluate import Objective
+from modeconn.weights import Workspace
+
+Sample = Sequence[tuple[float, Any]]
+"""Positions t, each with the batch that the loss is measured on there."""
+
+
+class CurveLoss:
+    r"""The mean over a sample of :math:`L(\theta(t))`, and its gradients.
+
+    A curve through the networks a and :math:`P b` is told by how its inner control points lie beside the straight line,
+
+    .. math:: \theta(t) = (1 - t) \, a + t \, P b + \sum_k B_k(t) \, \varphi_k,
+
+    so that its middle moves with :math:`P` (Tatro et al., 2020). All evaluations use the same batches at the same
+    positions: two values differ by the networks alone. Batch norm uses the statistics of the batch, dropout is off.
+
+    Args:
+        workspace: The module to run; its weights, gradient and buffers are scratch.
+        curve: A curve with fixed ends.
+        theta_a: Network a, ``(P,)``.
+        forward: ``forward(model, batch) -> loss``.
+        sample: See `Sample`.
+        autocast: Precision of the forward passes, None for the model's own.
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        curve: Curve,
+        theta_a: Tensor,
+        forward: Objective,
+        sample: Sample,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self._workspace, self._theta_a, self._forward = workspace, theta_a, forward
+        self._batches = [batch for _, batch in sample]
+        basis = curve.basis(torch.tensor([t for t, _ in sample], dtype=torch.float64))
+        self._inner = basis[:, 1:-1].tolist()
+        self._share_of_b = (basis @ positions(curve)).tolist()
+        device = theta_a.device.type
+        self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        if autocast is not None:
+            self._autocast = lambda: torch.autocast(device, dtype=autocast)
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Any:
+        """Batch statistics in batch norm, and nothing else of train mode: no dropout, no layers dropped at random."""
+        model = self._workspace.model
+        modes = {module: module.training for module in model.modules()}
+        model.eval()
+        for layer in norm_layers(model).values():
+            layer.train()
+        try:
+            yield
+        finally:
+            for module, mode in modes.items():
+                module.training = mode
+
+    def value(self, theta_b: Tensor, bend: Tensor) -> float:
+        """Return the loss of the curve to ``theta_b (P,)``, the relabelled b, with ``bend (K - 2, P)``."""
+        total = torch.zeros((), dtype=torch.float64, device=theta_b.device)
+        with torch.no_grad(), self._quiet():
+            for number in range(len(self._batches)):
+                total += self._loss_at(number, theta_b, bend)
+        return float(total) / len(self._batches)
+
+    def gradient(self, theta_b: Tensor, bend: Tensor) -> tuple[float, Tensor, Tensor]:
+        """Return the loss, its gradient with respect to ``theta_b (P,)`` and that of ``bend (K - 2, P)``."""
+        total = 0.0
+        towards_b, towards_bend = torch.zeros_like(theta_b), torch.zeros_like(bend)
+        with self._quiet():
+            for number, (share, inner) in enumerate(zip(self._share_of_b, self._inner, strict=True)):
+                self._workspace.zero_grad()
+                loss = self._loss_at(number, theta_b, bend)
+                loss.backward()
+                gradient = self._workspace.gather_grad()
+                total += float(loss.detach())
+                towards_b.add_(gradient, alpha=share / len(self._batches))
+                for row, weight in zip(towards_bend, inner, strict=True):
+                    row.add_(gradient, alpha=weight / len(self._batches))
+        return total / len(self._batches), towards_b, towards_bend
+
+    def _loss_at(self, number: int, theta_b: Tensor, bend: Tensor) -> Tensor:
+        """Return the loss at one place of the sample."""
+        theta = torch.lerp(self._theta_a, theta_b, self._share_of_b[number], out=self._workspace.theta)
+        for row, weight in zip(bend, self._inner[number], strict=True):
+            theta.add_(row, alpha=weight)
+        with self._autocast():
+            return self._forward(self._workspace.model, self._batches[number])
+
+
+def positions(curve: Curve) -> Tensor:
+    """Return how far along the straight line each control point lies at first, float64 ``(K,)``."""
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    return curve.initial_control_points(*ends)[:, 0]
+
+
+def straight(curve: Curve, theta_a: Tensor, theta_b: Tensor) -> Tensor:
+    """Return the inner control points of the straight curve, ``(K - 2, P)``."""
+    return curve.initial_control_points(theta_a, theta_b)[1:-1]

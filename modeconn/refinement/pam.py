@@ -1,0 +1,216 @@
+"""Proximal alternating minimisation: the relabelling of b and the curve to it, in turn."""
+
+from __future__ import annotations
+
+import logging
+import math
+import time
+from dataclasses import dataclass, field
+from itertools import islice
+from typing import Any, Protocol
+
+import numpy as np
+from torch import Tensor
+
+from modeconn.connection import History, TrainingData, permutation_tensors
+from modeconn.curve_step import CurveStep, supervised
+from modeconn.curves import Curve
+from modeconn.loaders import batches
+from modeconn.recipe import Recipe
+from modeconn.refinement.objective import CurveLoss, Sample, straight
+from modeconn.refinement.proximal_linear import ProximalLinear
+from modeconn.refinement.state import Relabelled
+from modeconn.rng import seeded
+from modeconn.symmetry import Permutation
+
+_LOGGER = logging.getLogger(__name__)
+
+
+class PermutationStep(Protocol):
+    """A way to relabel b so that the loss of the curve falls; its settings are its fields."""
+
+    def __call__(self, b: Relabelled) -> None:
+        """Relabel b further, in place, never to a higher loss on its sample."""
+        ...
+
+
+@dataclass(frozen=True)
+class PAM:
+    r"""Refine the relabelling P of b and the curve together (Tatro et al., 2020, section 3.2).
+
+    .. math:: \min_{P, \varphi} \; \mathbb{E}_t \, L(\theta(t)), \qquad
+        \theta(t) = (1 - t) \, a + t \, P b + \sum_k B_k(t) \, \varphi_k
+
+    by turns: a step in P with the curve's bend :math:`\varphi` as it is, then ordinary training of the curve with P as
+    it is, each held by a proximal term near where it began. The epochs of the recipe are divided among the iterations,
+    so that a fit with PAM makes as many gradient steps on the curve as one without.
+
+    Args:
+        iterations: How many turns.
+        step: How P is improved: `ProximalLinear`, `SinkhornStep` or `RelaxedStep`.
+        num_batches: Batches of the loader on which the step in P measures the loss, each at its own t, drawn anew in
+            each turn; None for one pass.
+        nu_permutation: Proximal weight of P, infinite for none.
+        nu_curve: Proximal weight of the curve, infinite for none. The paper's is 1000, for both.
+        tol: Turns end early when no move is accepted and the loss has fallen by less than this share of itself since
+            the turn before; 0 for never.
+        exact: For small data: the loss on all of it, at a grid of `num_points`, in both steps; the curve moves by
+            gradient descent with backtracking, one step an epoch of the recipe (whose optimizer, schedule and weight
+            decay then do not matter). The objective never rises.
+        num_points: Positions of that grid.
+
+    Raises:
+        ValueError: If a setting is out of range.
+
+    References:
+        Tatro et al., 2020, https://arxiv.org/abs/2009.02439
+    """
+
+    iterations: int = 4
+    step: PermutationStep = field(default_factory=ProximalLinear)
+    num_batches: int | None = 64
+    nu_permutation: float = math.inf
+    nu_curve: float = 1000.0
+    tol: float = 0.0
+    exact: bool = False
+    num_points: int = 11
+
+    def __post_init__(self) -> None:
+        for name in ("iterations", "num_batches", "num_points"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ValueError(f"{name} must be at least 1, got {name}={value}.")
+        for name in ("nu_permutation", "nu_curve"):
+            if not getattr(self, name) > 0:
+                raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}.")
+        if not self.tol >= 0:
+            raise ValueError(f"tol must be at least 0, got tol={self.tol}.")
+
+    def check(self, curve: Curve, recipe: Recipe, loader: Any) -> None:
+        """Raise a ValueError if a fit of this curve by this recipe on this data cannot be refined."""
+        if loader is None:
+            raise ValueError("refine=PAM(...) measures the loss of the curve, so it needs data: pass loader=.")
+        if curve.free_ends:
+            raise ValueError(
+                f"refine=PAM(...) relabels the end b, but {curve!r} trains its ends. Use a curve with fixed ends."
+            )
+        if self.iterations > recipe.epochs:
+            raise ValueError(
+                f"refine=PAM(iterations={self.iterations}) divides the epochs of the recipe, which has only "
+                f"{recipe.epochs}. Pass fewer iterations or more epochs."
+            )
+
+
+def improve_permutation(
+    pam: PAM, step: CurveStep, loss: CurveLoss, permutation: Permutation, *, epoch: int
+) -> tuple[Permutation, dict[str, Any]]:
+    """Take the step in P: relabel the end b of ``step.control_points`` further, and move the curve's middle with it.
+
+    Returns:
+        How b is relabelled now, and what the step did, see `Refinement.turns`.
+    """
+    points, curve, space = step.control_points, step.curve, step.workspace.space
+    bend = points[1:-1] - straight(curve, points[0], points[-1])
+    b = Relabelled(space, loss, points[-1], bend, permutation, pam.nu_permutation)
+    before = b.value
+    if not math.isfinite(before):
+        raise FloatingPointError(
+            f"the loss along the curve is {before} before PAM's step in epoch {epoch}: look for values in the data "
+            "that are not finite, or lower the learning rate of the recipe's optimizer."
+        )
+    pam.step(b)
+    points[1:-1] = straight(curve, points[0], points[-1]) + bend
+    moved = (b.permutation @ permutation.inverse()).num_moved
+    _LOGGER.info("PAM before epoch %d: loss %.4f -> %.4f, %d units moved", epoch, before, b.value, moved)
+    return b.permutation, {
+        "epoch": epoch,
+        "loss_before": before,
+        "loss_after": b.value,
+        "num_tried": b.num_tried,
+        "num_accepted": b.num_accepted,
+        "num_moved": moved,
+        "nu_permutation": _finite(pam.nu_permutation),
+        "nu_curve": _finite(pam.nu_curve),
+    }
+
+
+def _finite(weight: float) -> float | None:
+    return weight if math.isfinite(weight) else None  # JSON has no infinity
+
+
+class Refinement:
+    """PAM inside one fit of a curve.
+
+    Args:
+        pam: The settings.
+        permutation: How b was relabelled at the start.
+        step: Takes the steps of curve training; its control points and its anchor are changed.
+        training: Loader and loss.
+        recipe: Of the curve training.
+        seed: For the samples.
+
+    Attributes:
+        permutation: How b is relabelled now.
+        turns: What each turn did: epochs of curve training before it, mean loss on its sample before and after the step
+            in P, relabellings tried exactly and accepted, units moved, both proximal weights (None for infinite).
+        is_finished: Whether turns and training end here.
+    """
+
+    def __init__(
+        self,
+        pam: PAM,
+        permutation: Permutation,
+        step: CurveStep,
+        training: TrainingData,
+        recipe: Recipe,
+        *,
+        seed: int,
+    ) -> None:
+        self.permutation = permutation
+        self.turns: list[dict[str, Any]] = []
+        self.is_finished = False
+        self._pam, self._step, self._training, self._recipe, self._seed = pam, step, training, recipe, seed
+        self._starts = {math.ceil(i * recipe.epochs / pam.iterations) for i in range(pam.iterations)}
+        if not permutation.spec.groups:
+            _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
+
+    def before_epoch(self, epoch: int) -> None:
+        """Take a turn if one is due."""
+        if epoch in self._starts:
+            self.turns.append(self._turn(epoch, self._sample(len(self.turns))))
+            self._step.hold(self._pam.nu_curve)
+
+    def relabel_only(self, epochs: int) -> History:
+        """Take all turns along a curve that has nothing to learn: the straight line."""
+        start = time.perf_counter()
+        for epoch in range(epochs):
+            if not self.is_finished:
+                self.before_epoch(epoch)
+        return History(seconds=time.perf_counter() - start, turns=self.turns)
+
+    def _turn(self, epoch: int, sample: Sample) -> dict[str, Any]:
+        forward = self._training.forward or supervised(self._training.loss_fn)
+        step = self._step
+        loss = CurveLoss(step.workspace, step.curve, step.control_points[0], forward, sample, self._recipe.autocast)
+        self.permutation, turn = improve_permutation(self._pam, step, loss, self.permutation, epoch=epoch)
+        fallen = self.turns[-1]["loss_after"] - turn["loss_before"] if self.turns else math.inf
+        stands_still = fallen < self._pam.tol * turn["loss_before"]
+        self.is_finished = self._pam.tol > 0 and stands_still and turn["num_accepted"] == 0
+        return turn
+
+    def _sample(self, turn: int) -> Sample:
+        """Draw batches as training sees them, at positions of which one lies in each equal part of [0, 1]."""
+        device = self._step.control_points.device
+        with seeded(int(np.random.SeedSequence([self._seed, turn, 2]).generate_state(1)[0]), device):
+            drawn = list(islice(batches(self._training.loader, device), self._pam.num_batches))
+        random = np.random.default_rng([self._seed, turn, 2])
+        t = (random.permutation(len(drawn)) + random.random(len(drawn))) / len(drawn)
+        return list(zip(t.tolist(), drawn, strict=True))
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return all that changes from turn to turn, as tensors and as JSON can hold it."""
+        return permutation_tensors(self.permutation), {"turns": self.turns, "is_finished": self.is_finished}
+
+    def load_state(self, about: dict[str, Any]) -> None:
+        """Take up where `state` was; a run begins with the permutation of its checkpoint."""
+        self.turns, self.is_finished = about["turns"], about["is_finished"]

@@ -1,0 +1,71 @@
+"""The permutation step of PAM by exact moves that a linear model of the loss proposes."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from modeconn.matching.trees import trees
+from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
+from modeconn.refinement.state import Relabelled
+
+
+@dataclass(frozen=True)
+class ProximalLinear:
+    r"""Lower the loss by small relabellings, each accepted only if the exact loss falls.
+
+    The loss is linear in the permutation to first order, and the proximal problem
+
+    .. math:: \operatorname{argmin}_P \; \langle G, P \rangle + \tfrac{1}{2 \nu} \lVert P - P_k \rVert^2
+
+    is one assignment for each group. Solutions at several :math:`1 / \nu` are split into their cycles; with the
+    exchanges of two units that promise most they are tried one by one, most promising first. Moves that touch units
+    which already moved wait for the next round, in which the gradient is taken anew. Rounds end when none is accepted.
+
+    Args:
+        max_rounds: Gradients at most in one step.
+        max_tries: Moves tried exactly in a round at most, so that the cost stays bounded for wide groups.
+        weights: Values of :math:`1 / \nu`, in units of the largest entry of :math:`G`.
+
+    Raises:
+        ValueError: If a setting is out of range.
+    """
+
+    max_rounds: int = 20
+    max_tries: int = 128
+    weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
+
+    def __post_init__(self) -> None:
+        for name in ("max_rounds", "max_tries"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")
+        if not self.weights or min(self.weights) < 0:
+            raise ValueError(f"weights must be one or more numbers of at least 0, got weights={self.weights}.")
+
+    def __call__(self, b: Relabelled) -> None:
+        """Relabel b further, in place."""
+        forest = trees(b.spec)
+        for _ in range(self.max_rounds):
+            if not self._round(b, forest):
+                return
+
+    def _round(self, b: Relabelled, forest: list) -> int:
+        """Return how many moves were accepted."""
+        moved: set[tuple[str, int]] = set()
+        accepted = 0
+        for move in self._candidates(b, forest):
+            if move.places.isdisjoint(moved) and b.try_move(move):
+                moved |= move.places
+                accepted += 1
+        return accepted
+
+    def _candidates(self, b: Relabelled, forest: list) -> list[Move]:
+        gradient = b.gradient()
+        found: dict[tuple, Move] = {}
+        for tree in forest:
+            costs = linear_costs(b.spec, tree, gradient, b.parameters)
+            proposals = proximal_proposals(tree, costs, self.weights)
+            parts = [move for perms in proposals for move in cycles(b.spec, tree, perms, costs)]
+            for move in (*parts, *exchanges(b.spec, tree, costs, self.max_tries)):
+                found.setdefault((tree[0].name, *move.key), move)
+        promising = sorted((move for move in found.values() if move.gain > 0), key=lambda move: -move.gain)
+        return promising[: self.max_tries]

@@ -1,0 +1,92 @@
+"""Network b while it is being relabelled, with the loss of the curve that leads to it."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+
+from torch import Tensor
+
+from modeconn.refinement.moves import Move
+from modeconn.refinement.objective import CurveLoss
+from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import PermutationSpec
+from modeconn.weights import WeightSpace
+
+
+@dataclass
+class Relabelled:
+    r"""Network b under a permutation P, changed move by move, for one fixed sample.
+
+    What falls with every accepted move is the loss on the sample plus
+    :math:`\tfrac{1}{2 \nu} \lVert P - P_k \rVert^2`, which is :math:`\tfrac{1}{\nu}` times the number of units that are
+    not where they were at first.
+
+    Args:
+        space: Weight space of the networks.
+        loss: The loss of the curve on the sample.
+        theta_b: Relabelled b, ``(P,)``; changed in place.
+        bend: Inner control points less the straight line's, ``(K - 2, P)``.
+        permutation: How b was relabelled so far.
+        nu: The proximal weight; infinite for none.
+
+    Attributes:
+        value: The loss now.
+        num_tried: Moves tried exactly.
+        num_accepted: Those of them that were kept.
+    """
+
+    space: WeightSpace
+    loss: CurveLoss
+    theta_b: Tensor
+    bend: Tensor
+    permutation: Permutation
+    nu: float = float("inf")
+    num_tried: int = 0
+    num_accepted: int = 0
+    value: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = self.space.unflatten(self.theta_b)
+        self._first = self.permutation
+        self._penalty = 0.0
+        self.value = self.loss.value(self.theta_b, self.bend)
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """The groups."""
+        return self.permutation.spec
+
+    def gradient(self) -> dict[str, Tensor]:
+        """Return the gradient of the loss with respect to the relabelled b, by parameter."""
+        _, gradient, _ = self.loss.gradient(self.theta_b, self.bend)
+        return self.space.unflatten(gradient)
+
+    def try_move(self, move: Move) -> bool:
+        """Make a move if loss and proximal term fall; whether they did."""
+        after = move.apply(self.parameters)
+        before = {name: self.parameters[name].clone() for name in after}
+        self._write(after)
+        value = self.loss.value(self.theta_b, self.bend)
+        permutation = move.permutation @ self.permutation
+        penalty = self._distance(permutation) / self.nu
+        self.num_tried += 1
+        if not value + penalty < self.value + self._penalty:  # written so that NaN is refused
+            self._write(before)
+            return False
+        self.permutation, self.value, self._penalty = permutation, value, penalty
+        self.num_accepted += 1
+        return True
+
+    def replace(self, permutation: Permutation) -> bool:
+        """Relabel b at once as ``permutation`` says, if loss and proximal term fall; whether they did."""
+        step = permutation @ self.permutation.inverse()
+        return self.try_move(Move(step, step.spec.groups, 0.0, frozenset()))
+
+    def _write(self, parameters: dict[str, Tensor]) -> None:
+        for name, value in parameters.items():
+            self.parameters[name].copy_(value)
+
+    def _distance(self, permutation: Permutation) -> int:
+        """Return half of the squared distance of the permutation matrices from those at first."""
+        names = [group.name for group in self.spec.groups]
+        return sum(int((permutation.flat_sources(n) != self._first.flat_sources(n)).sum()) for n in names)

@@ -1,0 +1,312 @@
+from __future__ import annotations
+
+import itertools
+import math
+from functools import partial
+
+import pytest
+import torch
+from torch import nn
+
+import modeconn
+from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, models
+from modeconn.matching.trees import trees
+from modeconn.models.preresnet import PreActivationResNet, bottleneck
+from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
+from modeconn.refinement.objective import CurveLoss
+from modeconn.symmetry.permutation import Permutation
+from modeconn.weights import WeightSpace, Workspace
+from tests import symmetry_cases
+from tests.cases import CASE, batches, same_bits
+from tests.resume_worker import fit, loader
+from tests.test_resume import Breaking
+
+SYMMETRIES = {case.name: case for case in symmetry_cases.CASES}
+ONCE = ["plain", "residual", "dense block", "channel shuffle", "vit", "expert bank"]
+"""Cases in which no weight holds units of one tree twice, so that the costs of moves are exactly linear."""
+RECIPE = Recipe(epochs=4, optimizer=partial(torch.optim.Adam, lr=0.01), weight_decay=0.0)
+
+
+def setting(name: str):
+    """A model, its spec, b's parameters, and the gradient of a loss that is linear in them."""
+    torch.manual_seed(0)
+    case = SYMMETRIES[name]
+    model = case.build()
+    spec = modeconn.discover(model, case.inputs(), rules={**modeconn.RULES, **case.rules})
+    theta_b = {name: torch.randn(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    gradient = {name: torch.randn(p.shape, dtype=torch.float64) for name, p in model.named_parameters()}
+    return spec, theta_b, gradient
+
+
+def linear_loss(theta, gradient) -> float:
+    return sum(float((theta[name] * gradient[name]).sum()) for name in gradient)
+
+
+# ---------------------------------------------------------------- moves
+
+
+@pytest.mark.parametrize("name", ONCE)
+def test_a_move_promises_exactly_what_a_linear_loss_falls_by(name):
+    spec, theta_b, gradient = setting(name)
+    generator = torch.Generator().manual_seed(1)
+    for tree in trees(spec):
+        costs = linear_costs(spec, tree, gradient, theta_b)
+        drawn = spec.random(generator).perms
+        move = Move.of(spec, tree, {group.name: drawn[group.name] for group in tree}, costs)
+        after = {**theta_b, **move.apply(theta_b)}
+        whole = move.permutation.relabel(theta_b)
+        assert all(torch.equal(after[name], whole[name]) for name in whole)
+        fallen = linear_loss(theta_b, gradient) - linear_loss(after, gradient)
+        assert move.gain == pytest.approx(fallen, abs=1e-10)
+
+
+@pytest.mark.parametrize("name", [*ONCE, "grouped", "gpt, tied", "lstm"])
+def test_the_cycles_of_a_relabelling_compose_to_it(name):
+    spec, theta_b, gradient = setting(name)
+    drawn = spec.random(torch.Generator().manual_seed(2))
+    composed = spec.identity()
+    for tree in trees(spec):
+        costs = linear_costs(spec, tree, gradient, theta_b)
+        parts = list(cycles(spec, tree, {g.name: drawn.perms[g.name] for g in tree}, costs))
+        for one, other in itertools.combinations(parts, 2):
+            assert one.places.isdisjoint(other.places)
+        for part in parts:
+            composed = part.permutation @ composed
+    assert composed == drawn
+
+
+@pytest.mark.parametrize("name", ["plain", "depthwise separable", "vit"])
+def test_exchanges_are_the_best_of_all_pairs(name):
+    spec, theta_b, gradient = setting(name)
+    before = linear_loss(theta_b, gradient)
+    for tree in trees(spec):
+        found = list(exchanges(spec, tree, linear_costs(spec, tree, gradient, theta_b), 3))
+        for group in tree:
+            falls = []
+            for row in itertools.product(*map(range, group.shape[:-1])):
+                for i, j in itertools.combinations(range(group.size), 2):
+                    perms = {n: p.clone() for n, p in spec.identity().perms.items()}
+                    perms[group.name][row][[i, j]] = torch.tensor([j, i])
+                    falls.append(before - linear_loss(Permutation(spec, perms).relabel(theta_b), gradient))
+            best = sorted((fall for fall in falls if fall > 0), reverse=True)[:3]
+            mine = [
+                m.gain
+                for m in found
+                if not torch.equal(m.permutation.perms[group.name], spec.identity().perms[group.name])
+            ]
+            assert mine == pytest.approx(best, abs=1e-10)
+
+
+def test_without_a_proximal_weight_the_proposal_minimises_a_linear_loss():
+    spec, theta_b, gradient = setting("plain")
+    (tree, _) = trees(spec)
+    costs = linear_costs(spec, tree, gradient, theta_b)
+    (group,) = tree
+    best = min(
+        linear_loss(
+            Permutation(spec, {**spec.identity().perms, group.name: torch.tensor(p)}).relabel(theta_b), gradient
+        )
+        for p in itertools.permutations(range(group.size))
+    )
+    (proposal,) = proximal_proposals(tree, costs, [0.0])
+    move = Move.of(spec, tree, proposal, costs)
+    assert linear_loss(theta_b, gradient) - move.gain == pytest.approx(best)
+    (held,) = proximal_proposals(tree, costs, [1e6])
+    assert not Move.of(spec, tree, held, costs).places
+
+
+# ---------------------------------------------------------------- the loss of the curve
+
+
+@pytest.mark.parametrize("curve", [Line(), Bezier(2), Bezier(3), PolyChain(3)], ids=repr)
+def test_the_loss_along_the_curve_is_that_of_its_networks_and_has_its_gradients(curve):
+    a, b = (CASE["residual"].make(seed, torch.float64) for seed in (0, 1))
+    space = WeightSpace(a)
+    sample = [(t, batch) for t, batch in zip((0.1, 0.4, 0.8), batches(3, dtype=torch.float64), strict=True)]
+
+    def forward(model, batch):
+        return nn.functional.cross_entropy(model(batch[0]), batch[1])
+
+    loss = CurveLoss(Workspace(a, space), curve, space.flatten(a), forward, sample)
+    theta_b = space.flatten(b)
+    bend = 0.1 * torch.randn(curve.num_control_points - 2, len(theta_b), dtype=torch.float64)
+
+    def naive(theta_b, bend):
+        points = curve.initial_control_points(space.flatten(a), theta_b)
+        points = torch.cat([points[:1], points[1:-1] + bend, points[-1:]])
+        model = CASE["residual"].make(0, torch.float64).train()
+        total = 0.0
+        for t, (x, y) in sample:
+            theta = space.unflatten((curve.basis(t)[:, None] * points).sum(0))
+            total = total + nn.functional.cross_entropy(torch.func.functional_call(model, theta, x), y)
+        return total / len(sample)
+
+    theta_b, bend = theta_b.requires_grad_(), bend.requires_grad_()
+    expected = naive(theta_b, bend)
+    expected.backward()
+    value, towards_b, towards_bend = loss.gradient(theta_b.detach(), bend.detach())
+    assert value == pytest.approx(float(expected.detach()), rel=1e-12)
+    assert loss.value(theta_b.detach(), bend.detach()) == pytest.approx(value, rel=1e-12)
+    torch.testing.assert_close(towards_b, theta_b.grad)
+    if len(bend):
+        torch.testing.assert_close(towards_bend, bend.grad)
+
+
+# ---------------------------------------------------------------- PAM
+
+
+def pair(name: str = "mlp", dtype: torch.dtype = torch.float32):
+    return [
+        models.train(CASE[name].make(seed, dtype), batches(8, dtype=dtype), recipe=RECIPE, seed=seed) for seed in (0, 1)
+    ]
+
+
+@pytest.mark.parametrize("name", ["mlp", "residual", "dropout"])
+def test_the_step_in_p_lowers_the_loss_and_ends_are_the_networks(name):
+    a, b = pair(name)
+    connection = modeconn.fit_curve(a, b, batches(8), align=False, refine=PAM(iterations=2), recipe=RECIPE)
+    first, second = connection.history.turns
+    assert first["epoch"] == 0 and second["epoch"] == 2
+    assert first["num_accepted"] > 0 and first["num_tried"] >= first["num_accepted"]
+    assert first["loss_after"] < first["loss_before"] and second["loss_after"] <= second["loss_before"]
+    assert len(connection.history.loss) == RECIPE.epochs
+    assert same_bits(connection.model_at(0), a)
+    assert same_bits(connection.model_at(1), connection.permutation.apply(b))
+    assert connection.permutation != connection.permutation.spec.identity()
+
+
+def test_a_line_is_refined_alone():
+    a, b = pair()
+    connection = modeconn.fit_curve(a, b, batches(8), align=False, curve=Line(), refine=PAM(), recipe=RECIPE)
+    assert connection.history.loss == [] and len(connection.history.turns) == 4
+    naive = modeconn.fit_curve(a, b, batches(8), align=False, curve=Line())
+    assert connection.evaluate(batches(8)).loss.mean() < naive.evaluate(batches(8)).loss.mean()
+
+
+def test_the_middle_of_the_curve_moves_with_p():
+    """With a bend held at 0 the curve stays the straight line, whatever happens to b."""
+    a, b = pair(dtype=torch.float64)
+    still = Recipe(epochs=1, optimizer=partial(torch.optim.SGD, lr=0.0))
+    connection = modeconn.fit_curve(
+        a, b, batches(8, dtype=torch.float64), align=False, refine=PAM(iterations=1), recipe=still
+    )
+    assert connection.history.turns[0]["num_moved"] > 0
+    points = connection.control_points
+    torch.testing.assert_close(points[1], (points[0] + points[2]) / 2, rtol=0, atol=1e-14)
+
+
+def test_the_exact_mode_never_raises_the_objective():
+    a, b = pair("mlp", torch.float64)
+    pam = PAM(iterations=3, exact=True, num_points=5, nu_curve=10.0, nu_permutation=1e4)
+    connection = modeconn.fit_curve(
+        a, b, batches(3, dtype=torch.float64), align=False, refine=pam, recipe=Recipe(epochs=12)
+    )
+    turns, losses = connection.history.turns, connection.history.loss
+    path = []
+    for turn, following in itertools.zip_longest(turns, turns[1:]):
+        path += [turn["loss_before"], turn["loss_after"]]
+        path += losses[turn["epoch"] : following["epoch"] if following else None]
+    assert len(path) == 18
+    assert all(after <= before + 1e-15 for before, after in itertools.pairwise(path))
+    assert path[-1] < 0.9 * path[0]
+
+
+def test_the_proximal_weights_hold_permutation_and_curve():
+    a, b = pair()
+    free, held = (
+        modeconn.fit_curve(a, b, batches(8), align=False, refine=PAM(iterations=1, **nu), recipe=RECIPE)
+        for nu in ({}, {"nu_permutation": 1e-6, "nu_curve": 1e-3})
+    )
+    assert held.history.turns[0]["num_moved"] == 0 < free.history.turns[0]["num_moved"]
+    bends = [c.control_points[1] - (c.control_points[0] + c.control_points[2]) / 2 for c in (free, held)]
+    assert bends[1].norm() < 0.1 * bends[0].norm()
+
+
+def test_turns_end_when_nothing_is_accepted_and_the_loss_stands_still():
+    a, b = pair()
+    settings = {"align": False, "curve": Line(), "recipe": Recipe(epochs=8)}
+    connection = modeconn.fit_curve(a, b, batches(8), refine=PAM(iterations=8, tol=0.5, num_batches=None), **settings)
+    turns = connection.history.turns
+    assert len(turns) < 8 and turns[-1]["num_accepted"] == 0
+
+
+def test_a_run_with_pam_goes_on_with_the_same_bits(tmp_path):
+    path, refine = tmp_path / "run.safetensors", PAM(iterations=2)
+    whole = fit(refine=refine)
+    for count in (15, 25, 32, 44):  # in the first epoch, the second, the second turn, the last epoch
+        path.unlink(missing_ok=True)
+        with pytest.raises(KeyboardInterrupt):
+            fit(modeconn.checkpoint.Checkpoint(path, every_batches=3), Breaking(loader(), count), refine=refine)
+        again = fit(path, refine=refine)
+        assert torch.equal(again.control_points, whole.control_points)
+        assert again.permutation == whole.permutation
+        assert again.history.turns == whole.history.turns
+        assert again.history.loss == whole.history.loss
+
+
+ARCHITECTURES = {
+    "mlp": lambda seed: (models.mlp(64, (16, 16), 10, seed=seed), (8, 64)),
+    "preresnet": lambda seed: (PreActivationResNet(bottleneck, (8, 16), 2, 10, 3, 16), (4, 3, 16, 16)),
+    "googlenet": lambda seed: (models.googlenet(num_classes=10, seed=seed), (2, 3, 32, 32)),
+    "vit": lambda seed: (SYMMETRIES["vit"].build(), (8, 3, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", ARCHITECTURES)
+def test_it_runs_on_any_architecture(name):
+    torch.manual_seed(0)
+    (a, shape), (b, _) = (ARCHITECTURES[name](seed) for seed in (0, 1))
+    outputs = a.eval()(torch.rand(shape)).shape[1]
+    data = [(torch.rand(shape), torch.arange(shape[0]) % outputs) for _ in range(2)]
+    pam = PAM(iterations=1, step=ProximalLinear(max_rounds=2, max_tries=4))
+    spec = modeconn.discover(a, data[0][0])
+    connection = modeconn.fit_curve(
+        a, b, data, align=False, spec=spec, curve=Line(), refine=pam, recipe=Recipe(epochs=1)
+    )
+    (turn,) = connection.history.turns
+    assert 0 < turn["num_tried"] <= 8 and turn["loss_after"] <= turn["loss_before"]
+    x = torch.rand(shape, dtype=torch.float64)
+    torch.testing.assert_close(connection.model_at(1).double()(x), b.double().eval()(x), rtol=1e-8, atol=1e-8)
+
+
+# ---------------------------------------------------------------- bad input
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"iterations": 0}, "iterations must be at least 1, got iterations=0"),
+        ({"num_batches": 0}, "num_batches must be at least 1"),
+        ({"nu_permutation": 0.0}, "nu_permutation must be positive, got nu_permutation=0.0"),
+        ({"nu_curve": -1.0}, "nu_curve must be positive"),
+        ({"nu_curve": math.nan}, "nu_curve must be positive"),
+        ({"tol": -0.1}, "tol must be at least 0"),
+    ],
+)
+def test_settings_out_of_range(settings, message):
+    with pytest.raises(ValueError, match=message):
+        PAM(**settings)
+
+
+def test_what_cannot_be_refined():
+    a, b = pair()
+    with pytest.raises(ValueError, match=r"trains its ends\. Use a curve with fixed ends"):
+        modeconn.fit_curve(a, b, batches(), curve=Bezier(2, free_ends=True), refine=PAM())
+    with pytest.raises(ValueError, match="divides the epochs of the recipe, which has only 2"):
+        modeconn.fit_curve(a, b, batches(), refine=PAM(iterations=3), recipe=Recipe(epochs=2))
+    with pytest.raises(ValueError, match="it needs data: pass loader="):
+        modeconn.fit_curve(a, b, refine=PAM(), example_input=torch.zeros(2, 1, 2, 4))
+
+
+def test_a_loss_that_is_not_finite_at_the_start():
+    a, b = pair()
+    data = [(torch.full((4, 1, 2, 4), math.nan), torch.zeros(4, dtype=torch.int64))]
+    with pytest.raises(FloatingPointError, match="the loss along the curve is nan before PAM's step in epoch 0"):
+        modeconn.fit_curve(a, b, data, align=False, refine=PAM(iterations=1), recipe=RECIPE)
+
+
+def test_a_model_without_free_groups(caplog):
+    a, b = (nn.Sequential(nn.Flatten(), nn.Linear(8, 3)) for _ in range(2))
+    connection = modeconn.fit_curve(a, b, batches(), align=False, refine=PAM(iterations=1), recipe=RECIPE)
+    assert connection.history.turns[0]["num_tried"] == 0
+    assert "PAM moves the curve only" in caplog.text
