@@ -237,7 +237,8 @@ def compare(
     records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
     bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
     for number, (a, b) in enumerate(pairs):
-        for row, method in {"identity": _Identity(), "random": _Random(seed + number), **named}.items():
+        baselines: dict[str, Method] = {"identity": _Identity(), "random": _Random(seed + number)}
+        for row, method in {**baselines, **named}.items():
             key = _key(*about, method, digest(a), digest(b))
             if key not in known:
                 known.add(key, trial.run(method, a, b))

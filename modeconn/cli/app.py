@@ -467,12 +467,11 @@ def compare(
     """
     if len(networks) % 2:
         raise ValueError(f"networks are compared in pairs, but there are {len(networks)}.")
-    settings = {"optimizer": optimizer, "schedule": schedule, "weight_decay": weight_decay}
-    if epochs is None and any(value is not None for value in settings.values()):
+    recipe = change_recipe(Recipe(), epochs=epochs, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay)
+    if epochs is None and recipe != Recipe():
         raise ValueError(
             "--optimizer, --schedule and --weight-decay are for curves; say with --epochs how long to fit."
         )
-    recipe = None if epochs is None else change_recipe(Recipe(), epochs=epochs, **settings)
     methods, shape_of_curve = {name: parse.method(name) for name in method}, parse.curve(curve)
     table = out.with_suffix(".csv")
     for path in (out, table):
@@ -489,7 +488,7 @@ def compare(
         *loaders,
         num_points=points,
         repair=repair,
-        recipe=recipe,
+        recipe=None if epochs is None else recipe,
         curve=shape_of_curve,
         checkpoint=kept,
         seed=seed,
