@@ -124,7 +124,7 @@ def record(splits: dict[int, Comparison], accuracies: dict[int, float], args: ar
     everything = joined(list(splits.values()))
     return {
         "model": f"mlp 64-{'-'.join(map(str, HIDDEN))}-10",
-        "pairs": f"(i, i + {SHIFT} mod {args.networks}) of {args.networks} networks in each split",
+        "pairs": f"(i, i + {SHIFT} mod {args.networks}) of {args.networks} networks, i < {args.pairs}, in each split",
         "seeds": "network i of split s: weights 1000 s + i, order of data 100000 + 1000 s + i",
         "points": args.points,
         "methods": {name: re.sub(" at 0x[0-9a-f]+", "", repr(method)) for name, method in methods().items()},
@@ -150,7 +150,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="folder for networks and measurements")
     parser.add_argument("--splits", type=int, nargs="+", default=[0, 1, 2])
-    parser.add_argument("--networks", type=int, default=100, help="in each split; each begins one pair")
+    parser.add_argument("--networks", type=int, default=100, help="in each split")
+    parser.add_argument("--pairs", type=int, default=100, help="in each split; pair i begins with network i")
     parser.add_argument("--points", type=int, default=25)
     parser.add_argument("--methods", nargs="+", default=list(methods()), choices=list(methods()))
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
@@ -164,7 +165,7 @@ def main() -> None:
         train, test = data.load("digits", seed=split)
         networks = population(split, args.networks, train, args.work)
         accuracies[split] = accuracy(networks, test)
-        pairs = [(networks[i], networks[(i + SHIFT) % len(networks)]) for i in range(len(networks))]
+        pairs = [(networks[i], networks[(i + SHIFT) % len(networks)]) for i in range(args.pairs)]
         splits[split] = modeconn.compare(
             pairs,
             chosen,
