@@ -18,10 +18,20 @@ from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.evaluate import Profile
 from modeconn.fit import fit_curve
-from modeconn.matching import ActivationMatching, Alignment, WeightMatching, align
+from modeconn.matching import (
+    ActivationMatching,
+    Alignment,
+    Sinkhorn,
+    SoftPermutation,
+    StraightThrough,
+    TransportMatching,
+    WeightMatching,
+    align,
+)
 from modeconn.merging import Merge, interpolate, merge_many
 from modeconn.pre_activations import repair
 from modeconn.recipe import Recipe
+from modeconn.refinement import PAM, BestSwap, ProximalLinear, RelaxedStep, SinkhornStep, best_swap
 from modeconn.symmetry import (
     RULES,
     Permutation,
@@ -33,9 +43,11 @@ from modeconn.symmetry import (
 from modeconn.weights import WeightSpace
 
 __all__ = [
+    "PAM",
     "RULES",
     "ActivationMatching",
     "Alignment",
+    "BestSwap",
     "Bezier",
     "Comparison",
     "Connection",
@@ -45,13 +57,21 @@ __all__ = [
     "PermutationSpec",
     "PolyChain",
     "Profile",
+    "ProximalLinear",
     "Recipe",
+    "RelaxedStep",
+    "Sinkhorn",
+    "SinkhornStep",
+    "SoftPermutation",
+    "StraightThrough",
+    "TransportMatching",
     "UnknownOperatorWarning",
     "VerificationError",
     "WeightMatching",
     "WeightSpace",
     "__version__",
     "align",
+    "best_swap",
     "compare",
     "discover",
     "fit_curve",

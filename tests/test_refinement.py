@@ -9,11 +9,13 @@ import torch
 from torch import nn
 
 import modeconn
-from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, models
+from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, RelaxedStep, SinkhornStep, models
 from modeconn.matching.trees import trees
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
 from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
 from modeconn.refinement.objective import CurveLoss
+from modeconn.refinement.pam import draw_sample
+from modeconn.refinement.relaxed_step import decompose, project
 from modeconn.symmetry.permutation import Permutation
 from modeconn.weights import WeightSpace, Workspace
 from tests import symmetry_cases
@@ -310,3 +312,102 @@ def test_a_model_without_free_groups(caplog):
     connection = modeconn.fit_curve(a, b, batches(), align=False, refine=PAM(iterations=1), recipe=RECIPE)
     assert connection.history.turns[0]["num_tried"] == 0
     assert "PAM moves the curve only" in caplog.text
+
+
+# ---------------------------------------------------------------- other steps, and a measure of local optimality
+
+
+@pytest.mark.parametrize("step", [SinkhornStep(steps=40, rounds=4), RelaxedStep(steps=40, num_samples=4)], ids=repr)
+@pytest.mark.parametrize("name", ["mlp", "vit"])
+def test_other_steps_keep_the_incumbent_unless_they_find_better(name, step):
+    torch.manual_seed(0)
+    (a, shape), (b, _) = (ARCHITECTURES[name](seed) for seed in (0, 1))
+    data = [(torch.rand(shape), torch.arange(shape[0]) % 3) for _ in range(2)]
+    connection = modeconn.fit_curve(
+        a, b, data, align=False, curve=Line(), refine=PAM(iterations=1, step=step), recipe=Recipe(epochs=1)
+    )
+    (turn,) = connection.history.turns
+    assert turn["num_tried"] >= 4 and turn["loss_after"] <= turn["loss_before"]
+    assert same_bits(connection.model_at(1), connection.permutation.apply(b))
+
+
+def test_the_projection_is_the_nearest_doubly_stochastic_matrix():
+    """It is nearest if no vertex of the set, a permutation, lies further in the direction of what was cut off."""
+    x = torch.randn(5, 4, 4, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    nearest = project(x)
+    assert nearest.min() >= 0
+    torch.testing.assert_close(nearest.sum(-1), torch.ones(5, 4, dtype=torch.float64), rtol=0, atol=1e-4)
+    torch.testing.assert_close(nearest.sum(-2), torch.ones(5, 4, dtype=torch.float64), rtol=0, atol=1e-4)
+    for cut, point in zip(x - nearest, nearest, strict=True):
+        for perm in itertools.permutations(range(4)):
+            vertex = torch.eye(4, dtype=torch.float64)[list(perm)]
+            assert float((cut * (vertex - point)).sum()) < 1e-3
+    torch.testing.assert_close(project(nearest), nearest, rtol=0, atol=1e-4)
+
+
+def test_a_decomposition_sums_to_its_matrix():
+    matrix = project(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
+    parts = decompose(matrix, 100)
+    total = sum(weight * torch.eye(6, dtype=torch.float64)[perm] for weight, perm in parts)
+    torch.testing.assert_close(total, matrix, rtol=0, atol=5e-3)
+    assert [weight for weight, _ in parts] == sorted((weight for weight, _ in parts), reverse=True)
+
+
+def test_the_best_swap_is_the_best_of_all():
+    a, b = pair(dtype=torch.float64)
+    data = batches(8, dtype=torch.float64)
+    straight = modeconn.fit_curve(a, b, data, curve=Line())
+    found = modeconn.best_swap(straight, max_tries=None, num_batches=None)
+    assert found.num_tried == found.num_swaps == 28
+    sample = draw_sample(data, straight.device, None, seed=0)
+
+    def loss(b):
+        models_at = modeconn.Connection.straight_between(a, b)
+        return sum(float(modeconn.loss.cross_entropy(models_at.model_at(t)(x), y)) for t, (x, y) in sample) / len(
+            sample
+        )
+
+    aligned = straight.model_at(1)
+    spec = straight.permutation.spec
+    (group,) = spec.groups
+    losses = {}
+    for i, j in itertools.combinations(range(group.size), 2):
+        perm = torch.arange(group.size)
+        perm[[i, j]] = torch.tensor([j, i])
+        losses[i, j] = loss(Permutation(spec, {group.name: perm}).apply(aligned))
+    best = min(losses, key=losses.get)
+    assert found.loss == pytest.approx(loss(aligned))
+    if losses[best] < found.loss:
+        assert (found.group, found.places) == (group.name, best)
+        assert found.decrease == pytest.approx(found.loss - losses[best])
+        assert f"that of {best[0]} and {best[1]}" in str(found)
+    else:
+        assert found.group is None and "none lowers the loss" in str(found)
+
+
+def test_nothing_is_left_to_swap_after_pam():
+    a, b = pair()
+    step = ProximalLinear(max_tries=100)  # more than there are swaps
+    pam = PAM(iterations=1, num_batches=None, step=step)
+    refined = modeconn.fit_curve(a, b, batches(8), align=False, curve=Line(), refine=pam, recipe=Recipe(epochs=1))
+    found = modeconn.best_swap(refined, num_batches=None, max_tries=None)
+    assert found.loss == pytest.approx(refined.history.turns[0]["loss_after"], rel=1e-5)
+    assert found.decrease == pytest.approx(0, abs=1e-6)
+
+
+def test_a_swap_needs_a_permutation_data_and_fixed_ends():
+    a, b = pair()
+    with pytest.raises(ValueError, match="took b as it was, so its groups are not known"):
+        modeconn.best_swap(modeconn.fit_curve(a, b, batches(), align=False, curve=Line()))
+    aligned = modeconn.fit_curve(a, b, batches(), curve=Line())
+    free = modeconn.Connection(
+        a,
+        Bezier(2, free_ends=True),
+        aligned.control_points[[0, 0, 1]],
+        aligned.buffers,
+        permutation=aligned.permutation,
+    )
+    with pytest.raises(ValueError, match="remembers no training data: pass loader="):
+        modeconn.best_swap(free)
+    with pytest.raises(ValueError, match="has trained its ends"):
+        modeconn.best_swap(free, batches())

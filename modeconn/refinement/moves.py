@@ -58,6 +58,15 @@ class Move:
         """What tells two moves of one tree apart."""
         return tuple(self.permutation.perms[group.name].numpy().tobytes() for group in self.groups)
 
+    def exchanged(self) -> tuple[str, tuple[int, int]]:
+        """Return the group and the row-major numbers of the two units, or blocks, that an exchange is of."""
+        for group in self.groups:
+            perm = self.permutation.perms[group.name]
+            places = (perm != torch.arange(group.size)).flatten().nonzero().flatten().tolist()
+            if places:
+                return group.name, (places[0], places[1])
+        raise ValueError("this move changes nothing.")
+
     def apply(self, theta_b: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return those of b's parameters that change, relabelled."""
         structure, spec = self.permutation.spec.structure, self.permutation.spec
@@ -174,7 +183,7 @@ def _rows_inside(
 
 
 def exchanges(spec: PermutationSpec, tree: Sequence[Group], costs: Mapping[str, Tensor], count: int) -> Iterator[Move]:
-    """Yield the exchanges of two units, or of two blocks as they are, that promise most; at most ``count`` a group."""
+    """Yield the exchanges of two units, or of two blocks as they are, that promise most: at most ``count`` a group."""
     for group in tree:
         cost = _with_insides(spec, tree, group, costs)
         own = cost.diagonal()
@@ -182,7 +191,7 @@ def exchanges(spec: PermutationSpec, tree: Sequence[Group], costs: Mapping[str, 
         block = torch.arange(len(cost)) // group.size
         gains = torch.where((block[:, None] == block[None, :]).triu(1), gains, -torch.inf).flatten()
         best = gains.topk(min(count, len(gains)))
-        for index in best.indices[best.values > 0].tolist():
+        for index in best.indices[best.values > -torch.inf].tolist():
             i, j = divmod(index, len(cost))
             perm = torch.arange(group.size).repeat(len(cost) // group.size)
             perm[i], perm[j] = j % group.size, i % group.size

@@ -74,33 +74,42 @@ class CurveLoss:
         """Return the loss of the curve to ``theta_b (P,)``, the relabelled b, with ``bend (K - 2, P)``."""
         total = torch.zeros((), dtype=torch.float64, device=theta_b.device)
         with torch.no_grad(), self._quiet():
-            for number in range(len(self._batches)):
-                total += self._loss_at(number, theta_b, bend)
-        return float(total) / len(self._batches)
+            for place in range(len(self)):
+                total += self._loss_at(place, theta_b, bend)
+        return float(total) / len(self)
 
-    def gradient(self, theta_b: Tensor, bend: Tensor) -> tuple[float, Tensor, Tensor]:
-        """Return the loss, its gradient with respect to ``theta_b (P,)`` and that of ``bend (K - 2, P)``."""
+    def gradient(
+        self, theta_b: Tensor, bend: Tensor, places: Sequence[int] | None = None
+    ) -> tuple[float, Tensor, Tensor]:
+        """Return the loss, its gradient with respect to ``theta_b (P,)`` and that of ``bend (K - 2, P)``.
+
+        With ``places``, over these places of the sample only.
+        """
+        places = range(len(self)) if places is None else places
         total = 0.0
         towards_b, towards_bend = torch.zeros_like(theta_b), torch.zeros_like(bend)
         with self._quiet():
-            for number, (share, inner) in enumerate(zip(self._share_of_b, self._inner, strict=True)):
+            for place in places:
                 self._workspace.zero_grad()
-                loss = self._loss_at(number, theta_b, bend)
+                loss = self._loss_at(place, theta_b, bend)
                 loss.backward()
                 gradient = self._workspace.gather_grad()
                 total += float(loss.detach())
-                towards_b.add_(gradient, alpha=share / len(self._batches))
-                for row, weight in zip(towards_bend, inner, strict=True):
-                    row.add_(gradient, alpha=weight / len(self._batches))
-        return total / len(self._batches), towards_b, towards_bend
+                towards_b.add_(gradient, alpha=self._share_of_b[place] / len(places))
+                for row, weight in zip(towards_bend, self._inner[place], strict=True):
+                    row.add_(gradient, alpha=weight / len(places))
+        return total / len(places), towards_b, towards_bend
 
-    def _loss_at(self, number: int, theta_b: Tensor, bend: Tensor) -> Tensor:
-        """Return the loss at one place of the sample."""
-        theta = torch.lerp(self._theta_a, theta_b, self._share_of_b[number], out=self._workspace.theta)
-        for row, weight in zip(bend, self._inner[number], strict=True):
+    def __len__(self) -> int:
+        """Return the number of places of the sample."""
+        return len(self._batches)
+
+    def _loss_at(self, place: int, theta_b: Tensor, bend: Tensor) -> Tensor:
+        theta = torch.lerp(self._theta_a, theta_b, self._share_of_b[place], out=self._workspace.theta)
+        for row, weight in zip(bend, self._inner[place], strict=True):
             theta.add_(row, alpha=weight)
         with self._autocast():
-            return self._forward(self._workspace.model, self._batches[number])
+            return self._forward(self._workspace.model, self._batches[place])
 
 
 def positions(curve: Curve) -> Tensor:

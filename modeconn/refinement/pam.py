@@ -5,11 +5,13 @@ from __future__ import annotations
 import logging
 import math
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from modeconn.connection import History, TrainingData, permutation_tensors
@@ -134,6 +136,17 @@ def improve_permutation(
     }
 
 
+def draw_sample(
+    loader: Iterable[Any], device: torch.device, num_batches: int | None, *, seed: int, turn: int = 0
+) -> Sample:
+    """Draw batches as training sees them, at positions of which one lies in each equal part of [0, 1]."""
+    with seeded(int(np.random.SeedSequence([seed, turn, 2]).generate_state(1)[0]), device):
+        drawn = list(islice(batches(loader, device), num_batches))
+    random = np.random.default_rng([seed, turn, 2])
+    t = (random.permutation(len(drawn)) + random.random(len(drawn))) / len(drawn)
+    return list(zip(t.tolist(), drawn, strict=True))
+
+
 def _finite(weight: float) -> float | None:
     return weight if math.isfinite(weight) else None  # JSON has no infinity
 
@@ -177,7 +190,9 @@ class Refinement:
     def before_epoch(self, epoch: int) -> None:
         """Take a turn if one is due."""
         if epoch in self._starts:
-            self.turns.append(self._turn(epoch, self._sample(len(self.turns))))
+            device, number = self._step.control_points.device, len(self.turns)
+            sample = draw_sample(self._training.loader, device, self._pam.num_batches, seed=self._seed, turn=number)
+            self.turns.append(self._turn(epoch, sample))
             self._step.hold(self._pam.nu_curve)
 
     def relabel_only(self, epochs: int) -> History:
@@ -197,15 +212,6 @@ class Refinement:
         stands_still = fallen < self._pam.tol * turn["loss_before"]
         self.is_finished = self._pam.tol > 0 and stands_still and turn["num_accepted"] == 0
         return turn
-
-    def _sample(self, turn: int) -> Sample:
-        """Draw batches as training sees them, at positions of which one lies in each equal part of [0, 1]."""
-        device = self._step.control_points.device
-        with seeded(int(np.random.SeedSequence([self._seed, turn, 2]).generate_state(1)[0]), device):
-            drawn = list(islice(batches(self._training.loader, device), self._pam.num_batches))
-        random = np.random.default_rng([self._seed, turn, 2])
-        t = (random.permutation(len(drawn)) + random.random(len(drawn))) / len(drawn)
-        return list(zip(t.tolist(), drawn, strict=True))
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that changes from turn to turn, as tensors and as JSON can hold it."""

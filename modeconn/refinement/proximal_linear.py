@@ -18,8 +18,9 @@ class ProximalLinear:
     .. math:: \operatorname{argmin}_P \; \langle G, P \rangle + \tfrac{1}{2 \nu} \lVert P - P_k \rVert^2
 
     is one assignment for each group. Solutions at several :math:`1 / \nu` are split into their cycles; with the
-    exchanges of two units that promise most they are tried one by one, most promising first. Moves that touch units
-    which already moved wait for the next round, in which the gradient is taken anew. Rounds end when none is accepted.
+    exchanges of two units that promise most they are tried one by one, most promising first; as far as ``max_tries``
+    allows also those that promise nothing, since the loss is not linear. Moves that touch units which already moved
+    wait for the next round, in which the gradient is taken anew. Rounds end when none is accepted.
 
     Args:
         max_rounds: Gradients at most in one step.
@@ -67,5 +68,4 @@ class ProximalLinear:
             parts = [move for perms in proposals for move in cycles(b.spec, tree, perms, costs)]
             for move in (*parts, *exchanges(b.spec, tree, costs, self.max_tries)):
                 found.setdefault((tree[0].name, *move.key), move)
-        promising = sorted((move for move in found.values() if move.gain > 0), key=lambda move: -move.gain)
-        return promising[: self.max_tries]
+        return sorted(found.values(), key=lambda move: -move.gain)[: self.max_tries]

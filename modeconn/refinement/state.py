@@ -63,9 +63,7 @@ class Relabelled:
 
     def try_move(self, move: Move) -> bool:
         """Make a move if loss and proximal term fall; whether they did."""
-        after = move.apply(self.parameters)
-        before = {name: self.parameters[name].clone() for name in after}
-        self._write(after)
+        before = self._make(move)
         value = self.loss.value(self.theta_b, self.bend)
         permutation = move.permutation @ self.permutation
         penalty = self._distance(permutation) / self.nu
@@ -77,10 +75,24 @@ class Relabelled:
         self.num_accepted += 1
         return True
 
+    def value_after(self, move: Move) -> float:
+        """Return what the loss would be after a move."""
+        before = self._make(move)
+        value = self.loss.value(self.theta_b, self.bend)
+        self._write(before)
+        return value
+
     def replace(self, permutation: Permutation) -> bool:
         """Relabel b at once as ``permutation`` says, if loss and proximal term fall; whether they did."""
         step = permutation @ self.permutation.inverse()
         return self.try_move(Move(step, step.spec.groups, 0.0, frozenset()))
+
+    def _make(self, move: Move) -> dict[str, Tensor]:
+        """Relabel b; return the parameters that changed as they were."""
+        after = move.apply(self.parameters)
+        before = {name: self.parameters[name].clone() for name in after}
+        self._write(after)
+        return before
 
     def _write(self, parameters: dict[str, Tensor]) -> None:
         for name, value in parameters.items():

@@ -1,0 +1,103 @@
+"""How far from locally optimal a relabelling is, measured."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from math import comb, prod
+from typing import Any
+
+from modeconn.connection import Connection, TrainingData
+from modeconn.curve_step import supervised
+from modeconn.matching.trees import trees
+from modeconn.refinement.moves import exchanges, linear_costs
+from modeconn.refinement.objective import CurveLoss, straight
+from modeconn.refinement.pam import draw_sample
+from modeconn.refinement.state import Relabelled
+from modeconn.weights import Workspace
+
+
+@dataclass(frozen=True)
+class BestSwap:
+    """The exchange of two units of b that lowers the loss along a connection most.
+
+    Args:
+        group: The group of the units, None if no exchange that was tried lowers the loss.
+        places: Row-major numbers of the two.
+        decrease: By how much the loss falls; 0 if by nothing.
+        loss: The loss as it is.
+        num_tried: Exchanges whose exact loss was computed, those that promise most to first order.
+        num_swaps: All there are.
+    """
+
+    group: str | None
+    places: tuple[int, int] | None
+    decrease: float
+    loss: float
+    num_tried: int
+    num_swaps: int
+
+    def __str__(self) -> str:
+        what = f"of the {self.num_swaps:,} exchanges of two units, {self.num_tried:,} were tried exactly"
+        if self.group is None:
+            return f"{what}: none lowers the loss along the curve, {self.loss:.4g}."
+        i, j = self.places
+        share = self.decrease / self.loss
+        return (
+            f"{what}: that of {i} and {j} in '{self.group}' lowers the loss along the curve most, by "
+            f"{self.decrease:.3g} of {self.loss:.4g} ({share:.2%})."
+        )
+
+
+def best_swap(
+    connection: Connection,
+    loader: Iterable[Any] | None = None,
+    *,
+    num_batches: int | None = 64,
+    max_tries: int | None = 1000,
+    seed: int = 0,
+) -> BestSwap:
+    """Look for the exchange of two units of b, or of two blocks, that lowers the loss along a connection most.
+
+    The exchanges are ordered by what they promise to first order, and tried exactly on one sample of data and
+    positions; the curve's middle moves with b as in `PAM`. If none lowers the loss, the relabelling is a local optimum
+    as far as was tried.
+
+    Args:
+        connection: A connection with a permutation, and a curve whose ends are fixed.
+        loader: Training data. Default: the fit's own.
+        num_batches: Batches of it, each at a position of its own; None for one pass.
+        max_tries: How many exchanges are tried exactly; None for all.
+        seed: For the sample.
+
+    Raises:
+        ValueError: If there is no permutation, no data, or the curve has free ends.
+    """
+    training = connection.training if loader is None else TrainingData(loader, connection.training.loss_fn)
+    if connection.permutation is None:
+        raise ValueError("this connection took b as it was, so its groups are not known: fit it with align=.")
+    if training.loader is None:
+        raise ValueError("this connection remembers no training data: pass loader=.")
+    if connection.curve.free_ends:
+        raise ValueError(f"best_swap relabels the end b, but {connection.curve!r} has trained its ends.")
+    points, curve = connection.control_points, connection.curve
+    workspace = Workspace(connection.model_at(0), connection.space)
+    sample = draw_sample(training.loader, connection.device, num_batches, seed=seed)
+    loss = CurveLoss(workspace, curve, points[0], training.forward or supervised(training.loss_fn), sample)
+    bend = points[1:-1] - straight(curve, points[0], points[-1])
+    b = Relabelled(connection.space, loss, points[-1].clone(), bend, connection.permutation)
+
+    gradient, moves = b.gradient(), []
+    num_swaps = sum(prod(g.shape[:-1]) * comb(g.size, 2) for g in b.spec.groups)
+    for tree in trees(b.spec):
+        costs = linear_costs(b.spec, tree, gradient, b.parameters)
+        moves += exchanges(b.spec, tree, costs, num_swaps if max_tries is None else max_tries)
+    moves.sort(key=lambda move: -move.gain)
+    moves = moves[:max_tries]
+    first, best, value = b.value, None, b.value
+    for move in moves:
+        tried = b.value_after(move)
+        if tried < value:
+            best, value = move, tried
+    group, places = (None, None) if best is None else best.exchanged()
+    return BestSwap(group, places, first - value, first, len(moves), num_swaps)

@@ -1,0 +1,146 @@
+"""The permutation step of PAM as its authors took it: doubly stochastic matrices, projected and sampled."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.matching.assignment import match_units
+from modeconn.matching.objective import check_positive
+from modeconn.matching.soft import SoftPermutation
+from modeconn.refinement.sinkhorn_step import SoftPath
+from modeconn.refinement.state import Relabelled
+from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import PermutationSpec
+
+_TOLERANCE = 1e-5
+_SMALLEST = 5e-4  # entries below it count for nothing in a decomposition
+
+
+@dataclass(frozen=True)
+class RelaxedStep:
+    r"""Projected gradient descent over doubly stochastic matrices, rounded by sampling (Tatro et al., 2020).
+
+    Plain gradient steps on the loss at one batch each, the proximal step
+    :math:`P \leftarrow (P + \tfrac{\eta}{\nu} P_k) / (1 + \tfrac{\eta}{\nu})`, and the projection onto doubly
+    stochastic matrices. The result is decomposed into permutations (Birkhoff and von Neumann); of samples from the
+    largest of them, the assignment of largest weight, and the start, the one of lowest exact loss is kept. Where the
+    paper ends 20 alternating projections beside the set, this is the projection itself (Dykstra's algorithm). The
+    baseline for the other steps.
+
+    Args:
+        steps: Gradient steps; the paper makes 20 epochs of them.
+        learning_rate: Of these steps, halved ``halvings`` times on the way.
+        halvings: See there.
+        nu: Proximal weight.
+        num_samples: Permutations drawn.
+        num_parts: Parts of the decomposition to draw from, the largest ones.
+        seed: For the draws.
+
+    References:
+        Tatro et al., 2020, https://arxiv.org/abs/2009.02439
+
+    Raises:
+        ValueError: If a setting is not positive.
+    """
+
+    steps: int = 300
+    learning_rate: float = 0.05
+    halvings: int = 0
+    nu: float = 1000.0
+    num_samples: int = 32
+    num_parts: int = 11
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        check_positive(self, "steps", "learning_rate", "nu", "num_samples", "num_parts")
+
+    def __call__(self, b: Relabelled) -> None:
+        """Relabel b further, in place."""
+        if not b.spec.groups:
+            return
+        first = {
+            name: m.to(b.theta_b).contiguous() for name, m in SoftPermutation.of(b.spec.identity()).matrices.items()
+        }
+        matrices = {name: nn.Parameter(matrix.clone()) for name, matrix in first.items()}
+        path, start = SoftPath(b), b.permutation
+        for step in range(self.steps):
+            rate = self.learning_rate * 0.5 ** (step * (self.halvings + 1) // self.steps)
+            path.backward(matrices, step % len(b.loss))
+            with torch.no_grad():
+                for name, matrix in matrices.items():
+                    moved = matrix - rate * matrix.grad
+                    moved = (moved + rate / self.nu * first[name]) / (1 + rate / self.nu)
+                    matrix.copy_(project(moved))
+                    matrix.grad = None
+        path.offer(matrices)
+        generator = torch.Generator().manual_seed(self.seed)
+        parts = {name: _decompose_all(m.detach().double().cpu(), self.num_parts) for name, m in matrices.items()}
+        for _ in range(self.num_samples):
+            b.replace(_draw(b.spec, parts, generator) @ start)
+
+
+def project(x: Tensor) -> Tensor:
+    """Return the nearest doubly stochastic matrices to ``x (..., n, n)``, to 1e-5, by Dykstra's algorithm."""
+    n, correction = x.shape[-1], torch.zeros_like(x)
+    for _ in range(1000):
+        rows, columns = x.sum(-1, keepdim=True), x.sum(-2, keepdim=True)
+        total = rows.sum(-2, keepdim=True)
+        x = x - (rows + columns) / n + (1 + total / n) / n  # the nearest point whose rows and columns sum to 1
+        nonnegative = (x + correction).clamp(min=0)
+        correction = x + correction - nonnegative
+        x = nonnegative
+        if max(float((x.sum(dim) - 1).abs().max()) for dim in (-1, -2)) < _TOLERANCE:
+            break
+    return x
+
+
+def decompose(matrix: Tensor, num_parts: int) -> list[tuple[float, Tensor]]:
+    """Write a doubly stochastic matrix as a mean of permutations, greedily; return the largest, ``(weight, perm)``."""
+    rest, parts = matrix.clone(), []
+    while len(parts) < 4 * num_parts:
+        perm = match_units(torch.where(rest > _SMALLEST, rest, 0.0))
+        weight = float(rest.gather(1, perm[:, None]).min())
+        if weight <= _SMALLEST:
+            break
+        rest.scatter_add_(1, perm[:, None], torch.full((len(perm), 1), -weight, dtype=rest.dtype))
+        parts.append((weight, perm))
+    if not parts:
+        parts = [(1.0, match_units(matrix))]
+    return sorted(parts, key=lambda part: -part[0])[:num_parts]
+
+
+def _decompose_all(matrices: Tensor, num_parts: int) -> dict[tuple[int, ...], list[tuple[float, Tensor]]]:
+    """Decompose each matrix of a group, by place and source of the blocks around it."""
+    blocks = matrices.shape[:-2]
+    return {index: decompose(matrices[index], num_parts) for index in product(*map(range, blocks))}
+
+
+def _draw(
+    spec: PermutationSpec,
+    parts: Mapping[str, Mapping[tuple[int, ...], list[tuple[float, Tensor]]]],
+    generator: torch.Generator,
+) -> Permutation:
+    """Draw the relabelling of each group by itself; of units inside a block, given the block that takes the place."""
+    perms: dict[str, Tensor] = {}
+    for group in sorted(spec.groups, key=lambda g: len(g.parents)):
+        parents = spec.structure.parents[group.atom]
+        by_atom = {g.atom: g.name for g in spec.groups}
+        perm = torch.empty(group.shape, dtype=torch.int64)
+        for place in product(*map(range, group.shape[:-1])):
+            where = dict(zip(parents, place, strict=True))
+            source = tuple(
+                int(perms[by_atom[atom]][(*(where[p] for p in spec.structure.parents[atom]), where[atom])])
+                if atom in by_atom
+                else where[atom]
+                for atom in parents
+            )
+            choices = parts[group.name][(*place, *source)]
+            weights = torch.tensor([weight for weight, _ in choices])
+            perm[place] = choices[int(torch.multinomial(weights, 1, generator=generator))][1]
+        perms[group.name] = perm
+    return Permutation(spec, perms)
