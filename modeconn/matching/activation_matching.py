@@ -66,16 +66,16 @@ class ActivationMatching:
         )
         similarities = {name: self._similarity(m) for name, m in moments.items()}
         permutation = match_groups(spec, similarities)
-        return Match(permutation, correlations(moments, permutation), _constant_units(moments))
+        return Match(permutation, correlations(moments, permutation), constant_units(moments))
 
     def _similarity(self, moments: Moments) -> Tensor:
         similarity = getattr(moments, self.statistic)()
         if not bool(torch.isfinite(similarity).all()):
             raise ValueError("activations are NaN or infinite on this data; check the endpoints' weights and inputs.")
-        return _break_ties(similarity, moments)
+        return break_ties(similarity, moments)
 
 
-def _break_ties(similarity: Tensor, moments: Moments) -> Tensor:
+def break_ties(similarity: Tensor, moments: Moments) -> Tensor:
     """Add what is far below any real difference and so decides between equals only.
 
     Units that never change stay where they are. Units that respond to the same single image are all perfectly
@@ -89,5 +89,6 @@ def _break_ties(similarity: Tensor, moments: Moments) -> Tensor:
     return similarity - scale * (1e-6 * spread - 1e-9 * torch.diag((constant_a | constant_b).double()))
 
 
-def _constant_units(moments: dict[str, Moments]) -> dict[str, tuple[int, int]]:
+def constant_units(moments: dict[str, Moments]) -> dict[str, tuple[int, int]]:
+    """Count the units of a and of b that never change, by group."""
     return {name: tuple(int(c.sum()) for c in m.constant()) for name, m in moments.items()}
