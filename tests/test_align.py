@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from itertools import pairwise, permutations, product
+from itertools import permutations, product
 
 import pytest
 import torch
 from torch import Tensor, nn
 
 import modeconn
-from modeconn import ActivationMatching, Permutation, WeightMatching, align, discover, models
+from modeconn import ActivationMatching, Permutation, align, discover, models
 from modeconn.batch_norm import recalibrate
 from modeconn.matching import match_groups, match_units
 from modeconn.matching.statistics import Moments, collect, readings
@@ -73,24 +73,6 @@ def test_activations_recover_a_planted_permutation_of_every_zoo_model(
         assert misplaced <= max(result.constant_units[group.name]), group.name
         assert result.correlation[group.name][1] >= result.correlation[group.name][0]
     assert result.correlation.keys() == {group.name for group in spec.groups}
-
-
-RECOVERABLE = [
-    "plain", "conv flatten", "residual", "u-net", "dense block", "depthwise separable", "squeeze and excitation",
-    "grouped", "channel shuffle", "convnext block", "attention 3hd", "attention chunk", "gpt, tied", "expert bank",
-    "windows",
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("name", RECOVERABLE)
-def test_weights_recover_a_planted_permutation_with_its_blocks(name: str, generator: torch.Generator) -> None:
-    case = BY_NAME[name]
-    torch.manual_seed(1)
-    model, inputs = case.build().double(), case.inputs()
-    spec = discover(model, inputs.double() if inputs.is_floating_point() else inputs)
-    planted = spec.random(generator)
-    result = align(model, planted.apply(model), method=WeightMatching(), spec=spec)
-    assert result.permutation @ planted == spec.identity()
 
 
 @pytest.mark.parametrize(
@@ -272,43 +254,6 @@ def test_only_the_first_examples_are_read() -> None:
     assert len(read) <= 2 + 1  # one more may have been read for the example
 
 
-# ---------------------------------------------------------------- weight matching
-
-
-def test_weight_matching_never_lowers_its_objective_and_repeats_by_seed() -> None:
-    a, b = (models.mlp(12, (20, 20, 20), 4, seed=s).double() for s in (1, 2))
-    first, again = (align(a, b, method=WeightMatching(seed=3)) for _ in range(2))
-    history = first.history
-    assert all(y > x for x, y in pairwise(history))
-    assert first.permutation == again.permutation
-    with torch.no_grad():
-        inner = sum(float((p * q).sum()) for p, q in zip(a.parameters(), first.model_b.parameters(), strict=True))
-        fixed = float((a.layers[-1].bias * b.layers[-1].bias).sum())
-    assert inner == pytest.approx(history[-1] + fixed)
-
-
-def test_weight_matching_of_one_hidden_layer_is_the_best_of_all_relabellings() -> None:
-    a, b = (models.mlp(3, (5,), 2, seed=s).double() for s in (1, 2))
-    spec = discover(a)
-
-    @torch.no_grad()
-    def distance(model: nn.Module) -> float:
-        return sum(float((p - q).square().sum()) for p, q in zip(a.parameters(), model.parameters(), strict=True))
-
-    all_of_them = (Permutation(spec, {"layers.0": torch.tensor(p)}).apply(b) for p in permutations(range(5)))
-    assert distance(align(a, b, spec=spec).model_b) == pytest.approx(min(map(distance, all_of_them)))
-
-
-def test_a_recurrent_weight_is_matched_along_both_its_axes(generator: torch.Generator) -> None:
-    case = BY_NAME["lstm cells"]
-    torch.manual_seed(0)
-    model = case.build().double()
-    spec = discover(model, case.inputs().double())
-    planted = spec.random(generator)
-    result = align(model, planted.apply(model), spec=spec)
-    assert result.permutation @ planted == spec.identity()
-
-
 # ---------------------------------------------------------------- bad input
 
 
@@ -348,8 +293,6 @@ def test_loaders_that_cannot_serve_are_refused(loader: object) -> None:
 def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ActivationMatching(**settings)
-    with pytest.raises(ValueError, match="max_sweeps must be at least 1, got max_sweeps=0"):
-        WeightMatching(max_sweeps=0)
 
 
 def test_a_wrong_spec_is_caught_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
 from typing import Any
@@ -10,10 +10,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.matching.assignment import match_groups
-from modeconn.matching.method import Match
+from modeconn.matching.assignment import match_tree
+from modeconn.matching.method import Match, Start, starting_permutation
+from modeconn.matching.trees import trees
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec
+from modeconn.symmetry.structure import Labels, Perms, Structure
+from modeconn.weights import WeightSpace
 
 
 @dataclass(frozen=True)
@@ -21,104 +24,237 @@ class WeightMatching:
     r"""Maximise :math:`\langle \theta_a, P \theta_b \rangle` by coordinate descent (Git Re-Basin, algorithm 1).
 
     Since relabelling keeps :math:`\|\theta_b\|`, this minimises the distance in weight space. One group (with the
-    blocks inside it) is matched exactly while the others stay, in an order drawn anew each sweep, until a sweep changes
-    nothing. The objective never falls. It is a local optimum: the joint problem is NP-hard.
+    blocks inside it) is matched exactly while the others stay, in an order drawn anew each sweep, until none can gain;
+    a group is matched again only after a weight that it shares with others has moved. The objective never falls, and
+    units that gain nothing stay. It is a local optimum: the joint problem is NP-hard.
+
+    The products run on the networks' device in their dtype, the assignments on the CPU. Beside the networks there is
+    one copy of the weights and one matrix of costs.
 
     Args:
         max_sweeps: Stop after so many sweeps at the latest.
-        seed: For the order of the groups.
+        seed: For the order of the groups and the random starts.
+        starts: How often to begin anew; the best end counts. The first run begins at ``start``, the others at random.
+        start: A relabelling, or the method that finds it: ``WeightMatching(start=ActivationMatching())``. Default: b as
+            it is.
 
     References:
         Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836
+
+    Raises:
+        ValueError: If a setting is out of range.
     """
 
     max_sweeps: int = 100
     seed: int = 0
+    starts: int = 1
+    start: Start = None
 
     def __post_init__(self) -> None:
-        if self.max_sweeps < 1:
-            raise ValueError(f"max_sweeps must be at least 1, got max_sweeps={self.max_sweeps}.")
+        for name in ("max_sweeps", "starts"):
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
     ) -> Match:
-        """Return the relabelling of b; ``loader`` is not needed."""
-        weights = [_weights(spec, model) for model in (model_a, model_b)]
-        trees = _trees(spec)
-        permutation = spec.identity()
-        history = [_objective(permutation, *weights)]
+        """Return the relabelling of b; ``loader`` is for ``start``, if that is a method that needs data.
+
+        Raises:
+            ValueError: If the networks are of different architectures, hold NaN, or are not of this spec.
+        """
+        space = WeightSpace(model_a)
+        space.check(model_a, name="a")
+        space.check(model_b, name="b")
+        spec.check_model(model_a)
+        first = starting_permutation(self.start, spec, model_a, model_b, loader)
         generator = torch.Generator().manual_seed(self.seed)
-        for _ in range(self.max_sweeps):
-            start = history[-1]
-            for number in torch.randperm(len(trees), generator=generator).tolist():
-                candidate = _best_tree(spec, trees[number], permutation, *weights)
-                objective = _objective(candidate, *weights)
-                if objective > history[-1] * (1 + 1e-12) or objective - history[-1] > 1e-9 * abs(history[0]):
-                    permutation = candidate
-                    history.append(objective)
-            if history[-1] == start:
+        descent = _Descent(spec, model_a, model_b)
+        ends = []
+        for number in range(self.starts):
+            history = descent.run(spec.random(generator) if number else first, generator, self.max_sweeps)
+            ends.append((history, descent.permutation()))
+        history, permutation = max(ends, key=lambda end: end[0][-1])
+        return Match(permutation, constant_units=descent.zero_units(), history=history)
+
+
+class _Descent:
+    """Coordinate descent on a copy of b that always lies relabelled as found so far."""
+
+    def __init__(self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module) -> None:
+        self._spec = spec
+        self._a, self._b = (_weights(spec, model) for model in (model_a, model_b))
+        self._moved = {name: torch.empty_like(weight) for name, weight in self._a.items()}
+        self._sources: dict[str, Tensor] = {}  # which unit of b lies at each place of a group, numbered row-major
+        self._trees = [_Tree(spec.structure, groups) for groups in trees(spec)]
+        for piece in self._pieces():
+            sharing = [tree for tree in self._trees if tree.holds(piece)]
+            for tree in sharing:
+                tree.add(piece, sharing)
+
+    def _pieces(self) -> Iterator[_Piece]:
+        for name, weight in self._a.items():
+            axes = self._spec.state[name]
+            scale = float(weight.norm() * self._b[name].norm())
+            parts = (self._spec.structure.pieces(x, axes) for x in (weight, self._moved[name]))
+            yield from (_Piece(a, b, labels, scale) for (a, labels), (b, _) in zip(*parts, strict=True))
+
+    def run(self, start: Permutation, generator: torch.Generator, max_sweeps: int) -> tuple[float, ...]:
+        """Climb from ``start`` until no tree can gain; return the objective at the start and after every step."""
+        self._begin(start)
+        history = [sum(_inner(a, self._moved[name]) for name, a in self._a.items())]
+        waiting = set(self._trees)
+        for _ in range(max_sweeps):
+            for number in torch.randperm(len(self._trees), generator=generator).tolist():
+                tree = self._trees[number]
+                if tree not in waiting:
+                    continue
+                waiting.remove(tree)
+                gain = tree.improve(self._sources)
+                if gain:
+                    waiting |= tree.neighbours
+                    history.append(history[-1] + gain)
+            if not waiting:
                 break
-        return Match(permutation, history=tuple(history))
+        return tuple(history)
+
+    def _begin(self, start: Permutation) -> None:
+        still = self._spec.identity().perms
+        perms = {g.atom: start.perms[g.name] for g in self._spec.groups if not start.perms[g.name].equal(still[g.name])}
+        for name, weight in self._b.items():
+            self._moved[name].copy_(self._spec.structure.relabel(weight, self._spec.state[name], perms))
+        self._sources = {g.name: start.flat_sources(g.name).view(g.shape) for g in self._spec.groups}
+
+    def permutation(self) -> Permutation:
+        """Return the relabelling found so far."""
+        return Permutation(self._spec, {g.name: self._sources[g.name] % g.size for g in self._spec.groups})
+
+    def zero_units(self) -> dict[str, tuple[int, int]]:
+        """Return how many units of a and of b have nothing in common with any of the other's, by group."""
+        return {name: counts for tree in self._trees for name, counts in tree.zero_units.items()}
+
+
+@dataclass(frozen=True)
+class _Piece:
+    """The same part of a weight in a and in b as it lies, a dimension per atom; ``scale`` bounds their product."""
+
+    a: Tensor
+    b: Tensor
+    labels: Labels
+    scale: float
+
+
+class _Tree:
+    """Groups that are matched together, a group and all that vary with it, and the weights that hold their units.
+
+    Attributes:
+        neighbours: The trees to match anew when this one has moved.
+        zero_units: By group, how many units of a and of b have nothing in common with any of the other's.
+    """
+
+    def __init__(self, structure: Structure, groups: Sequence[Group]) -> None:
+        self._structure = structure
+        self._groups = {group.name: group for group in groups}
+        self._names = {group.atom: group.name for group in groups}
+        self._pieces: list[_Piece] = []
+        self._operands: list[tuple[str, Tensor, Tensor]] = []  # a's and b's part of a piece, units first
+        self._quadratic = False
+        self.neighbours: set[_Tree] = set()
+        self.zero_units: dict[str, tuple[int, int]] = {}
+        self._rounding = 0.0
+
+    def holds(self, piece: _Piece) -> bool:
+        """Return whether a piece has units of this tree."""
+        return any(atom in self._names for atom, _ in piece.labels)
+
+    def add(self, piece: _Piece, sharing: Iterable[_Tree]) -> None:
+        """Take note of a piece with units of this tree and of others.
+
+        A piece that holds them twice (from the hidden state to itself) counts once for each, the other one as it lies;
+        as this changes with the tree itself, a move then has to prove itself, and be followed by a further one.
+        """
+        self._pieces.append(piece)
+        chains = list(self._structure.unit_dims(piece.labels, self._names))
+        for dims in chains:
+            name, front = self._names[piece.labels[dims[-1]][0]], list(range(len(dims)))
+            self._operands.append((name, piece.a.movedim(dims, front), piece.b.movedim(dims, front)))
+        self._quadratic |= len(chains) > 1
+        self.neighbours |= {tree for tree in sharing if tree is not self or len(chains) > 1}
+        self._rounding += 4 * torch.finfo(piece.a.dtype).eps * piece.scale
+
+    def improve(self, sources: dict[str, Tensor]) -> float:
+        """Match b's units, where they lie now, to a's; return what the objective gains, 0 if nothing moves."""
+        similarities = self._similarities()
+        self.zero_units = {name: _num_zero(s) for name, s in similarities.items()}
+        untied = {name: _break_ties(s, sources[name].flatten()) for name, s in similarities.items()}
+        for found in self._candidates(untied):
+            perms = {atom: found[name] for atom, name in self._names.items()}
+            if self._quadratic:
+                gain = sum(_inner(p.a, self._structure.move_piece(p.b, p.labels, perms) - p.b) for p in self._pieces)
+            else:
+                gain = sum(self._gain(name, s, perms) for name, s in similarities.items())
+            if gain > self._rounding:
+                self._move(perms, sources)
+                return gain
+        return 0.0
+
+    def _candidates(self, similarities: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
+        """Yield the best move; where it may be none, because parts of it spoil each other, also those of each group."""
+        groups = list(self._groups.values())
+        yield match_tree(groups, similarities)
+        if self._quadratic and len(similarities) > 1:
+            bound = sum(len(s) * s.abs().max() for s in similarities.values())
+            held = {name: bound * torch.eye(len(s), dtype=s.dtype) for name, s in similarities.items()}
+            yield from (match_tree(groups, {**held, name: s}) for name, s in similarities.items())
+
+    def _similarities(self) -> dict[str, Tensor]:
+        found: dict[str, Tensor] = {}
+        for name, a, b in self._operands:
+            units = prod(self._groups[name].shape)
+            a, b = a.reshape(units, -1), b.reshape(units, -1)
+            found[name] = found[name].addmm_(a, b.T) if name in found else a @ b.T
+        return found
+
+    def _gain(self, name: str, similarity: Tensor, perms: Perms) -> float:
+        here = torch.arange(len(similarity)).view(self._groups[name].shape)
+        sources = self._move_units(name, here, perms).flatten().to(similarity.device)
+        return float((similarity.gather(1, sources[:, None])[:, 0].double() - similarity.diagonal().double()).sum())
+
+    def _move(self, perms: Perms, sources: dict[str, Tensor]) -> None:
+        """Relabel this tree's units in b's weights and in ``sources``."""
+        for piece in self._pieces:
+            piece.b.copy_(self._structure.move_piece(piece.b, piece.labels, perms))
+        for name in self._groups:
+            sources[name] = self._move_units(name, sources[name], perms)
+
+    def _move_units(self, name: str, units: Tensor, perms: Perms) -> Tensor:
+        """Relabel a tensor of a group's shape."""
+        atom = self._groups[name].atom
+        labels = tuple((place, 0) for place in (*self._structure.parents[atom], atom))
+        return self._structure.move_piece(units, labels, perms)
+
+
+def _inner(x: Tensor, y: Tensor) -> float:
+    """Return the inner product, row by row and then in double precision: it needs no third tensor of that size."""
+    return float(torch.linalg.vecdot(*(z.reshape(len(z), -1) for z in (x, y))).double().sum())
+
+
+def _num_zero(similarity: Tensor) -> tuple[int, int]:
+    """Return how many rows and how many columns are zero."""
+    return int((~similarity.any(1)).sum()), int((~similarity.any(0)).sum())
+
+
+def _break_ties(similarity: Tensor, sources: Tensor) -> Tensor:
+    """Add, on the CPU, what decides between equals only: units without any weight go back to where b had them."""
+    similarity = similarity.to("cpu", torch.float64, copy=True)
+    similarity[sources, torch.arange(len(sources))] += 1e-12 * (similarity.max() - similarity.min())
+    return similarity
 
 
 def _weights(spec: PermutationSpec, model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that move, each tensor once, in float64 on the CPU's or the model's device."""
+    """Return the parameters that move, each tensor once, in at least single precision."""
     return {
-        name: parameter.detach().double()
+        name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         for name, parameter in model.named_parameters()
         if any(spec.structure.moving_atoms(axis) for axis in spec.state.get(name, ()))
     }
-
-
-def _objective(permutation: Permutation, a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
-    moved = permutation.relabel(b)
-    return float(sum(torch.sum(a[name] * moved[name]) for name in a))
-
-
-def _trees(spec: PermutationSpec) -> list[list[Group]]:
-    """Return the groups that must be matched together: a group and all that vary with it."""
-    trees: list[list[Group]] = []
-    for group in sorted(spec.groups, key=lambda g: len(g.parents)):
-        names = {name for name, _ in group.parents if name}
-        home = [tree for tree in trees if names & {g.name for g in tree}]
-        merged = [g for tree in home for g in tree] + [group]
-        trees = [tree for tree in trees if tree not in home] + [merged]
-    return trees
-
-
-def _best_tree(
-    spec: PermutationSpec, tree: list[Group], current: Permutation, a: dict[str, Tensor], b: dict[str, Tensor]
-) -> Permutation:
-    """Match one tree of groups exactly, the others as they are."""
-    similarities: dict[str, Tensor] = {}
-    for name, x, y in _unit_weights(spec, tree, current, a, b):
-        product = x @ y.T
-        similarities[name] = similarities[name] + product if name in similarities else product
-    found = match_groups(spec, similarities)
-    names = {group.name for group in tree}
-    return Permutation(spec, {name: (found if name in names else current).perms[name] for name in current.perms})
-
-
-def _unit_weights(
-    spec: PermutationSpec, tree: list[Group], current: Permutation, a: dict[str, Tensor], b: dict[str, Tensor]
-) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Yield the weights of a tree's units in a and in b, ``(N, weights)``, all other axes of b already relabelled.
-
-    A weight that holds the tree's units twice (from the hidden state to itself) is met once for each, the other one
-    relabelled as it is now.
-    """
-    structure, perms = spec.structure, current.by_atom()
-    names = {group.atom: group.name for group in tree}
-    for name in a:
-        axes = spec.state[name]
-        if not any(structure.moving_atoms(axis) & names.keys() for axis in axes):
-            continue
-        for (x, labels), (y, _) in zip(structure.pieces(a[name], axes), structure.pieces(b[name], axes), strict=True):
-            for dims in structure.unit_dims(labels, names):
-                units = prod(x.shape[d] for d in dims)
-                moved = structure.move_piece(y, labels, perms, stay=dims)
-                yield (
-                    names[labels[dims[-1]][0]],
-                    x.movedim(dims, list(range(len(dims)))).reshape(units, -1),
-                    moved.movedim(dims, list(range(len(dims)))).reshape(units, -1),
-                )

@@ -149,10 +149,10 @@ class Structure:
         inner = {dim for chain in chains for dim in chain[:-1]}
         yield from (chain for chain in chains if chain[-1] not in inner)
 
-    def move_piece(self, piece: Tensor, labels: Labels, perms: Perms, stay: Container[int]) -> Tensor:
-        """Relabel a piece along all its dimensions but those in ``stay``."""
+    def move_piece(self, piece: Tensor, labels: Labels, perms: Perms) -> Tensor:
+        """Relabel a piece along all its dimensions."""
         sources = list(self._sources(labels, piece.shape, perms))
-        moving = [dim for dim, (atom, _) in enumerate(labels) if dim not in stay and atom in perms]
+        moving = [dim for dim, (atom, _) in enumerate(labels) if atom in perms]
         for dim in sorted(moving, key=lambda d: len(self.parents[labels[d][0]])):  # blocks before what is inside them
             if self.parents[labels[dim][0]]:
                 piece = piece.gather(dim, sources[dim].expand(piece.shape).to(piece.device))
