@@ -480,6 +480,114 @@ def weight_normed() -> nn.Module:
     )
 
 
+class ByNumber(nn.Module):
+    """Mixture of three experts, one for each token, with one of the ways to bring the tokens to them.
+
+    The router's outputs and with them the experts are read as numbers and stay; 9 hidden units are free in each.
+    """
+
+    def __init__(self, dispatch: str) -> None:
+        super().__init__()
+        self.dispatch = dispatch
+        self.stem, self.router, self.head = nn.Linear(5, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+        self.w1, self.w2 = nn.Parameter(torch.rand(3, 6, 9)), nn.Parameter(torch.rand(3, 9, 6))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        scores = self.router(h).softmax(-1)
+        expert = scores.argmax(-1)
+        y = getattr(self, self.dispatch)(h, expert)
+        return self.head(h + y * scores.gather(1, expert[:, None]))
+
+    def masked(self, h: Tensor, expert: Tensor) -> Tensor:
+        """Switch Transformer: a one-hot mask in an einsum."""
+        mask = F.one_hot(expert, 3).to(h.dtype)
+        inside = torch.einsum("te,td,edf->etf", mask, h, self.w1).relu()
+        return torch.einsum("te,etf,efd->td", mask, inside, self.w2)
+
+    def in_slots(self, h: Tensor, expert: Tensor) -> Tensor:
+        """Tokens in a buffer of slots per expert."""
+        mask = F.one_hot(expert, 3)
+        slot = ((mask.cumsum(0) - 1) * mask).sum(-1)
+        slots = h.new_zeros(3, h.shape[0], 6).index_put_((expert, slot), h)
+        return (slots @ self.w1).relu().bmm(self.w2)[expert, slot]
+
+    def chosen(self, h: Tensor, expert: Tensor) -> Tensor:
+        """Each expert takes two tokens and adds what it makes of them."""
+        y = torch.zeros_like(h)
+        for number, (w1, w2) in enumerate(zip(self.w1, self.w2, strict=True)):
+            which = (expert == number).int().topk(2, sorted=False).indices
+            y.index_add_(0, which, (h[which] @ w1).relu() @ w2)
+        return y
+
+    def scattered(self, h: Tensor, expert: Tensor) -> Tensor:
+        """Every expert's output, then that of one."""
+        every = torch.einsum("td,edf->tef", h, self.w1).relu()
+        mask = h.new_zeros(h.shape[0], 3).scatter_(1, expert[:, None], 1.0)
+        return torch.einsum("te,tef,efd->td", mask, every, self.w2)
+
+
+def masked_tokens() -> nn.Module:
+    """wav2vec 2.0 and vision-language models: one vector, or given rows, at the places of a mask of tokens."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        h[x[..., 0] > 0.5] = m.token.weight[0]
+        mask = x[..., 1:2] > 0.5
+        return m.head(h.masked_scatter(mask.expand_as(h), m.rows(x.flatten(0, 1))).relu())
+
+    return Lambda(forward, stem=nn.Linear(5, 6), token=nn.Embedding(1, 6), rows=nn.Linear(5, 6), head=nn.Linear(6, 3))
+
+
+def mixed_latents() -> nn.Module:
+    """Four latents of six channels. A residual layer mixes the channels, so each moves its latents alike."""
+    return Lambda(
+        lambda m, x: m.head((h := m.latents.weight * m.stem(x)[:, None] + m.shift.weight, h + m.mix(h))[1].mean(1)),
+        latents=nn.Embedding(4, 6),
+        shift=nn.Embedding(4, 6),
+        stem=nn.Linear(5, 1),
+        mix=nn.Linear(6, 6),
+        head=nn.Linear(6, 2),
+    )
+
+
+def talking_heads() -> nn.Module:
+    """Four heads of three units. The heads are mixed, residually, so their units can only move alike."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).view(-1, 4, 3)
+        return m.head((h + torch.einsum("gh,bhd->bgd", m.mix.weight, h)).relu().flatten(1))
+
+    return Lambda(forward, stem=nn.Linear(5, 12), mix=nn.Linear(4, 4), head=nn.Linear(12, 2))
+
+
+def gram_of_vectors() -> nn.Module:
+    """Four vectors of three units; each pair is compared unit by unit, so their units can only move alike."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).view(-1, 4, 3)
+        return m.head(torch.einsum("bcd,bed->bce", h, h)).sum((1, 2))
+
+    return Lambda(forward, stem=nn.Linear(5, 12), head=nn.Linear(4, 2))
+
+
+def queries_through_convolutions() -> nn.Module:
+    """Convolutions of one tap read the five queries one by one, and the average takes them in any order."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)[..., None] * m.queries.weight.T
+        return m.head(F.adaptive_avg_pool1d(m.b(m.a(h).relu()).relu(), 1).flatten(1))
+
+    return Lambda(
+        forward,
+        stem=nn.Linear(4, 6),
+        queries=nn.Embedding(5, 6),
+        a=nn.Conv1d(6, 7, 1),
+        b=nn.ConvTranspose1d(7, 8, 1),
+        head=nn.Linear(8, 2),
+    )
+
+
 CASES = [
     Case("plain", plain, lambda: torch.rand(2, 5), [(7,), (6,)]),
     Case("conv flatten", conv_flatten, image(), [(6,)]),
@@ -522,6 +630,17 @@ CASES = [
     Case("siamese", siamese, lambda: (torch.rand(2, 5), torch.rand(2, 5)), [(7,)]),
     Case("two experts", two_experts, lambda: torch.rand(2, 5), [(6,), (6,), (9,), (9,)]),
     Case("expert bank", ExpertBank, lambda: torch.rand(2, 5), [(3,), (3, 4)]),
+    *(
+        Case(f"experts {way}", lambda way=way: ByNumber(way), lambda: torch.rand(4, 5), [(6,), (3, 9)])
+        for way in ("masked", "in_slots", "scattered")
+    ),
+    Case("experts chosen", lambda: ByNumber("chosen"), lambda: torch.rand(4, 5), [(6,), (9,), (9,), (9,)]),
+    Case("masked tokens", masked_tokens, lambda: torch.rand(2, 4, 5), [(6,)]),
+    Case("mixed latents", mixed_latents, lambda: torch.rand(2, 5), [(4,), (6,)]),
+    Case("talking heads", talking_heads, lambda: torch.rand(2, 5), [(4,), (3,)]),
+    Case("gram of vectors", gram_of_vectors, lambda: torch.rand(2, 5), [(4,), (3,), (2,)]),
+    # the inside of the queries' convolutions, the queries themselves
+    Case("queries", queries_through_convolutions, lambda: torch.rand(2, 4), [(6,), (5,), (7,), (8,)]),
     Case("glu and maxout", glu_and_maxout, lambda: torch.rand(2, 5), [(6,), (4,), (4, 2)]),
     Case("gram matrix", gram, image(), [(5,), (2,)]),
     Case("written in pieces", written_in_pieces, lambda: torch.rand(2, 5), [(3,), (5,)]),

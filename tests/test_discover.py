@@ -403,6 +403,53 @@ def test_looking_up_one_position_of_an_axis_fixes_it() -> None:
     assert discover(Gathers(), torch.rand(2, 3)).groups == ()
 
 
+TO_OTHER_PLACES = {
+    "flip": lambda h: h.flip(1),
+    "roll": lambda h: h.roll(1, 1),
+    "sum up": lambda h: h.cumsum(1),
+    "transform": lambda h: torch.fft.fft(h, dim=1).real,
+    "index": lambda h: h[:, torch.tensor([1, 2, 3, 0])],
+    "select": lambda h: h.index_select(1, torch.tensor([1, 2, 3, 0])),
+    "gather": lambda h: h.gather(1, torch.tensor([1, 2, 3, 0])[None, :, None].expand_as(h)),
+    "scatter": lambda h: h.scatter_add(1, torch.tensor([1, 2, 3, 0])[None, :, None].expand_as(h), h),
+    "write": lambda h: h.index_put((torch.arange(2)[:, None], torch.tensor([1, 2, 3, 0])), h),
+    "add": lambda h: h.index_add(1, torch.tensor([1, 2, 3, 0]), h),
+    "multiply": lambda h: torch.arange(16.0).view(4, 4) @ h,
+    "pool": lambda h: nn.functional.max_pool1d(h.transpose(1, 2), 3, 1, 1).transpose(1, 2),
+    "shift": lambda h: nn.functional.pad(h, (0, 0, 1, -1)),
+    "slice": lambda h: torch.cat([h[:, 1:], h[:, :1]], 1),
+    "resize": lambda h: nn.functional.interpolate(h.mT, scale_factor=2.0, mode="linear").mT[:, 1::2],
+}
+
+
+@pytest.mark.parametrize("move", TO_OTHER_PLACES.values(), ids=TO_OTHER_PLACES)
+def test_units_move_alike_along_an_axis_whose_positions_are_exchanged_or_mixed(move) -> None:
+    class Moves(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.write, self.read = nn.Parameter(torch.rand(4, 6)), nn.Parameter(torch.rand(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = move(x[..., None] * self.write) + x[..., None]  # the sum makes the new positions those of x again
+            return (h.relu() * self.read).sum((1, 2))
+
+    spec = discover(Moves(), torch.rand(2, 4))
+    assert [group.shape for group in spec.groups] == [(6,)]
+    assert spec.verify(Moves(), torch.rand(2, 4)) < 1e-10
+
+
+def test_units_may_differ_along_an_axis_that_stays_in_place() -> None:
+    class Stays(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.write, self.read = nn.Parameter(torch.rand(4, 6)), nn.Parameter(torch.rand(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return ((x[..., None] * self.write + x[..., None]).relu() * self.read).sum((1, 2))
+
+    assert [group.shape for group in discover(Stays(), torch.rand(2, 4)).groups] == [(4, 6)]
+
+
 def test_a_sum_over_an_axis_meets_one_index_of_it() -> None:
     class Meets(nn.Module):
         def __init__(self) -> None:

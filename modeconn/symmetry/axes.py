@@ -317,6 +317,8 @@ class Space:
             for f, g in zip(x[0], y[0], strict=False):
                 if not (isinstance(f, int) and isinstance(g, int) and self._size[f] == self._size[g]):
                     return
+                if MISALIGNED in (self._why[f], self._why[g]):
+                    continue  # it may be a new name for positions in another order
                 if f != g and f not in self._meaning and g not in self._meaning:
                     self._batch.update({g} if f in self._batch else ())
                     self._define(f, ((g,),))

@@ -5,8 +5,9 @@ A rule is called as ``rule(walk, *args, **kwargs)`` with the operator's own argu
 
 1. axes that the operator indexes with one loop variable are unified;
 2. an axis whose positions carry meaning (order, neighbours, integer indices) is fixed;
-3. every tensor that the operator forms inside and that has fewer axes than its inputs and outputs is shown
-   (``walk.show``): statistics of a norm, the sum in a softmax. They decide what may vary with what.
+3. every tensor that the operator forms inside is shown (``walk.show``): the products of a contraction, statistics of a
+   norm, the sum in a softmax, what is alike at all places of an axis that is mixed or reordered. They decide what may
+   vary with what.
 
 Rules only ever unify and fix, so their order does not matter. Shapes come from ``walk.shapes``.
 """
@@ -101,6 +102,18 @@ def constant(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
     return [walk.fixed(size, "values by position") for size in walk.shape]
 
 
+def reordered(walk: Walk, input: Traced, dims: Sequence[int], why: str) -> list[Axis]:
+    """Fix axes and give the output new ones in their place, since its positions are others or mixtures of them.
+
+    Nothing else may vary along an old axis: the new one may turn out to be the same one later on (in a residual sum),
+    and a position of it is not where it was.
+    """
+    for dim in dims:
+        walk.fix(input.axes[dim], why)
+    walk.show(input.without(*dims))
+    return input.replace({dim: walk.fixed(walk.shape[dim], why) for dim in dims})
+
+
 def fill_in_place(walk: Walk, input: Traced, value: Any = 0) -> list[Axis]:
     """``fill_``, ``zero_``: what was there no longer matters, where it was does."""
     return list(input.axes)
@@ -129,6 +142,7 @@ def contraction(walk: Walk, operands: Sequence[Traced], labels: Sequence[str], o
         for axis, letter in zip(tensor.axes, letters, strict=True):
             if letter not in out:
                 walk.contract(tensor, axis)
+    walk.show(named.values())
     return [named.get(letter, UNIT) for letter in out]
 
 
@@ -185,6 +199,28 @@ def bilinear(walk: Walk, left: Traced, right: Traced, weight: Traced, bias: Trac
     return out
 
 
+def grouped_matmul(
+    walk: Walk,
+    input: Traced,
+    other: Traced,
+    offsets: Traced | None = None,
+    bias: Traced | None = None,
+    out_dtype: Any = None,
+) -> list[Axis] | None:
+    """Matrix products of consecutive groups of rows (or columns) with one matrix each: experts and their tokens."""
+    if bias is not None:
+        return None
+    left = "GTK"[3 - len(input.axes) :]
+    right = "GKJ"[3 - len(other.axes) :]
+    grouped = {(2, 3): "TG", (3, 2): "JG", (2, 2): "K", (3, 3): ""}[len(input.axes), len(other.axes)]
+    for tensor, letters in ((input, left), (other, right)):
+        for axis, letter in zip(tensor.axes, letters, strict=True):
+            if letter in grouped:
+                walk.fix(axis, "grouped by number")
+    out = contraction(walk, [input, other], [left, right], "GTJ" if left[0] == right[0] == "G" else "TJ")
+    return [walk.fixed(walk.shape[0], "grouped by number"), *out] if grouped == "K" else out
+
+
 def outer(walk: Walk, left: Traced, right: Traced) -> list[Axis]:
     """Every product of an entry of one vector with one of another."""
     return [left.axes[0], right.axes[0]]
@@ -199,20 +235,35 @@ def _convolve(walk: Walk, x: Traced, weight: Traced, bias: Traced | None, groups
     size = walk.size(x.axes[channel])
     group, inner = walk.split(x.axes[channel], (groups, size // groups))
     if transposed:
+        outer = weight.axes[1]
         walk.unify(x.axes[channel], weight.axes[0])
-        out = walk.product([group, weight.axes[1]])
     else:
         weight_group, outer = walk.split(weight.axes[0], (groups, walk.size(weight.axes[0]) // groups))
         walk.unify(group, weight_group)
         walk.unify(inner, weight.axes[1])
-        out = walk.product([group, outer])
+    out = walk.product([group, outer])
     walk.contract(x, inner)
     if bias is not None:
         walk.unify(out, bias.axes[0])
-    for axis in (*x.axes[channel + 1 :], *weight.axes[2:]):
-        walk.fix(axis, "neighbours in a convolution")
-    spatial = [walk.fixed(size, "neighbours in a convolution") for size in walk.shape[channel + 1 :]]
-    return [*x.axes[:channel], out, *spatial]
+    space = x.axes[channel + 1 :]
+    walk.show([*x.axes[:channel], group, outer, inner, *(space if _is_pointwise(walk, weight) else ())])
+    if not _is_pointwise(walk, weight):
+        for axis in (*space, *weight.axes[2:]):
+            walk.fix(axis, "neighbours in a convolution")
+        space = tuple(walk.fixed(size, "neighbours in a convolution") for size in walk.shape[channel + 1 :])
+    return [*x.axes[:channel], out, *space]
+
+
+def _is_pointwise(walk: Walk, weight: Traced) -> bool:
+    """Whether a convolution is a matrix product at each place: one tap, no stride, no padding."""
+
+    def all_are(value: int, setting: Any) -> bool:
+        return all(s == value for s in (setting if isinstance(setting, (list, tuple)) else [setting]))
+
+    settings = walk.arguments
+    one_tap = all(axis == UNIT for axis in weight.axes[2:])
+    unpadded = isinstance(settings["padding"], str) or all_are(0, settings["padding"])
+    return one_tap and unpadded and all_are(1, settings["stride"]) and all_are(0, settings.get("output_padding", 0))
 
 
 def conv(
@@ -417,18 +468,13 @@ def ordered(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
     """``cumsum``, ``flip``, ``roll``: order along some axes carries meaning (all of them where none is named)."""
     dims = walk.arguments.get("dim", walk.arguments.get("dims"))
     dims = list(range(len(input.axes))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
-    for dim in dims:
-        walk.fix(input.axes[dim], "ordered")
-    changed = input.replace({dim: walk.fixed(walk.size(input.axes[dim]), "ordered") for dim in dims})
+    changed = reordered(walk, input, dims, "ordered")
     return [changed] * len(walk.shapes) if len(walk.shapes) > 1 else changed
 
 
 def fourier(walk: Walk, input: Traced, dim: Sequence[int], *settings: Any) -> list[Axis]:
     """A Fourier transform: order along the transformed axes carries meaning."""
-    for d in dim:
-        walk.fix(input.axes[d], "ordered")
-    walk.show(input.without(*dim))
-    return input.replace({d: walk.fixed(walk.shape[d], "ordered") for d in dim})
+    return reordered(walk, input, dim, "ordered")
 
 
 def diagonal(walk: Walk, input: Traced, offset: int = 0, dim1: int = 0, dim2: int = 1) -> list[Axis]:
@@ -438,6 +484,7 @@ def diagonal(walk: Walk, input: Traced, offset: int = 0, dim1: int = 0, dim2: in
         return [*input.without(dim1, dim2), input.axes[dim1]]
     for dim in (dim1, dim2):
         walk.fix(input.axes[dim], "ordered")
+    walk.show(input.without(dim1, dim2))
     return [*input.without(dim1, dim2), walk.fixed(walk.shape[-1], "ordered")]
 
 
@@ -455,10 +502,22 @@ def spatial(num_dims: int) -> Rule:
     """Pooling and resizing: neighbours along the last ``num_dims`` axes, the others untouched."""
 
     def rule(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
-        for axis in input.axes[-num_dims:]:
-            walk.fix(axis, "neighbours in space")
-        out = [*input.axes[:-num_dims], *(walk.fixed(n, "neighbours in space") for n in walk.shape[-num_dims:])]
+        out = reordered(walk, input, range(-num_dims, 0), "neighbours in space")
         return [out] * len(walk.shapes) if len(walk.shapes) > 1 else out
+
+    return rule
+
+
+def adaptive_average(num_dims: int) -> Rule:
+    """Averages over regions of the last ``num_dims`` axes; one region is all of them, in any order."""
+    regions = spatial(num_dims)
+
+    def rule(walk: Walk, input: Traced, output_size: Any) -> list[Axis]:
+        if any(size > 1 for size in walk.shape[-num_dims:]):
+            return regions(walk, input)
+        for axis in input.axes[-num_dims:]:
+            walk.contract(input, axis)
+        return [*input.axes[:-num_dims], *[UNIT] * num_dims]
 
     return rule
 
@@ -468,6 +527,7 @@ def grid_sample(walk: Walk, input: Traced, grid: Traced, *args: Any) -> list[Axi
     for axis in (*input.axes[2:], *grid.axes[1:]):
         walk.fix(axis, "neighbours in space")
     walk.unify(input.axes[0], grid.axes[0])
+    walk.show(input.axes[:2])
     return [*input.axes[:2], *(walk.fixed(n, "neighbours in space") for n in walk.shape[2:])]
 
 
@@ -475,6 +535,7 @@ def im2col(walk: Walk, input: Traced, *args: Any) -> list[Axis]:
     """Patches as columns: channels x kernel positions, blocks."""
     for axis in input.axes[-2:]:
         walk.fix(axis, "neighbours in space")
+    walk.show(input.axes[:-2])
     kernel = walk.shape[-2] // walk.size(input.axes[-3])
     column = walk.product([input.axes[-3], walk.fixed(kernel, "neighbours in space")])
     return [*input.axes[:-3], column, walk.fixed(walk.shape[-1], "neighbours in space")]
@@ -482,15 +543,15 @@ def im2col(walk: Walk, input: Traced, *args: Any) -> list[Axis]:
 
 def unfold(walk: Walk, input: Traced, dim: int, size: int, step: int) -> list[Axis]:
     """Sliding windows along one axis."""
-    dim %= len(input.axes)
-    walk.fix(input.axes[dim], "neighbours in space")
-    windows = walk.fixed(walk.shape[dim], "neighbours in space")
-    return [*input.replace({dim: windows}), walk.fixed(size, "neighbours in space")]
+    return [
+        *reordered(walk, input, [dim % len(input.axes)], "neighbours in space"),
+        walk.fixed(size, "neighbours in space"),
+    ]
 
 
 def pad(walk: Walk, input: Traced, pad: Sequence[int], mode: str = "constant", value: Any = None) -> list[Axis]:
     """Constant entries before and behind are interchangeable; reflected ones are not."""
-    axes = list(input.axes)
+    axes, moved = list(input.axes), []
     for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         dim = len(axes) - 1 - i
         if before == after == 0:
@@ -498,9 +559,9 @@ def pad(walk: Walk, input: Traced, pad: Sequence[int], mode: str = "constant", v
         if mode == "constant" and before >= 0 and after >= 0 and not walk.is_fixed(axes[dim]):
             axes[dim] = walk.concatenate([walk.free(before), axes[dim], walk.free(after)])
         else:
-            walk.fix(axes[dim], "padded")
-            axes[dim] = walk.fixed(walk.shape[dim], "padded")
-    return axes
+            moved.append(dim)
+    reflected = reordered(walk, input, moved, "padded")
+    return [reflected[dim] if dim in moved else axis for dim, axis in enumerate(axes)]
 
 
 def constant_pad(walk: Walk, input: Traced, widths: Sequence[int], value: Any = 0) -> list[Axis]:
@@ -513,6 +574,7 @@ def pixel_shuffle(walk: Walk, input: Traced, factor: int) -> list[Axis]:
     channels, *blocks = walk.split(input.axes[-3], (walk.shape[-3], factor, factor))
     for axis in (*blocks, *input.axes[-2:]):
         walk.fix(axis, "neighbours in space")
+    walk.show([*input.axes[:-3], channels])
     return [*input.axes[:-3], channels, *(walk.fixed(n, "neighbours in space") for n in walk.shape[-2:])]
 
 
@@ -520,6 +582,7 @@ def pixel_unshuffle(walk: Walk, input: Traced, factor: int) -> list[Axis]:
     """``(c, h r, w r) -> (c r r, h, w)``."""
     for axis in input.axes[-2:]:
         walk.fix(axis, "neighbours in space")
+    walk.show(input.axes[:-2])
     blocks = walk.fixed(factor * factor, "neighbours in space")
     space = [walk.fixed(n, "neighbours in space") for n in walk.shape[-2:]]
     return [*input.axes[:-3], walk.product([input.axes[-3], blocks]), *space]
@@ -645,6 +708,7 @@ def _piece(walk: Walk, input: Traced, dim: int, start: int, stop: int) -> list[A
     if stop - start == 1 and not _cuttable(walk, input, dim):
         return [UNIT if d == dim else walk.member(a, axis, start) for d, a in enumerate(input.axes)]
     if walk.is_fixed(axis):
+        walk.show(input.without(dim))
         return input.replace({dim: walk.fixed(stop - start, "sliced")})
     pieces = walk.cut(axis, [start, stop - start, size - stop])
     return input.replace({dim: pieces[1]})
@@ -668,8 +732,7 @@ def slice_(
     if size % step == 0 and first < step and walk.shape[dim] == size // step:
         blocks, offset = walk.split(axis, (size // step, step))
         return input.replace({dim: walk.member(blocks, offset, first)})
-    walk.fix(axis, "sliced")
-    return input.replace({dim: walk.fixed(walk.shape[dim], "sliced")})
+    return reordered(walk, input, [dim], "sliced")
 
 
 def select(walk: Walk, input: Traced, dim: int, index: int) -> list[Axis]:
@@ -701,19 +764,24 @@ def glu(walk: Walk, input: Traced, dim: int = -1) -> list[Axis]:
 def embedding(walk: Walk, weight: Traced, indices: Traced, *settings: Any) -> list[Axis]:
     """Rows of a table by number."""
     walk.fix(weight.axes[0], "looked up by number")
+    walk.show(weight.axes[1:])
     return [*indices.axes, *weight.axes[1:]]
 
 
 def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis]:
     """Positions of one axis by number."""
     walk.fix(input.axes[dim], "looked up by number")
+    walk.show(input.without(dim))
     return input.replace({dim: index.axes[0] if index.axes else UNIT})
 
 
-def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) -> list[Axis]:
+def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) -> list[Axis] | None:
     """Positions of one axis by a number for each entry."""
+    if not input.axes or len(index.axes) != len(input.axes):
+        return None
     dim %= len(input.axes)
     walk.fix(input.axes[dim], "looked up by number")
+    walk.show(input.without(dim))
     for d, (x, i) in enumerate(zip(input.axes, index.axes, strict=True)):
         if d == dim:
             continue
@@ -735,9 +803,144 @@ def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[A
     looked_up = [i for i in indices if i is not None]
     picked = broadcast(walk, looked_up, max(len(i.axes) for i in looked_up))
     rest = input.without(*used)
+    walk.show(rest)
     together = used[-1] - used[0] + 1 == len(used)
     at = used[0] if together else 0
     return [*rest[:at], *picked, *rest[at:]]
+
+
+def one_hot(walk: Walk, input: Traced, num_classes: int = -1) -> list[Axis]:
+    """Numbers as indicators of a new axis."""
+    return [*input.axes, walk.fixed(walk.shape[-1], "counted by number")]
+
+
+def histogram(walk: Walk, input: Traced, *settings: Any) -> list[Axis]:
+    """How often each value occurs, wherever it does."""
+    for axis in input.axes:
+        walk.contract(input, axis)
+    return [walk.fixed(walk.shape[0], "counted by number")]
+
+
+def searchsorted(walk: Walk, sequence: Traced, input: Any, *, sorter: Any = None, **settings: Any) -> list[Axis] | None:
+    """The place of each entry in a sorted sequence, one for all or one for each index of the other axes."""
+    if sorter is not None:
+        return None
+    axes = list(input.axes) if isinstance(input, Traced) else []
+    walk.fix(sequence.axes[-1], "ordered")
+    if len(sequence.axes) > 1:
+        for x, y in zip(sequence.axes[:-1], axes[:-1], strict=True):
+            walk.unify(x, y)
+    walk.show([*axes, sequence.axes[-1]])
+    return axes
+
+
+def bucketize(walk: Walk, input: Any, boundaries: Traced, **settings: Any) -> list[Axis] | None:
+    """``searchsorted`` with the entries first."""
+    return searchsorted(walk, boundaries, input)
+
+
+# -------------------------------------------------------------------------------- writing by number
+
+
+def scatter_reduce(
+    walk: Walk, input: Traced, dim: int, index: Traced, src: Any = None, *settings: Any, **more: Any
+) -> list[Axis] | None:
+    """Entries to positions of one axis by a number for each, where they meet in any order: a sum, an extreme."""
+    if not input.axes or len(index.axes) != len(input.axes):
+        return None
+    dim %= len(input.axes)
+    walk.fix(input.axes[dim], "written to by number")
+    walk.show(input.without(dim))
+    written = [index, src] if isinstance(src, Traced) else [index]
+    for d, axis in enumerate(input.axes):
+        axes = [t.axes[d] for t in written] + ([axis] if d != dim else [])
+        for x, y in pairwise(axes):
+            if walk.size(x) == walk.size(y):
+                walk.unify(x, y)
+            else:  # a part of it, from the beginning
+                walk.fix(x, "written to by number")
+                walk.fix(y, "written to by number")
+    return list(input.axes)
+
+
+def scatter(walk: Walk, input: Traced, dim: int, index: Traced, *values: Any, **more: Any) -> list[Axis] | None:
+    """Entries to positions of one axis by a number for each: the last one stays."""
+    if index.axes:
+        walk.fix(index.axes[dim], "written in order")
+    return scatter_reduce(walk, input, dim, index, *values)
+
+
+def index_put(
+    walk: Walk,
+    input: Traced,
+    indices: Sequence[Traced | None],
+    values: Traced,
+    accumulate: bool = False,
+    unsafe: bool = False,
+) -> list[Axis] | None:
+    """What advanced indexing reads is written: summed in any order, or the last one stays."""
+    given = [i for i in indices if i is not None]
+    if any(walk.dtype(i) in (torch.bool, torch.uint8, None) for i in given):
+        return _put_where(walk, input, indices, values) if len(given) == 1 else None
+    for axis in () if accumulate else (axis for i in given for axis in i.axes):
+        walk.fix(axis, "written in order")
+    place = index(walk, input, indices) or []
+    broadcast(walk, [Traced(tuple(place)), values], len(place))
+    return list(input.axes)
+
+
+def _put_where(walk: Walk, input: Traced, indices: Sequence[Traced | None], values: Traced) -> list[Axis] | None:
+    """One value for all places of a mask; other values are counted off along it, and left to the unknown."""
+    mask = next(i for i in indices if i is not None)
+    behind = len(input.axes) - indices.index(mask) - len(mask.axes)
+    first = max(len(values.axes) - behind, 0)
+    before, after = values.axes[:first], values.axes[first:]
+    if walk.dtype(mask) is None or before[-1:] not in ((), (UNIT,)):
+        return None
+    where = Traced((*mask.axes, *[UNIT] * behind))
+    what = Traced((*before[:-1], *[UNIT] * len(mask.axes), *after))
+    return broadcast(walk, [input, where, what], len(input.axes))
+
+
+def index_add(walk: Walk, input: Traced, dim: int, index: Traced, source: Traced, **scale: Any) -> list[Axis] | None:
+    """Slices along one axis added to its positions by number."""
+    return _put_slices(walk, input, dim, index, source, accumulate=True)
+
+
+def index_copy(walk: Walk, input: Traced, dim: int, index: Traced, source: Traced) -> list[Axis] | None:
+    """Slices along one axis written to its positions by number."""
+    return _put_slices(walk, input, dim, index, source, accumulate=False)
+
+
+def _put_slices(
+    walk: Walk, input: Traced, dim: int, index: Traced, source: Traced, accumulate: bool
+) -> list[Axis] | None:
+    if not input.axes or not index.axes:
+        return None
+    return index_put(walk, input, [None] * (dim % len(input.axes)) + [index], source, accumulate)
+
+
+def index_fill(walk: Walk, input: Traced, dim: int, index: Traced, value: Any) -> list[Axis]:
+    """One value at positions of one axis."""
+    if input.axes:
+        walk.fix(input.axes[dim], "written to by number")
+    return list(input.axes)
+
+
+def masked_scatter(walk: Walk, input: Traced, mask: Traced, source: Traced) -> list[Axis]:
+    """Entries of a source, in order, to the places of a mask; whole rows where the mask repeats itself along them."""
+    strides = mask.node.meta["val"].stride() if mask.node is not None else [1] * len(mask.axes)
+    rows = 0
+    for x, y, m, stride in zip(*(reversed(t.axes) for t in (input, source, mask)), reversed(strides), strict=False):
+        if walk.size(x) != walk.size(y) or (m != UNIT and stride != 0):
+            break
+        walk.unify(x, y)
+        rows += 1
+    for tensor in (input, source, mask):
+        for axis in tensor.axes[: len(tensor.axes) - rows]:
+            walk.fix(axis, "written in order")
+    walk.show(input.axes[len(input.axes) - rows :])
+    return list(input.axes)
 
 
 # -------------------------------------------------------------------------------- recurrent networks
@@ -769,7 +972,8 @@ def recurrent_cell(walk: Walk, input: Traced, hx: Any, *weights: Traced | None) 
     walk.contract(states[0], hidden)
     walk.contract(input, input.axes[-1])
     _cell(walk, input.axes[-1], [w for w in weights if w is not None], hidden)
-    batch = broadcast(walk, [Traced(tuple(s.axes[:-1])) for s in states], len(states[0].axes) - 1)
+    batch = broadcast(walk, [Traced(tuple(t.axes[:-1])) for t in (input, *states)], len(states[0].axes) - 1)
+    walk.show(batch)
     out = [*batch, hidden]
     return [out] * len(walk.shapes) if len(walk.shapes) > 1 else out
 
@@ -810,6 +1014,7 @@ def recurrent(
     walk.contract(input, input.axes[-1])
     over = walk.fixed(num_layers * directions, "layers")
     batch = [input.axes[0 if batch_first else 1]] if len(input.axes) == 3 else []
+    walk.show(batch)
     stacks = [[over, *batch, walk.family(over, axes)] for axes in (finals, cells)]
     return [[*input.axes[:-1], x], *stacks[: len(walk.shapes) - 1]]
 
@@ -849,7 +1054,7 @@ RULES: dict[Any, Rule] = _table(
         "hardswish log_sigmoid multiply subtract divide negative absolute greater less greater_equal less_equal "
         "not_equal fix arctan2 conj",
         fill: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
-        "empty_permuted scalar_tensor",
+        "empty_permuted empty_strided new_empty_strided scalar_tensor",
         fill_in_place: "fill zero",
         randomize: "uniform normal exponential log_normal cauchy geometric random",
         fourier: "_fft_c2c _fft_r2c _fft_c2r",
@@ -862,6 +1067,7 @@ RULES: dict[Any, Rule] = _table(
         einsum: "einsum",
         bilinear: "bilinear",
         outer: "outer ger",
+        grouped_matmul: "_grouped_mm",
         conv: "conv1d conv2d conv3d",
         conv_transpose: "conv_transpose1d conv_transpose2d conv_transpose3d",
         convolution: "convolution",
@@ -877,16 +1083,21 @@ RULES: dict[Any, Rule] = _table(
         "nanmean var_mean std_mean count_nonzero",
         arg_reduction: "argmax argmin",
         values_and_positions: "topk sort median kthvalue mode",
-        ordered: "cumsum cumprod cummax cummin logcumsumexp flip roll fliplr flipud rot90",
+        ordered: "cumsum cumprod cummax cummin logcumsumexp flip roll fliplr flipud rot90 fft_fft fft_ifft "
+        "fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn "
+        "fft_irfftn fft_fftshift fft_ifftshift",
         triangle: "tril triu",
-        spatial(1): "max_pool1d avg_pool1d adaptive_avg_pool1d adaptive_max_pool1d max_pool1d_with_indices "
+        spatial(1): "max_pool1d avg_pool1d adaptive_max_pool1d max_pool1d_with_indices "
         "upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d reflection_pad1d replication_pad1d",
-        spatial(2): "max_pool2d avg_pool2d adaptive_avg_pool2d _adaptive_avg_pool2d adaptive_max_pool2d "
+        spatial(2): "max_pool2d avg_pool2d adaptive_max_pool2d "
         "max_pool2d_with_indices upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
         "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d fractional_max_pool2d",
-        spatial(3): "max_pool3d avg_pool3d adaptive_avg_pool3d _adaptive_avg_pool3d adaptive_max_pool3d "
+        spatial(3): "max_pool3d avg_pool3d adaptive_max_pool3d "
         "max_pool3d_with_indices upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact3d reflection_pad3d "
         "replication_pad3d fractional_max_pool3d",
+        adaptive_average(1): "adaptive_avg_pool1d",
+        adaptive_average(2): "adaptive_avg_pool2d _adaptive_avg_pool2d",
+        adaptive_average(3): "adaptive_avg_pool3d _adaptive_avg_pool3d",
         grid_sample: "grid_sampler grid_sampler_2d grid_sampler_3d",
         im2col: "im2col",
         unfold: "unfold",
@@ -913,14 +1124,28 @@ RULES: dict[Any, Rule] = _table(
         embedding: "embedding",
         index_select: "index_select",
         gather: "gather",
-        index: "index",
+        index: "index _unsafe_index",
+        one_hot: "one_hot",
+        histogram: "histc",
+        searchsorted: "searchsorted",
+        bucketize: "bucketize",
+        scatter: "scatter",
+        scatter_reduce: "scatter_add scatter_reduce",
+        index_put: "index_put _unsafe_index_put",
+        index_add: "index_add",
+        index_copy: "index_copy",
+        index_fill: "index_fill",
+        masked_scatter: "masked_scatter",
         recurrent_cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
         view_as_complex: "view_as_complex",
         view_as_real: "view_as_real",
         prelu: "prelu _prelu_kernel",
     }
 )
-UNINITIALISED = {aten.empty, aten.empty_like, aten.new_empty, aten.empty_permuted}
+UNINITIALISED = {
+    getattr(aten, name)
+    for name in ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided")
+}
 """Operators whose values mean nothing until something is written there."""
 
 RULES[aten.max.dim] = RULES[aten.min.dim] = values_and_positions
