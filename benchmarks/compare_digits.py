@@ -127,7 +127,7 @@ def record(splits: dict[int, Comparison], accuracies: dict[int, float], args: ar
         "pairs": f"(i, i + {SHIFT} mod {args.networks}) of {args.networks} networks, i < {args.pairs}, in each split",
         "seeds": "network i of split s: weights 1000 s + i, order of data 100000 + 1000 s + i",
         "points": args.points,
-        "methods": {name: re.sub(" at 0x[0-9a-f]+", "", repr(method)) for name, method in methods().items()},
+        "methods": {name: re.sub(" at 0x[0-9a-f]+", "", repr(methods()[name])) for name in args.methods},
         "environment": environment(torch.device("cpu")),
         "test accuracy of the networks": accuracies,
         "minutes of matching": {
