@@ -13,6 +13,7 @@ profile = connection.evaluate(test)                        # loss and accuracy a
 """
 
 from modeconn._version import __version__
+from modeconn.attacks.pgd import PGD
 from modeconn.comparison import Comparison, compare
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
@@ -44,6 +45,7 @@ from modeconn.weights import WeightSpace
 
 __all__ = [
     "PAM",
+    "PGD",
     "RULES",
     "ActivationMatching",
     "Alignment",
