@@ -7,9 +7,11 @@ from dataclasses import dataclass
 from math import comb, prod
 from typing import Any
 
+import torch
+
 from modeconn.connection import Connection, TrainingData
-from modeconn.curve_step import supervised
 from modeconn.matching.trees import trees
+from modeconn.objective import supervised
 from modeconn.refinement.moves import exchanges, linear_costs
 from modeconn.refinement.objective import CurveLoss, straight
 from modeconn.refinement.pam import draw_sample
@@ -99,5 +101,8 @@ def best_swap(
         tried = b.value_after(move)
         if tried < value:
             best, value = move, tried
-    group, places = (None, None) if best is None else best.exchanged()
-    return BestSwap(group, places, first - value, first, len(moves), num_swaps)
+    if best is None:
+        return BestSwap(None, None, 0.0, first, len(moves), num_swaps)
+    ((group, perm),) = best.perms.items()
+    i, j = (perm != torch.arange(perm.shape[-1])).flatten().nonzero().flatten().tolist()
+    return BestSwap(group, (i, j), first - value, first, len(moves), num_swaps)

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from itertools import product
 from math import prod
 
@@ -15,64 +17,48 @@ from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Move:
     """A relabelling of a few units, relative to how b lies now.
 
     Args:
-        permutation: All other units stay.
-        groups: The groups of the tree that it belongs to.
+        spec: The groups.
+        perms: By group name; groups left out stay.
         gain: By how much the loss would fall if it were linear; an estimate where a weight holds units of the tree
             twice (from the hidden state to itself, the channels of one convolution group).
-        places: Where units change: a group and the row-major number of a unit in it.
     """
 
-    permutation: Permutation
-    groups: tuple[Group, ...]
+    spec: PermutationSpec
+    perms: Mapping[str, Tensor]
     gain: float
-    places: frozenset[tuple[str, int]]
-
-    @classmethod
-    def of(
-        cls,
-        spec: PermutationSpec,
-        tree: Sequence[Group],
-        perms: Mapping[str, Tensor],
-        costs: Mapping[str, Tensor],
-    ) -> Move:
-        """Read off what a move promises; ``perms`` leaves out groups that stay."""
-        permutation = Permutation(spec, {**spec.identity().perms, **perms})
-        gain, places = 0.0, set()
-        for group in tree:
-            sources = permutation.flat_sources(group.name)
-            places |= {
-                (group.name, place) for place in (sources != torch.arange(len(sources))).nonzero().flatten().tolist()
-            }
-            if group.name in costs:
-                cost = costs[group.name]
-                gain += float((cost.diagonal() - cost.gather(1, sources[:, None])[:, 0]).sum())
-        return cls(permutation, tuple(tree), gain, frozenset(places))
 
     @property
-    def key(self) -> tuple[bytes, ...]:
-        """What tells two moves of one tree apart."""
-        return tuple(self.permutation.perms[group.name].numpy().tobytes() for group in self.groups)
+    def key(self) -> tuple[tuple[str, bytes], ...]:
+        """What tells two moves apart."""
+        return tuple((name, perm.numpy().tobytes()) for name, perm in sorted(self.perms.items()))
 
-    def exchanged(self) -> tuple[str, tuple[int, int]]:
-        """Return the group and the row-major numbers of the two units, or blocks, that an exchange is of."""
-        for group in self.groups:
-            perm = self.permutation.perms[group.name]
-            places = (perm != torch.arange(group.size)).flatten().nonzero().flatten().tolist()
-            if places:
-                return group.name, (places[0], places[1])
-        raise ValueError("this move changes nothing.")
+    @cached_property
+    def permutation(self) -> Permutation:
+        """The move as a relabelling of all groups."""
+        return Permutation(self.spec, {**self.spec.identity().perms, **self.perms})
+
+    @cached_property
+    def places(self) -> frozenset[tuple[str, int]]:
+        """Where units change, those inside blocks included: a group and the row-major number of a unit in it."""
+        found: set[tuple[str, int]] = set()
+        for group in self.spec.groups:
+            if group.name in self.perms or any(name in self.perms for name, _ in group.parents):
+                sources = self.permutation.flat_sources(group.name)
+                moved = (sources != torch.arange(len(sources))).nonzero().flatten().tolist()
+                found |= {(group.name, place) for place in moved}
+        return frozenset(found)
 
     def apply(self, theta_b: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return those of b's parameters that change, relabelled."""
-        structure, spec = self.permutation.spec.structure, self.permutation.spec
-        perms = {group.atom: self.permutation.perms[group.name] for group in self.groups}
-        names = parameters_of(spec, self.groups, theta_b)
-        return {name: structure.relabel(theta_b[name], spec.state[name], perms) for name in names}
+        structure, groups = self.spec.structure, [self.spec[name] for name in self.perms]
+        perms = {group.atom: self.perms[group.name] for group in groups}
+        names = parameters_of(self.spec, groups, theta_b)
+        return {name: structure.relabel(theta_b[name], self.spec.state[name], perms) for name in names}
 
 
 def linear_costs(
@@ -132,6 +118,19 @@ def proximal_proposals(
         yield match_tree(list(tree), similarities)
 
 
+def gain(
+    spec: PermutationSpec, tree: Sequence[Group], perms: Mapping[str, Tensor], costs: Mapping[str, Tensor]
+) -> float:
+    """Return by how much a linear loss falls when some groups of a tree are relabelled; others stay."""
+    permutation = Permutation(spec, {**spec.identity().perms, **perms})
+    total = 0.0
+    for group in tree:
+        if group.name in costs:
+            cost, sources = costs[group.name], permutation.flat_sources(group.name)
+            total += float((cost.diagonal() - cost.gather(1, sources[:, None])[:, 0]).sum())
+    return total
+
+
 def cycles(
     spec: PermutationSpec, tree: Sequence[Group], perms: Mapping[str, Tensor], costs: Mapping[str, Tensor]
 ) -> Iterator[Move]:
@@ -151,7 +150,7 @@ def cycles(
                     taken.add((inner.name, place))
                     part.setdefault(inner.name, torch.arange(inner.size).expand(inner.shape).clone())
                     part[inner.name][place] = perms[inner.name][place]
-                yield Move.of(spec, tree, part, costs)
+                yield Move(spec, part, gain(spec, tree, part, costs))
 
 
 def _cycles(perm: Tensor) -> Iterator[list[int]]:
@@ -191,11 +190,13 @@ def exchanges(spec: PermutationSpec, tree: Sequence[Group], costs: Mapping[str, 
         block = torch.arange(len(cost)) // group.size
         gains = torch.where((block[:, None] == block[None, :]).triu(1), gains, -torch.inf).flatten()
         best = gains.topk(min(count, len(gains)))
-        for index in best.indices[best.values > -torch.inf].tolist():
+        for value, index in zip(best.values.tolist(), best.indices.tolist(), strict=True):
+            if value == -math.inf:
+                break
             i, j = divmod(index, len(cost))
             perm = torch.arange(group.size).repeat(len(cost) // group.size)
             perm[i], perm[j] = j % group.size, i % group.size
-            yield Move.of(spec, tree, {group.name: perm.view(group.shape)}, costs)
+            yield Move(spec, {group.name: perm.view(group.shape)}, value)
 
 
 def _with_insides(spec: PermutationSpec, tree: Sequence[Group], group: Group, costs: Mapping[str, Tensor]) -> Tensor:

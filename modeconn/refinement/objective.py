@@ -47,6 +47,7 @@ class CurveLoss:
         autocast: torch.dtype | None = None,
     ) -> None:
         self._workspace, self._theta_a, self._forward = workspace, theta_a, forward
+        self._modules, self._norms = list(workspace.model.modules()), list(norm_layers(workspace.model).values())
         self._batches = [batch for _, batch in sample]
         basis = curve.basis(torch.tensor([t for t, _ in sample], dtype=torch.float64))
         self._inner = basis[:, 1:-1].tolist()
@@ -59,15 +60,15 @@ class CurveLoss:
     @contextlib.contextmanager
     def _quiet(self) -> Any:
         """Batch statistics in batch norm, and nothing else of train mode: no dropout, no layers dropped at random."""
-        model = self._workspace.model
-        modes = {module: module.training for module in model.modules()}
-        model.eval()
-        for layer in norm_layers(model).values():
-            layer.train()
+        modes = [module.training for module in self._modules]
+        for module in self._modules:
+            module.training = False
+        for layer in self._norms:
+            layer.training = True
         try:
             yield
         finally:
-            for module, mode in modes.items():
+            for module, mode in zip(self._modules, modes, strict=True):
                 module.training = mode
 
     def value(self, theta_b: Tensor, bend: Tensor) -> float:

@@ -67,5 +67,5 @@ class ProximalLinear:
             proposals = proximal_proposals(tree, costs, self.weights)
             parts = [move for perms in proposals for move in cycles(b.spec, tree, perms, costs)]
             for move in (*parts, *exchanges(b.spec, tree, costs, self.max_tries)):
-                found.setdefault((tree[0].name, *move.key), move)
+                found.setdefault(move.key, move)
         return sorted(found.values(), key=lambda move: -move.gain)[: self.max_tries]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass, field
 
 from torch import Tensor
@@ -65,13 +66,12 @@ class Relabelled:
         """Make a move if loss and proximal term fall; whether they did."""
         before = self._make(move)
         value = self.loss.value(self.theta_b, self.bend)
-        permutation = move.permutation @ self.permutation
-        penalty = self._distance(permutation) / self.nu
+        penalty = 0.0 if math.isinf(self.nu) else self._distance(move.permutation @ self.permutation) / self.nu
         self.num_tried += 1
         if not value + penalty < self.value + self._penalty:  # written so that NaN is refused
             self._write(before)
             return False
-        self.permutation, self.value, self._penalty = permutation, value, penalty
+        self.permutation, self.value, self._penalty = move.permutation @ self.permutation, value, penalty
         self.num_accepted += 1
         return True
 
@@ -85,7 +85,7 @@ class Relabelled:
     def replace(self, permutation: Permutation) -> bool:
         """Relabel b at once as ``permutation`` says, if loss and proximal term fall; whether they did."""
         step = permutation @ self.permutation.inverse()
-        return self.try_move(Move(step, step.spec.groups, 0.0, frozenset()))
+        return self.try_move(Move(step.spec, step.perms, 0.0))
 
     def _make(self, move: Move) -> dict[str, Tensor]:
         """Relabel b; return the parameters that changed as they were."""

@@ -129,6 +129,8 @@ class Structure:
         return found
 
     def _source_index(self, axes: Sequence[Axis], perms: Perms) -> Tensor:
+        if len(axes) == 1 and axes[0] in {((atom,),) for atom in perms if not self.parents[atom]}:
+            return perms[axes[0][0][0]].cpu()  # nothing but these units
         shape = [self.size(axis) for axis in axes]
         places = torch.arange(prod(shape)).view(shape)
         index = torch.empty_like(places)
