@@ -1,10 +1,10 @@
-"""Connect real networks: straight and curved, aligned and not, several pairs; a table in benchmarks/results.
+"""Connect real networks: straight and curved, aligned, refined and not; a table in benchmarks/results.
 
     python benchmarks/connect.py cifar10 --root DIR --work DIR
     python benchmarks/connect.py fashion_mnist --root DIR --work DIR
 
 Each pair's endpoints, curves and numbers are kept in the work folder as soon as they are there; a run that is started
-again goes on where it stopped.
+again goes on where it stopped. Numbers are means over the curve seeds of a pair, then mean and spread over pairs.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ from timing import environment
 from torch import nn
 
 import modeconn
-from modeconn import Recipe, data, models
+from modeconn import PAM, Recipe, data, models
 from modeconn.models import files
 from modeconn.recipe import one_cycle
 
 SETTINGS = {
-    "cifar10": {"model": {}, "train_examples": 15_000, "endpoint_epochs": 15, "curve_epochs": 15},
+    "cifar10": {"model": {}, "train_examples": 15_000, "endpoint_epochs": 15, "curve_epochs": 8},
     "fashion_mnist": {
         "model": {"in_channels": 1, "image_size": 28},
         "train_examples": 60_000,
@@ -35,7 +35,7 @@ SETTINGS = {
         "curve_epochs": 5,
     },
 }
-ROWS = ("straight", "straight aligned", "curve", "curve aligned")
+ROWS = ("straight", "straight aligned", "curve", "PAM curve", "curve aligned", "PAM curve aligned")
 
 
 def sgd(epochs: int, lr: float) -> Recipe:
@@ -65,8 +65,52 @@ def measure(connection: modeconn.Connection, test: data.TensorLoader, points: in
     }
 
 
+def run(
+    a: nn.Module,
+    b: nn.Module,
+    alignment: modeconn.Alignment,
+    row: str,
+    train: data.TensorLoader,
+    test: data.TensorLoader,
+    recipe: Recipe,
+    seed: int,
+    stem: Path,
+    points: int,
+) -> dict[str, float]:
+    """Fit and measure one connection; rows with PAM make as many gradient steps on the curve as those without."""
+    done = stem.with_name(f"{stem.name}-{row.replace(' ', '-')}-{seed}.json")
+    if done.exists():
+        return json.loads(done.read_text())
+    begin = time.perf_counter()
+    connection = modeconn.fit_curve(
+        a,
+        b,
+        train,
+        align=alignment if "aligned" in row else False,
+        spec=alignment.spec,
+        curve=modeconn.Bezier(2) if "curve" in row else modeconn.Line(),
+        refine=PAM(iterations=2) if "PAM" in row else None,
+        recipe=recipe,
+        seed=seed,
+        checkpoint=done.with_suffix(".safetensors") if "curve" in row else None,
+    )
+    fitted = time.perf_counter() - begin
+    found = {**measure(connection, test, points), "seconds to fit": fitted}
+    if connection.history:
+        moved = [turn["num_moved"] for turn in connection.history.turns]
+        found["units moved by PAM"] = sum(moved)
+    done.write_text(json.dumps(found))
+    return found
+
+
 def run_pair(
-    pair: int, train: data.TensorLoader, test: data.TensorLoader, settings: dict[str, Any], work: Path, points: int
+    pair: int,
+    train: data.TensorLoader,
+    test: data.TensorLoader,
+    settings: dict[str, Any],
+    work: Path,
+    points: int,
+    curve_seeds: int,
 ) -> dict[str, Any]:
     path = work / f"pair-{pair}.json"
     if path.exists():
@@ -77,19 +121,12 @@ def run_pair(
     result: dict[str, Any] = {"seconds to align": time.perf_counter() - begin, "correlation": alignment.correlation}
     recipe = sgd(settings["curve_epochs"], 0.05)
     for row in ROWS:
-        begin = time.perf_counter()
-        connection = modeconn.fit_curve(
-            a,
-            b,
-            train,
-            align=alignment if "aligned" in row else False,
-            curve=modeconn.Bezier(2) if "curve" in row else modeconn.Line(),
-            recipe=recipe,
-            seed=pair,
-            checkpoint=work / f"curve-{pair}-{row.replace(' ', '-')}.safetensors" if "curve" in row else None,
-        )
-        fitted = time.perf_counter() - begin
-        result[row] = {**measure(connection, test, points), "seconds to fit": fitted}
+        runs = [
+            run(a, b, alignment, row, train, test, recipe, seed, work / f"curve-{pair}", points)
+            for seed in ([100 * pair + k for k in range(curve_seeds)] if "curve" in row else [pair])
+        ]
+        result[row] = {key: statistics.mean(one[key] for one in runs) for key in runs[0]}
+        result[f"{row}, each seed"] = runs
         print(pair, row, json.dumps(result[row]), flush=True)
     path.write_text(json.dumps(result, indent=1))
     return result
@@ -122,6 +159,7 @@ def main() -> None:
     parser.add_argument("--root", required=True, help="folder of the data set")
     parser.add_argument("--work", type=Path, required=True, help="folder for endpoints, curves and numbers")
     parser.add_argument("--pairs", type=int, default=3)
+    parser.add_argument("--curve-seeds", type=int, default=2, help="curves of each kind between each pair")
     parser.add_argument("--points", type=int, default=25)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
@@ -131,7 +169,7 @@ def main() -> None:
     train = train.subset(torch.arange(settings["train_examples"]))  # the first of the files
     pairs = []
     for pair in range(args.pairs):
-        pairs.append(run_pair(pair, train, test, settings, args.work, args.points))
+        pairs.append(run_pair(pair, train, test, settings, args.work, args.points, args.curve_seeds))
         rows = summary(pairs)
         record = {
             "data": args.data,
@@ -141,6 +179,7 @@ def main() -> None:
             "pairs": [[2 * p + 1, 2 * p + 2] for p in range(len(pairs))],
             "settings": {k: v for k, v in settings.items() if k != "model"},
             "points": args.points,
+            "curve seeds": args.curve_seeds,
             "environment": environment(train.device),
             "rows": rows,
             "each pair": pairs,
