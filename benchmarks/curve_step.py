@@ -18,9 +18,10 @@ from timing import environment, interleaved, ratio
 from torch import Tensor, nn
 
 from modeconn import models
-from modeconn.curve_step import CurveStep, stratified_positions, supervised
+from modeconn.curve_step import CurveStep, stratified_positions
 from modeconn.curves import Bezier
 from modeconn.loss import cross_entropy
+from modeconn.objective import supervised
 from modeconn.recipe import Recipe
 from modeconn.weights import WeightSpace, Workspace
 

@@ -13,7 +13,9 @@ profile = connection.evaluate(test)                        # loss and accuracy a
 """
 
 from modeconn._version import __version__
+from modeconn.adversarial import AdversarialExamples
 from modeconn.attacks.pgd import PGD
+from modeconn.attacks.training import TRADES, AdversarialTraining
 from modeconn.comparison import Comparison, compare
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
@@ -47,7 +49,10 @@ __all__ = [
     "PAM",
     "PGD",
     "RULES",
+    "TRADES",
     "ActivationMatching",
+    "AdversarialExamples",
+    "AdversarialTraining",
     "Alignment",
     "BestSwap",
     "Bezier",

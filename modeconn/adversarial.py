@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
@@ -22,7 +23,7 @@ def under_attack(model: nn.Module) -> Iterator[None]:
 
     A network in train mode is attacked as the function that the next update improves: its batch norm uses the batch at
     hand. But no running statistic moves, dropout is off, and so are heads that exist for training alone. A network in
-    eval mode stays as it is. All flags are as before at the end, also after an exception.
+    eval mode stays as it is. Gradients are on, and all flags are as before at the end, also after an exception.
     """
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
@@ -34,7 +35,8 @@ def under_attack(model: nn.Module) -> Iterator[None]:
             module.training = isinstance(module, _BatchNorm)
         for layer in counting:
             layer.track_running_stats = False
-        yield
+        with torch.enable_grad():
+            yield
     finally:
         for layer in counting:
             layer.track_running_stats = True

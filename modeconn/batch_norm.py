@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modeconn.adversarial import AdversarialExamples
 from modeconn.loaders import batches, num_examples
 from modeconn.rng import seeded
 
@@ -40,7 +42,7 @@ def calibration_batches(
     limit: int | None = NUM_EXAMPLES,
     seed: int = 0,
     name: str = "loader",
-) -> list[Any]:
+) -> list[Any] | AdversarialExamples:
     """Read the examples that re-estimate the statistics: once, to be used at every point of a curve.
 
     These are the first examples of one pass, in the order, and with the augmentation, that ``seed`` gives to torch's
@@ -50,15 +52,17 @@ def calibration_batches(
     ones, 67.4% with those of 15,000.)
 
     Args:
-        loader: Training data; batches of any kind.
+        loader: Training data, batches of any kind, or `AdversarialExamples` of it.
         device: Where to put them.
         limit: The number of examples, or None for the whole pass.
         seed: The order of the pass. The caller's random state is left as it was.
         name: What an error message calls the loader.
 
     Returns:
-        Batches. A rest of one example is left out: it has no variance.
+        Batches, or adversarial examples of them. A rest of one example is left out: it has no variance.
     """
+    if isinstance(loader, AdversarialExamples):
+        return replace(loader, loader=calibration_batches(loader.loader, device, limit=limit, seed=seed, name=name))
     if hasattr(loader, "with_"):  # a TensorLoader
         loader = loader.with_(shuffle=True)
     kept: list[Any] = []
@@ -75,7 +79,7 @@ def calibration_batches(
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, data: Iterable[Any], *, forward: Forward | None = None) -> None:
+def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, forward: Forward | None = None) -> None:
     r"""Estimate the running statistics of all batch-norm layers anew, in place.
 
     Every layer normalises with the statistics of the batch at hand, dropout is off, and the moments are pooled over
@@ -91,12 +95,15 @@ def recalibrate(model: nn.Module, data: Iterable[Any], *, forward: Forward | Non
 
     Args:
         model: Its statistics change; parameters, the ``training`` flags, momenta and batch counters do not.
-        data: Batches on the model's device, each of more than one value per channel.
+        data: Batches on the model's device, each of more than one value per channel; or `AdversarialExamples` of them.
         forward: Called with the model and a batch; default ``model(batch[0])``.
     """
     layers = list(norm_layers(model).values())
     if not layers:
         return
+    if isinstance(data, AdversarialExamples):
+        recalibrate(model, data.loader, forward=forward)
+        data = data.of(model)
     with _batch_statistics(model, layers) as calls:
         for batch in data:
             model(batch[0]) if forward is None else forward(model, batch)

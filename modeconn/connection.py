@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn import checkpoint
+from modeconn.adversarial import AdversarialExamples
 from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
 from modeconn.batch_norm import recalibrate as recalibrate_statistics
 from modeconn.curves import CURVES, Curve, Line
@@ -97,7 +98,7 @@ class Connection:
         self.history = history
         self.training = training or TrainingData()
         self._template = copy.deepcopy(template).eval()
-        self._calibration: dict[int | None, list[Any]] = {}
+        self._calibration: dict[int | None, Any] = {}
 
     @classmethod
     def straight_between(cls, model_a: nn.Module, model_b: nn.Module, **kwargs: Any) -> Connection:
@@ -134,7 +135,7 @@ class Connection:
         self,
         t: float,
         *,
-        recalibrate: Iterable[Any] | None = None,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
         recalibration_examples: int | None = NUM_EXAMPLES,
         repair: bool = False,
     ) -> nn.Module:
@@ -142,8 +143,9 @@ class Connection:
 
         Args:
             t: Position in [0, 1].
-            recalibrate: Training data that batch norm is recalibrated on. Default: between the ends, the fit's
-                training loader; at the ends, which have statistics of their own, nothing is recalibrated.
+            recalibrate: Training data that batch norm is recalibrated on, or `AdversarialExamples` of it. Default:
+                between the ends, the fit's training loader; at the ends, which have statistics of their own, nothing
+                is recalibrated.
             recalibration_examples: How many examples of it to use, None for all.
             repair: Without batch norm, give every pre-activation between the ends the interpolation of their means and
                 standard deviations on that data, see `modeconn.repair`. With batch norm, recalibration does.
@@ -163,7 +165,7 @@ class Connection:
         loader: Iterable[Any],
         *,
         num_points: int = 61,
-        recalibrate: Iterable[Any] | None = None,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
         recalibration_examples: int | None = NUM_EXAMPLES,
         repair: bool = False,
         loss_fn: LossFn | None = None,
@@ -177,7 +179,8 @@ class Connection:
         Args:
             loader: Data to measure on; it is never what batch norm is recalibrated on, unless you say so.
             num_points: How many points, both ends included.
-            recalibrate: Training data for batch norm; default the fit's training loader.
+            recalibrate: Training data for batch norm, or `AdversarialExamples` of it; default the fit's training
+                loader.
             recalibration_examples: How many examples of it to use, None for all.
             repair: Whether to repair the networks between the ends where there is no batch norm, see `model_at`.
             loss_fn: Default that of the fit, or cross entropy.
@@ -290,7 +293,7 @@ class Connection:
         self,
         meter: Meter,
         t: Tensor,
-        calibration: list[Any],
+        calibration: list[Any] | AdversarialExamples,
         ends: tuple[Statistics, ...] | None,
         *,
         progress: bool,
@@ -312,7 +315,7 @@ class Connection:
         model: nn.Module,
         t: float,
         theta: Tensor,
-        calibration: list[Any],
+        calibration: list[Any] | AdversarialExamples,
         ends: tuple[Statistics, ...] | None = None,
     ) -> None:
         """Make ``model`` the network at ``t``, of weights ``theta``."""
@@ -333,10 +336,14 @@ class Connection:
             found.append(measure(model, calibration, forward=self.training.forward))
         return tuple(found)
 
-    def _calibration_data(self, loader: Iterable[Any] | None, limit: int | None, repair: bool) -> list[Any]:
+    def _calibration_data(
+        self, loader: Iterable[Any] | AdversarialExamples | None, limit: int | None, repair: bool
+    ) -> list[Any] | AdversarialExamples:
         """Return the batches to recalibrate or repair on; none for a model that needs neither."""
         if not (repair or norm_layers(self._template)):
             return []
+        if isinstance(loader, AdversarialExamples) and not norm_layers(self._template):
+            raise ValueError("repair knows clean data alone: pass recalibrate= a plain loader.")
         if loader is not None:
             return calibration_batches(loader, self.device, limit=limit, name="recalibrate")
         if self.training.loader is None:

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from modeconn.curves import Curve, mix
 from modeconn.evaluate import Objective
-from modeconn.loss import LossFn, check_targets
 from modeconn.recipe import Recipe
 from modeconn.weights import Workspace
 
@@ -30,19 +29,6 @@ def stratified_positions(seed: int, block: int) -> Tensor:
     """
     random = np.random.default_rng([seed, block])
     return torch.from_numpy((random.permutation(BLOCK) + random.random(BLOCK)) / BLOCK)
-
-
-def supervised(loss_fn: LossFn, *, check: bool = False) -> Objective:
-    """Return ``forward(model, batch) -> loss`` for ``(inputs, targets)``; with ``check``, targets must be classes."""
-
-    def forward(model: nn.Module, batch: Any) -> Tensor:
-        inputs, targets = batch
-        outputs = model(inputs)
-        if check:
-            check_targets(outputs, targets)
-        return loss_fn(outputs, targets)
-
-    return forward
 
 
 class CurveStep:

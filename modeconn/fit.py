@@ -14,6 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn import checkpoint as files
+from modeconn.adversarial import Attack
+from modeconn.attacks.training import Adversary, adversary_of
 from modeconn.checkpoint import Checkpoint
 from modeconn.connection import (
     Connection,
@@ -23,11 +25,12 @@ from modeconn.connection import (
     saved_permutation,
     warn_about_buffers,
 )
-from modeconn.curve_step import CurveStep, supervised
+from modeconn.curve_step import CurveStep
 from modeconn.curves import Bezier, Curve, Line
 from modeconn.evaluate import Objective
 from modeconn.loaders import check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
+from modeconn.objective import objectives
 from modeconn.recipe import Recipe
 from modeconn.refinement.exact import descend
 from modeconn.refinement.pam import PAM, Refinement
@@ -53,6 +56,7 @@ def fit_curve(
     curve: Curve = _QUADRATIC,
     recipe: Recipe = _RECIPE,
     refine: PAM | None = None,
+    adversary: Adversary | Attack | None = None,
     loss_fn: LossFn = cross_entropy,
     forward: Objective | None = None,
     spec: Any = None,
@@ -80,13 +84,16 @@ def fit_curve(
         curve: The family of curves to learn from; `Line()` learns nothing.
         recipe: Epochs, optimizer, schedule, weight decay, autocast, compile.
         refine: `PAM()` to improve the relabelling and the curve together, by turns, from where ``align`` starts.
+        adversary: An attack, such as `PGD(8 / 255, 2 / 255, 5)`, or `AdversarialTraining` or `TRADES` with one: each
+            batch is attacked at the t at which the step is made. Evaluation recalibrates batch norm on clean data
+            even so, unless ``recalibrate=`` are `AdversarialExamples`.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         forward: ``forward(model, batch) -> loss`` in its place, for batches of any other kind.
         spec: Symmetries of the architecture, if known.
         example_input: An input of the models, for finding their symmetries without a loader.
         checkpoint: A file, or a `Checkpoint` that also says how often to write it. If it exists, the run goes on from
             it and ends with the same bits as one that was never interrupted, on the same machine and versions.
-        seed: For t, data order, augmentation and dropout. The caller's random state is left as it was.
+        seed: For t, data order, augmentation, dropout and attacks. The caller's random state is left as it was.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -107,6 +114,9 @@ def fit_curve(
     training = TrainingData(loader, loss_fn, forward)
     if refine is not None:
         refine.check(curve, recipe, loader)
+    forwards = objectives(loss_fn, forward, adversary)
+    if adversary is not None:
+        _check_adversary(adversary, refine, loader)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
         checkpoint = Checkpoint(checkpoint)
     if loader is None:
@@ -120,7 +130,9 @@ def fit_curve(
         if loader is not None:
             check_loader(loader) if forward is None else first_batch(loader)
         settings = (
-            _settings(space, (model_a, model_b), align, curve, recipe, refine, training, seed) if checkpoint else {}
+            _settings(space, (model_a, model_b), align, curve, recipe, refine, adversary, training, seed)
+            if checkpoint
+            else {}
         )
         saved = _read(checkpoint.path, settings) if checkpoint else None
         if saved is None:
@@ -141,7 +153,7 @@ def fit_curve(
                 keeper = _keeper(checkpoint, settings, permutation) if checkpoint else None
                 refinement = Refinement(refine, permutation, step, training, recipe, seed=seed) if refine else None
                 history = _learn(
-                    step, recipe, training, refinement, seed=seed, keeper=keeper, saved=saved, progress=progress
+                    step, recipe, loader, forwards, refinement, seed=seed, keeper=keeper, saved=saved, progress=progress
                 )
                 permutation = refinement.permutation if refinement else permutation
             relabelled = model_b if permutation is None else permutation.apply(model_b)
@@ -152,7 +164,8 @@ def fit_curve(
 def _learn(
     step: CurveStep,
     recipe: Recipe,
-    training: TrainingData,
+    loader: Iterable[Any],
+    forwards: tuple[Objective, Objective],
     refinement: Refinement | None,
     *,
     seed: int,
@@ -163,16 +176,12 @@ def _learn(
     """Move the control points of ``step`` to low loss, from where a checkpoint stood if there is one."""
     if refinement and not step.curve.num_trained:
         return refinement.relabel_only(recipe.epochs)
-    forward = training.forward
-    first, later = (
-        (forward, forward) if forward else (supervised(training.loss_fn, check=check) for check in (True, False))
-    )
     with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
         run = Run(
             step,
-            training.loader,
+            loader,
             recipe,
-            (first, later),
+            forwards,
             seed=seed,
             keeper=keeper,
             refinement=refinement,
@@ -181,6 +190,13 @@ def _learn(
         if saved is not None:
             run.resume(*saved)
         return run.train()
+
+
+def _check_adversary(adversary: Adversary | Attack, refine: PAM | None, loader: Iterable[Any] | None) -> None:
+    if loader is None:
+        raise ValueError(f"{adversary!r} attacks training data, so fit_curve needs it: pass loader=.")
+    if refine is not None:
+        raise ValueError(f"{refine!r} moves units by the clean loss, so it does not go with {adversary!r}.")
 
 
 def _find_permutation(
@@ -238,6 +254,7 @@ def _settings(
     curve: Curve,
     recipe: Recipe,
     refine: PAM | None,
+    adversary: Adversary | Attack | None,
     training: TrainingData,
     seed: int,
 ) -> dict[str, Any]:
@@ -250,6 +267,7 @@ def _settings(
         "loss": files.describe(training.forward or training.loss_fn),
         "seed": seed,
         "refine": repr(refine),
+        "adversary": None if adversary is None else repr(adversary_of(adversary)),
         "align": _describe_alignment(align),
         **{f"the digest of network {name}": digest(model) for name, model in zip("ab", models, strict=True)},
     }

@@ -4,15 +4,21 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from modeconn.adversarial import AdversarialExamples, Attack
+from modeconn.attacks.training import Adversary
+from modeconn.batch_norm import calibration_batches, norm_layers
+from modeconn.batch_norm import recalibrate as recalibrate_statistics
+from modeconn.evaluate import Objective
 from modeconn.loaders import batches, check_loader, first_batch
-from modeconn.loss import LossFn, check_targets, cross_entropy
+from modeconn.loss import LossFn, cross_entropy
+from modeconn.objective import objectives
 from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe, one_cycle
 from modeconn.rng import seeded
@@ -33,7 +39,9 @@ def train(
     *,
     recipe: Recipe = _DEFAULT_RECIPE,
     loss_fn: LossFn = cross_entropy,
-    forward: Callable[[nn.Module, Any], Tensor] | None = None,
+    forward: Objective | None = None,
+    adversary: Adversary | Attack | None = None,
+    recalibrate: Iterable[Any] | AdversarialExamples | bool | None = None,
     seed: int = 0,
     progress: bool = False,
 ) -> M:
@@ -51,7 +59,12 @@ def train(
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the examples of the batch.
         forward: ``forward(model, batch) -> loss``, replaces the reading of a batch as ``(inputs, targets)``; then
             ``loss_fn`` is not used.
-        seed: Of batch order, augmentation and dropout.
+        adversary: An attack to train against, such as `PGD(8 / 255, 2 / 255, 5)`, which means `AdversarialTraining` on
+            its examples alone; or `AdversarialTraining` with a share of clean ones, or `TRADES`.
+        recalibrate: Training data, or `AdversarialExamples` of it, on which batch norm's statistics are estimated anew
+            at the end, 2,048 examples; True for those of ``loader``; False to keep the running statistics of the
+            batches trained on, adversarial ones among them. Default: True with an adversary, else False.
+        seed: Of batch order, augmentation, dropout and attacks.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -59,7 +72,8 @@ def train(
 
     Raises:
         ValueError: If the loader is empty, can be read only once or does not yield pairs, if a target is none of the
-            model's classes (noticed in the first epoch), or if the model has nothing to train.
+            model's classes (noticed in the first epoch), if the model has nothing to train, or if inputs are none
+            that the adversary can attack.
         FloatingPointError: If the loss became infinite or NaN; noticed at the end of the epoch.
 
     Example:
@@ -73,12 +87,17 @@ def train(
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")
-    device = parameters[0].device
+    device, forwards = parameters[0].device, objectives(loss_fn, forward, adversary)
 
     with seeded(seed, device):
         num_batches = count_batches(loader, any_batch=forward is not None)
     with seeded(seed, device):
-        _Training(trained, parameters, recipe, loss_fn, forward).run(loader, num_batches, progress=progress)
+        _Training(trained, parameters, recipe, forwards).run(loader, num_batches, progress=progress)
+    if recalibrate is None:
+        recalibrate = adversary is not None
+    if recalibrate is not False and norm_layers(trained):
+        data = calibration_batches(loader if recalibrate is True else recalibrate, device)
+        recalibrate_statistics(trained, data, forward=forward)
     return trained.eval()
 
 
@@ -99,12 +118,10 @@ class _Training:
         model: nn.Module,
         parameters: list[nn.Parameter],
         recipe: Recipe,
-        loss_fn: LossFn,
-        forward: Callable[[nn.Module, Any], Tensor] | None,
+        forwards: tuple[Objective, Objective],
     ) -> None:
         self.recipe = recipe
-        self.loss_fn = loss_fn
-        self.forward = forward
+        self.forwards = forwards
         self.runner = torch.compile(model) if recipe.compile else model
         self.optimizer = recipe.make_optimizer(parameters, weight_decay=recipe.weight_decay)
         self.device = parameters[0].device
@@ -116,29 +133,20 @@ class _Training:
             losses = []
             for step, batch in enumerate(batches(loader, self.device)):
                 self.recipe.set_learning_rate(self.optimizer, epoch + step / num_batches)
-                losses.append(self._step(batch, check=epoch == 0))
+                losses.append(self._step(batch, self.forwards[epoch > 0]))
             mean = self._mean_loss(torch.stack(losses), epoch)
             logger.info("epoch %d of %d: training loss %.4f", epoch + 1, self.recipe.epochs, mean)
             bar.set_postfix(loss=f"{mean:.4f}")
         self.optimizer.zero_grad()
 
-    def _step(self, batch: Any, *, check: bool) -> Tensor:
+    def _step(self, batch: Any, forward: Objective) -> Tensor:
         self.optimizer.zero_grad()
         with torch.autocast(self.device.type, self.recipe.autocast, enabled=self.recipe.autocast is not None):
-            loss = self._loss(batch, check)
+            loss = forward(self.runner, batch)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)
         self.scaler.update()
         return loss.detach()
-
-    def _loss(self, batch: Any, check: bool) -> Tensor:
-        if self.forward is not None:
-            return self.forward(self.runner, batch)
-        inputs, targets = batch
-        outputs = self.runner(inputs)
-        if check:
-            check_targets(outputs, targets)
-        return self.loss_fn(outputs, targets)
 
     def _mean_loss(self, losses: Tensor, epoch: int) -> float:
         """Return the mean; an epoch's losses are looked at together, since each look makes an accelerator wait."""

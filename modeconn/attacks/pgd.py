@@ -114,7 +114,7 @@ class PGD:
         if self.eps == 0:
             return x
         x, generator = x.detach(), self._generator(x.device)
-        with under_attack(model), torch.enable_grad():
+        with under_attack(model):
             found = self._attack(model, x, y, generator)
             if self.num_restarts > 1:
                 losses = self._losses(model, found, y)
@@ -150,7 +150,7 @@ class PGD:
         """Return what each example's loss is, ``(N,)``, negated if the attack lowers it."""
         with torch.no_grad():
             outputs = model(x_adv)
-            alone = tuple(o[:, None] for o in outputs) if isinstance(outputs, (tuple, list)) else outputs[:, None]
+            alone: Any = tuple(o[:, None] for o in outputs) if isinstance(outputs, (tuple, list)) else outputs[:, None]
             losses = torch.func.vmap(self.loss_fn)(alone, y[:, None])
         return -losses if self.targeted else losses
 
@@ -177,7 +177,7 @@ class PGD:
             )
 
     def __repr__(self) -> str:
-        """Name what was set, eps and step in units of 1/255 where they are whole."""
+        """Name what was set, numbers in units of 1/255 where that is shorter."""
         shown = [
             f"{field.name}={_show(getattr(self, field.name))}"
             for field in fields(self)
@@ -189,9 +189,8 @@ class PGD:
 def _show(value: Any) -> str:
     if callable(value):
         return describe(value)
-    if isinstance(value, float) and 0 < value <= 1 and round(value * 255) / 255 == value:
-        return f"{round(value * 255)}/255"
-    return repr(value)
+    levels = round(value * 255) if isinstance(value, float) else 0
+    return min(repr(value), f"{levels}/255", key=len) if levels and levels / 255 == value else repr(value)
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,140 @@
+"""Losses of networks under attack: what adversarial training lowers in place of the loss on clean examples."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+import math
+from dataclasses import dataclass, replace
+from typing import Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeconn.adversarial import Attack, under_attack
+from modeconn.attacks.pgd import PGD
+from modeconn.checkpoint import describe
+from modeconn.loss import LossFn, main_output
+
+
+@runtime_checkable
+class Adversary(Protocol):
+    """A way to train against an attack."""
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn) -> Tensor:
+        """Return what training lowers, a mean over examples, for ``loss_fn(outputs, targets)``."""
+        ...
+
+
+@dataclass(frozen=True, repr=False)
+class AdversarialTraining:
+    r"""Lower the loss on adversarial examples of the network at hand (Madry et al., 2018).
+
+    .. math:: (1 - w) \max_{\lVert \delta \rVert \le \epsilon} L(x + \delta) + w \, L(x)
+
+    ``adversary=PGD(...)`` means ``AdversarialTraining(PGD(...))``. The attack sees the network as `PGD` says:
+    batch norm with the statistics of the batch, as the update does, dropout off, running statistics unmoved.
+
+    Args:
+        attack: ``attack(model, x, y) -> x_adv``.
+        clean_weight: :math:`w`, the share of clean examples in the loss, in [0, 1); 0 is Madry's objective, 1/2 that of
+            Goodfellow et al. Where it is positive, clean and adversarial examples take one pass each.
+
+    Raises:
+        ValueError: If the share is out of range.
+
+    References:
+        Madry et al., 2018, https://arxiv.org/abs/1706.06083; Goodfellow et al., 2015, https://arxiv.org/abs/1412.6572
+    """
+
+    attack: Attack
+    clean_weight: float = 0.0
+
+    def __post_init__(self) -> None:
+        if not 0 <= self.clean_weight < 1:
+            raise ValueError(
+                f"clean_weight must lie in [0, 1), got clean_weight={self.clean_weight}. Without adversary= "
+                f"training is clean."
+            )
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn) -> Tensor:
+        """Return the loss of the mixture."""
+        with under_attack(model):
+            moved = self.attack(model, inputs, targets)
+        loss = loss_fn(model(moved), targets)
+        if not self.clean_weight:
+            return loss
+        return torch.lerp(loss, loss_fn(model(inputs), targets), self.clean_weight)
+
+    def __repr__(self) -> str:
+        """Name the attack so that two runs with the same one agree, in whatever process."""
+        is_function = inspect.isroutine(self.attack) or isinstance(self.attack, functools.partial)
+        attack = describe(self.attack) if is_function else repr(self.attack)
+        share = f", clean_weight={self.clean_weight}" if self.clean_weight else ""
+        return f"AdversarialTraining({attack}{share})"
+
+
+@dataclass(frozen=True)
+class TRADES:
+    r"""Lower the clean loss, and how far an attack can move the network's answers (Zhang et al., 2019).
+
+    .. math:: L(x) + \beta \max_{\lVert \delta \rVert \le \epsilon} \mathrm{KL}(p(x) \,\|\, p(x + \delta))
+
+    The attack raises the divergence from the clean answers, so it does not read targets. Clean and adversarial
+    examples take one pass each.
+
+    Args:
+        attack: A `PGD` with a random start, since the divergence has no slope at ``x``; its ``loss_fn`` is replaced.
+        beta: The weight of the divergence, positive.
+
+    Raises:
+        ValueError: If ``attack`` has no random start, leads to targets, or is no `PGD`, or ``beta`` is not positive.
+
+    References:
+        Zhang et al., 2019, https://arxiv.org/abs/1901.08573
+    """
+
+    attack: PGD
+    beta: float = 6.0
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.attack, PGD):
+            raise ValueError(
+                f"TRADES chooses what its attack raises, so the attack must be a PGD, got {self.attack!r}."
+            )
+        if not self.attack.random_start or self.attack.targeted:
+            raise ValueError(f"the attack of TRADES must have a random start and no targets, got {self.attack!r}.")
+        if not 0 < self.beta < math.inf:
+            raise ValueError(f"beta must be positive and finite, got beta={self.beta}.")
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn) -> Tensor:
+        """Return clean loss and weighted divergence."""
+        with under_attack(model):
+            with torch.no_grad():
+                answers = _log_probabilities(model(inputs))
+            moved = replace(self.attack, loss_fn=_divergence)(model, inputs, answers)
+        outputs = model(inputs)
+        return loss_fn(outputs, targets) + self.beta * _divergence(model(moved), _log_probabilities(outputs))
+
+
+def adversary_of(adversary: Adversary | Attack) -> Adversary:
+    """Return the way to train that ``adversary=`` means: itself, or for an attack that of Madry et al.
+
+    Raises:
+        ValueError: If it is neither.
+    """
+    if isinstance(adversary, Adversary):
+        return adversary
+    if not callable(adversary):
+        raise ValueError(f"adversary must be an attack, AdversarialTraining(...) or TRADES(...), got {adversary!r}.")
+    return AdversarialTraining(adversary)
+
+
+def _log_probabilities(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+    return main_output(outputs).log_softmax(1)
+
+
+def _divergence(outputs: Tensor | tuple[Tensor, ...], answers: Tensor) -> Tensor:
+    """Return the mean over examples of the divergence of ``outputs`` from log probabilities ``answers``, ``(N, C)``."""
+    return F.kl_div(_log_probabilities(outputs), answers, reduction="batchmean", log_target=True)
