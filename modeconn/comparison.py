@@ -2,13 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import csv
-import hashlib
 import io
 import json
 import os
-import re
 import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence
@@ -32,6 +29,8 @@ from modeconn.matching.alignment import find_spec
 from modeconn.memory import peak_memory
 from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe
+from modeconn.records import Records
+from modeconn.records import key as record_key
 from modeconn.rng import seeded
 from modeconn.symmetry import Permutation, PermutationSpec
 from modeconn.table import html_table, table
@@ -233,13 +232,13 @@ def compare(
         about = [files.describe(loss_fn), curve, recipe, num_points, repair, seed]
         about += [digest(part for part in check_loader(data) if isinstance(part, Tensor)) for data in (loader, test)]
     trial = _Trial(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)
-    known = _Records(checkpoint)
+    known = Records(checkpoint)
     records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
     bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
     for number, (a, b) in enumerate(pairs):
         baselines: dict[str, Method] = {"identity": _Identity(), "random": _Random(seed + number)}
         for row, method in {**baselines, **named}.items():
-            key = _key(*about, method, digest(a), digest(b))
+            key = record_key(*about, method, digest(a), digest(b))
             if key not in known:
                 known.add(key, trial.run(method, a, b))
             records[row].append(known[key])
@@ -322,43 +321,6 @@ class _Random:
 
     def match(self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Any) -> Match:
         return Match(spec.random(torch.Generator().manual_seed(self.seed)))
-
-
-class _Records:
-    """Finished measurements by key, in memory and, if there is a path, in a file that only grows."""
-
-    def __init__(self, path: str | os.PathLike[str] | None) -> None:
-        self._path = None if path is None else Path(path)
-        self._known: dict[str, _Record] = {}
-        if self._path is not None:
-            files.check_writable(self._path)
-            if self._path.exists():
-                self._read(self._path)
-
-    def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the line at which a process was killed
-                self._known |= json.loads(line)
-
-    def __contains__(self, key: str) -> bool:
-        return key in self._known
-
-    def __getitem__(self, key: str) -> _Record:
-        return self._known[key]
-
-    def add(self, key: str, record: _Record) -> None:
-        self._known[key] = record
-        if self._path is not None:
-            with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps({key: record})}")  # a line break first: the last line may be a broken one
-                file.flush()
-                os.fsync(file.fileno())
-
-
-def _key(*parts: Any) -> str:
-    """Return a digest of what makes a measurement what it is; where an object lies in memory is no part of that."""
-    text = "\n".join(re.sub(" at 0x[0-9a-f]+", "", str(part)) for part in parts)
-    return hashlib.sha256(text.encode()).hexdigest()[:32]
 
 
 def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method]:

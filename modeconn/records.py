@@ -1,0 +1,58 @@
+"""Finished measurements, kept in a file so that a long evaluation goes on where it was stopped."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+from modeconn import checkpoint
+
+
+class Records:
+    """Records by key, in memory and, if there is a path, in a file that only grows: one line of JSON each.
+
+    Args:
+        path: The file, whose records are read if it exists; None keeps records in memory alone.
+
+    Raises:
+        OSError: If the file cannot be written.
+    """
+
+    def __init__(self, path: str | os.PathLike[str] | None) -> None:
+        self._path = None if path is None else Path(path)
+        self._known: dict[str, dict[str, Any]] = {}
+        if self._path is not None:
+            checkpoint.check_writable(self._path)
+            if self._path.exists():
+                self._read(self._path)
+
+    def _read(self, path: Path) -> None:
+        for line in path.read_text(encoding="utf-8").splitlines():
+            with contextlib.suppress(json.JSONDecodeError):  # the line at which a process was killed
+                self._known |= json.loads(line)
+
+    def __contains__(self, key: str) -> bool:
+        return key in self._known
+
+    def __getitem__(self, key: str) -> dict[str, Any]:
+        return self._known[key]
+
+    def add(self, key: str, record: dict[str, Any]) -> None:
+        """Keep a record, also on disk before this returns."""
+        self._known[key] = record
+        if self._path is not None:
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(f"\n{json.dumps({key: record})}")  # a line break first: the last line may be a broken one
+                file.flush()
+                os.fsync(file.fileno())
+
+
+def key(*parts: Any) -> str:
+    """Return a digest of what makes a measurement what it is; where an object lies in memory is no part of that."""
+    text = "\n".join(re.sub(" at 0x[0-9a-f]+", "", str(part)) for part in parts)
+    return hashlib.sha256(text.encode()).hexdigest()[:32]
