@@ -279,6 +279,45 @@ def test_evaluation_recalibrates_on_clean_data_unless_asked_otherwise(tmp_path):
     torch.testing.assert_close(profiles[0].own_loss, profiles[1].own_loss)
 
 
+# ---------------------------------------------------------------- alignment
+
+
+def test_networks_are_aligned_on_their_own_adversarial_examples():
+    """Each network is attacked by itself; so a relabelled copy, which the same attack moves alike, is recovered."""
+    model = CASE["residual"].make(0).train()
+    loader = list(pixels(48).with_(batch_size=24))
+    spec = modeconn.discover(model, loader[0][0])
+    planted = spec.random(torch.Generator().manual_seed(0))
+    attacked, state, before = [], copy.deepcopy(model.state_dict()), torch.get_rng_state()
+
+    def attack(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        assert not any(module.training for module in model.modules())
+        attacked.append((model, len(x), y))
+        return ATTACK(model, x, y)
+
+    method = modeconn.ActivationMatching(adversary=attack, num_examples=30)
+    other = planted.apply(model)
+    found = modeconn.align(model, other, loader, method=method, spec=spec)
+    assert found.permutation @ planted == spec.identity()
+    assert all(after > 0.999 for _, after in found.correlation.values())
+    assert [(m is model, size) for m, size, _ in attacked] == [(True, 24), (False, 24), (True, 6), (False, 6)]
+    assert torch.equal(attacked[-1][2], loader[1][1][:6])
+    assert model.training and torch.equal(torch.get_rng_state(), before)
+    assert all(torch.equal(state[name], value) for name, value in model.state_dict().items())
+
+
+def test_correlations_on_adversarial_examples_are_those_of_their_activations():
+    a, b = (CASE["mlp"].make(seed) for seed in (0, 1))
+    x, y = next(iter(pixels()))
+    attack = replace(ATTACK, seed=1)
+    method = modeconn.ActivationMatching(adversary=attack)
+    found = modeconn.align(a, b, [(x, y)], method=method)
+    ((before, _),) = found.correlation.values()
+    units = [model[:3](attack(model, x, y)).detach().double().T for model in (a, b)]
+    pairs = torch.corrcoef(torch.cat(units))[:8, 8:].diagonal()
+    torch.testing.assert_close(before, float(pairs.nan_to_num().mean()), rtol=0, atol=1e-5)
+
+
 # ---------------------------------------------------------------- bad input
 
 
@@ -315,5 +354,9 @@ def test_what_an_adversary_does_not_go_with_is_an_error():
         modeconn.fit_curve(a, b, adversary=ATTACK)
     with pytest.raises(ValueError, match=r"PAM\(.* moves units by the clean loss, so it does not go with PGD"):
         modeconn.fit_curve(a, b, loader, refine=modeconn.PAM(), adversary=ATTACK)
+    with pytest.raises(ValueError, match="adversary must be an attack, such as PGD"):
+        modeconn.ActivationMatching(adversary=TRADES(ATTACK))
+    with pytest.raises(ValueError, match="its first batch is one Tensor"):
+        modeconn.align(a, b, [next(iter(loader))[0]], method=modeconn.ActivationMatching(adversary=ATTACK))
     with pytest.raises(ValueError, match="repair knows clean data alone"):
         Connection.straight_between(a, b).model_at(0.5, repair=True, recalibrate=AdversarialExamples(loader, ATTACK))

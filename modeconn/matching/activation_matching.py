@@ -9,6 +9,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from modeconn.adversarial import Attack
+from modeconn.loaders import check_loader
 from modeconn.matching.assignment import match_groups
 from modeconn.matching.method import Match, correlations
 from modeconn.matching.statistics import Moments, collect
@@ -28,6 +30,8 @@ class ActivationMatching:
         pre_activation: Read units before their elementwise nonlinearity instead of after it.
         statistic: "correlation" (Pearson's); "cosine", not centred; or "inner_product", which minimises
             :math:`\sum_i \|X_a[i] - X_b[\pi(i)]\|^2`, the Wasserstein-2 distance between the two layers' units.
+        adversary: An attack, such as `PGD(8 / 255, 2 / 255, 5)`: units are then compared on adversarial examples, each
+            network's own, for both from the same random numbers. The loader must yield ``(inputs, targets)``.
 
     References:
         Tatro et al., 2020, https://arxiv.org/abs/2009.02439; Li et al., 2016, https://arxiv.org/abs/1511.07543
@@ -39,6 +43,7 @@ class ActivationMatching:
     num_examples: int | None = 10_000
     pre_activation: bool = False
     statistic: Literal["correlation", "cosine", "inner_product"] = "correlation"
+    adversary: Attack | None = None
 
     def __post_init__(self) -> None:
         if self.num_examples is not None and self.num_examples < 2:
@@ -47,6 +52,8 @@ class ActivationMatching:
             raise ValueError(
                 f"statistic must be 'correlation', 'cosine' or 'inner_product', got statistic={self.statistic!r}."
             )
+        if self.adversary is not None and not callable(self.adversary):
+            raise ValueError(f"adversary must be an attack, such as PGD(...), got {self.adversary!r}.")
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
@@ -56,6 +63,8 @@ class ActivationMatching:
             raise ValueError(
                 "ActivationMatching compares activations, so it needs data: pass loader=, or use WeightMatching()."
             )
+        if self.adversary is not None:
+            check_loader(loader)
         moments = collect(
             spec,
             model_a,
@@ -63,6 +72,7 @@ class ActivationMatching:
             loader,
             num_examples_at_most=self.num_examples,
             before_activation=self.pre_activation,
+            adversary=self.adversary,
         )
         similarities = {name: self._similarity(m) for name, m in moments.items()}
         permutation = match_groups(spec, similarities)

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
+from modeconn.adversarial import Attack, attacked_in_eval_mode
 from modeconn.loaders import batches, num_examples
 from modeconn.symmetry.discover import traces_of
 from modeconn.symmetry.graph import Example
@@ -205,20 +206,28 @@ def collect(
     *,
     num_examples_at_most: int | None,
     before_activation: bool,
+    adversary: Attack | None = None,
 ) -> dict[str, Moments]:
-    """Run both networks in eval mode over the same data and return the moments of every group that is summed over."""
+    """Run both networks in eval mode over the same data and return the moments of every group that is summed over.
+
+    With an adversary, ``(inputs, targets)`` become each network's own adversarial examples first.
+    """
     device = next(model_a.parameters()).device
     data = batches(loader.with_(augment=(), shuffle=False) if hasattr(loader, "with_") else loader, device)
     moments: dict[str, Moments] = {}
     trace, chosen, seen = None, {}, 0
-    for batch in data:
+    for number, batch in enumerate(data):
         inputs = inputs_of(batch)
         if trace is None:
             trace, chosen = _where_to_read(spec, traces_of(spec, model_a, inputs), before_activation)
         room = math.inf if num_examples_at_most is None else num_examples_at_most - seen
         inputs = _first(inputs, room)
         seen += num_examples(inputs)
-        for node, a, b in _in_step(trace, model_a, model_b, Example.of(inputs)):
+        own = [inputs, inputs]
+        if adversary is not None:
+            targets = _first(batch[1], room)
+            own = [attacked_in_eval_mode(adversary, m, inputs, targets, seed=number) for m in (model_a, model_b)]
+        for node, a, b in _in_step(trace, model_a, model_b, *map(Example.of, own)):
             for group in chosen.get(node, ()):
                 _add(spec, moments, group, trace.axes[node], a, b)
         if num_examples_at_most is not None and seen >= num_examples_at_most:
@@ -252,9 +261,14 @@ def _first(inputs: Any, count: float) -> Any:
     return tuple(_first(value, count) for value in inputs)
 
 
-def _in_step(trace: Trace, model_a: nn.Module, model_b: nn.Module, example: Example) -> Iterator[tuple]:
-    trace.graph.check_batch(example)
-    runs = [trace.graph.run(_state(model), example, running_statistics=True) for model in (model_a, model_b)]
+def _in_step(
+    trace: Trace, model_a: nn.Module, model_b: nn.Module, example_a: Example, example_b: Example
+) -> Iterator[tuple]:
+    trace.graph.check_batch(example_a)
+    runs = [
+        trace.graph.run(_state(model), example, running_statistics=True)
+        for model, example in ((model_a, example_a), (model_b, example_b))
+    ]
     for (node, a), (_, b) in zip(*runs, strict=True):
         yield node, a, b
 
