@@ -508,3 +508,4 @@ def test_compare_says_what_is_missing(folder, tmp_path, words, message):
 def test_a_method_may_start_from_another_one():
     expected = modeconn.WeightMatching(seed=2, start=modeconn.ActivationMatching())
     assert parse.method("weight:seed=2,start=activation") == expected
+    assert parse.method("sinkhorn:steps=9,start=weight") == modeconn.Sinkhorn(steps=9, start=modeconn.WeightMatching())

@@ -428,7 +428,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="JSON file; a CSV file is written beside it.")],
     method: Annotated[
         list[str],
-        typer.Option(help="activation[:KEY=VALUE,...], weight[:...]: a row each; may be repeated."),
+        typer.Option(help=f"{', '.join(parse.METHODS)}, each [:KEY=VALUE,...]: a row each; may be repeated."),
     ] = ["activation", "weight"],  # noqa: B006  # typer reads it and copies it
     points: Annotated[int, typer.Option(min=2, help="How many networks to measure on each connection.")] = 25,
     repair: Annotated[bool, typer.Option(help="Whether to measure repaired (or recalibrated) lines too.")] = True,

@@ -17,14 +17,32 @@ from typing import Any
 import torch
 from torch import nn
 
-from modeconn import ActivationMatching, Bezier, Line, Permutation, PolyChain, WeightMatching, models, recipe
+from modeconn import (
+    ActivationMatching,
+    Bezier,
+    Line,
+    Permutation,
+    PolyChain,
+    Sinkhorn,
+    StraightThrough,
+    TransportMatching,
+    WeightMatching,
+    models,
+    recipe,
+)
 from modeconn.curves import Curve
 from modeconn.data import TensorLoader
 from modeconn.matching import Method
 from modeconn.rng import seeded
 
 CURVES = {"line": Line, "bezier": Bezier, "polychain": PolyChain}
-METHODS = {"activation": ActivationMatching, "weight": WeightMatching}
+METHODS = {
+    "activation": ActivationMatching,
+    "weight": WeightMatching,
+    "transport": TransportMatching,
+    "sinkhorn": Sinkhorn,
+    "straight_through": StraightThrough,
+}
 SCHEDULES = {one.__name__: one for one in (recipe.piecewise_linear, recipe.halving, recipe.one_cycle, recipe.constant)}
 OPTIMIZERS = {
     name.lower(): value
