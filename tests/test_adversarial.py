@@ -15,6 +15,7 @@ import modeconn
 from modeconn import PGD, TRADES, AdversarialExamples, AdversarialTraining, Bezier, Connection, data, models
 from modeconn.attacks.training import adversary_of
 from modeconn.batch_norm import calibration_batches, recalibrate
+from modeconn.cli import parse
 from modeconn.curve_step import CurveStep
 from modeconn.data import TensorLoader
 from modeconn.loss import cross_entropy
@@ -25,6 +26,7 @@ from modeconn.weights import WeightSpace, Workspace
 from tests import test_resume
 from tests.cases import CASE, same_bits
 from tests.resume_worker import RECIPE, fit
+from tests.test_cli import run
 
 ATTACK = PGD(0.2, 0.1, 2)
 FEW = Recipe(epochs=2, optimizer=partial(torch.optim.SGD, lr=0.1), schedule=constant, weight_decay=0.0)
@@ -316,6 +318,79 @@ def test_correlations_on_adversarial_examples_are_those_of_their_activations():
     units = [model[:3](attack(model, x, y)).detach().double().T for model in (a, b)]
     pairs = torch.corrcoef(torch.cat(units))[:8, 8:].diagonal()
     torch.testing.assert_close(before, float(pairs.nan_to_num().mean()), rtol=0, atol=1e-5)
+
+
+# ---------------------------------------------------------------- the command line
+
+
+def test_the_command_line_trains_aligns_and_fits_under_attack(tmp_path):
+    common = ("--data", "digits", "--adversary", "pgd", "--eps", "0.1", "--attack-steps", 2)
+    short = ("--epochs", 1, "--optimizer", "adam:lr=0.003", "--weight-decay", 0)
+    ends = [tmp_path / name for name in ("a", "b")]
+    for seed, path in enumerate(ends):
+        run("train", path, *common, *short, "--model", "mlp", "--model-arg", "hidden=16,", "--seed", seed)
+    run("align", *ends, "--out", tmp_path / "b2", *common)
+    run("fit", *ends, "--out", tmp_path / "c", "--align", "none", *common, *short)
+
+    train, _ = data.load("digits")
+    recipe, attack = Recipe(1, partial(torch.optim.Adam, lr=0.003), weight_decay=0.0), PGD(0.1, 0.025, 2)
+    networks = [
+        models.train(
+            models.mlp(64, (16,), 10, mean=train.mean(), std=train.std() + 0.1, seed=seed),
+            train,
+            recipe=recipe,
+            adversary=attack,
+            seed=seed,
+        )
+        for seed in (0, 1)
+    ]
+    assert all(same_bits(models.load(path), model) for path, model in zip(ends, networks, strict=True))
+    method = modeconn.ActivationMatching(adversary=attack)
+    assert same_bits(models.load(tmp_path / "b2"), modeconn.align(*networks, train, method=method).model_b)
+    curve = modeconn.fit_curve(*networks, train, align=False, recipe=recipe, adversary=attack)
+    assert torch.equal(Connection.load(tmp_path / "c").control_points, curve.control_points)
+
+
+def test_adversaries_are_read():
+    expected = PGD(8 / 255, 2 / 255, 5)
+    assert (
+        parse.adversary("pgd", "8/255") == parse.adversary("pgd", "8/255", "2/255", 5) == AdversarialTraining(expected)
+    )
+    assert parse.adversary("pgd:clean_weight=0.5,norm=l2", "1") == AdversarialTraining(
+        PGD(1.0, 0.25, 5, norm="l2"), 0.5
+    )
+    assert parse.adversary("trades:beta=3", "8/255") == TRADES(expected, beta=3)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--adversary", "fab", "--eps", "0.1"), "there is no adversary 'fab'; there are pgd, trades"),
+        (("--adversary", "pgd"), "--adversary pgd needs --eps, such as --eps 8/255"),
+        (("--eps", "8/255"), "--eps, --step-size and --attack-steps are for --adversary, which is missing"),
+        (("--adversary", "pgd", "--eps", "8/x"), "a number is written 0.03 or 8/255, got '8/x'"),
+        (
+            ("--adversary", "pgd:radius=3", "--eps", "1"),
+            "adversary 'pgd:radius=3': got an unexpected keyword argument 'radius'",
+        ),
+        (("--adversary", "pgd:eps=3", "--eps", "1"), "got an unexpected keyword argument 'eps'"),
+        (("--adversary", "pgd", "--eps", "-1"), "eps must be a finite number, 0 or more"),
+    ],
+)
+def test_bad_adversaries_are_one_line_on_stderr(tmp_path, arguments, message):
+    model = ("--data", "digits", "--model", "mlp", "--model-arg", "hidden=4,")
+    result = run("train", tmp_path / "x", *model, *arguments, code=1)
+    assert message in result.stderr and not (tmp_path / "x").exists()
+
+
+def test_alignment_under_attack_looks_at_activations(tmp_path):
+    for name in ("a", "b"):
+        models.save(models.mlp(64, (4,), 10), tmp_path / name)
+    command = ("align", tmp_path / "a", tmp_path / "b", "--out", tmp_path / "x", "--data", "digits", "--eps", "0.1")
+    result = run(*command, "--adversary", "pgd", "--method", "weight", code=1)
+    assert "--adversary is for --method activation" in result.stderr
+    result = run(*command, "--adversary", "trades", code=1)
+    assert "networks are aligned under an attack, --adversary pgd" in result.stderr
 
 
 # ---------------------------------------------------------------- bad input

@@ -11,6 +11,7 @@ import typer
 from torch import nn
 
 from modeconn import Recipe, data
+from modeconn.attacks.training import TRADES, AdversarialTraining
 from modeconn.cli import parse
 from modeconn.data import TensorLoader
 
@@ -64,6 +65,30 @@ Schedule = Annotated[
 WeightDecay = Annotated[float | None, typer.Option(help="Strength of the L2 penalty.", rich_help_panel="Recipe")]
 Autocast = Annotated[str, typer.Option(help="none, bfloat16 or float16.", rich_help_panel="Recipe")]
 Compile = Annotated[bool, typer.Option(help="Whether to use torch.compile.", rich_help_panel="Recipe")]
+
+Adversary = Annotated[
+    str | None,
+    typer.Option(
+        metavar="NAME:KEY=VALUE,...",
+        help="Attack each batch first: pgd[:norm=l2,random_start=False,clean_weight=0.5] or trades[:beta=6,norm=l2].",
+        show_default=False,
+        rich_help_panel="Adversary",
+    ),
+]
+Eps = Annotated[
+    str | None,
+    typer.Option(
+        metavar="8/255",
+        help="Radius of the attack, in units of the pixel range.",
+        show_default=False,
+        rich_help_panel="Adversary",
+    ),
+]
+StepSize = Annotated[
+    str | None,
+    typer.Option(metavar="2/255", help="Default: eps/4.", show_default=False, rich_help_panel="Adversary"),
+]
+AttackSteps = Annotated[int | None, typer.Option(help="Default: 5.", show_default=False, rich_help_panel="Adversary")]
 
 Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 Progress = Annotated[bool | None, typer.Option(help="Whether to show progress bars; default: in a terminal.")]
@@ -123,6 +148,17 @@ def change_recipe(
     }
     given = {name: value for name, value in changes.items() if value is not None}
     return replace(recipe, autocast=parse.precision(autocast), compile=compile, **given)
+
+
+def adversary(
+    name: str | None, eps: str | None, step_size: str | None, num_steps: int | None
+) -> AdversarialTraining | TRADES | None:
+    """Return the adversary that ``--adversary`` names, if it was given."""
+    if name is not None:
+        return parse.adversary(name, eps, step_size, num_steps)
+    if (eps, step_size, num_steps) != (None, None, None):
+        raise ValueError("--eps, --step-size and --attack-steps are for --adversary, which is missing.")
+    return None
 
 
 def template(name: str | None, arguments: list[str] | None, train: TensorLoader | None) -> nn.Module | None:

@@ -30,6 +30,8 @@ from modeconn import (
     models,
     recipe,
 )
+from modeconn.attacks.pgd import PGD
+from modeconn.attacks.training import TRADES, AdversarialTraining
 from modeconn.curves import Curve
 from modeconn.data import TensorLoader
 from modeconn.matching import Method
@@ -76,6 +78,44 @@ def alignment(text: str) -> bool | Method | Permutation:
     if text == "none":
         return False
     return Permutation.load(text) if Path(text).is_file() else method(text)
+
+
+def adversary(
+    text: str, eps: str | None, step_size: str | None = None, num_steps: int | None = None
+) -> AdversarialTraining | TRADES:
+    """Read ``pgd``, ``pgd:clean_weight=0.5,norm=l2`` or ``trades:beta=3``; a PGD makes 5 steps of eps/4 by default.
+
+    Example:
+        >>> adversary("trades:beta=3", "8/255")
+        TRADES(attack=PGD(eps=8/255, step_size=2/255, num_steps=5), beta=3)
+    """
+    if eps is None:
+        raise ValueError(f"--adversary {text} needs --eps, such as --eps 8/255.")
+    radius = number(eps)
+    step = radius / 4 if step_size is None else number(step_size)
+    attack = partial(PGD, radius, step, 5 if num_steps is None else num_steps)
+
+    def pgd(*, clean_weight: float = 0.0, norm: str = "linf", random_start: bool = True) -> AdversarialTraining:
+        return AdversarialTraining(attack(norm=norm, random_start=random_start), clean_weight)
+
+    def trades(*, beta: float = 6.0, norm: str = "linf") -> TRADES:
+        return TRADES(attack(norm=norm), beta)
+
+    return _call(text, {"pgd": pgd, "trades": trades}, "adversary")
+
+
+def number(text: str) -> float:
+    """Read a number, also as a fraction.
+
+    Example:
+        >>> number("8/255") == 8 / 255, number("0.5")
+        (True, 0.5)
+    """
+    top, slash, bottom = text.partition("/")
+    try:
+        return float(top) / (float(bottom) if slash else 1)
+    except (ValueError, ZeroDivisionError):
+        raise ValueError(f"a number is written 0.03 or 8/255, got {text!r}.") from None
 
 
 def optimizer(text: str) -> recipe.OptimizerFactory:
