@@ -14,7 +14,7 @@ import modeconn
 from modeconn import RULES, discover, models
 from modeconn.symmetry import UnknownOperatorWarning, VerificationError
 from modeconn.symmetry.discover import Walk, example_for
-from modeconn.symmetry.graph import export
+from modeconn.symmetry.graph import _grouped_matmul, export
 from modeconn.symmetry.rules import contraction
 from tests.symmetry_cases import CASES, SPELLINGS, Case, attention
 
@@ -448,6 +448,92 @@ def test_units_may_differ_along_an_axis_that_stays_in_place() -> None:
             return ((x[..., None] * self.write + x[..., None]).relu() * self.read).sum((1, 2))
 
     assert [group.shape for group in discover(Stays(), torch.rand(2, 4)).groups] == [(4, 6)]
+
+
+class _GroupedExperts(nn.Module):
+    """Tokens sorted by expert, and one operator for the products of all experts: it runs in half precision only."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.router, self.head = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.w1, self.w2 = nn.Parameter(torch.rand(3, 8, 16)), nn.Parameter(torch.rand(3, 16, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        expert = self.router(h).argmax(-1)
+        order = expert.argsort()
+        ends = torch.histc(expert.float(), 3, 0, 2).cumsum(0).to(torch.int32)
+        inside = torch._grouped_mm(h[order], self.w1, offs=ends).relu()
+        return self.head(h.index_add(0, order, torch._grouped_mm(inside, self.w2, offs=ends)))
+
+
+def test_experts_whose_tokens_are_sorted_share_one_relabelling_of_their_hidden_units() -> None:
+    model, x = _GroupedExperts().bfloat16(), torch.rand(6, 5).bfloat16()
+    spec = discover(model, x)
+    assert [(group.size, group.places[-1][0]) for group in spec.groups] == [(8, "head.weight"), (16, "w2")]
+    assert spec.verify(model, x) < 1e-10
+
+
+@pytest.mark.parametrize(("left", "right"), [((8, 16), (3, 16, 8)), ((3, 8, 16), (16, 8)), ((8, 8), (8, 16))])
+def test_grouped_products_are_the_same_in_float64(left: tuple[int, ...], right: tuple[int, ...]) -> None:
+    x, y, ends = torch.rand(left), torch.rand(right), torch.tensor([2, 5, 8], dtype=torch.int32)
+    exact = _grouped_matmul(x.double(), y.double(), ends)
+    torch.testing.assert_close(torch._grouped_mm(x, y, offs=ends).double(), exact, rtol=1e-5, atol=1e-5)
+
+
+REST = {
+    "an inverse": lambda h, w: torch.linalg.inv(w[:, :3] @ w[:, :3].mT + torch.eye(4)) @ h,
+    "distances": lambda h, w: torch.cdist(h, w).softmax(-1) @ w,
+    "one distance": lambda h, w: h * torch.dist(h, h + w),
+    "all of a tensor": lambda h, w: h - h.median() + h.quantile(0.5, -1, keepdim=True),
+    "unequal repeats": lambda h, w: torch.repeat_interleave(h, torch.tensor([1, 0, 2, 1]), 1, output_size=4),
+    "a part written": lambda h, w: h.select_scatter(w[0].expand(2, -1), 1, 0).slice_scatter(h[:, :2].exp(), 1, 1, 3),
+    "unpooling": lambda h, w: nn.functional.max_unpool1d(
+        *nn.functional.max_pool1d(h.mT, 2, return_indices=True), 2
+    ).mT,
+    "columns": lambda h, w: nn.functional.fold(
+        nn.functional.unfold(h.mT.unflatten(2, (2, 2)), 3, padding=1), 2, 3, padding=1
+    ).flatten(2).mT,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("rest", REST.values(), ids=REST)
+def test_units_move_freely_past(rest) -> None:
+    class Passes(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.w, self.head = nn.Linear(5, 6), nn.Parameter(torch.rand(4, 6)), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(rest(self.stem(x), self.w))
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UnknownOperatorWarning)
+        spec = discover(Passes(), torch.rand(2, 4, 5))
+    assert any(("stem.weight", 0) in group.places and group.size == 6 for group in spec.groups)
+    assert spec.verify(Passes(), torch.rand(2, 4, 5)) < 1e-9
+
+
+def test_bags_of_embeddings_move_their_columns() -> None:
+    model = nn.Sequential(nn.EmbeddingBag(7, 6), nn.Linear(6, 2))
+    (group,) = discover(model, torch.arange(6).view(2, 3)).groups
+    assert group.places == (("0.weight", 1), ("1.weight", 1))
+    assert discover(model, torch.arange(6).view(2, 3)).verify(model, torch.arange(6).view(2, 3)) < 1e-10
+
+
+def test_random_numbers_written_in_place_fix_what_they_are_written_to() -> None:
+    class Masked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b = nn.Linear(3, 5), nn.Linear(5, 2)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.a(x)
+            mask = torch.zeros_like(h)
+            mask.bernoulli_(0.5)
+            return self.b(h * mask)
+
+    assert discover(Masked(), torch.rand(2, 3)).groups == ()
 
 
 def test_a_sum_over_an_axis_meets_one_index_of_it() -> None:

@@ -10,6 +10,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -451,11 +452,27 @@ def _call(
     names = [argument.name for argument in node.target._schema.arguments] if settings else []
     args = [settings.get(name, value) for name, value in zip(names, args, strict=False)] if settings else args
     tensors_in = [n for n in node.all_input_nodes if isinstance(env[n], Tensor)]
-    value = node.target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
+    target: Any = _grouped_matmul if dtype == torch.float64 and node.target == _GROUPED_MATMUL else node.target
+    value = target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
     if dtype is not None and not tensors_in and isinstance(value, Tensor) and value.is_floating_point():
         value = value.to(dtype)  # made by the graph, in torch's default type
     # What stands in memory that nobody has written to is not the same in two runs.
     return value.zero_() if getattr(node.target, "overloadpacket", None) in UNINITIALISED else value
+
+
+_GROUPED_MATMUL = torch.ops.aten._grouped_mm.default
+
+
+def _grouped_matmul(x: Tensor, y: Tensor, offsets: Tensor | None = None, *settings: Any, **more: Any) -> Tensor:
+    """Multiply consecutive groups of rows or columns with a matrix each, which torch does not do in float64."""
+    if offsets is None:
+        return x @ y
+    groups = list(enumerate(pairwise([0, *offsets.tolist()])))
+    if x.dim() == y.dim():
+        return torch.stack([x[:, a:b] @ y[a:b] for _, (a, b) in groups])
+    if x.dim() == 2:
+        return torch.cat([x[a:b] @ y[g] for g, (a, b) in groups])
+    return torch.cat([x[g] @ y[:, a:b] for g, (a, b) in groups], 1)
 
 
 def _settings(node: Node, running_statistics: bool) -> dict[str, Any]:

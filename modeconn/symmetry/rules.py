@@ -221,6 +221,35 @@ def grouped_matmul(
     return [walk.fixed(walk.shape[0], "grouped by number"), *out] if grouped == "K" else out
 
 
+def distances(walk: Walk, left: Traced, right: Traced, *settings: Any) -> list[Axis]:
+    """``cdist``: a sum over one axis for every pair of rows."""
+    return matmul(walk, left, Traced(tuple(transpose(walk, right)), right.node))
+
+
+def distance(walk: Walk, input: Traced, other: Traced, p: Any = 2) -> list[Axis]:
+    """The norm of a difference."""
+    for axis in broadcast(walk, [input, other], max(len(input.axes), len(other.axes))):
+        walk.contract(input, axis)
+    return []
+
+
+def of_last_dims(num_dims: int) -> Rule:
+    """Anything made of the last ``num_dims`` axes for each index of the others: inverses, decompositions."""
+
+    def rule(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
+        num_batch = len(input.axes) - num_dims
+        alike = [t for t in traced_in((input, args, kwargs)) if len(t.axes) == len(input.axes)]
+        batch = broadcast(walk, [Traced(t.axes[:num_batch]) for t in alike], num_batch)
+        for tensor in traced_in((input, args, kwargs)):
+            for axis in tensor.axes[num_batch:] if tensor in alike else tensor.axes:
+                walk.fix(axis, "ordered")
+        walk.show(batch)
+        out = [[*batch, *(walk.fixed(n, "ordered") for n in shape[num_batch:])] for shape in walk.shapes]
+        return out if len(out) > 1 else out[0]
+
+    return rule
+
+
 def outer(walk: Walk, left: Traced, right: Traced) -> list[Axis]:
     """Every product of an entry of one vector with one of another."""
     return [left.axes[0], right.axes[0]]
@@ -464,7 +493,7 @@ def values_and_positions(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -
     return [Traced(tuple(axes)), Traced(tuple(axes), points_into=input.axes[dim])]
 
 
-def ordered(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
+def ordered(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
     """``cumsum``, ``flip``, ``roll``: order along some axes carries meaning (all of them where none is named)."""
     dims = walk.arguments.get("dim", walk.arguments.get("dims"))
     dims = list(range(len(input.axes))) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
@@ -539,6 +568,25 @@ def im2col(walk: Walk, input: Traced, *args: Any) -> list[Axis]:
     kernel = walk.shape[-2] // walk.size(input.axes[-3])
     column = walk.product([input.axes[-3], walk.fixed(kernel, "neighbours in space")])
     return [*input.axes[:-3], column, walk.fixed(walk.shape[-1], "neighbours in space")]
+
+
+def col2im(walk: Walk, input: Traced, *args: Any) -> list[Axis]:
+    """Columns summed back into an image."""
+    channels, kernel = walk.split(input.axes[-2], (walk.shape[-3], walk.size(input.axes[-2]) // walk.shape[-3]))
+    for axis in (kernel, input.axes[-1]):
+        walk.fix(axis, "neighbours in space")
+    walk.show([*input.axes[:-2], channels])
+    return [*input.axes[:-2], channels, *(walk.fixed(n, "neighbours in space") for n in walk.shape[-2:])]
+
+
+def unpool(num_dims: int) -> Rule:
+    """Maxima back to where they were found."""
+
+    def rule(walk: Walk, input: Traced, indices: Traced, *args: Any) -> list[Axis]:
+        both = broadcast(walk, [input, indices], len(input.axes))
+        return reordered(walk, Traced(tuple(both)), range(-num_dims, 0), "neighbours in space")
+
+    return rule
 
 
 def unfold(walk: Walk, input: Traced, dim: int, size: int, step: int) -> list[Axis]:
@@ -664,8 +712,12 @@ def repeat(walk: Walk, input: Traced, repeats: Sequence[int]) -> list[Axis]:
     return [walk.product([walk.free(count), axis]) for count, axis in zip(repeats, axes, strict=True)]
 
 
-def repeat_interleave(walk: Walk, input: Traced, repeats: int, dim: int | None = None, **kwargs: Any) -> list[Axis]:
-    """Each position several times in a row: positions x copies."""
+def repeat_interleave(
+    walk: Walk, input: Traced, repeats: Any = None, dim: int | None = None, **kwargs: Any
+) -> list[Axis] | None:
+    """Each position several times in a row: positions x copies; a number of times of its own, looked up."""
+    if not isinstance(repeats, int):
+        return None if dim is None else reordered(walk, input, [dim], "looked up by number")
     if dim is None:
         return [walk.product([walk.product(input.axes), walk.free(repeats)])]
     return input.replace({dim: walk.product([input.axes[dim], walk.free(repeats)])})
@@ -745,6 +797,25 @@ def select(walk: Walk, input: Traced, dim: int, index: int) -> list[Axis]:
     return [walk.member(a, axis, index) for d, a in enumerate(input.axes) if d != dim]
 
 
+def select_scatter(walk: Walk, input: Traced, src: Traced, dim: int, index: int) -> list[Axis]:
+    """One index of an axis written."""
+    return _written(walk, input, src, select(walk, input, dim, index))
+
+
+def slice_scatter(
+    walk: Walk, input: Traced, src: Traced, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
+) -> list[Axis] | None:
+    """A range of one axis written."""
+    first, stop, _ = slice(start, end, step).indices(walk.size(input.axes[dim]))
+    return _written(walk, input, src, _piece(walk, input, dim, first, stop)) if step == 1 else None
+
+
+def _written(walk: Walk, input: Traced, src: Traced, place: Sequence[Axis]) -> list[Axis]:
+    for x, y in zip(place, src.axes, strict=True):
+        walk.unify(x, y)
+    return list(input.axes)
+
+
 def unbind(walk: Walk, input: Traced, dim: int = 0) -> list[list[Axis]]:
     """Every index of an axis."""
     return [select(walk, input, dim, index) for index in range(len(walk.shapes))]
@@ -766,6 +837,27 @@ def embedding(walk: Walk, weight: Traced, indices: Traced, *settings: Any) -> li
     walk.fix(weight.axes[0], "looked up by number")
     walk.show(weight.axes[1:])
     return [*indices.axes, *weight.axes[1:]]
+
+
+def embedding_bag(
+    walk: Walk,
+    weight: Traced,
+    indices: Traced,
+    offsets: Traced,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Traced | None = None,
+    *settings: Any,
+) -> list[list[Axis]] | None:
+    """Rows of a table by number, summed or averaged over bags; for maxima, positions too are returned."""
+    if mode == 2:
+        return None
+    for tensor in traced_in([indices, offsets, per_sample_weights]):
+        for axis in tensor.axes:
+            walk.fix(axis, "counted off into bags")
+    bags, *rest = [[walk.fixed(n, "counted off into bags") for n in shape] for shape in walk.shapes]
+    return [[bags[0], embedding(walk, weight, indices)[-1]], *rest]
 
 
 def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis]:
@@ -1056,7 +1148,7 @@ RULES: dict[Any, Rule] = _table(
         fill: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
         "empty_permuted empty_strided new_empty_strided scalar_tensor",
         fill_in_place: "fill zero",
-        randomize: "uniform normal exponential log_normal cauchy geometric random",
+        randomize: "uniform normal exponential log_normal cauchy geometric random bernoulli_",
         fourier: "_fft_c2c _fft_r2c _fft_c2r",
         diagonal: "diagonal",
         constant: "arange linspace logspace eye rand randn randint randperm rand_like randn_like bernoulli "
@@ -1066,6 +1158,11 @@ RULES: dict[Any, Rule] = _table(
         add_matmul: "addmm baddbmm addmv",
         einsum: "einsum",
         bilinear: "bilinear",
+        distances: "_cdist_forward",
+        distance: "dist",
+        of_last_dims(1): "stft",
+        of_last_dims(2): "istft linalg_inv_ex linalg_cholesky_ex _linalg_solve_ex linalg_solve_triangular _linalg_det "
+        "_linalg_slogdet _linalg_eigh linalg_eig linalg_qr _linalg_svd linalg_matrix_exp linalg_pinv cholesky_solve",
         outer: "outer ger",
         grouped_matmul: "_grouped_mm",
         conv: "conv1d conv2d conv3d",
@@ -1082,7 +1179,7 @@ RULES: dict[Any, Rule] = _table(
         reduction: "sum mean amax amin prod var std norm linalg_vector_norm linalg_norm logsumexp all any nansum "
         "nanmean var_mean std_mean count_nonzero",
         arg_reduction: "argmax argmin",
-        values_and_positions: "topk sort median kthvalue mode",
+        values_and_positions: "topk sort median nanmedian kthvalue mode",
         ordered: "cumsum cumprod cummax cummin logcumsumexp flip roll fliplr flipud rot90 fft_fft fft_ifft "
         "fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn "
         "fft_irfftn fft_fftshift fft_ifftshift",
@@ -1100,6 +1197,9 @@ RULES: dict[Any, Rule] = _table(
         adaptive_average(3): "adaptive_avg_pool3d _adaptive_avg_pool3d",
         grid_sample: "grid_sampler grid_sampler_2d grid_sampler_3d",
         im2col: "im2col",
+        col2im: "col2im",
+        unpool(2): "max_unpool2d",
+        unpool(3): "max_unpool3d",
         unfold: "unfold",
         pad: "pad",
         constant_pad: "constant_pad_nd",
@@ -1119,9 +1219,12 @@ RULES: dict[Any, Rule] = _table(
         split: "split split_with_sizes chunk tensor_split unsafe_split unsafe_chunk",
         slice_: "slice",
         select: "select",
+        select_scatter: "select_scatter",
+        slice_scatter: "slice_scatter",
         unbind: "unbind",
         glu: "glu",
         embedding: "embedding",
+        embedding_bag: "embedding_bag _embedding_bag",
         index_select: "index_select",
         gather: "gather",
         index: "index _unsafe_index",
@@ -1151,5 +1254,13 @@ UNINITIALISED = {
 RULES[aten.max.dim] = RULES[aten.min.dim] = values_and_positions
 for _packet in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu):  # their overloads for packed sequences differ
     RULES[_packet.input] = recurrent
-RULES[aten.max.default] = RULES[aten.min.default] = reduction
+for _overload in (
+    aten.max.default,
+    aten.min.default,
+    aten.median.default,
+    aten.nanmedian.default,
+    aten.quantile.scalar,
+    aten.nanquantile.scalar,
+):
+    RULES[_overload] = reduction
 """The rules by operator (``aten.linear``) or by one overload of it (``aten.max.dim``), which goes first."""
