@@ -71,7 +71,7 @@ def align(
     Args:
         model_a: The reference.
         model_b: A network of the same architecture.
-        loader: Training data, ``(inputs, targets)`` batches; targets are not read.
+        loader: Training data, ``(inputs, targets)`` batches; targets are read by attacks alone.
         method: How to match. Default: `ActivationMatching` with a loader, `WeightMatching` without.
         spec: What `discover` found for this architecture. Default: it is discovered here.
         example_input: For discovery, where there is neither a loader nor ``model_a.example_input()``.
