@@ -14,7 +14,7 @@ from modeconn import ActivationMatching, Permutation, PermutationSpec, WeightMat
 from modeconn.matching import Match, match_groups, weight_matching
 from modeconn.matching.trees import trees
 from tests.cases import clone, same_bits
-from tests.symmetry_cases import CASES, ExpertBank
+from tests.symmetry_cases import CASES, ExpertBank, conv
 
 BY_NAME = {case.name: case for case in CASES}
 
@@ -98,6 +98,18 @@ def test_skipping_settled_groups_changes_no_step(name: str) -> None:
     assert fast.permutation == slow.permutation
     fixed = inner(spec, a, b) - fast.history[0]  # weights that are known to the spec and do not move
     torch.testing.assert_close(torch.tensor(fast.history) + fixed, torch.tensor(slow.history))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_weights_of_many_parts_in_any_memory_order_make_the_same_steps(memory_format: torch.memory_format) -> None:
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        a, b = (nn.Sequential(conv(3, 70), nn.ReLU(), conv(70, 130), nn.ReLU(), conv(130, 2)).double() for _ in "ab")
+    spec = discover(a, torch.rand(2, 3, 4, 4).double())
+    slow = naive(spec, a, b, seed=0)
+    fast = WeightMatching().match(spec, a.to(memory_format=memory_format), b.to(memory_format=memory_format))
+    assert fast.permutation == slow.permutation
+    assert len(fast.history) == len(slow.history) > 3
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)

@@ -210,9 +210,9 @@ class _Tree:
     def _similarities(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for name, a, b in self._operands:
-            units = prod(self._groups[name].shape)
-            a, b = a.reshape(units, -1), b.reshape(units, -1)
-            found[name] = found[name].addmm_(a, b.T) if name in found else a @ b.T
+            shape = self._groups[name].shape
+            for x, y in zip(_matrices(a, shape), _matrices(b, shape), strict=True):
+                found[name] = found[name].addmm_(x, y.T) if name in found else x @ y.T
         return found
 
     def _gain(self, name: str, similarity: Tensor, perms: Perms) -> float:
@@ -222,8 +222,11 @@ class _Tree:
 
     def _move(self, perms: Perms, sources: dict[str, Tensor]) -> None:
         """Relabel this tree's units in b's weights and in ``sources``."""
+        ties = {*self._names, *(place for atom in self._names for place in self._structure.parents[atom])}
         for piece in self._pieces:
-            piece.b.copy_(self._structure.move_piece(piece.b, piece.labels, perms))
+            still = [dim for dim, (atom, _) in enumerate(piece.labels) if atom not in ties]
+            for part in piece.b.split(64, still[0]) if still else [piece.b]:
+                part.copy_(self._structure.move_piece(part, piece.labels, perms))
         for name in self._groups:
             sources[name] = self._move_units(name, sources[name], perms)
 
@@ -232,6 +235,17 @@ class _Tree:
         atom = self._groups[name].atom
         labels = tuple((place, 0) for place in (*self._structure.parents[atom], atom))
         return self._structure.move_piece(units, labels, perms)
+
+
+def _matrices(x: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
+    """Yield weights ``(*shape, ...)`` as matrices ``(N, some)``; those in another order part by part.
+
+    A part is copied, and one of 512 weights a unit stays in the cache, where a whole one costs as much as its product.
+    """
+    dim, unit = len(shape), x[(0,) * len(shape)]
+    as_they_lie = unit.dim() < 2 or unit.is_contiguous()
+    parts = [x] if as_they_lie else x.split(max(1, 512 // unit[0].numel()), dim)
+    yield from (part.reshape(prod(shape), -1) for part in parts)
 
 
 def _inner(x: Tensor, y: Tensor) -> float:
