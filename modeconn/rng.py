@@ -32,6 +32,17 @@ def set_rng_state(state: dict[str, object], device: torch.device) -> None:
 
 
 @contextmanager
+def preserved(device: torch.device | str = "cpu") -> Iterator[None]:
+    """Give the caller's generators back unchanged after the block, whatever draws from them or reseeds them in it."""
+    device = torch.device(device)
+    saved = rng_state(device)
+    try:
+        yield
+    finally:
+        set_rng_state(saved, device)
+
+
+@contextmanager
 def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
     """Seed torch, numpy and Python for the block, then give the caller's generators back unchanged.
 
@@ -43,8 +54,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         True
     """
     device = torch.device(device)
-    saved = rng_state(device)
-    try:
+    with preserved(device):
         torch.default_generator.manual_seed(seed)
         np.random.seed(seed % 2**32)
         random.seed(seed)
@@ -52,5 +62,3 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
             with torch.cuda.device(device):
                 torch.cuda.manual_seed(seed)
         yield
-    finally:
-        set_rng_state(saved, device)

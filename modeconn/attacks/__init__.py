@@ -1,1 +1,6 @@
 """Attacks on networks, training against them, and what they leave of a network along a curve."""
+
+from modeconn.attacks.by_name import build
+from modeconn.attacks.torch_attacks import Cascade, TorchAttack, autoattack
+
+__all__ = ["Cascade", "TorchAttack", "autoattack", "build"]

@@ -1,0 +1,118 @@
+"""Attacks by name, as the command line and tables write them."""
+
+from __future__ import annotations
+
+import ast
+import operator
+import re
+from collections.abc import Callable
+from typing import Any, Literal
+
+from modeconn.adversarial import Attack
+from modeconn.attacks.pgd import PGD
+from modeconn.attacks.torch_attacks import TorchAttack, autoattack, torch_norm
+
+_PREFIX = "torchattacks:"
+_ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
+    ast.Add: operator.add,
+    ast.Sub: operator.sub,
+    ast.Mult: operator.mul,
+    ast.Div: operator.truediv,
+}
+
+
+def build(
+    text: str, *, eps: float | None = None, norm: Literal["linf", "l2"] | None = None, seed: int | None = None
+) -> Attack:
+    """Make an attack from its name.
+
+    "pgd20" is `PGD` with 20 steps of eps / 4, and so for any other number; "apgd" APGD on cross entropy with 100 steps,
+    "square" Square with 5,000 queries; "autoattack" the reference version, see `autoattack`; "autoattack-10" the bundle
+    of torchattacks, which makes 10 steps. Any class of torchattacks is written with its own arguments,
+    "torchattacks:FAB(eps=8/255, steps=50, norm='Linf')".
+
+    Args:
+        text: The name.
+        eps: Radius of the ball, where ``text`` does not say it; default 8/255.
+        norm: "linf" (the default) or "l2", likewise.
+        seed: Likewise; None as `PGD` and `TorchAttack` have it.
+
+    Raises:
+        ModuleNotFoundError: If the attack needs torchattacks, which is not installed.
+        ValueError: If the text cannot be read, or there is no such attack or argument.
+
+    Example:
+        >>> build("pgd20", eps=8 / 255)
+        PGD(eps=8/255, step_size=2/255, num_steps=20)
+    """
+    if text.startswith(_PREFIX):
+        return _from_torchattacks(text, eps, norm, seed)
+    radius, norm = 8 / 255 if eps is None else eps, norm or "linf"
+    if steps := re.fullmatch(r"pgd(\d+)", text):
+        return PGD(radius, radius / 4, int(steps[1]) if radius else 0, norm=norm, seed=seed)
+    if text == "autoattack":
+        return autoattack(radius, norm=norm, seed=seed)
+    if text not in _SHORT:
+        raise ValueError(
+            f"there is no attack {text!r}; there are pgd20 (or any other number of steps), autoattack, "
+            f"{', '.join(_SHORT)}, and {_PREFIX}NAME(ARGUMENT=VALUE, ...)."
+        )
+    name, arguments = _SHORT[text]
+    return TorchAttack(name, {"norm": torch_norm(norm), "eps": radius, **arguments}, seed)
+
+
+_SHORT: dict[str, tuple[str, dict[str, Any]]] = {
+    "apgd": ("APGD", {"steps": 100}),
+    "square": ("Square", {"n_queries": 5000}),
+    "autoattack-10": ("AutoAttack", {}),
+}
+
+
+def _from_torchattacks(text: str, eps: float | None, norm: str | None, seed: int | None) -> TorchAttack:
+    """Read ``torchattacks:NAME(...)``; what it leaves open is set where the attack has such an argument."""
+    name, given = _parse(text.removeprefix(_PREFIX), text)
+    seed = given.pop("seed", seed)
+    known = TorchAttack(name).settings
+    if eps is not None:
+        given |= {key: eps for key in ("eps", "max_epsilon") if key in known and key not in given}
+    if norm is not None and "norm" in known and "norm" not in given:
+        given["norm"] = torch_norm(norm)
+    return TorchAttack(name, given, seed)
+
+
+def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
+    """Read ``NAME`` or ``NAME(key=value, ...)`` without running any of it."""
+    try:
+        node = ast.parse(call.strip(), mode="eval").body
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        node = None
+    if isinstance(node, ast.Name):
+        return node.id, {}
+    if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
+        raise ValueError(f"an attack is written {_PREFIX}PGD(eps=8/255, steps=20), got {text!r}.")
+    return node.func.id, {_keyword(word, text): _value(word.value, text) for word in node.keywords}
+
+
+def _keyword(word: ast.keyword, text: str) -> str:
+    if word.arg is None:
+        raise ValueError(f"arguments are written NAME=VALUE, got ** in {text!r}.")
+    return word.arg
+
+
+def _value(node: ast.expr, text: str) -> Any:
+    """Return a literal, or what fractions and sums of numbers are."""
+    if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
+        left, right = _value(node.left, text), _value(node.right, text)
+        if not (_is_number(left) and _is_number(right)) or (right == 0 and isinstance(node.op, ast.Div)):
+            raise ValueError(f"{ast.unparse(node)} is no number, in {text!r}.")
+        return _ARITHMETIC[type(node.op)](left, right)
+    try:
+        return ast.literal_eval(node)
+    except (ValueError, TypeError):
+        raise ValueError(
+            f"values are numbers, fractions or strings in quotes, got {ast.unparse(node)} in {text!r}."
+        ) from None
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
