@@ -15,10 +15,13 @@ profile = connection.evaluate(test)                        # loss and accuracy a
 from modeconn._version import __version__
 from modeconn.adversarial import AdversarialExamples
 from modeconn.attacks.pgd import PGD
+from modeconn.attacks.profile import RobustProfile
+from modeconn.attacks.robustness import robustness
 from modeconn.attacks.training import TRADES, AdversarialTraining
 from modeconn.comparison import Comparison, compare
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
+from modeconn.ensemble import Ensemble
 from modeconn.evaluate import Profile
 from modeconn.fit import fit_curve
 from modeconn.matching import (
@@ -58,6 +61,7 @@ __all__ = [
     "Bezier",
     "Comparison",
     "Connection",
+    "Ensemble",
     "Line",
     "Merge",
     "Permutation",
@@ -67,6 +71,7 @@ __all__ = [
     "ProximalLinear",
     "Recipe",
     "RelaxedStep",
+    "RobustProfile",
     "Sinkhorn",
     "SinkhornStep",
     "SoftPermutation",
@@ -85,4 +90,5 @@ __all__ = [
     "interpolate",
     "merge_many",
     "repair",
+    "robustness",
 ]

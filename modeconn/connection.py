@@ -6,9 +6,9 @@ import copy
 import os
 import time
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field
-from typing import Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,11 @@ from modeconn.progress import progress_bar
 from modeconn.rng import seeded
 from modeconn.symmetry import Permutation, PermutationSpec
 from modeconn.weights import WeightSpace, load_buffers, named_buffers
+
+if TYPE_CHECKING:
+    from modeconn.attacks.profile import RobustProfile
+    from modeconn.attacks.robustness import Attacks
+    from modeconn.curvature import Curvature
 
 _KIND = "connection"
 _FORMAT = 1
@@ -216,6 +221,124 @@ class Connection:
             seconds=time.perf_counter() - start,
         )
 
+    def robustness(
+        self,
+        loader: Iterable[Any],
+        attacks: Attacks,
+        *,
+        t: Sequence[float] | None = None,
+        num_points: int = 11,
+        num_examples: int | None = None,
+        recalibrate: Iterable[Any] | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+        transfer: bool = False,
+        loss_fn: LossFn | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> RobustProfile:
+        """Attack the network at each t, as `model_at` returns it: loss and accuracy, clean and under every attack.
+
+        Every adversarial example is checked: it must be finite, in its ball and in the pixel range.
+
+        Args:
+            loader: Data to attack, inputs in [0, 1]; the normalisation belongs into the model.
+            attacks: Attacks ``attack(model, x, y) -> x_adv``, such as `PGD` or those of `modeconn.attacks.build`; a
+                dict gives them names.
+            t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
+            num_points: How many.
+            num_examples: Attack only so many examples, the first. None for all.
+            recalibrate: What batch norm is recalibrated on. Default: between the ends, the fit's training data, clean,
+                while the ends keep the statistics they came with.
+            recalibration_examples: How many examples of it to use, None for all.
+            repair: See `model_at`.
+            transfer: Whether to evaluate what an attack finds at each t at all others too, which keeps the networks at
+                all t in memory.
+            loss_fn: Default that of the fit, or cross entropy.
+            checkpoint: A file of finished measurements, a line for each t, attack and batch. What is in it is not
+                measured again, also if attacks or positions have been added meanwhile.
+            seed: Of the attacks: the same random numbers at every t.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If inputs are outside [0, 1], positions are wrong, training data is needed to recalibrate, or an
+                attack leaves its ball or the pixel range.
+            FloatingPointError: If an attack returns NaN.
+        """
+        from modeconn.attacks.robustness import along
+
+        return along(
+            lambda position: self.model_at(
+                position, recalibrate=recalibrate, recalibration_examples=recalibration_examples, repair=repair
+            ),
+            positions(t, num_points),
+            loader,
+            attacks,
+            num_examples=num_examples,
+            transfer=transfer,
+            loss_fn=loss_fn or self.training.loss_fn,
+            checkpoint=checkpoint,
+            seed=seed,
+            progress=progress,
+        )
+
+    def curvature(
+        self,
+        loader: Iterable[Any],
+        *,
+        wrt: Literal["weights", "inputs"] = "weights",
+        t: Sequence[float] | None = None,
+        num_points: int = 11,
+        recalibrate: Iterable[Any] | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+        num_steps: int = 100,
+        tolerance: float = 1e-3,
+        loss_fn: LossFn | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Curvature:
+        """Measure the largest eigenvalue of the Hessian of the loss along the curve.
+
+        Args:
+            loader: Data whose loss is looked at.
+            wrt: "weights", or "inputs", to which the robust loss is related.
+            t: See `robustness`, as for ``num_points``, ``recalibrate``, ``recalibration_examples`` and ``repair``.
+            num_points: Likewise.
+            recalibrate: Likewise.
+            recalibration_examples: Likewise.
+            repair: Likewise.
+            num_steps: See `modeconn.curvature.largest_eigenvalue`, as for ``tolerance`` and ``seed``.
+            tolerance: Likewise.
+            loss_fn: Default that of the fit, or cross entropy.
+            seed: Likewise.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If a setting is out of range, or training data is needed to recalibrate.
+        """
+        from modeconn.curvature import Curvature, largest_eigenvalue
+
+        chosen, found = positions(t, num_points), []
+        for position in progress_bar(chosen, show=progress, desc="curvature"):
+            model = self.model_at(
+                position, recalibrate=recalibrate, recalibration_examples=recalibration_examples, repair=repair
+            )
+            value, num_examples = largest_eigenvalue(
+                model,
+                loader,
+                wrt=wrt,
+                num_steps=num_steps,
+                tolerance=tolerance,
+                loss_fn=loss_fn or self.training.loss_fn,
+                seed=seed,
+            )
+            found.append(value)
+        return Curvature(
+            torch.tensor(chosen, dtype=torch.float64), torch.tensor(found, dtype=torch.float64), wrt, num_examples
+        )
+
     def straight(self) -> Connection:
         """Return the straight connection of the same ends."""
         return Connection(
@@ -355,6 +478,22 @@ class Connection:
         if limit not in self._calibration:
             self._calibration[limit] = calibration_batches(self.training.loader, self.device, limit=limit)
         return self._calibration[limit]
+
+
+def positions(t: Sequence[float] | None, num_points: int) -> list[float]:
+    """Return the positions to look at: those given, or evenly spaced ones.
+
+    Raises:
+        ValueError: If those given do not rise, or there are fewer than both ends.
+    """
+    if t is None:
+        if num_points < 2:
+            raise ValueError(f"num_points must be at least 2, to hold both ends, got num_points={num_points}.")
+        return torch.linspace(0, 1, num_points, dtype=torch.float64).tolist()
+    chosen = [float(position) for position in t]
+    if not chosen or any(not 0 <= position <= 1 for position in chosen) or chosen != sorted(set(chosen)):
+        raise ValueError(f"t must hold rising positions in [0, 1], got t={chosen}.")
+    return chosen
 
 
 _PERMUTATION = "permutation."

@@ -13,6 +13,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
+    from modeconn.attacks.profile import RobustProfile
     from modeconn.comparison import Comparison
     from modeconn.connection import Connection, History
     from modeconn.evaluate import Profile
@@ -48,8 +49,7 @@ def profile(
     Raises:
         ValueError: If there is no profile, a label is missing, the quantity is unknown, or a profile has no accuracy.
     """
-    if quantity not in ("loss", *_PERCENT):
-        raise ValueError(f"quantity must be 'loss', 'accuracy' or 'error', got quantity={quantity!r}.")
+    _check_quantity(quantity)
     names = _labels(labels, profiles, "profile")
     for number, one in enumerate(profiles):
         if getattr(one, quantity) is None:
@@ -67,6 +67,46 @@ def profile(
     ax.set_ylabel(f"{quantity} (%)" if quantity in _PERCENT else "loss (mean per example)")
     ax.set_xlim(0, 1)
     return _finished(ax, legend=labels is not None)
+
+
+def robust_profile(
+    profile: RobustProfile,
+    *,
+    rows: Sequence[str] | None = None,
+    quantity: Literal["loss", "accuracy", "error"] = "accuracy",
+    ax: Axes | None = None,
+) -> Axes:
+    """Draw what attacks leave along a curve, a line for each row; around accuracies and errors their 95% intervals.
+
+    Args:
+        profile: What `Connection.robustness` returned.
+        rows: Which to draw; default all, the worst case only if there are several attacks.
+        quantity: What to draw; accuracy and error are drawn in percent.
+        ax: Where to draw. Default: a new figure.
+
+    Raises:
+        ValueError: If there is no such row or quantity.
+    """
+    _check_quantity(quantity)
+    chosen = list(profile.accuracy)[: None if len(profile.attacks) > 1 else -1] if rows is None else rows
+    for row in chosen:
+        if row not in profile.accuracy:
+            raise ValueError(f"there is no row {row!r}; there are {', '.join(profile.accuracy)}.")
+    ax = _axes(ax)
+    t = profile.t.numpy()
+    for number, row in enumerate(chosen):
+        colour, dashes = _style(number)
+        if quantity == "loss":
+            ax.plot(t, profile.loss[row].numpy(), dashes, marker=".", color=colour, label=row)
+            continue
+        values, bounds = profile.accuracy[row].numpy(), profile.interval[row].numpy().T
+        if quantity == "error":
+            values, bounds = 1 - values, 1 - bounds
+        ax.plot(t, 100 * values, dashes, marker=".", color=colour, label=row)
+        ax.fill_between(t, *(100 * bounds), color=colour, alpha=0.15, linewidth=0)
+    ax.set_xlabel("position on the curve, t (0: network a, 1: network b)")
+    ax.set_ylabel(f"{quantity} (%)" if quantity in _PERCENT else "loss (mean per example)")
+    return _finished(ax, legend=True)
 
 
 def correlation(
@@ -160,6 +200,11 @@ def comparison(compared: Comparison, *, column: str = "line", ax: Axes | None = 
     _name_groups(ax, list(compared.values))
     ax.set_ylabel(_quantity(column))
     return _finished(ax, legend=False)
+
+
+def _check_quantity(quantity: str) -> None:
+    if quantity not in ("loss", *_PERCENT):
+        raise ValueError(f"quantity must be 'loss', 'accuracy' or 'error', got quantity={quantity!r}.")
 
 
 def _quantity(column: str) -> str:

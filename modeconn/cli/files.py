@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeconn import Comparison, Permutation, Profile, checkpoint, plot
+from modeconn import Comparison, Permutation, Profile, RobustProfile, checkpoint, plot
 from modeconn.connection import History
 from modeconn.table import table
 
@@ -40,10 +40,13 @@ def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: st
         plot.profile(*contents, labels=labels, quantity=quantity, ax=ax)
     elif kinds[0] == "connection":
         plot.history(*contents, labels=labels, ax=ax)
-    elif kinds[0] == "comparison":
+    elif kinds[0] in ("comparison", "robust profile"):
         if len(contents) > 1:
-            raise ValueError(f"one figure shows one comparison, got {len(contents)}.")
-        plot.comparison(contents[0], column="line" if quantity == "loss" else quantity, ax=ax)
+            raise ValueError(f"one figure shows one {kinds[0]}, got {len(contents)}.")
+        if kinds[0] == "comparison":
+            plot.comparison(contents[0], column="line" if quantity == "loss" else quantity, ax=ax)
+        else:
+            plot.robust_profile(contents[0], quantity=quantity, ax=ax)
     else:
         plot.correlation(*contents, labels=labels, ax=ax)
 
@@ -53,17 +56,21 @@ def _is_json(path: Path) -> bool:
         return file.read(1) == b"{"
 
 
-def _read_json(path: Path) -> tuple[str, Profile | Comparison | _Correlation]:
+def _read_json(path: Path) -> tuple[str, Profile | RobustProfile | Comparison | _Correlation]:
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
         if "correlation" in content:
             return "report of an alignment", content["correlation"]
+        if "attacks" in content:
+            return "robust profile", RobustProfile.from_json(text)
         if "values" in content:
             return "comparison", Comparison.from_json(text)
         return "profile", Profile.from_json(text)
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        raise ValueError(f"{str(path)!r} is no profile, no comparison and no report of an alignment.") from None
+        raise ValueError(
+            f"{str(path)!r} is no profile, no robust profile, no comparison and no report of an alignment."
+        ) from None
 
 
 def _history(path: Path) -> History | None:

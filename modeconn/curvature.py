@@ -1,0 +1,181 @@
+"""How sharply the loss bends along a curve: the largest eigenvalue of its Hessian, by products with it alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.adversarial import under_attack
+from modeconn.loaders import batches, check_loader, num_examples
+from modeconn.loss import LossFn, cross_entropy
+from modeconn.rng import seeded
+from modeconn.table import html_table, table
+from modeconn.weights import WeightSpace
+
+_Product = Callable[[Tensor], Tensor]
+"""Vectors ``(R, D)`` to what R symmetric matrices make of them, ``(R, D)``."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature:
+    """The largest eigenvalue of the Hessian of the loss at points of a curve.
+
+    Args:
+        t: Positions, float64 ``(N,)``.
+        eigenvalue: Likewise; with respect to inputs, the mean over examples of what each has by itself.
+        wrt: "weights" or "inputs".
+        num_examples: How many examples the loss is a mean over.
+    """
+
+    t: Tensor
+    eigenvalue: Tensor
+    wrt: str
+    num_examples: int
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return all fields as JSON; also write it to ``path`` if given."""
+        values = {"t": self.t.tolist(), "eigenvalue": self.eigenvalue.tolist()}
+        text = json.dumps({**values, "wrt": self.wrt, "num_examples": self.num_examples}, indent=1) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def __repr__(self) -> str:
+        return f"Curvature({self.num_examples} examples)\n{table(*self._table())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        points = zip(self.t.tolist(), self.eigenvalue.tolist(), strict=True)
+        return ["t", f"largest eigenvalue, {self.wrt}"], [[f"{t:g}", f"{value:.4g}"] for t, value in points]
+
+
+def largest_eigenvalue(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    wrt: Literal["weights", "inputs"] = "weights",
+    num_steps: int = 100,
+    tolerance: float = 1e-3,
+    loss_fn: LossFn = cross_entropy,
+    seed: int = 0,
+) -> tuple[float, int]:
+    r"""Return the largest eigenvalue of the Hessian of a network's loss, and over how many examples.
+
+    By power iteration: :math:`v \leftarrow H v / \lVert H v \rVert` until :math:`v^\top H v` changes by less than
+    ``tolerance``, relatively. That finds the eigenvalue of largest size; where it is negative, the iteration is made
+    again with that much added to all. No Hessian is formed, a product with it costs about two steps of training.
+
+    With respect to weights it is the Hessian of the mean loss. With respect to inputs each example has one of its own;
+    all are iterated side by side, and the result is the mean of their eigenvalues (Zhao et al., 2020, compare it
+    with the robust loss along a curve).
+
+    Args:
+        model: A network in eval mode, in which no example depends on others.
+        loader: Data.
+        wrt: Which Hessian.
+        num_steps: How many products at most; more would be needed if a warning says so.
+        tolerance: When to stop.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, differentiable twice.
+        seed: Of the first vectors.
+
+    Raises:
+        ValueError: If ``wrt`` is unknown or a setting out of range.
+
+    References:
+        Zhao et al., 2020, https://arxiv.org/abs/2005.00060
+    """
+    if wrt not in ("weights", "inputs"):
+        raise ValueError(f"wrt must be 'weights' or 'inputs', got wrt={wrt!r}.")
+    if num_steps < 1 or not tolerance > 0:
+        raise ValueError(
+            f"num_steps must be at least 1 and tolerance positive, got num_steps={num_steps}, tolerance={tolerance}."
+        )
+    device = next(model.parameters()).device
+    with seeded(seed, device), under_attack(model), torch.enable_grad():
+        check_loader(loader)
+        data = list(batches(loader, device))
+        count = sum(num_examples(batch) for batch in data)
+        if wrt == "weights":
+            products = [_product_in_weights(model, data, loss_fn)]
+        else:
+            products = [_product_in_inputs(model, x, y, loss_fn) for x, y in data]
+        values = [_largest(product, start, num_steps, tolerance) for product, start in products]
+    return float(torch.cat(values).double().mean()), count
+
+
+def _product_in_weights(model: nn.Module, data: list[Any], loss_fn: LossFn) -> tuple[_Product, Tensor]:
+    """Return products with the Hessian of the mean loss over ``data``, and a first vector ``(1, P)``."""
+    space = WeightSpace(model)
+    theta = space.flatten(model).requires_grad_()
+    count = sum(num_examples(batch) for batch in data)
+
+    def product(vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(theta)
+        for x, y in data:
+            loss = loss_fn(torch.func.functional_call(model, space.unflatten(theta), (x,)), y)
+            total += _times(loss, theta, vectors[0]) * (len(y) / count)
+        return total[None]
+
+    return product, torch.randn_like(theta)[None]
+
+
+def _product_in_inputs(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> tuple[_Product, Tensor]:
+    """Return products with the Hessian of each example's loss, and first vectors ``(N, D)``."""
+    x = x.detach().requires_grad_()
+
+    def product(vectors: Tensor) -> Tensor:
+        loss = loss_fn(model(x), y) * len(y)  # the sum: its Hessian is made of one block for each example
+        return _times(loss, x, vectors.view_as(x)).flatten(1)
+
+    return product, torch.randn_like(x).flatten(1)
+
+
+def _times(loss: Tensor, at: Tensor, vector: Tensor) -> Tensor:
+    """Return the product of the Hessian of ``loss`` with a vector."""
+    (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
+    if not gradient.requires_grad:  # a loss that is linear has no second derivative
+        return torch.zeros_like(vector)
+    (product,) = torch.autograd.grad((gradient * vector).sum(), at, materialize_grads=True)
+    return product.detach()
+
+
+def _largest(product: _Product, start: Tensor, num_steps: int, tolerance: float) -> Tensor:
+    """Return the largest eigenvalue of each matrix, ``(R,)``."""
+    values = _dominant(product, start, num_steps, tolerance)
+    shift = values.clamp(max=0)[:, None]
+    if not shift.any():
+        return values
+    return _dominant(lambda v: product(v) - shift * v, start, num_steps, tolerance) + shift[:, 0]
+
+
+def _dominant(product: _Product, start: Tensor, num_steps: int, tolerance: float) -> Tensor:
+    """Return the eigenvalue of largest size of each matrix, by power iteration."""
+    vectors, values = _unit(start), torch.full_like(start[:, 0], math.inf)
+    for _ in range(num_steps):
+        moved = product(vectors)
+        before, values = values, (vectors * moved).sum(1)
+        if ((values - before).abs() <= tolerance * values.abs()).all():
+            return values
+        vectors = _unit(moved)
+    warnings.warn(
+        f"power iteration did not settle in {num_steps} steps; the largest eigenvalue is a lower bound. "
+        f"Pass a larger num_steps or tolerance.",
+        stacklevel=6,
+    )
+    return values
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.clamp(min=torch.finfo(vectors.dtype).tiny)

@@ -1,0 +1,527 @@
+"""What attacks leave along a curve: against a naive twin, through interruptions, and what is refused or doubted."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from dataclasses import dataclass, replace
+
+import matplotlib
+import pytest
+import torch
+import torch.nn.functional as F
+from scipy import stats
+from torch import Tensor, nn
+
+from modeconn import PGD, Connection, Ensemble, RobustProfile, plot, robustness
+from modeconn.attacks.profile import pack_bits, pack_floats, unpack_bits, unpack_floats
+from modeconn.connection import TrainingData
+from modeconn.curvature import largest_eigenvalue
+from tests.cases import CASE
+
+STRONG, WEAK = PGD(0.3, 0.1, 4, seed=3), PGD(0.1, 0.05, 1, seed=3)
+
+
+def examples(num_examples: int = 24, batch_size: int = 10, seed: int = 0) -> list[tuple[Tensor, Tensor]]:
+    generator = torch.Generator().manual_seed(seed)
+    x = torch.rand(num_examples, 1, 2, 4, generator=generator, dtype=torch.float64)
+    y = torch.randint(3, (num_examples,), generator=generator)
+    return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+
+
+def connect(name: str = "mlp", loader: object = None) -> Connection:
+    a, b = (CASE[name].make(seed, torch.float64).eval() for seed in (1, 2))
+    return Connection.straight_between(a, b, training=TrainingData(loader))
+
+
+def naive(model: nn.Module, attack: PGD | None, data: list[tuple[Tensor, Tensor]]) -> tuple[Tensor, Tensor]:
+    """Whether each example is answered right, and its loss."""
+    moved = [(x if attack is None else attack(model, x, y), y) for x, y in data]
+    with torch.no_grad():
+        losses = [F.cross_entropy(model(x), y, reduction="none") for x, y in moved]
+        return torch.cat([model(x).argmax(1) == y for x, y in moved]), torch.cat(losses)
+
+
+# -- numbers
+
+
+def test_a_profile_is_what_each_network_and_attack_give_by_themselves():
+    connection, data = connect(), examples()
+    profile = connection.robustness(data, {"strong": STRONG, "weak": WEAK}, num_points=3)
+    for place, t in enumerate((0.0, 0.5, 1.0)):
+        every = []
+        for row, attack in (("clean", None), ("strong", STRONG), ("weak", WEAK)):
+            correct, losses = naive(connection.model_at(t), attack, data)
+            assert torch.equal(profile.correct[row][place], correct)
+            torch.testing.assert_close(profile.losses[row][place], losses.float())
+            assert profile.accuracy[row][place] == correct.double().mean()
+            every.append((correct, losses))
+        right, losses = (torch.stack(parts) for parts in zip(*every, strict=True))
+        assert profile.accuracy["worst"][place] == right.all(0).double().mean()
+        torch.testing.assert_close(profile.loss["worst"][place], losses.amax(0).mean(), rtol=1e-6, atol=0)
+    assert profile.num_examples == 24
+    assert profile.accuracy["strong"].mean() < profile.accuracy["clean"].mean()
+
+
+def test_the_clean_row_is_the_ordinary_profile_and_barriers_are_its():
+    connection, data = connect(), examples()
+    profile, ordinary = connection.robustness(data, [STRONG], num_points=5), connection.evaluate(data, num_points=5)
+    torch.testing.assert_close(profile.loss["clean"], ordinary.loss, rtol=1e-6, atol=0)
+    assert torch.equal(profile.accuracy["clean"], ordinary.accuracy)
+    assert profile.barrier["clean"] == pytest.approx(ordinary.barrier, abs=1e-6)
+    assert profile.accuracy_drop["clean"] == pytest.approx(ordinary.accuracy_drop)
+    robust = replace(ordinary, loss=profile.loss[repr(STRONG)])
+    assert profile.barrier[repr(STRONG)] == pytest.approx(robust.barrier)
+
+
+def test_without_a_radius_an_attack_leaves_the_clean_numbers_exactly():
+    profile = connect().robustness(examples(), {"zero": PGD(0.0, 0.1, 3)}, num_points=3)
+    assert torch.equal(profile.correct["zero"], profile.correct["clean"])
+    assert torch.equal(profile.losses["zero"], profile.losses["clean"])
+
+
+def test_only_the_first_examples_are_attacked_if_so_many_are_asked_for():
+    data = examples()
+    profile = connect().robustness(data, [WEAK], t=[0.25], num_examples=13)
+    (correct, _) = naive(connect().model_at(0.25), None, data)
+    assert torch.equal(profile.correct["clean"][0], correct[:13])
+
+
+def test_intervals_are_those_of_wilson():
+    right = torch.arange(40) < torch.tensor([[0], [7], [40]])
+    profile = RobustProfile(torch.tensor([0, 0.5, 1.0]), {"clean": right}, {"clean": right.float()})
+    for count, (low, high) in zip((0, 7, 40), profile.interval["clean"].tolist(), strict=True):
+        expected = stats.binomtest(count, 40).proportion_ci(method="wilson")
+        assert (low, high) == pytest.approx((expected.low, expected.high), abs=1e-6)
+
+
+@pytest.mark.parametrize("name", ["batch_norm", "residual"])
+def test_batch_norm_is_recalibrated_as_model_at_does(name):
+    train, data = examples(seed=1), examples()
+    profile = connect(name, train).robustness(data, [WEAK], num_points=3)
+    for place, t in enumerate((0.0, 0.5, 1.0)):
+        assert torch.equal(profile.correct["clean"][place], naive(connect(name, train).model_at(t), None, data)[0])
+    everywhere = connect(name).robustness(data, [WEAK], num_points=3, recalibrate=train)
+    recalibrated = connect(name).model_at(0, recalibrate=train)
+    torch.testing.assert_close(everywhere.losses["clean"][0], naive(recalibrated, None, data)[1].float())
+
+
+def test_transfer_holds_the_accuracy_at_each_t_on_what_was_found_at_each_other():
+    connection, data = connect(), examples()
+    profile = connection.robustness(data, {"strong": STRONG}, num_points=3, transfer=True)
+    models = [connection.model_at(t) for t in (0, 0.5, 1)]
+    for made, source in enumerate(models):
+        found = [(STRONG(source, x, y), y) for x, y in data]
+        for tried, model in enumerate(models):
+            assert profile.transfer["strong"][made, tried] == naive(model, None, found)[0].double().mean()
+    assert torch.equal(profile.transfer["strong"].diagonal(), profile.accuracy["strong"])
+    assert connection.robustness(data, [STRONG], num_points=3).transfer is None
+
+
+def test_every_point_costs_one_clean_pass_the_attack_and_one_look_at_what_it_found():
+    connection, data, passes = connect(), examples(), []
+    connection._template.register_forward_hook(lambda *_: passes.append(1))
+    connection.robustness(data, [STRONG], num_points=4)
+    assert len(passes) == 4 * len(data) * (1 + STRONG.num_steps + 1)
+
+
+def test_random_state_and_flags_stay_and_the_seed_decides():
+    connection, data = connect(), examples()
+    attack, before = PGD(0.2, 0.1, 0), torch.get_rng_state()
+    one, again, other = (connection.robustness(data, [attack], num_points=2, seed=seed) for seed in (1, 1, 2))
+    assert torch.equal(before, torch.get_rng_state())
+    assert torch.equal(one.losses[repr(attack)], again.losses[repr(attack)])
+    assert not torch.equal(one.losses[repr(attack)], other.losses[repr(attack)])
+
+
+# -- interruptions
+
+
+@dataclass
+class Breaking:
+    """An attack that is stopped at one of its calls."""
+
+    stop_at: int | None = None
+    calls: int = 0
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        self.calls += 1
+        if self.calls == self.stop_at:
+            raise KeyboardInterrupt
+        return PGD(0.3, 0.1, 2)(model, x, y)
+
+    def __repr__(self) -> str:
+        return "Breaking()"
+
+
+def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_numbers(tmp_path):
+    connection, data, kept = connect(), examples(), tmp_path / "kept"
+    whole = connection.robustness(data, {"it": Breaking(), "weak": WEAK}, num_points=3)
+    with pytest.raises(KeyboardInterrupt):
+        connection.robustness(data, {"it": Breaking(stop_at=6), "weak": WEAK}, num_points=3, checkpoint=kept)
+    with kept.open("a") as file:
+        file.write('\n{"the line at which')
+    rest = Breaking()
+    resumed = connection.robustness(data, {"it": rest, "weak": WEAK}, num_points=3, checkpoint=kept)
+    assert rest.calls == 9 - 5
+    for row in ("clean", "it", "weak"):
+        assert torch.equal(resumed.correct[row], whole.correct[row])
+        assert torch.equal(resumed.losses[row], whole.losses[row])
+
+
+def test_what_is_known_is_not_measured_again_but_for_another_network_data_seed_or_attack(tmp_path):
+    kept, attack = tmp_path / "kept", Breaking()
+    settings = {"t": [0.5], "checkpoint": kept}
+    connect().robustness(examples(), [attack], **settings)
+    connect().robustness(examples(), {"another name": attack, "weak": WEAK}, **settings, transfer=False)
+    assert attack.calls == 3
+    connect("residual", examples()).robustness(examples(), [attack], **settings)
+    connect().robustness(examples(seed=1), [attack], **settings)
+    connect().robustness(examples(), [attack], **settings, seed=1)
+    connect().robustness(examples(), [attack], t=[0.25], checkpoint=kept)
+    assert attack.calls == 3 * 5
+
+
+# -- what is refused
+
+
+@dataclass(frozen=True)
+class Faulty:
+    """An attack that goes wrong at the second point."""
+
+    fault: str
+    eps: float = 0.1
+    norm: str = "linf"
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        if torch.equal(next(model.parameters()), next(connect().model_at(0).parameters())):
+            return x
+        return {
+            "nan": lambda: x * torch.nan,
+            "ball": lambda: torch.where(x > 0.5, x - 0.11, x + 0.11),
+            "range": lambda: x + 0.09,
+            "shape": lambda: x[:1],
+            "own": lambda: PGD(0.1, 0.1, 1)(model, x * 9, y),
+        }[self.fault]()
+
+
+@pytest.mark.parametrize(
+    ("fault", "error", "message"),
+    [
+        ("nan", FloatingPointError, r"it at t=0.5 returned NaN"),
+        ("ball", ValueError, r"it at t=0.5 left its ball: an example moved by 0.11 in the norm linf, eps is 0.1"),
+        ("range", ValueError, r"it at t=0.5 left the pixel range \[0, 1\]: its examples go from .* to 1.0"),
+        ("shape", ValueError, r"it at t=0.5 returned a shape of \(1, 1, 2, 4\) for inputs of shape \(10, 1, 2, 4\)"),
+        ("own", ValueError, r"it at t=0.5: inputs of an attack must lie in \[0, 1\]"),
+    ],
+)
+def test_an_attack_that_goes_wrong_is_named_and_what_was_computed_stays(fault, error, message, tmp_path):
+    kept = tmp_path / "kept"
+    with pytest.raises(error, match=message):
+        connect().robustness(examples(), {"it": Faulty(fault)}, num_points=3, checkpoint=kept)
+    labels = [next(iter(json.loads(line).values()))["label"] for line in kept.read_text().split("\n") if line]
+    assert labels == ["clean at t=0"] * 3 + ["it at t=0"] * 3 + ["clean at t=0.5"] * 3
+
+
+def test_a_ball_has_a_tolerance_but_one_of_radius_0_has_none():
+    data = [(torch.full((4, 1, 2, 4), 0.5, dtype=torch.float64), torch.zeros(4, dtype=torch.int64))]
+
+    @dataclass(frozen=True)
+    class By:
+        eps: float
+        excess: float
+        norm: str = "linf"
+
+        def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return x + self.eps + self.excess
+
+    connect().robustness(data, [By(0.1, 9e-7)], t=[0.5])
+    with pytest.raises(ValueError, match="left its ball"):
+        connect().robustness(data, [By(0.1, 2e-6)], t=[0.5])
+    with pytest.raises(ValueError, match="left its ball"):
+        connect().robustness(data, [By(0.0, 1e-9)], t=[0.5])
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda x: x * 255, r"got values from .* They look like images in \[0, 255\]: divide by 255"),
+        (lambda x: (x - 0.5) / 0.25, "They look like normalised data: put the normalisation inside the model"),
+        (lambda x: (x * 255).byte(), r"must be floating point in \[0, 1\], got torch.uint8: divide pixels by 255"),
+        (lambda x: x * torch.nan, "must lie in"),
+    ],
+)
+def test_inputs_outside_the_pixel_range_are_refused(change, message):
+    with pytest.raises(ValueError, match=message):
+        connect().robustness([(change(x), y) for x, y in examples()], [WEAK])
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"t": [0.5, 0.5]}, "t must hold rising positions in"),
+        ({"t": [1.5]}, "t must hold rising positions in"),
+        ({"t": []}, "t must hold rising positions in"),
+        ({"num_points": 1}, "num_points must be at least 2"),
+        ({"num_examples": 0}, "num_examples must be at least 1"),
+        ({"attacks": {"clean": WEAK}}, "two rows have the name 'clean'"),
+        ({"attacks": [WEAK, WEAK]}, "two rows have the name 'PGD"),
+        ({"attacks": ["pgd20"]}, "cannot be called; modeconn.attacks.build makes attacks from their names"),
+        ({"loader": []}, "loader is empty"),
+        (
+            {"loader": [(torch.rand(3, 1, 2, 4).double(), torch.tensor([0, 1, 7]))]},
+            "targets of loader must lie in 0..2",
+        ),
+        ({"loader": [(torch.rand(3, 1, 2, 4).double(), torch.rand(3))]}, "attacks are measured on classes"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused(settings, message):
+    with pytest.raises(ValueError, match=message):
+        connect().robustness(**{"loader": examples(), "attacks": [WEAK], **settings})
+
+
+def test_a_network_in_train_mode_is_refused():
+    model = CASE["batch_norm"].make(0, torch.float64).eval()
+    robustness(model, examples(), [WEAK])
+    model[2].train()
+    with pytest.raises(ValueError, match=r"the model is in train mode \(in '2'\).* Call model.eval\(\) first"):
+        robustness(model, examples(), [WEAK])
+
+
+# -- what is doubted
+
+
+def doubtful(correct: dict[str, Tensor], **attacks: dict[str, object]) -> list[str]:
+    facts = {
+        row: {"settings": {}, "kind": "PGD", "eps": 0.1, "norm": "linf", "black_box": False, **about}
+        for row, about in attacks.items()
+    }
+    shown = {row: right[None] for row, right in correct.items()}
+    return RobustProfile(
+        torch.tensor([0.5]), shown, {row: right.float() for row, right in shown.items()}, facts
+    ).warnings
+
+
+def first(count: int, of: int = 100) -> Tensor:
+    return torch.arange(of) < count
+
+
+@pytest.mark.parametrize("name", ["num_steps", "eps", "0.n_queries"])
+def test_an_attack_that_finds_less_with_more_to_spend_is_weak(name):
+    settings = {"few": {"settings": {name: 1, "alpha": 1}}, "many": {"settings": {name: 2, "alpha": 2}}}
+    rows = {"clean": first(100), "few": first(40), "many": first(50)}
+    assert doubtful(rows, **settings) == [
+        "many is a weak attack: at t=0.5 it leaves 50.00% right, few, with less to spend, 40.00%."
+    ]
+    assert doubtful({**rows, "many": first(43)}, **settings) == []  # 3 of 100: 1.7 standard errors
+    assert doubtful({**rows, "many": first(30)}, **settings) == []
+    other = {"few": settings["few"], "many": {"settings": {name: 2, "loss": "dlr"}}}
+    assert doubtful(rows, **other) == []
+
+
+def test_a_black_box_that_finds_more_than_gradients_do_is_a_sign_of_masking():
+    attacks = {"one": {}, "two": {}, "square": {"black_box": True, "kind": "Square"}}
+    rows = {"clean": first(100), "one": first(60), "two": first(50), "square": first(40)}
+    (doubt,) = doubtful(rows, **attacks)
+    assert doubt == (
+        "gradients may be masked: at t=0.5 square, which sees none, leaves 40.00% right, one and two 50.00%."
+    )
+    assert doubtful({**rows, "square": first(55)}, **attacks) == []
+    assert doubtful(rows, **{**attacks, "square": {"black_box": True, "eps": 0.2}}) == []  # a larger ball may
+
+
+def test_real_attacks_are_compared_by_their_settings():
+    """Masked gradients on purpose: the network answers in steps, whose slope is zero."""
+
+    class Steps(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(1, 2, bias=False)
+            self.layer.weight.data = torch.tensor([[1.0], [-1.0]])
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.layer((x.mean((1, 2, 3))[:, None] - 0.5).sign()) + 0 * self.layer(x[:, 0, 0, :1])
+
+    @dataclass(frozen=True)
+    class Dark:
+        eps: float = 0.2
+        norm: str = "linf"
+        black_box: bool = True
+
+        def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return x - self.eps
+
+    data = [(torch.full((50, 1, 2, 2), 0.6), torch.zeros(50, dtype=torch.int64))]
+    attacks = {"few": PGD(0.2, 0.05, 2, random_start=False), "many": PGD(0.2, 0.05, 9, random_start=False)}
+    profile = robustness(Steps().eval(), data, {**attacks, "dark": Dark()})
+    assert profile.accuracy["few"] == 1 and profile.accuracy["dark"] == 0
+    assert ["gradients may be masked" in doubt for doubt in profile.warnings] == [True]
+
+
+# -- a chosen point
+
+
+def test_a_point_chosen_on_one_split_is_reported_on_another():
+    connection = connect()
+    validation = connection.robustness(examples(seed=1), {"weak": WEAK}, num_points=5)
+    test = connection.robustness(examples(), {"weak": WEAK}, num_points=5)
+    best = validation.best_t()
+    assert validation.accuracy["worst"].max() == validation.accuracy["worst"][int(best * 4)]
+    chosen = test.chosen_by(validation)
+    assert chosen.t.tolist() == [best] and chosen.accuracy["worst"][0] == test.accuracy["worst"][int(best * 4)]
+    assert validation.best_t("clean") in validation.t.tolist()
+    with pytest.raises(ValueError, match="there is no row 'pgd'; there are clean, weak, worst"):
+        validation.best_t("pgd")
+    with pytest.raises(ValueError, match="must be chosen on other examples than it is reported on"):
+        test.chosen_by(test)
+    with pytest.raises(ValueError, match=r"was not measured here. Pass t="):
+        connection.robustness(examples(), {"weak": WEAK}, t=[0.123]).chosen_by(validation)
+
+
+# -- files and figures
+
+
+@pytest.fixture(scope="module")
+def profile() -> RobustProfile:
+    return connect().robustness(examples(), {"strong": STRONG, "weak": WEAK}, num_points=3, transfer=True)
+
+
+def test_json_keeps_every_example(profile, tmp_path):
+    back = RobustProfile.from_json(profile.to_json(tmp_path / "p.json"))
+    assert (tmp_path / "p.json").read_text() == profile.to_json() == back.to_json()
+    assert all(torch.equal(back.correct[row], right) for row, right in profile.correct.items())
+    assert all(torch.equal(back.losses[row], losses) for row, losses in profile.losses.items())
+    assert repr(back) == repr(profile)
+    lone = connect().robustness(examples(), [WEAK], t=[0.5])
+    assert json.loads(lone.to_json(), parse_constant=pytest.fail)["summary"]["clean"]["barrier"] is None
+
+
+def test_packing_is_undone_by_unpacking():
+    right, losses = torch.rand(5, 13) < 0.5, torch.randn(5, 13)
+    assert torch.equal(unpack_bits(pack_bits(right), (5, 13)), right)
+    assert torch.equal(unpack_floats(pack_floats(losses), (5, 13)), losses)
+
+
+def test_csv_has_a_line_for_each_point_and_row(profile):
+    lines = list(csv.DictReader(io.StringIO(profile.to_csv())))
+    assert [line["attack"] for line in lines] == ["clean", "strong", "weak", "worst"] * 3
+    assert float(lines[1]["accuracy"]) == profile.accuracy["strong"][0]
+    assert float(lines[1]["low"]) == profile.interval["strong"][0, 0]
+
+
+def test_it_prints_as_a_table(profile):
+    title, header, *rows = repr(profile).splitlines()
+    assert title.startswith("RobustProfile(3 points, 24 examples")
+    assert header.split() == ["t=0", "t=1", "worst", "95%", "interval", "at", "t", "mean", "barrier"]
+    assert [row.split("  ")[0] for row in rows] == [
+        f"{row} {what}" for what in ("accuracy", "loss") for row in ("clean", "strong", "weak", "worst")
+    ]
+    assert profile._repr_html_().count("<tr>") == 9
+
+
+def test_a_figure_shows_every_row_with_its_interval(profile):
+    with matplotlib.rc_context({"backend": "agg"}):
+        ax = profile.plot()
+        assert [line.get_label() for line in ax.lines] == ["clean", "strong", "weak", "worst"]
+        assert ax.lines[1].get_ydata() == pytest.approx(100 * profile.accuracy["strong"].numpy())
+        assert len(ax.collections) == 4
+        errors = plot.robust_profile(profile, rows=["weak"], quantity="error")
+        assert errors.lines[0].get_ydata() == pytest.approx(100 - 100 * profile.accuracy["weak"].numpy())
+        assert not plot.robust_profile(profile, quantity="loss").collections
+        with pytest.raises(ValueError, match="there is no row 'apgd'"):
+            plot.robust_profile(profile, rows=["apgd"])
+        matplotlib.pyplot.close("all")
+
+
+# -- ensembles
+
+
+def test_an_ensemble_averages_probabilities():
+    models = [CASE["mlp"].make(seed, torch.float64).eval() for seed in (1, 2, 3)]
+    (x, _), *_ = examples()
+    expected = torch.stack([model(x).softmax(1) for model in models]).mean(0)
+    torch.testing.assert_close(Ensemble(models)(x).exp(), expected)
+    torch.testing.assert_close(Ensemble(models[:1])(x), models[0](x).log_softmax(1))
+    assert not any(module.training for module in Ensemble(models).modules())
+    models[1].train()
+    assert Ensemble(models).training
+    with pytest.raises(ValueError, match="an ensemble needs at least one network"):
+        Ensemble([])
+
+
+def test_an_ensemble_of_points_is_attacked_as_one_network():
+    connection, data = connect(), examples()
+    ensemble = Ensemble(connection.model_at(t) for t in (0, 0.5, 1))
+    profile = robustness(ensemble, data, {"strong": STRONG})
+    for row, attack in (("clean", None), ("strong", STRONG)):
+        assert torch.equal(profile.correct[row][0], naive(ensemble, attack, data)[0])
+
+
+# -- curvature
+
+
+def dense(model: nn.Module, x: Tensor, y: Tensor, wrt: str) -> Tensor:
+    """The eigenvalues of the Hessian itself, in ascending order; of each example's own with respect to inputs."""
+    if wrt == "inputs":
+        hessians = [
+            torch.autograd.functional.hessian(
+                lambda one, target=target: F.cross_entropy(model(one.view(1, 1, 2, 4)), target[None]), row.flatten()
+            )
+            for row, target in zip(x, y, strict=True)
+        ]
+        return torch.linalg.eigvalsh(torch.stack(hessians))
+    parameters = dict(model.named_parameters())
+    shapes = [parameter.shape for parameter in parameters.values()]
+
+    def loss(theta: Tensor) -> Tensor:
+        parts = [part.view(shape) for part, shape in zip(theta.split([s.numel() for s in shapes]), shapes, strict=True)]
+        return F.cross_entropy(torch.func.functional_call(model, dict(zip(parameters, parts, strict=True)), (x,)), y)
+
+    theta = torch.cat([parameter.detach().flatten() for parameter in parameters.values()])
+    return torch.linalg.eigvalsh(torch.autograd.functional.hessian(loss, theta))[None]
+
+
+@pytest.mark.parametrize("wrt", ["weights", "inputs"])
+def test_the_largest_eigenvalue_is_that_of_the_dense_hessian(wrt):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 5), nn.Tanh(), nn.Linear(5, 3)).double().eval()
+    data = examples(9, 4)
+    x, y = (torch.cat(parts) for parts in zip(*data, strict=True))
+    found, count = largest_eigenvalue(model, data, wrt=wrt, num_steps=2000, tolerance=1e-9)
+    assert found == pytest.approx(dense(model, x, y, wrt)[:, -1].mean().item(), rel=1e-3)
+    assert count == 9
+    assert all(parameter.requires_grad and parameter.grad is None for parameter in model.parameters())
+
+
+def test_a_hessian_that_bends_down_most_still_gives_its_largest_eigenvalue():
+    """The Hessian of each example is diagonal, and its eigenvalue of largest size is negative."""
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 8, bias=False)).double().eval()
+    model[1].weight.data = torch.eye(8, dtype=torch.float64)
+    bends = torch.linspace(-5, 1, 8, dtype=torch.float64)
+    settings = {"wrt": "inputs", "num_steps": 2000, "tolerance": 1e-10}
+    found, _ = largest_eigenvalue(
+        model, examples(4), loss_fn=lambda outputs, _: (bends * outputs**2).sum(1).mean() / 2, **settings
+    )
+    assert found == pytest.approx(1.0, rel=1e-3)
+
+
+def test_curvature_along_a_curve_is_that_of_each_network():
+    connection, data = connect("mlp"), examples()
+    before = torch.get_rng_state()
+    curvature = connection.curvature(data, wrt="inputs", t=[0.0, 0.5], tolerance=0.1)
+    assert torch.equal(before, torch.get_rng_state())
+    for value, t in zip(curvature.eigenvalue.tolist(), (0.0, 0.5), strict=True):
+        assert value == largest_eigenvalue(connection.model_at(t), data, wrt="inputs", tolerance=0.1)[0]
+    assert "largest eigenvalue, inputs" in repr(curvature) and curvature._repr_html_().count("<tr>") == 3
+    assert json.loads(curvature.to_json())["t"] == [0.0, 0.5]
+
+
+def test_flat_losses_have_no_curvature_and_wrong_settings_are_refused():
+    model = CASE["mlp"].make(0, torch.float64).eval()
+    assert largest_eigenvalue(model, examples(), loss_fn=lambda outputs, targets: outputs.sum(), wrt="inputs")[0] == 0
+    with pytest.raises(ValueError, match="wrt must be 'weights' or 'inputs', got wrt='x'"):
+        largest_eigenvalue(model, examples(), wrt="x")
+    with pytest.raises(ValueError, match="num_steps must be at least 1 and tolerance positive"):
+        largest_eigenvalue(model, examples(), num_steps=0)
+    with pytest.warns(UserWarning, match="did not settle in 1 steps"):
+        largest_eigenvalue(model, examples(), num_steps=1)
