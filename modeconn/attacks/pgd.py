@@ -41,7 +41,8 @@ class PGD:
         norm: "linf" or "l2", each example by itself.
         random_start: Whether to begin at a uniformly random point of the ball.
         num_restarts: How many attacks to make; of each example the one of highest loss is kept. Restart k is the same
-            however many there are, so in eval mode more of them never lower any example's loss.
+            however many there are, so in eval mode more of them never lower any example's loss. (Its answer may turn
+            right again, though: a higher loss can belong to a right answer.)
         targeted: Whether ``y`` are classes to lead to: the loss then falls.
         loss_fn: ``loss_fn(outputs, y)``, a mean over examples, to be raised.
         clip: Lowest and highest value of a pixel, or None for inputs that are no images.
