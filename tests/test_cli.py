@@ -304,7 +304,9 @@ def test_info_without_a_file_tells_versions():
     assert f"modeconn {modeconn.__version__}" in text and f"torch {torch.__version__}" in text
 
 
-@pytest.mark.parametrize("command", ["demo", "train", "align", "merge", "fit", "evaluate", "plot", "info", "symmetry"])
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "align", "merge", "fit", "evaluate", "robustness", "plot", "info", "symmetry"]
+)
 def test_the_help_of_every_command_has_an_example(command):
     text = run(command, "--help").stdout
     assert f"\n  modeconn {command}" in text

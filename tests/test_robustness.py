@@ -5,7 +5,10 @@ from __future__ import annotations
 import csv
 import io
 import json
+import sys
 from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
 
 import matplotlib
 import pytest
@@ -13,9 +16,11 @@ import torch
 import torch.nn.functional as F
 from scipy import stats
 from torch import Tensor, nn
+from typer.testing import CliRunner
 
-from modeconn import PGD, Connection, Ensemble, RobustProfile, plot, robustness
+from modeconn import PGD, Connection, Ensemble, RobustProfile, data, models, plot, robustness
 from modeconn.attacks.profile import pack_bits, pack_floats, unpack_bits, unpack_floats
+from modeconn.cli.app import app
 from modeconn.connection import TrainingData
 from modeconn.curvature import largest_eigenvalue
 from tests.cases import CASE
@@ -432,6 +437,81 @@ def test_a_figure_shows_every_row_with_its_interval(profile):
         with pytest.raises(ValueError, match="there is no row 'apgd'"):
             plot.robust_profile(profile, rows=["apgd"])
         matplotlib.pyplot.close("all")
+
+
+# -- the command
+
+
+@pytest.fixture(scope="module")
+def saved(tmp_path_factory) -> Path:
+    """A connection of two networks that know little of the digits, in a file."""
+    train, _ = data.load("digits")
+    a, b = (models.mlp(64, (4,), 10, mean=train.mean(), std=train.std() + 0.1, seed=seed).eval() for seed in (1, 2))
+    path = tmp_path_factory.mktemp("robustness") / "c.safetensors"
+    Connection.straight_between(a, b).save(path)
+    return path
+
+
+def command(*arguments: object, code: int = 0) -> Any:
+    result = CliRunner().invoke(app, ["robustness", *map(str, arguments)])
+    assert result.exit_code == code, (result.output, result.exception)
+    return result
+
+
+def test_the_command_does_what_the_method_does(saved, tmp_path):
+    settings = ("--data", "digits", "--eps", "1/10", "--points", 3, "--examples", 70, "--seed", 4, "--transfer")
+    result = command(saved, *settings, "--attack", "pgd2", "--attack", "pgd3", "--norm", "l2", "--out", tmp_path)
+    attacks = {f"pgd{steps}": PGD(0.1, 0.025, steps, norm="l2") for steps in (2, 3)}
+    expected = Connection.load(saved).robustness(
+        data.load("digits")[1], attacks, num_points=3, num_examples=70, seed=4, transfer=True
+    )
+    found = RobustProfile.from_json((tmp_path / "c.robust.json").read_text())
+    assert replace(found, seconds=0).to_json() == replace(expected, seconds=0).to_json()
+    assert (tmp_path / "c.robust.csv").read_text() == expected.to_csv()
+    assert repr(found) in result.stdout and (tmp_path / "c.robust.png").stat().st_size
+    assert len(list(tmp_path.iterdir())) == 3
+    for arguments in (("info", tmp_path / "c.robust.json"), ("plot", tmp_path / "c.robust.json", "--out", "x.png")):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.chdir(tmp_path)
+            result = CliRunner().invoke(app, list(map(str, arguments)))
+        assert result.exit_code == 0, result.output
+    assert (tmp_path / "x.png").exists()
+
+
+def test_a_stopped_command_says_where_its_measurements_are(saved, tmp_path, monkeypatch):
+    calls = []
+    attack = PGD.__call__
+
+    def stopping(self, model, x, y):
+        calls.append(1)
+        if len(calls) == 4:
+            raise KeyboardInterrupt
+        return attack(self, model, x, y)
+
+    monkeypatch.setattr(PGD, "__call__", stopping)
+    settings = ("--data", "digits", "--attack", "pgd2", "--points", 2, "--examples", 128, "--out", tmp_path)
+    result = command(saved, *settings, code=130)
+    assert "c.robust.checkpoint; give the same command again to go on" in result.stderr
+    command(saved, *settings)
+    assert len(calls) == 4 + 1
+    assert not (tmp_path / "c.robust.checkpoint").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--attack", "pdg20"), "there is no attack 'pdg20'"),
+        (("--eps", "8:255"), "a number is written 0.03 or 8/255, got '8:255'"),
+        (("--eps", "-1/255"), "eps must be a finite number, 0 or more"),
+        (("--norm", "l0"), "there is no norm 'l0'; there are l2, linf"),
+        (("--attack", "autoattack"), "pip install --no-deps torchattacks"),
+    ],
+)
+def test_the_command_says_in_one_line_what_is_wrong(arguments, message, saved, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "torchattacks", None)
+    result = command(saved, "--data", "digits", "--out", tmp_path, *arguments, code=1)
+    assert result.stderr.startswith("modeconn: error:") and message in result.stderr
+    assert not list(tmp_path.iterdir())
 
 
 # -- ensembles

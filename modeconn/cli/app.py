@@ -12,9 +12,10 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from modeconn import Connection, Profile, Recipe, __version__, checkpoint, discover, fit_curve, merge_many, models
+from modeconn import Connection, Profile, Recipe, __version__, checkpoint, discover, fit_curve, merge_many, models, plot
 from modeconn import align as align_models
 from modeconn import compare as compare_methods
+from modeconn.attacks import build as build_attack
 from modeconn.attacks.training import TRADES, AdversarialTraining
 from modeconn.cli import demo as story
 from modeconn.cli import options, parse
@@ -32,7 +33,7 @@ class _Group(TyperGroup):
     def invoke(self, context: Any) -> Any:
         try:
             return super().invoke(context)
-        except (ValueError, OSError, FloatingPointError) as error:
+        except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
             _say(f"error: {error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
@@ -459,6 +460,97 @@ def evaluate(
     profile.to_csv(files[1])
     typer.echo(repr(profile))
     typer.echo(f"Wrote {files[0]}, {files[1]}")
+
+
+@app.command()
+def robustness(
+    connections: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
+    data: options.Data,
+    attack: Annotated[
+        list[str],
+        typer.Option(
+            help="pgd20 (or another number of steps), apgd, square, autoattack, autoattack-10, or any attack of "
+            "torchattacks, 'torchattacks:FAB(steps=50)'; may be repeated."
+        ),
+    ] = ["pgd20"],  # noqa: B006  # typer reads it and copies it
+    eps: Annotated[
+        str, typer.Option(metavar="8/255", help="Radius of every ball, in units of the pixel range.")
+    ] = "8/255",
+    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    points: Annotated[int, typer.Option(min=2, help="How many networks to attack, both ends included.")] = 11,
+    examples: Annotated[int | None, typer.Option(help="Attack the first so many test examples.")] = None,
+    transfer: Annotated[bool, typer.Option(help="Whether to try what is found at each t at all others too.")] = False,
+    out: Annotated[
+        Path | None, typer.Option(help="Folder for NAME.robust.json, .csv and .png; default: the connection's own.")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    root: options.Root = None,
+    batch_size: options.BatchSize = None,
+    data_seed: options.DataSeed = 0,
+    model: options.Template = None,
+    model_arg: options.ModelArguments = None,
+    checkpoint_file: Annotated[
+        Path | None,
+        typer.Option(
+            "--checkpoint", help="Finished measurements; default: NAME.robust.checkpoint, deleted at the end."
+        ),
+    ] = None,
+    device: options.Device = "cpu",
+    progress: options.Progress = None,
+) -> None:
+    r"""Attack the networks along one or several connections.
+
+    Batch norm is recalibrated at every point on clean training data. Prints a table, and writes it with the answers to
+    every example as JSON, as CSV and as a figure. Stopped by Ctrl-C or by anything else, it goes on from its checkpoint
+    when the same command is given again.
+
+    For example:
+
+        modeconn robustness curve.safetensors --data digits \
+            --attack pgd20 --eps 0.1 --points 5 --examples 100
+
+        modeconn robustness *.safetensors --data cifar10 --root DIR \
+            --attack pgd20 --attack autoattack --eps 8/255 \
+            --points 3 --examples 200
+    """
+    from matplotlib.figure import Figure
+
+    radius = parse.number(eps)
+    attacks = {text: build_attack(text, eps=radius, norm=parse.norm(norm)) for text in attack}
+    loaders = DataOptions(data, root, batch_size, seed=data_seed, device=device).load()
+    architecture = template(model, model_arg, loaders[0])
+    for path in connections:
+        base = (out or path.parent) / path.stem
+        files = [base.with_name(f"{base.name}.robust.{ending}") for ending in ("json", "csv", "png")]
+        for file in files:
+            checkpoint.check_writable(file)
+        kept = checkpoint_file or base.with_name(f"{base.name}.robust.checkpoint")
+        loaded = Connection.load(path, None if architecture is None else architecture.to(device))
+        try:
+            found = loaded.robustness(
+                loaders[1],
+                attacks,
+                num_points=points,
+                num_examples=examples,
+                recalibrate=loaders[0],
+                transfer=transfer,
+                checkpoint=kept,
+                seed=seed,
+                progress=_bars(progress),
+            )
+        except (KeyboardInterrupt, ValueError, FloatingPointError):
+            if kept.exists():
+                _say(f"what is measured is kept in {kept}; give the same command again to go on.")
+            raise
+        found.to_json(files[0])
+        found.to_csv(files[1])
+        figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+        plot.robust_profile(found, ax=figure.subplots())
+        figure.savefig(files[2], dpi=150)
+        if checkpoint_file is None:
+            kept.unlink(missing_ok=True)
+        typer.echo(f"{path}: {found!r}")
+        typer.echo(f"Wrote {', '.join(map(str, files))}")
 
 
 @app.command()

@@ -12,7 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
@@ -102,6 +102,13 @@ def adversary(
         return TRADES(attack(norm=norm), beta)
 
     return _call(text, {"pgd": pgd, "trades": trades}, "adversary")
+
+
+def norm(text: str) -> Literal["linf", "l2"]:
+    """Read ``linf`` or ``l2``."""
+    choices: dict[str, Literal["linf", "l2"]] = {"linf": "linf", "l2": "l2"}
+    found: Literal["linf", "l2"] = _look_up(text, choices, "norm")
+    return found
 
 
 def number(text: str) -> float:
