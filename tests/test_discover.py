@@ -602,3 +602,98 @@ def test_a_report_says_what_moves_what_does_not_and_why() -> None:
     # second (35) and third.weight (10) of 77 weights move
     assert report.share_moving == pytest.approx((30 + 5 + 10) / (24 + 6 + 30 + 5 + 10 + 2))
     assert "<table>" in report._repr_html_()
+
+
+# ---------------------------------------------------------------- met in published architectures
+
+
+class PositionTable(nn.Module):
+    """Positions go through dropout before they are cut to the length of the input: later rows wait for longer ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table = nn.Parameter(torch.randn(16, 8))
+        self.first, self.last, self.dropout = nn.Linear(3, 8), nn.Linear(8, 2), nn.Dropout(0.1)
+
+    def forward(self, x):
+        return self.last((self.first(x) + self.dropout(self.table)[: x.shape[1]]).relu())
+
+
+def test_rows_that_only_a_longer_input_reaches_stay():
+    torch.manual_seed(0)
+    model = PositionTable().double().eval()
+    spec = discover(model, torch.rand(2, 5, 3, dtype=torch.float64))
+    assert [group.shape for group in spec.groups] == [(8,)]
+    relabelled = spec.random(torch.Generator().manual_seed(0)).apply(model)
+    for length in (5, 12):
+        x = torch.rand(2, length, 3, dtype=torch.float64)
+        torch.testing.assert_close(relabelled(x), model(x))
+
+
+class TwoTables(nn.Module):
+    """One hidden axis, read at single rows of two tables of different heights."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.out = nn.Parameter(torch.randn(2, 6)), nn.Parameter(torch.randn(3, 6)), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.out(x[:, :1] * (self.a.sum(0) + self.b.sum(0)) * self.a[0] * self.b[2])
+
+
+class Blur(nn.Module):
+    """One filter for all channels, repeated in a buffer that is not saved."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Conv2d(3, 6, 3), nn.Linear(6, 2)
+        self.register_buffer("filter", torch.tensor([[1.0, 2.0], [3.0, 4.0]]).repeat(6, 1, 1, 1), persistent=False)
+
+    def forward(self, x):
+        return self.last(nn.functional.conv2d(self.first(x), self.filter, groups=6).relu().mean((2, 3)))
+
+
+class OverTime(nn.Module):
+    """A convolution along time has one tap along the hidden units: they stay free."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.mix, self.last = nn.Linear(3, 6), nn.Conv2d(1, 1, (3, 1), padding=(1, 0)), nn.Linear(6, 2)
+
+    def forward(self, x):
+        return self.last(self.mix(self.first(x)[:, None])[:, 0].relu())
+
+
+class Centred(nn.Module):
+    """The mean of what is centred is rounding, and says nothing about a relabelling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.last = nn.Linear(4, 6), nn.Linear(6, 2)
+
+    def forward(self, x):
+        h = self.first(x)
+        h = h - h.mean(-1, keepdim=True)
+        return self.last(h.relu() + h.mean(-1, keepdim=True))
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (TwoTables(), torch.rand(2, 3)),
+        (Blur(), torch.rand(2, 3, 8, 8)),
+        (OverTime(), torch.rand(2, 5, 3)),
+        (Centred(), torch.rand(3, 4)),
+    ],
+    ids=lambda value: type(value).__name__,
+)
+def test_six_hidden_units_are_found(model, x):
+    spec = discover(model, x)
+    assert [group.shape for group in spec.groups] == [(6,)]
+    assert spec.verify(model, x) < 1e-9
+
+
+def test_a_second_name_of_a_tied_weight_is_not_reported_as_unread():
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
+    model[2].weight = model[0].weight
+    assert discover(model, torch.rand(2, 6)).unread == ()

@@ -404,7 +404,8 @@ class Space:
         for (family, over, index), member in self._member.items():
             if family not in table:
                 table[family] = (over, [self.free(self._size[family])] * self._size[over])
-            table[family][1][index] = self.normal(((member,),))
+            if table[family][0] == over:  # else it is indexed along two axes, and will not stay a family
+                table[family][1][index] = self.normal(((member,),))
         return table
 
 

@@ -214,10 +214,12 @@ class Walk(Space):
             axes = [self.fixed(n, "input") if isinstance(n, int) else self.batch(_hint(n)) for n in value.shape]
         elif source.name in self.state and source.kind != "constant":
             axes = self.state[source.name]
-        elif (known := graph.constant(source)) is not None and _all_equal(known):
-            axes = [self.free(n) for n in value.shape]
         else:
-            axes = [self.fixed(_hint(n), f"constant '{source.name}'") for n in value.shape]
+            known = graph.constant(source)
+            axes = [
+                self.free(_hint(n)) if _equal_along(known, dim) else self.fixed(_hint(n), f"constant '{source.name}'")
+                for dim, n in enumerate(value.shape)
+            ]
         return Traced(tuple(axes), node)
 
     def _visit(self, node: Node, values: Mapping[Node, Any]) -> Any:
@@ -266,7 +268,7 @@ class Walk(Space):
 
     def _rule_for(self, target: Any) -> Rule | None:
         packet = getattr(target, "overloadpacket", None)
-        for key in (target, packet):
+        for key in (target, packet, getattr(packet, "_qualified_op_name", None)):
             if key in self._rules:
                 return self._rules[key]
         if torch.Tag.pointwise in getattr(target, "tags", ()):
@@ -325,25 +327,31 @@ class Walk(Space):
             structure=self._structure(state, tensors),
             state=state,
             fixed={name: tuple(self.why_fixed(axis) for axis in axes) for name, axes in state.items()},
-            unread=tuple(sorted(set(self.state) - read)),
+            unread=tuple(sorted(self._unread(read))),
             unknown=tuple(self._costs()),
             traces=tuple(self._trace(i) for i in range(len(self._graphs))),
         )
 
     def _fix_unread(self, read: set[str]) -> None:
         """A parameter in neither graph is used in ways not seen here: it stays as it is."""
-        used = {axis for name in read & self.state.keys() for axis in self.state[name]}
-        for name in self.state.keys() - read:
+        for name in self._unread(read):
             for axis in self.state[name]:
-                if axis not in used:  # else it is tied to one that was read
-                    self.fix(axis, "in neither graph")
+                self.fix(axis, "in neither graph")
+
+    def _unread(self, read: set[str]) -> list[str]:
+        """Return the parameters and buffers that no graph reads, under this name or one that they are tied to."""
+        used = {self.state[name] for name in read & self.state.keys()}
+        return [name for name, axes in self.state.items() if name not in read and (not axes or axes not in used)]
 
     def _fix_unseen(self) -> None:
-        """Fix what this input leaves out: rows of a table that a longer sequence would read."""
+        """Fix what this input leaves out: rows of a table that a longer sequence would read.
+
+        What is free matters where it is summed over, and only there: all that reaches an output is fixed.
+        """
         families = self.families()
         seen: set[int] = set()
-        for tensor in [*self._shown, *((axis,) for axis in self._seen)]:
-            for part in expand(tuple(map(self.normal, tensor)), families):
+        for axis in dict.fromkeys(map(self.normal, self._seen)):
+            for part in expand((axis,), families):
                 seen.update(atom for axis in part for atom in atoms_of(axis))
         for axes in self.state.values():
             for atom in {a for axis in axes for a in atoms_of(self.normal(axis))} - seen - families.keys():
@@ -423,8 +431,11 @@ def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[s
     return {**defaults, **dict(zip(names, args, strict=False)), **kwargs}
 
 
-def _all_equal(values: torch.Tensor) -> bool:
-    return values.device.type != "meta" and values.numel() > 0 and bool((values == values.flatten()[0]).all())
+def _equal_along(values: torch.Tensor | None, dim: int) -> bool:
+    """Whether a tensor is known and the same at every position of a dimension."""
+    if values is None or values.device.type == "meta" or not values.numel():
+        return False
+    return bool((values == values.narrow(dim, 0, 1)).all())
 
 
 def _some(names: Iterable[str], count: int = 5) -> str:

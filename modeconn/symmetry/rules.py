@@ -274,25 +274,33 @@ def _convolve(walk: Walk, x: Traced, weight: Traced, bias: Traced | None, groups
     walk.contract(x, inner)
     if bias is not None:
         walk.unify(out, bias.axes[0])
-    space = x.axes[channel + 1 :]
-    walk.show([*x.axes[:channel], group, outer, inner, *(space if _is_pointwise(walk, weight) else ())])
-    if not _is_pointwise(walk, weight):
-        for axis in (*space, *weight.axes[2:]):
-            walk.fix(axis, "neighbours in a convolution")
-        space = tuple(walk.fixed(size, "neighbours in a convolution") for size in walk.shape[channel + 1 :])
+    space = list(x.axes[channel + 1 :])
+    pointwise = _pointwise_dims(walk, weight)
+    walk.show([*x.axes[:channel], group, outer, inner, *(space[dim] for dim in pointwise)])
+    for dim, size in enumerate(walk.shape[channel + 1 :]):
+        if dim not in pointwise:
+            walk.fix(space[dim], "neighbours in a convolution")
+            walk.fix(weight.axes[2 + dim], "neighbours in a convolution")
+            space[dim] = walk.fixed(size, "neighbours in a convolution")
     return [*x.axes[:channel], out, *space]
 
 
-def _is_pointwise(walk: Walk, weight: Traced) -> bool:
-    """Whether a convolution is a matrix product at each place: one tap, no stride, no padding."""
+def _pointwise_dims(walk: Walk, weight: Traced) -> list[int]:
+    """Return the spatial dimensions along which places do not mix: one tap, no stride, no padding."""
+    dims = range(len(weight.axes) - 2)
 
-    def all_are(value: int, setting: Any) -> bool:
-        return all(s == value for s in (setting if isinstance(setting, (list, tuple)) else [setting]))
+    def per_dim(name: str) -> list[int]:
+        setting = walk.arguments.get(name, 0)
+        setting = 0 if isinstance(setting, str) else setting  # "same" pads one tap by nothing
+        values = list(setting) if isinstance(setting, (list, tuple)) else [setting]
+        return values * len(dims) if len(values) == 1 else values
 
-    settings = walk.arguments
-    one_tap = all(axis == UNIT for axis in weight.axes[2:])
-    unpadded = isinstance(settings["padding"], str) or all_are(0, settings["padding"])
-    return one_tap and unpadded and all_are(1, settings["stride"]) and all_are(0, settings.get("output_padding", 0))
+    stride, padding, output_padding = map(per_dim, ("stride", "padding", "output_padding"))
+    return [
+        dim
+        for dim in dims
+        if weight.axes[2 + dim] == UNIT and (stride[dim], padding[dim], output_padding[dim]) == (1, 0, 0)
+    ]
 
 
 def conv(
@@ -490,6 +498,7 @@ def values_and_positions(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -
     else:
         axes = input.replace({dim: walk.fixed(walk.shape[dim], "sorted")})
     walk.show(input.without(dim))
+    walk.contract(input, input.axes[dim])
     return [Traced(tuple(axes)), Traced(tuple(axes), points_into=input.axes[dim])]
 
 
@@ -1046,8 +1055,10 @@ def _cell(walk: Walk, x: Axis, weights: Sequence[Traced], hidden: Axis, projecti
     if projection is not None:
         walk.unify(matrices[2].axes[0], projection)
         walk.unify(matrices[2].axes[1], hidden)
+        walk.contract(Traced((hidden,)), hidden)
     for matrix, source in zip(matrices[:2], (x, state), strict=True):
         walk.unify(matrix.axes[1], source)
+        walk.contract(Traced((source,)), source)
     for weight in (*matrices[:2], *biases):
         gates, units = walk.split(weight.axes[0], (walk.size(weight.axes[0]) // size, size))
         walk.fix(gates, "gates of a recurrent cell")
@@ -1245,6 +1256,7 @@ RULES: dict[Any, Rule] = _table(
         prelu: "prelu _prelu_kernel",
     }
 )
+RULES["transformers::grouped_mm_fallback"] = grouped_matmul  # the experts of all mixtures of experts in that library
 UNINITIALISED = {
     getattr(aten, name)
     for name in ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided")
@@ -1263,4 +1275,5 @@ for _overload in (
     aten.nanquantile.scalar,
 ):
     RULES[_overload] = reduction
-"""The rules by operator (``aten.linear``) or by one overload of it (``aten.max.dim``), which goes first."""
+"""The rules by operator (``aten.linear``), by one overload of it (``aten.max.dim``), which goes first, or by the name
+``"library::operator"`` of one whose library need not be there."""

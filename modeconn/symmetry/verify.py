@@ -74,6 +74,7 @@ def _differences(
         example = example.with_batch_of_two() or example
     plain = trace.graph.run(state, example, dtype=torch.float64)
     moved = trace.graph.run(permutation.relabel(state), example, dtype=torch.float64)
+    largest: dict[Any, float] = {}
     for number in range(len(trace.graph.nodes)):
         with seeded(seed + number):
             node, value = next(plain, (None, None))
@@ -81,13 +82,16 @@ def _differences(
             _, twin = next(moved, (None, None))
         if node is None:
             return
+        largest[node] = 0.0
+        scale = max((largest[source] for source in node.all_input_nodes), default=0.0)
         for x, y, axes in _tensors(value, twin, trace.axes.get(node)):
             if x.numel() and (x.is_floating_point() or x.is_complex()):
+                largest[node] = max(largest[node], float(x.abs().max()))
                 expected = spec.structure.relabel(x, axes, perms)
                 if torch.equal(expected, y):
                     yield node.name, 0.0
                 else:
-                    yield node.name, _relative(expected, y)
+                    yield node.name, _relative(expected, y, scale)
                     y.copy_(expected)
 
 
@@ -99,8 +103,12 @@ def _tensors(x: Any, y: Any, axes: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
             yield from _tensors(*triple)
 
 
-def _relative(expected: Tensor, actual: Tensor) -> float:
-    """Return the largest difference in standard deviations of the tensor; infinite values must be the same."""
+def _relative(expected: Tensor, actual: Tensor, scale: float) -> float:
+    """Return the largest difference in standard deviations of the tensor; infinite values must be the same.
+
+    A tensor that hardly varies is measured against its own size and ``scale``, the size of what it was computed from:
+    the mean of something centred is nothing but rounding.
+    """
     difference = float((expected - actual).abs().max())
     if not math.isfinite(difference):
         finite = torch.isfinite(expected.abs())
@@ -109,7 +117,8 @@ def _relative(expected: Tensor, actual: Tensor) -> float:
         expected, actual = expected[finite], actual[finite]
         difference = float((expected - actual).abs().max()) if expected.numel() else 0.0
     spread = float(expected.std()) if expected.numel() > 1 else 0.0
-    return difference / max(spread, 1e-6 * float(expected.abs().max()), 1e-300) if difference else 0.0
+    scale = max(scale, float(expected.abs().max())) if expected.numel() else scale
+    return difference / max(spread, 1e-6 * scale, 1e-300) if difference else 0.0
 
 
 def _blame(
