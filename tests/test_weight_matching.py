@@ -109,7 +109,7 @@ def test_weights_of_many_parts_in_any_memory_order_make_the_same_steps(memory_fo
     slow = naive(spec, a, b, seed=0)
     fast = WeightMatching().match(spec, a.to(memory_format=memory_format), b.to(memory_format=memory_format))
     assert fast.permutation == slow.permutation
-    assert len(fast.history) == len(slow.history) > 3
+    assert len(fast.history) == len(slow.history) > 2
 
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16], ids=str)
