@@ -229,7 +229,7 @@ class Connection:
         t: Sequence[float] | None = None,
         num_points: int = 11,
         num_examples: int | None = None,
-        recalibrate: Iterable[Any] | None = None,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
         recalibration_examples: int | None = NUM_EXAMPLES,
         repair: bool = False,
         transfer: bool = False,
@@ -250,7 +250,8 @@ class Connection:
             num_points: How many.
             num_examples: Attack only so many examples, the first. None for all.
             recalibrate: What batch norm is recalibrated on. Default: between the ends, the fit's training data, clean,
-                while the ends keep the statistics they came with.
+                while the ends keep the statistics they came with. A loader recalibrates the ends too;
+                `AdversarialExamples` takes each network's own, as Tatro et al. (2020) do.
             recalibration_examples: How many examples of it to use, None for all.
             repair: See `model_at`.
             transfer: Whether to evaluate what an attack finds at each t at all others too, which keeps the networks at
@@ -290,7 +291,7 @@ class Connection:
         wrt: Literal["weights", "inputs"] = "weights",
         t: Sequence[float] | None = None,
         num_points: int = 11,
-        recalibrate: Iterable[Any] | None = None,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
         recalibration_examples: int | None = NUM_EXAMPLES,
         repair: bool = False,
         num_steps: int = 100,

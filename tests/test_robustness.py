@@ -18,7 +18,7 @@ from scipy import stats
 from torch import Tensor, nn
 from typer.testing import CliRunner
 
-from modeconn import PGD, Connection, Ensemble, RobustProfile, data, models, plot, robustness
+from modeconn import PGD, AdversarialExamples, Connection, Ensemble, RobustProfile, data, models, plot, robustness
 from modeconn.attacks.profile import pack_bits, pack_floats, unpack_bits, unpack_floats
 from modeconn.cli.app import app
 from modeconn.connection import TrainingData
@@ -110,6 +110,11 @@ def test_batch_norm_is_recalibrated_as_model_at_does(name):
     everywhere = connect(name).robustness(data, [WEAK], num_points=3, recalibrate=train)
     recalibrated = connect(name).model_at(0, recalibrate=train)
     torch.testing.assert_close(everywhere.losses["clean"][0], naive(recalibrated, None, data)[1].float())
+    own = AdversarialExamples(train, STRONG)
+    attacked = connect(name).robustness(data, [WEAK], t=[0.5], recalibrate=own)
+    expected = naive(connect(name).model_at(0.5, recalibrate=own), None, data)[1]
+    torch.testing.assert_close(attacked.losses["clean"][0], expected.float())
+    assert not torch.equal(attacked.losses["clean"][0], everywhere.losses["clean"][1])
 
 
 def test_transfer_holds_the_accuracy_at_each_t_on_what_was_found_at_each_other():

@@ -82,8 +82,9 @@ def along(
     for place, position in enumerate(t):
         model = networks[place] if transfer else first if place == 0 else model_at(position)
         _check_mode(model)
+        identity = digest(model)
         for row, attack in {CLEAN: None, **named}.items():
-            rows[row].append(trial.run(model, attack, f"{row} at t={position:g}", bar.update))
+            rows[row].append(trial.run(model, identity, attack, f"{row} at t={position:g}", bar.update))
     return RobustProfile(
         torch.tensor(t, dtype=torch.float64),
         {row: torch.stack([one.correct for one in points]) for row, points in rows.items()},
@@ -118,9 +119,11 @@ class _Trial:
     def data_digest(self) -> str:
         return record_key(*self._digests)
 
-    def run(self, model: nn.Module, attack: Attack | None, label: str, done: Callable[[], Any]) -> _Measured:
+    def run(
+        self, model: nn.Module, identity: str, attack: Attack | None, label: str, done: Callable[[], Any]
+    ) -> _Measured:
         """Measure one network under one attack; what is known is read, what is new kept, batch by batch."""
-        parts, about = [], ["robustness", describe(self._loss_fn), digest(model), _text(attack), *self._others]
+        parts, about = [], ["robustness", describe(self._loss_fn), identity, _text(attack), *self._others]
         for number, (x, y) in enumerate(self._data):
             seed = self._seed + number
             key = record_key(*about, self._digests[number], seed)
