@@ -59,7 +59,7 @@ class Normalize(nn.Module):
 def _statistic(name: str, value: Statistic, num_channels: int) -> Tensor:
     # On the CPU, so that the values can be checked also while a model is made on the meta device.
     values = torch.as_tensor(value, dtype=torch.get_default_dtype(), device="cpu").detach()
-    if values.dim() > 1 or (values.dim() == 1 and len(values) != num_channels):
+    if values.dim() > 1 or (values.dim() == 1 and len(values) not in (1, num_channels)):
         raise ValueError(
             f"{name} must be one number or one for each of the {num_channels} channels, "
             f"got shape {tuple(values.shape)}."
