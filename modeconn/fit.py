@@ -285,5 +285,6 @@ def digest(model: nn.Module | Iterable[Tensor]) -> str:
     tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else model
     total = hashlib.sha256()
     for tensor in tensors:
-        total.update(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+        dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # the stride of one number may be 0
+        total.update(dense.view(-1).view(torch.uint8).numpy())
     return total.hexdigest()[:16]
