@@ -10,7 +10,20 @@ import torch
 from typer.testing import CliRunner
 
 import modeconn
-from modeconn import Bezier, Connection, Line, Permutation, PolyChain, Profile, Recipe, data, models
+from modeconn import (
+    PGD,
+    AdversarialExamples,
+    Bezier,
+    Connection,
+    Line,
+    Permutation,
+    PolyChain,
+    Profile,
+    Recipe,
+    RobustProfile,
+    data,
+    models,
+)
 from modeconn.cli import parse
 from modeconn.cli.app import app
 from modeconn.cli.demo import on_threads
@@ -119,6 +132,25 @@ def test_evaluate_recalibrates_batch_norm_on_training_data(tmp_path):
     )
     torch.testing.assert_close(found.loss, on_train.loss)
     assert not torch.allclose(found.loss, on_test.loss)
+
+
+@pytest.mark.parametrize("statistics", ["clean", "adversarial"])
+def test_robustness_recalibrates_batch_norm_on_what_it_is_told(statistics, tmp_path):
+    write_idx_files(tmp_path)
+    train, test = data.load("mnist", tmp_path)
+    ends = (models.tinyten(in_channels=1, image_size=28, seed=seed).eval() for seed in (0, 1))
+    Connection.straight_between(*ends).save(tmp_path / "c.safetensors")
+    settings = ("--attack", "pgd1", "--eps", "0.1", "--points", 2, "--examples", 4, "--statistics", statistics)
+    run("robustness", tmp_path / "c.safetensors", "--data", "mnist", "--root", tmp_path, *settings)
+    found = RobustProfile.from_json((tmp_path / "c.robust.json").read_text())
+    expected = {
+        name: Connection.load(tmp_path / "c.safetensors").robustness(
+            test, {"pgd1": PGD(0.1, 0.025, 1)}, num_points=2, num_examples=4, recalibrate=examples
+        )
+        for name, examples in (("clean", train), ("adversarial", AdversarialExamples(train, PGD(0.1, 0.025, 5))))
+    }
+    torch.testing.assert_close(found.losses, expected[statistics].losses)
+    assert not torch.allclose(expected["clean"].losses["clean"], expected["adversarial"].losses["clean"])
 
 
 def test_state_dicts_of_torch_save_are_ends_too(folder, tmp_path):

@@ -508,6 +508,7 @@ def test_a_stopped_command_says_where_its_measurements_are(saved, tmp_path, monk
         (("--attack", "pdg20"), "there is no attack 'pdg20'"),
         (("--eps", "8:255"), "a number is written 0.03 or 8/255, got '8:255'"),
         (("--eps", "-1/255"), "eps must be a finite number, 0 or more"),
+        (("--statistics", "own"), "--statistics must be clean or adversarial, got 'own'"),
         (("--norm", "l0"), "there is no norm 'l0'; there are l2, linf"),
         (("--attack", "autoattack"), "pip install --no-deps torchattacks"),
     ],

@@ -12,7 +12,19 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from modeconn import Connection, Profile, Recipe, __version__, checkpoint, discover, fit_curve, merge_many, models, plot
+from modeconn import (
+    AdversarialExamples,
+    Connection,
+    Profile,
+    Recipe,
+    __version__,
+    checkpoint,
+    discover,
+    fit_curve,
+    merge_many,
+    models,
+    plot,
+)
 from modeconn import align as align_models
 from modeconn import compare as compare_methods
 from modeconn.attacks import build as build_attack
@@ -479,6 +491,9 @@ def robustness(
     norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
     points: Annotated[int, typer.Option(min=2, help="How many networks to attack, both ends included.")] = 11,
     examples: Annotated[int | None, typer.Option(help="Attack the first so many test examples.")] = None,
+    statistics: Annotated[
+        str, typer.Option(help="Batch norm is recalibrated on clean or on adversarial (5 steps of eps/4) examples.")
+    ] = "clean",
     transfer: Annotated[bool, typer.Option(help="Whether to try what is found at each t at all others too.")] = False,
     out: Annotated[
         Path | None, typer.Option(help="Folder for NAME.robust.json, .csv and .png; default: the connection's own.")
@@ -500,8 +515,8 @@ def robustness(
 ) -> None:
     r"""Attack the networks along one or several connections.
 
-    Batch norm is recalibrated at every point on clean training data. Prints a table, and writes it with the answers to
-    every example as JSON, as CSV and as a figure. Stopped by Ctrl-C or by anything else, it goes on from its checkpoint
+    Batch norm is recalibrated at every point on training data. Prints a table, and writes it with the answers to every
+    example as JSON, as CSV and as a figure. Stopped by Ctrl-C or by anything else, it goes on from its checkpoint
     when the same command is given again.
 
     For example:
@@ -517,8 +532,13 @@ def robustness(
 
     radius = parse.number(eps)
     attacks = {text: build_attack(text, eps=radius, norm=parse.norm(norm)) for text in attack}
+    if statistics not in ("clean", "adversarial"):
+        raise ValueError(f"--statistics must be clean or adversarial, got {statistics!r}.")
     loaders = DataOptions(data, root, batch_size, seed=data_seed, device=device).load()
     architecture = template(model, model_arg, loaders[0])
+    training: Any = loaders[0]
+    if statistics == "adversarial":
+        training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=parse.norm(norm)))
     for path in connections:
         base = (out or path.parent) / path.stem
         files = [base.with_name(f"{base.name}.robust.{ending}") for ending in ("json", "csv", "png")]
@@ -532,7 +552,7 @@ def robustness(
                 attacks,
                 num_points=points,
                 num_examples=examples,
-                recalibrate=loaders[0],
+                recalibrate=training,
                 transfer=transfer,
                 checkpoint=kept,
                 seed=seed,

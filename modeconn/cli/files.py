@@ -68,9 +68,7 @@ def _read_json(path: Path) -> tuple[str, Profile | RobustProfile | Comparison | 
             return "comparison", Comparison.from_json(text)
         return "profile", Profile.from_json(text)
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        raise ValueError(
-            f"{str(path)!r} is no profile, no robust profile, no comparison and no report of an alignment."
-        ) from None
+        raise ValueError(f"{str(path)!r} is no profile, no comparison and no report of an alignment.") from None
 
 
 def _history(path: Path) -> History | None:
