@@ -20,7 +20,7 @@ class Match:
     Args:
         permutation: The relabelling of b.
         correlation: Mean correlation of paired units, ``(before, after)`` by group; empty if no data was used.
-        constant_units: Units that never change on the data, ``(of a, of b)`` by group.
+        constant_units: Units that never change on the data, or have no weights, ``(of a, of b)`` by group.
         history: The method's objective, step by step, if it has one.
     """
 
