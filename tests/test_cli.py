@@ -55,6 +55,14 @@ def ends(folder):
     return folder / "a.safetensors", folder / "b.safetensors"
 
 
+def test_fit_refines_the_relabelling_too(folder, tmp_path):
+    out = tmp_path / "refined.safetensors"
+    refine = "pam:iterations=1,step=relaxed,num_batches=2"
+    run("fit", *ends(folder), "--out", out, "--data", "digits", "--epochs", 1, *ADAM, "--refine", refine)
+    (turn,) = Connection.load(out).history.turns
+    assert turn["epoch"] == 0 and turn["num_tried"] > 0
+
+
 def the_same_in_python():
     train, _ = data.load("digits")
     recipe = Recipe(3, parse.optimizer("adam:lr=0.003"), one_cycle, 0.0)

@@ -351,6 +351,9 @@ def fit(
         str, typer.Option(help="activation[:KEY=VALUE,...], weight[:...], a permutation file, or none.")
     ] = "activation",
     curve: Annotated[str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS.")] = "bezier:2",
+    refine: Annotated[
+        str, typer.Option(help="none, or pam[:iterations=4,step=proximal_linear|sinkhorn|relaxed].")
+    ] = "none",
     seed: Annotated[int, typer.Option(help="Of t, order and augmentation of the data, dropout.")] = 0,
     root: options.Root = None,
     batch_size: options.BatchSize = None,
@@ -401,7 +404,7 @@ def fit(
         compile=compile,
     )
     opponent = options.adversary(adversary, eps, step_size, attack_steps)
-    how, shape_of_curve = parse.alignment(align), parse.curve(curve)
+    how, shape_of_curve, refinement = parse.alignment(align), parse.curve(curve), parse.refinement(refine)
     checkpoint.check_writable(out)
     kept = checkpoint_file or out.with_name(out.name + ".checkpoint")
     loader, _ = DataOptions(
@@ -415,6 +418,7 @@ def fit(
             align=how,
             curve=shape_of_curve,
             recipe=recipe,
+            refine=refinement,
             adversary=opponent,
             checkpoint=checkpoint.Checkpoint(kept, every_seconds=save_every),
             seed=seed,

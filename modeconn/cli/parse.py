@@ -18,12 +18,16 @@ import torch
 from torch import nn
 
 from modeconn import (
+    PAM,
     ActivationMatching,
     Bezier,
     Line,
     Permutation,
     PolyChain,
+    ProximalLinear,
+    RelaxedStep,
     Sinkhorn,
+    SinkhornStep,
     StraightThrough,
     TransportMatching,
     WeightMatching,
@@ -45,6 +49,7 @@ METHODS = {
     "sinkhorn": Sinkhorn,
     "straight_through": StraightThrough,
 }
+PERMUTATION_STEPS = {"proximal_linear": ProximalLinear, "sinkhorn": SinkhornStep, "relaxed": RelaxedStep}
 SCHEDULES = {one.__name__: one for one in (recipe.piecewise_linear, recipe.halving, recipe.one_cycle, recipe.constant)}
 OPTIMIZERS = {
     name.lower(): value
@@ -78,6 +83,21 @@ def alignment(text: str) -> bool | Method | Permutation:
     if text == "none":
         return False
     return Permutation.load(text) if Path(text).is_file() else method(text)
+
+
+def refinement(text: str) -> PAM | None:
+    """Read ``none``, ``pam``, or ``pam:iterations=2,step=sinkhorn``.
+
+    Example:
+        >>> refinement("pam:step=relaxed").step.learning_rate
+        0.05
+    """
+    if text == "none":
+        return None
+    made = _call(text, {"pam": PAM}, "refinement")
+    if isinstance(made.step, str):
+        made = replace(made, step=_look_up(made.step, PERMUTATION_STEPS, "step of PAM")())
+    return made
 
 
 def adversary(
