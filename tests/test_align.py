@@ -299,6 +299,7 @@ def test_a_wrong_spec_is_caught_before_it_is_used(monkeypatch: pytest.MonkeyPatc
     from modeconn.symmetry.discover import Walk
 
     def skip(walk: Walk, input, weight, bias=None):
+        walk.contract(input, input.axes[1])
         return [input.axes[0], weight.axes[0]]
 
     rules = {**modeconn.RULES, torch.ops.aten.linear: skip}
