@@ -41,7 +41,7 @@ class Method(Protocol):
 
 
 Start = Permutation | Method | None
-"""Where a method that improves a relabelling begins: one that is given, one that another method finds, or none moved."""
+"""Where a method that improves a relabelling begins: a given one, one that another method finds, or nothing moved."""
 
 
 def starting_permutation(
