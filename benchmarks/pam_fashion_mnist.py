@@ -1,6 +1,8 @@
 """Refine MLPs 784-256-256-10 of Fashion-MNIST from the identity, on the straight line: loss in the middle, seconds.
 
     python benchmarks/pam_fashion_mnist.py --root DIR --work DIR
+
+Networks are kept in the work folder.
 """
 
 from __future__ import annotations
