@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import json
+import os
 import random
 from dataclasses import dataclass, replace
 from functools import partial
@@ -275,8 +276,9 @@ def test_the_peak_is_that_of_the_block():
         torch.ones(20_000_000).sum()
     with peak_memory(torch.device("cpu")) as none:
         pass
-    if large.num_bytes is None:
-        pytest.skip("this system does not tell")
+    if not os.access("/proc/self/clear_refs", os.W_OK):  # such a system cannot tell, and must not guess
+        assert large.num_bytes is None and none.num_bytes is None
+        return
     assert 70e6 < large.num_bytes < 100e6 and none.num_bytes < 5e6
 
 
