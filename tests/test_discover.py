@@ -186,14 +186,17 @@ def test_an_unknown_operator_costs_freedom_and_is_named_with_its_price() -> None
     assert spec.verify(_Scanner(), torch.rand(2, 4)) < 1e-10
 
 
-def test_a_rule_given_by_argument_makes_an_operator_known() -> None:
+@pytest.mark.parametrize(
+    "key", [torch.ops.modeconn_test.scan.default, torch.ops.modeconn_test.scan, "modeconn_test::scan"], ids=str
+)
+def test_a_rule_given_by_argument_makes_an_operator_known(key) -> None:
     def rule(walk: Walk, x):
         walk.fix(x.axes[-1], "scanned in order")
         return [*x.axes[:-1], walk.fixed(walk.shape[-1], "scanned in order")]
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        spec = discover(_Scanner(), torch.rand(2, 4), rules={**RULES, torch.ops.modeconn_test.scan.default: rule})
+        spec = discover(_Scanner(), torch.rand(2, 4), rules={**RULES, key: rule})
     assert spec.unknown == ()
     assert spec.fixed["first.weight"][0] == "scanned in order"
 
