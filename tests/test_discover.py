@@ -13,9 +13,10 @@ from torch import Tensor, library, nn
 import modeconn
 from modeconn import RULES, discover, models
 from modeconn.symmetry import UnknownOperatorWarning, VerificationError
+from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.discover import Walk, example_for
 from modeconn.symmetry.graph import _grouped_matmul, export
-from modeconn.symmetry.rules import contraction
+from modeconn.symmetry.rules import Traced, contraction
 from tests.symmetry_cases import CASES, SPELLINGS, Case, attention
 
 ZOO = {
@@ -120,6 +121,31 @@ def test_one_wrong_axis_in_any_of_40_groups_of_a_plain_network_is_seen() -> None
         assert len(wrong.groups) == 41
         with pytest.raises(VerificationError, match=rf"group .*'{2 * number - 2}'|group .*'{2 * number}#2'"):
             wrong.verify(model, example)
+
+
+def test_groups_of_two_units_that_can_only_move_alike_are_told_apart_whatever_the_seed() -> None:
+    """Drawn once, both would move, or neither, in half of the cases."""
+
+    class Gated(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(3, 2), nn.Linear(3, 2), nn.Linear(2, 1)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.c(self.a(x) * self.b(x))
+
+    def untied(walk: Walk, x: Traced, y: Traced) -> list[Axis]:
+        walk.contract(y, y.axes[1])
+        return list(x.axes)
+
+    torch.manual_seed(0)
+    model, x = Gated(), torch.rand(2, 3)
+    wrong = discover(model, x, rules={**RULES, torch.ops.aten.mul.Tensor: untied})
+    assert [group.size for group in wrong.groups] == [2, 2]
+    for seed in range(20):
+        with pytest.raises(VerificationError):
+            wrong.verify(model, x, seed=seed)
+        assert discover(model, x).verify(model, x, seed=seed) < 1e-9
 
 
 def test_train_mode_constrains_what_eval_mode_does_not_show() -> None:

@@ -235,8 +235,9 @@ class PermutationSpec:
     def verify(self, model: nn.Module, example_input: Any = None, *, tolerance: float = 1e-9, seed: int = 0) -> float:
         """Prove the spec on a model: compare every tensor of its graphs with its predicted relabelling.
 
-        All groups are relabelled at once, at random. Parameters and buffers are redrawn in float64 so that nothing is
-        hidden by zeros or equal values; both modes run, without dropout.
+        All groups are relabelled at once, at random, until each has moved and any two of equal size have moved
+        differently: once, but for groups of few units. Parameters and buffers are redrawn in float64 so that nothing
+        is hidden by zeros or equal values; both modes run, without dropout.
 
         Args:
             model: The model the spec was made for.
