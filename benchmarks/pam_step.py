@@ -1,0 +1,115 @@
+"""Time of PAM's permutation step against its parts: the passes it makes, forward and backward, and its assignments.
+
+    python benchmarks/pam_step.py --model tinyten
+
+Both do the same passes on the same batches; the parts know neither curve, nor gradient by group, nor moves.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+from collections.abc import Callable
+from unittest import mock
+
+import torch
+from timing import environment, interleaved, ratio
+from torch import Tensor, nn
+
+import modeconn
+from modeconn import Line, models
+from modeconn.loss import cross_entropy
+from modeconn.matching.assignment import match_tree
+from modeconn.objective import supervised
+from modeconn.refinement import moves
+from modeconn.refinement.objective import CurveLoss, Sample
+from modeconn.refinement.proximal_linear import ProximalLinear
+from modeconn.refinement.state import Relabelled
+from modeconn.symmetry.spec import PermutationSpec
+from modeconn.weights import WeightSpace, Workspace
+
+FORWARD = supervised(cross_entropy)
+
+
+class Step:
+    """One permutation step from the identity, always the same; what it did is counted."""
+
+    def __init__(self, a: nn.Module, b: nn.Module, spec: PermutationSpec, sample: Sample, max_tries: int) -> None:
+        self.spec, self.space = spec, WeightSpace(a)
+        self.theta_b = self.space.flatten(b)
+        self.bend = self.theta_b.new_zeros((0, len(self.theta_b)))
+        self.loss = CurveLoss(Workspace(a, self.space), Line(), self.space.flatten(a), FORWARD, sample)
+        self.step = ProximalLinear(max_rounds=2, max_tries=max_tries)
+        self.gradients = self.values = 0
+        self.assignments: list[tuple[list, dict[str, Tensor]]] = []
+
+    def __call__(self) -> None:
+        self.step(Relabelled(self.space, self.loss, self.theta_b.clone(), self.bend, self.spec.identity()))
+
+    def count(self) -> None:
+        """Take the step once and note its passes and assignments."""
+
+        def noted(tree: list, similarities: dict[str, Tensor]) -> dict[str, Tensor]:
+            self.assignments.append((tree, similarities))
+            return match_tree(tree, similarities)
+
+        gradient, value = CurveLoss.gradient, CurveLoss.value
+        with (
+            mock.patch.object(moves, "match_tree", noted),
+            mock.patch.object(CurveLoss, "gradient", autospec=True, side_effect=gradient) as gradients,
+            mock.patch.object(CurveLoss, "value", autospec=True, side_effect=value) as values,
+        ):
+            self()
+        self.gradients, self.values = gradients.call_count, values.call_count
+
+
+def parts(step: Step, model: nn.Module, sample: Sample) -> Callable[[], None]:
+    """The same number of passes of an ordinary network, and the same assignments."""
+
+    def run() -> None:
+        for _ in range(step.gradients):
+            for _, batch in sample:
+                model.zero_grad()
+                FORWARD(model, batch).backward()
+        with torch.no_grad():
+            for _ in range(step.values):
+                for _, batch in sample:
+                    FORWARD(model, batch)
+        for tree, similarities in step.assignments:
+            match_tree(tree, similarities)
+
+    return run
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tinyten")
+    parser.add_argument("--batch", type=int, default=128)
+    parser.add_argument("--batches", type=int, default=8)
+    parser.add_argument("--max-tries", type=int, default=32)
+    parser.add_argument("--rounds", type=int, default=7)
+    parser.add_argument("--device", default="cpu")
+    options = parser.parse_args()
+
+    device = torch.device(options.device)
+    a, b = (models.build(options.model, seed=seed).to(device).eval() for seed in (0, 1))
+    torch.manual_seed(0)
+    shape = a.example_input().shape[1:]
+    batches = [
+        (torch.rand(options.batch, *shape, device=device), torch.randint(10, (options.batch,), device=device))
+        for _ in range(options.batches)
+    ]
+    sample = [((i + 0.5) / len(batches), batch) for i, batch in enumerate(batches)]
+    step = Step(a, b, modeconn.discover(a), sample, options.max_tries)
+    step.count()
+    seconds = interleaved({"step": step, "parts": parts(step, a.train(), sample)}, options.rounds, device)
+
+    print(f"{options.model}, {options.batches} batches of {options.batch}; {environment(device)}")
+    print(f"{step.gradients} gradients, {step.values} losses, {len(step.assignments)} assignments of trees")
+    for name, times in seconds.items():
+        print(f"{name:>6}  median {statistics.median(times):7.3f} s, best {min(times):7.3f} s")
+    print(f"step / parts: {ratio(seconds['step'], seconds['parts'])}")
+
+
+if __name__ == "__main__":
+    main()
