@@ -5,7 +5,8 @@
 Small ConvFC networks are trained against PGD-5 on the first 10,000 training images, curves with the same adversary, and
 both are attacked with PGD-20 on the first 1,000 test images at 11 points, then with AutoAttack, the reference standard
 version, on the first 200 at t = 0, 1/2 and 1; eps is 0.1 in the norm linf, pixels in [0, 1]. The ends of a pair are
-attacked once and belong to all its rows: relabelled, b is the same function.
+attacked once and belong to all its rows: relabelled, b is the same function. AutoAttack leaves an example as soon
+as it is broken, so its loss is a lower bound, and its table holds accuracies alone.
 
 Endpoints, curves and measurements are kept in the work folder as soon as they are there, attacks batch by batch; a run
 that is started again goes on where it stopped. The tables hold the pairs that are whole.
