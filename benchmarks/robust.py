@@ -85,6 +85,7 @@ class Pair:
         return models.load(path)
 
     def connection(self, row: str) -> modeconn.Connection:
+        ends = self.ends  # made here, so that their seconds are none of the fit's
         path = self.work / f"pair-{self.number}-{row.replace(' ', '-')}.safetensors"
 
         def measure() -> dict[str, Any]:
@@ -92,10 +93,10 @@ class Pair:
             align: Any = False
             if alignment:
                 method = ActivationMatching(adversary=ALIGNMENTS[f" {alignment}"])
-                align = modeconn.align(*self.ends, self.train, method=method)
+                align = modeconn.align(*ends, self.train, method=method)
             is_curve = shape == "curve"
             modeconn.fit_curve(
-                *self.ends,
+                *ends,
                 self.train,
                 align=align,
                 curve=modeconn.Bezier(2) if is_curve else modeconn.Line(),
@@ -115,16 +116,17 @@ class Pair:
             "attacks": {name: attacks.build(name, eps=EPS)},
             "num_examples": {PGD20: 1000, AUTOATTACK: 200}[name],
         }
+        ends, connection = self.ends, self.connection(row)
         test = self.test.with_(batch_size=250 if name == PGD20 else 100)
 
         def end(place: int) -> RobustProfile:
             path = self.work / f"end-{self.seeds[place]}-{name}.records"
-            return modeconn.robustness(self.ends[place], test, checkpoint=path, **settings)
+            return modeconn.robustness(ends[place], test, checkpoint=path, **settings)
 
         def measure() -> dict[str, Any]:
             inner = torch.linspace(0, 1, points, dtype=torch.float64)[1:-1].tolist()
             path = self.work / f"pair-{self.number}-{row.replace(' ', '-')}-{name}.records"
-            between = self.connection(row).robustness(test, t=inner, checkpoint=path, **settings)
+            between = connection.robustness(test, t=inner, checkpoint=path, **settings)
             return summary_of(with_ends(end(0), between, end(1)), name)
 
         return self.kept(f"{name} {row}", measure)
@@ -206,7 +208,7 @@ def write(found: dict[str, list[dict[str, dict[str, Any]]]], fits: list[dict[str
         "trained against": repr(ADVERSARY),
         "epochs": EPOCHS,
         "environment": environment(torch.device("cpu")),
-        "seconds": fits,
+        "CPU seconds": fits,
     }
     text = [
         f"eps {EPS} in linf, pixels in [0, 1]; endpoints and curves {EPOCHS} epochs against {ADVERSARY}; mean and "
@@ -224,21 +226,21 @@ def write(found: dict[str, list[dict[str, dict[str, Any]]]], fits: list[dict[str
             record[name] = {"attack": title, "seeds": seeds, "rows": rows, "each pair": pairs}
             text.append(f"{title}; seeds {seeds}\n\n{table(rows, columns)}\n")
     minutes = statistics.mean(fit["endpoint"] for fit in fits) / 60, statistics.mean(fit["curve"] for fit in fits) / 60
-    text.append("{:.1f} minutes for an endpoint, {:.1f} for a curve.\n".format(*minutes))
+    text.append("{:.1f} minutes of processor time for an endpoint, {:.1f} for a curve.\n".format(*minutes))
     out.mkdir(parents=True, exist_ok=True)
     (out / "robust_fashion_mnist.json").write_text(json.dumps(record, indent=1) + "\n")
     (out / "robust_fashion_mnist.md").write_text("\n".join(text))
 
 
 def seconds_of(pair: Pair) -> dict[str, float]:
-    """Mean seconds of training an endpoint and fitting a curve, of finished pieces."""
+    """Mean seconds of processor time of training an endpoint and of fitting a curve; a machine may be shared."""
     names = {
         "endpoint": [f"endpoint-{seed}" for seed in pair.seeds],
         "curve": [f"fit-{row.replace(' ', '-')}" for row in ROWS if row.startswith("curve")],
     }
     files = {kind: [pair.work / f"pair-{pair.number}-{name}.json" for name in some] for kind, some in names.items()}
     return {
-        kind: statistics.mean(json.loads(path.read_text())["seconds"] for path in paths)
+        kind: statistics.mean(json.loads(path.read_text())["CPU seconds"] for path in paths)
         for kind, paths in files.items()
     }
 
