@@ -167,6 +167,13 @@ def test_width_scales_the_channels(width):
     assert model.classifier.in_features == 64 * width
 
 
+@pytest.mark.parametrize("width", [0.25, 1])
+def test_width_scales_all_layers_of_conv_fc(width):
+    model = models.conv_fc(width=width)
+    weights = [parameter for parameter in model.parameters() if parameter.dim() > 1]
+    assert [len(weight) for weight in weights] == [width * units for units in (32, 64, 128, 1000, 1000)] + [10]
+
+
 def test_the_first_layer_normalises_pixels():
     model = models.mlp(2, (), 2, mean=[0.0, 0.5], std=[2.0, 0.25])
     torch.testing.assert_close(model.normalize(torch.tensor([[1.0, 1.0]])), torch.tensor([[0.5, 2.0]]))
@@ -214,6 +221,8 @@ def test_impossible_sizes_are_refused():
         models.resnet20(in_channels=0)
     with pytest.raises(ValueError, match=r"width must leave at least 1 of the stem's 16 channels, got width=0"):
         models.resnet20(width=0)
+    with pytest.raises(ValueError, match=r"width must leave at least 1 of the first convolution's 32 .*, got width=0"):
+        models.conv_fc(width=0)
 
 
 def test_an_unknown_name_is_answered_with_the_names_there_are():
