@@ -726,3 +726,17 @@ def test_a_second_name_of_a_tied_weight_is_not_reported_as_unread():
     model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6))
     model[2].weight = model[0].weight
     assert discover(model, torch.rand(2, 6)).unread == ()
+
+
+class DividedByOneNumber(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(4, 16), nn.Linear(16, 3)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.second(self.first(x).relu()) / self.first.bias.exp().sum()
+
+
+def test_rounding_of_a_single_number_is_measured_against_its_own_size() -> None:
+    model, x = DividedByOneNumber(), torch.zeros(2, 4)
+    assert modeconn.discover(model, x).verify(model, x) < 1e-13

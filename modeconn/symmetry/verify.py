@@ -140,7 +140,7 @@ def _relative(expected: Tensor, actual: Tensor, scale: float) -> float:
             return math.inf
         expected, actual = expected[finite], actual[finite]
         difference = float((expected - actual).abs().max()) if expected.numel() else 0.0
-    spread = float(expected.std()) if expected.numel() > 1 else 0.0
+    spread = float(expected.std()) if expected.numel() > 1 else float(expected.abs().sum())  # one number has no spread
     scale = max(scale, float(expected.abs().max())) if expected.numel() else scale
     return difference / max(spread, 1e-6 * scale, 1e-300) if difference else 0.0
 
