@@ -307,6 +307,7 @@ def by_position(b: Builder) -> None:
         lambda h, mix: h.roll(1, 1),
         lambda h, mix: h.cumsum(1),
         lambda h, mix: h[:, torch.arange(t).roll(1)],
+        lambda h, mix: h * h[:, [t - 1]],
         lambda h, mix: mix(h.transpose(1, 2)).transpose(1, 2),
         lambda h, mix: F.avg_pool1d(h.transpose(1, 2), 3, 1, 1).transpose(1, 2),
         lambda h, mix: F.pad(h, (0, 0, 1, -1)),

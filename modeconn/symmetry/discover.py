@@ -21,6 +21,9 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 
+_READERS = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.index.Tensor)  # of the number in x[:, [3]]
+
+
 class UnknownOperatorWarning(UserWarning):
     """An operator without a rule: everything it touches stays fixed."""
 
@@ -124,7 +127,7 @@ class Walk(Space):
     """One space of atoms, and the walk through the graphs that fills it.
 
     Rules see it as their first argument: the methods of `Space`, and ``shape``, ``shapes``, ``arguments``, ``show``,
-    ``contract``.
+    ``contract``, ``dtype``, ``number``.
     """
 
     def __init__(self, model: nn.Module, rules: Mapping[Any, Rule]) -> None:
@@ -162,6 +165,16 @@ class Walk(Space):
     def dtype(self, tensor: Traced) -> torch.dtype | None:
         """Return the type of a tensor of the graph."""
         return None if tensor.node is None else tensor.node.meta["val"].dtype
+
+    def number(self, tensor: Traced) -> int | None:
+        """Return the integer that a tensor of one entry always holds, None if it has more or may be written to."""
+        graph, node = self._graphs[-1], tensor.node
+        while node is not None and all(user.target in _READERS for user in node.users):
+            if node.name in graph.state:
+                value = graph.constant(graph.state[node.name])
+                return int(value) if value is not None and value.numel() == 1 and not value.is_meta else None
+            node = node.args[0] if node.target in _READERS else None
+        return None
 
     # ---------------------------------------------------------------- the walk
 

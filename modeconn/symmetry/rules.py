@@ -899,6 +899,9 @@ def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[A
     if any(i is not None and walk.dtype(i) in (torch.bool, torch.uint8) for i in indices):
         return None
     used = [d for d, i in enumerate(indices) if i is not None]
+    if len(used) == 1 and (number := walk.number(indices[used[0]])) is not None:  # x[:, [3]] is a select
+        chosen = select(walk, input, used[0], number)
+        return [*chosen[: used[0]], *[UNIT] * len(indices[used[0]].axes), *chosen[used[0] :]]
     for dim in used:
         walk.fix(input.axes[dim], "looked up by number")
     looked_up = [i for i in indices if i is not None]
