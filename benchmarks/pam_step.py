@@ -18,11 +18,11 @@ from torch import Tensor, nn
 
 import modeconn
 from modeconn import Line, models
+from modeconn.curve_loss import CurveLoss, Sample
 from modeconn.loss import cross_entropy
 from modeconn.matching.assignment import match_tree
 from modeconn.objective import supervised
 from modeconn.refinement import moves
-from modeconn.refinement.objective import CurveLoss, Sample
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.state import Relabelled
 from modeconn.symmetry.spec import PermutationSpec

@@ -10,10 +10,10 @@ from torch import nn
 
 import modeconn
 from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, RelaxedStep, SinkhornStep, models
+from modeconn.curve_loss import CurveLoss
 from modeconn.matching.trees import trees
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
 from modeconn.refinement.moves import Move, cycles, exchanges, gain, linear_costs, proximal_proposals
-from modeconn.refinement.objective import CurveLoss
 from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.relaxed_step import decompose, project
 from modeconn.symmetry.permutation import Permutation

@@ -228,8 +228,10 @@ LEARNED = [
     Sinkhorn(steps=12, rounds=4, objective="weights", temperature=2.0, final_temperature=0.5),
     Sinkhorn(steps=12, rounds=4, objective=Bezier(3)),
     StraightThrough(steps=12, rounds=4),
+    StraightThrough(steps=12, rounds=4, objective="midpoint"),
+    StraightThrough(steps=12, rounds=4, objective=Bezier(2)),
 ]
-IDS = ["midpoint", "line", "weights", "curve", "straight-through"]
+IDS = ["midpoint", "line", "weights", "curve", *(f"straight-through {p}" for p in ("line", "midpoint", "curve"))]
 
 
 @pytest.mark.parametrize("name", ["mlp", "batch_norm", "tied", "residual", "parametrized", "frozen", "channels_last"])
@@ -300,7 +302,7 @@ def test_the_gradient_of_the_path_is_that_of_autograd(generator: torch.Generator
     space, loader = WeightSpace(a), batches(1, dtype=torch.float64)
     loss_fn = nn.functional.cross_entropy
     settings = {"num_examples": 12, "batches_per_step": 3, "seed": 0}
-    path = PathLoss(a, loader, loss_fn, curve=Bezier(2), **settings)
+    path = PathLoss(a, loader, loss_fn, path=Bezier(2), **settings)
     with torch.no_grad():
         path.offsets.normal_(0, 0.1, generator=generator)
     theta_a, theta_b = space.flatten(a), space.flatten(b).requires_grad_()
@@ -343,6 +345,28 @@ def test_settings_are_checked() -> None:
             kind(**setting)
     with pytest.raises(ValueError, match=r"'midpoint', 'line', 'weights' or a curve, got objective='middle'"):
         Sinkhorn(objective="middle")
+    with pytest.raises(ValueError, match=r"'line', 'midpoint' or a curve, got objective='weights'"):
+        StraightThrough(objective="weights")
+
+
+def test_the_value_of_the_path_is_a_mean_over_examples_and_positions() -> None:
+    a, b = (CASE["mlp"].make(seed, torch.float64) for seed in (1, 2))
+    space, loader = WeightSpace(a), batches(2, dtype=torch.float64)
+    inputs, targets = loader[0]
+    loader[0] = (inputs[:5], targets[:5])  # batches of two sizes
+    loss_fn = nn.functional.cross_entropy
+    settings = {"num_examples": 1_000, "batches_per_step": 1, "seed": 0}
+    line = PathLoss(a, loader, loss_fn, path="line", **settings)
+    middle = PathLoss(a, loader, loss_fn, path="midpoint", **settings)
+    theta_a, theta_b = space.flatten(a), space.flatten(b)
+    inputs, targets = (torch.cat(parts) for parts in zip(*loader, strict=True))
+
+    def loss(t: float) -> Tensor:
+        return loss_fn(functional_call(a, space.unflatten(torch.lerp(theta_a, theta_b, t)), (inputs,)), targets)
+
+    expected = torch.stack([loss(t) for t in (0.1, 0.3, 0.5, 0.7, 0.9)]).mean().item()
+    assert line.value(theta_b) == pytest.approx(expected, rel=1e-12)
+    assert middle.value(theta_b) == pytest.approx(loss(0.5).item(), rel=1e-12)
 
 
 @pytest.mark.parametrize("method", [Sinkhorn(), StraightThrough()])

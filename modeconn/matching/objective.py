@@ -4,16 +4,20 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from typing import Any, Protocol
+from functools import partial
+from itertools import repeat
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from modeconn.batch_norm import calibration_batches, norm_layers
+from modeconn.batch_norm import calibration_batches
+from modeconn.curve_loss import CurveLoss
 from modeconn.curve_step import stratified_positions
 from modeconn.curves import Curve, Line
 from modeconn.loaders import batches, check_loader
-from modeconn.loss import LossFn, check_targets
+from modeconn.loss import LossFn
+from modeconn.objective import supervised
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace, Workspace
@@ -54,23 +58,21 @@ class Distance:
 class PathLoss:
     r"""The loss at points of a path from a to b, as a function of the weights of b.
 
-    The path is the straight line, or a curve whose control points are those of the line and what is added to them:
-    :math:`\theta(t) = (1-t)\,\theta_a + t\,\theta_b + \sum_k B_k(t)\,\phi_k`. Norm layers use the statistics of the
-    batch, dropout is off, and nothing of the caller's models changes. To be used inside one seeded stretch of random
-    numbers, from which the loader draws.
+    The path is the straight line, or a curve that is bent by `offsets`, see `CurveLoss`. To be used inside one seeded
+    stretch of random numbers, from which the loader draws. Nothing of the caller's models changes.
 
     Args:
         model_a: Network a.
         loader: Training data, ``(inputs, targets)`` batches.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
-        curve: The path; its inner control points are `offsets` away from the line.
-        middle_only: Use the point t = 1/2 alone.
+        path: "line"; "midpoint", the line at t = 1/2 alone; or a curve, its inner control points `offsets` away from
+            the line.
         num_examples: How many examples `value` is measured on, the same at every point and every call.
         batches_per_step: How many batches, each at its own t, make one gradient.
         seed: Of the positions t.
 
     Attributes:
-        offsets: :math:`\phi`, ``(K - 2, P)``, 0 at first, with a gradient after `gradient`.
+        offsets: ``(K - 2, P)``, 0 at first, with a gradient after `gradient`.
     """
 
     def __init__(
@@ -79,70 +81,41 @@ class PathLoss:
         loader: Iterable[Any],
         loss_fn: LossFn,
         *,
-        curve: Curve | None = None,
-        middle_only: bool = False,
+        path: Literal["line", "midpoint"] | Curve,
         num_examples: int,
         batches_per_step: int,
         seed: int,
     ) -> None:
         check_loader(loader)
-        self._workspace = Workspace(model_a)
-        self._workspace.model.requires_grad_(True).eval()
-        for layer in norm_layers(model_a):
-            self._workspace.model.get_submodule(layer).train()
-        self.space = self._workspace.space
-        self._theta_a = self._workspace.theta.clone()
-        self._curve = Line() if curve is None else curve
-        self.offsets = nn.Parameter(self._theta_a.new_zeros(self._curve.num_control_points - 2, len(self._theta_a)))
-        self._loss_fn = loss_fn
-        self._sample = calibration_batches(loader, self.space.device, limit=num_examples, seed=seed)
-        self._batches = _forever(loader, self.space.device)
+        workspace = Workspace(model_a)
+        workspace.model.requires_grad_(True)
+        device, theta_a = workspace.space.device, workspace.theta.clone()
+        curve, middle_only = path if isinstance(path, Curve) else Line(), path == "midpoint"
+        self.offsets = nn.Parameter(theta_a.new_zeros(curve.num_control_points - 2, len(theta_a)))
+        self._along = partial(CurveLoss, workspace, curve, theta_a)
+        self._forward = supervised(loss_fn)
+        self._batches = _forever(loader, device)
         self._batches_per_step = batches_per_step
-        self._positions = (0.5,) if middle_only else _POSITIONS
-        self._draws = _middle() if middle_only else _stratified(seed)
-        self._checked = False
+        self._draws = repeat(0.5) if middle_only else _stratified(seed)
+        sample = calibration_batches(loader, device, limit=num_examples, seed=seed)
+        mean_size = sum(len(targets) for _, targets in sample) / len(sample)
+        checked = supervised(loss_fn, check=True)
 
-    @torch.no_grad()
+        def share(model: nn.Module, batch: Any) -> Tensor:  # a mean over examples, though batches differ in size
+            return checked(model, batch) * (len(batch[1]) / mean_size)
+
+        positions = (0.5,) if middle_only else _POSITIONS
+        self._fixed = self._along(share, [(t, batch) for t in positions for batch in sample])
+
     def value(self, theta_b: Tensor) -> float:
         """Return the mean loss over fixed positions and examples for b's weights ``theta_b (P,)``."""
-        total = self._theta_a.new_zeros((), dtype=torch.float64)
-        for t in self._positions:
-            self._go_to(theta_b, t)
-            for inputs, targets in self._sample:
-                total += self._loss(inputs, targets) * len(targets)
-        count = sum(len(targets) for _, targets in self._sample)
-        return float(total) / (count * len(self._positions))
+        return self._fixed.value(theta_b, self.offsets)
 
     def gradient(self, theta_b: Tensor) -> Tensor:
         """Return the gradient ``(P,)`` for b's weights over the next batches, each at its own random position."""
-        total = torch.zeros_like(theta_b)
-        self.offsets.grad = torch.zeros_like(self.offsets)
-        for _ in range(self._batches_per_step):
-            basis, share_of_b = self._go_to(theta_b, next(self._draws))
-            self._workspace.zero_grad()
-            self._loss(*next(self._batches)).backward()
-            gradient = self._workspace.gather_grad()
-            total.add_(gradient, alpha=share_of_b / self._batches_per_step)
-            for offset_grad, weight in zip(self.offsets.grad, basis[1:-1], strict=True):
-                offset_grad.add_(gradient, alpha=weight / self._batches_per_step)
-        return total
-
-    @torch.no_grad()
-    def _go_to(self, theta_b: Tensor, t: float) -> tuple[list[float], float]:
-        """Bring the network to position t; return the weights of the control points there, and that of b."""
-        basis = self._curve.basis(t)
-        share_of_b = float(basis @ torch.linspace(0, 1, len(basis), dtype=basis.dtype))
-        torch.lerp(self._theta_a, theta_b, share_of_b, out=self._workspace.theta)
-        for offset, weight in zip(self.offsets, basis[1:-1].tolist(), strict=True):
-            self._workspace.theta.add_(offset, alpha=weight)
-        return basis.tolist(), share_of_b
-
-    def _loss(self, inputs: Any, targets: Tensor) -> Tensor:
-        outputs = self._workspace.model(inputs)
-        if not self._checked:
-            check_targets(outputs, targets)
-            self._checked = True
-        return self._loss_fn(outputs, targets)
+        places = [(next(self._draws), next(self._batches)) for _ in range(self._batches_per_step)]
+        _, towards_b, self.offsets.grad = self._along(self._forward, places).gradient(theta_b, self.offsets.detach())
+        return towards_b
 
 
 class Incumbent:
@@ -196,6 +169,12 @@ def evenly(rounds: int, steps: int) -> set[int]:
     return {round(steps * k / rounds) for k in range(1, rounds + 1)} - {0}
 
 
+def check_objective(objective: Any, *names: str) -> None:
+    """Raise unless an objective is a curve or one of the names."""
+    if not isinstance(objective, Curve) and objective not in names:
+        raise ValueError(f"objective must be {', '.join(map(repr, names))} or a curve, got objective={objective!r}.")
+
+
 def check_positive(settings: Any, *names: str) -> None:
     """Raise unless the named fields are positive."""
     for name in names:
@@ -207,11 +186,6 @@ def check_positive(settings: Any, *names: str) -> None:
 def _forever(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
     while True:
         yield from batches(loader, device)
-
-
-def _middle() -> Iterator[float]:
-    while True:
-        yield 0.5
 
 
 def _stratified(seed: int) -> Iterator[float]:

@@ -12,14 +12,21 @@ from torch import Tensor, nn
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching.method import Match, Start, starting_permutation
-from modeconn.matching.objective import Distance, Incumbent, Objective, PathLoss, check_positive, evenly, write
+from modeconn.matching.objective import (
+    Distance,
+    Incumbent,
+    Objective,
+    PathLoss,
+    check_objective,
+    check_positive,
+    evenly,
+    write,
+)
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation
 from modeconn.rng import seeded
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
-
-_OBJECTIVES = ("midpoint", "line", "weights")
 
 
 @dataclass(frozen=True)
@@ -73,9 +80,7 @@ class Sinkhorn:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.objective, Curve) and self.objective not in _OBJECTIVES:
-            names = ", ".join(map(repr, _OBJECTIVES))
-            raise ValueError(f"objective must be {names} or a curve, got objective={self.objective!r}.")
+        check_objective(self.objective, "midpoint", "line", "weights")
         positive = ["steps", "learning_rate", "temperature", "curve_learning_rate", "batches_per_step", "num_examples"]
         check_positive(self, *positive, "rounds", *["final_temperature"] * (self.final_temperature is not None))
 
@@ -110,8 +115,7 @@ class Sinkhorn:
             model_a,
             loader,
             self.loss_fn,
-            curve=self.objective if isinstance(self.objective, Curve) else None,
-            middle_only=self.objective == "midpoint",
+            path=self.objective,
             num_examples=self.num_examples,
             batches_per_step=self.batches_per_step,
             seed=self.seed,

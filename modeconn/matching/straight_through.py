@@ -4,14 +4,15 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import nn
 
+from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching.method import Match, Start, starting_permutation
-from modeconn.matching.objective import Incumbent, PathLoss, check_positive, evenly, write
+from modeconn.matching.objective import Incumbent, PathLoss, check_objective, check_positive, evenly, write
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.rng import seeded
 from modeconn.symmetry.spec import PermutationSpec
@@ -25,13 +26,16 @@ class StraightThrough:
     Weights :math:`\hat\theta` that begin as a's stand for the relabelled b. At each step b is matched to them,
     :math:`P = \operatorname{argmax}_P \langle \hat\theta, P \theta_b \rangle` by one sweep of `WeightMatching` from the
     permutation before, and they take an Adam step along the gradient of the loss at a random point of the line from a
-    to :math:`P \theta_b`, as if they were that end themselves. Of the permutations met, the best by the loss on the
-    line, on a fixed sample of the data, is the result; never one worse than the start.
+    to :math:`P \theta_b`, as if they were that end themselves. Of the permutations met, the best by the objective on a
+    fixed sample of the data is the result; never one worse than the start.
 
     Args:
         start: A relabelling, or the method that finds it. Default: b as it is.
+        objective: "line", the task's loss at random points of the line; "midpoint", in the middle between the networks;
+            or a curve, such as ``Bezier(2)``, at random points of it, its inner control points learned along.
         steps: Gradient steps.
         learning_rate: Adam's, of the free weights.
+        curve_learning_rate: Adam's, of the inner control points of a curve.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         batches_per_step: How many batches of the loader, each at a point of its own, make one gradient.
         num_examples: How many examples permutations are compared on.
@@ -46,8 +50,10 @@ class StraightThrough:
     """
 
     start: Start = None
+    objective: Literal["line", "midpoint"] | Curve = "line"
     steps: int = 300
     learning_rate: float = 1e-2
+    curve_learning_rate: float = 1e-3
     loss_fn: LossFn = cross_entropy
     batches_per_step: int = 1
     num_examples: int = 2_048
@@ -55,7 +61,10 @@ class StraightThrough:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_positive(self, "steps", "learning_rate", "batches_per_step", "num_examples", "rounds")
+        check_objective(self.objective, "line", "midpoint")
+        check_positive(
+            self, "steps", "learning_rate", "curve_learning_rate", "batches_per_step", "num_examples", "rounds"
+        )
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
@@ -73,16 +82,18 @@ class StraightThrough:
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
         free = Workspace(model_a, space)
-        optimizer = torch.optim.Adam([free.theta], lr=self.learning_rate)
         with seeded(self.seed, space.device):
             loss = PathLoss(
                 model_a,
                 loader,
                 self.loss_fn,
+                path=self.objective,
                 num_examples=self.num_examples,
                 batches_per_step=self.batches_per_step,
                 seed=self.seed,
             )
+            optimizer = torch.optim.Adam([free.theta], lr=self.learning_rate)
+            optimizer.add_param_group({"params": [loss.offsets], "lr": self.curve_learning_rate})
             permutation = starting_permutation(self.start, spec, model_a, model_b, loader)
             incumbent = Incumbent(spec, space, theta_b, loss, permutation)
             looks, theta = evenly(self.rounds, self.steps), torch.empty_like(theta_b)

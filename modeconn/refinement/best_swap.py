@@ -10,10 +10,10 @@ from typing import Any
 import torch
 
 from modeconn.connection import Connection, TrainingData
+from modeconn.curve_loss import CurveLoss, straight
 from modeconn.matching.trees import trees
 from modeconn.objective import supervised
 from modeconn.refinement.moves import exchanges, linear_costs
-from modeconn.refinement.objective import CurveLoss, straight
 from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.state import Relabelled
 from modeconn.weights import Workspace

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor
 
 from modeconn.connection import History, TrainingData
+from modeconn.curve_loss import CurveLoss, straight
 from modeconn.curve_step import CurveStep
 from modeconn.loaders import batches
 from modeconn.objective import supervised
-from modeconn.refinement.objective import CurveLoss, straight
 from modeconn.refinement.pam import PAM, improve_permutation
 from modeconn.symmetry import Permutation
 

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor
 
 from modeconn.connection import History, TrainingData, permutation_tensors
+from modeconn.curve_loss import CurveLoss, Sample, straight
 from modeconn.curve_step import CurveStep
 from modeconn.curves import Curve
 from modeconn.loaders import batches
 from modeconn.objective import supervised
 from modeconn.recipe import Recipe
-from modeconn.refinement.objective import CurveLoss, Sample, straight
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.state import Relabelled
 from modeconn.rng import seeded

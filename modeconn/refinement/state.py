@@ -7,8 +7,8 @@ from dataclasses import dataclass, field
 
 from torch import Tensor
 
+from modeconn.curve_loss import CurveLoss
 from modeconn.refinement.moves import Move
-from modeconn.refinement.objective import CurveLoss
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace

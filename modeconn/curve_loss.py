@@ -35,6 +35,9 @@ class CurveLoss:
         forward: ``forward(model, batch) -> loss``.
         sample: See `Sample`.
         autocast: Precision of the forward passes, None for the model's own.
+
+    References:
+        Tatro et al., 2020, https://arxiv.org/abs/2009.02439
     """
 
     def __init__(
