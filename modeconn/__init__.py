@@ -17,7 +17,7 @@ from modeconn.adversarial import AdversarialExamples
 from modeconn.attacks.pgd import PGD
 from modeconn.attacks.profile import RobustProfile
 from modeconn.attacks.robustness import robustness
-from modeconn.attacks.training import TRADES, AdversarialTraining
+from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.comparison import Comparison, compare
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
@@ -62,6 +62,7 @@ __all__ = [
     "Comparison",
     "Connection",
     "Ensemble",
+    "FreeAdversarialTraining",
     "Line",
     "Merge",
     "Permutation",

@@ -14,8 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn import checkpoint as files
-from modeconn.adversarial import Attack
-from modeconn.attacks.training import Adversary, adversary_of
+from modeconn.attacks.training import AdversaryLike, adversary_of
 from modeconn.checkpoint import Checkpoint
 from modeconn.connection import (
     Connection,
@@ -30,7 +29,7 @@ from modeconn.curves import Bezier, Curve, Line
 from modeconn.evaluate import Objective
 from modeconn.loaders import check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.objective import objectives
+from modeconn.objective import Objectives
 from modeconn.recipe import Recipe
 from modeconn.refinement.exact import descend
 from modeconn.refinement.pam import PAM, Refinement
@@ -56,7 +55,7 @@ def fit_curve(
     curve: Curve = _QUADRATIC,
     recipe: Recipe = _RECIPE,
     refine: PAM | None = None,
-    adversary: Adversary | Attack | None = None,
+    adversary: AdversaryLike | None = None,
     loss_fn: LossFn = cross_entropy,
     forward: Objective | None = None,
     spec: Any = None,
@@ -84,9 +83,9 @@ def fit_curve(
         curve: The family of curves to learn from; `Line()` learns nothing.
         recipe: Epochs, optimizer, schedule, weight decay, autocast, compile.
         refine: `PAM()` to improve the relabelling and the curve together, by turns, from where ``align`` starts.
-        adversary: An attack, such as `PGD(8 / 255, 2 / 255, 5)`, or `AdversarialTraining` or `TRADES` with one: each
-            batch is attacked at the t at which the step is made. Evaluation recalibrates batch norm on clean data
-            even so, unless ``recalibrate=`` are `AdversarialExamples`.
+        adversary: An attack, such as `PGD(8 / 255, 2 / 255, 5)`, or `AdversarialTraining` or `TRADES` with one, or
+            `FreeAdversarialTraining`: each batch is attacked at the t at which the step is made. Evaluation
+            recalibrates batch norm on clean data even so, unless ``recalibrate=`` are `AdversarialExamples`.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         forward: ``forward(model, batch) -> loss`` in its place, for batches of any other kind.
         spec: Symmetries of the architecture, if known.
@@ -114,7 +113,7 @@ def fit_curve(
     training = TrainingData(loader, loss_fn, forward)
     if refine is not None:
         refine.check(curve, recipe, loader)
-    forwards = objectives(loss_fn, forward, adversary)
+    goals = Objectives(loss_fn, forward, adversary)
     if adversary is not None:
         _check_adversary(adversary, refine, loader)
     if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
@@ -153,7 +152,15 @@ def fit_curve(
                 keeper = _keeper(checkpoint, settings, permutation) if checkpoint else None
                 refinement = Refinement(refine, permutation, step, training, recipe, seed=seed) if refine else None
                 history = _learn(
-                    step, recipe, loader, forwards, refinement, seed=seed, keeper=keeper, saved=saved, progress=progress
+                    step,
+                    recipe,
+                    loader,
+                    goals,
+                    refinement,
+                    seed=seed,
+                    keeper=keeper,
+                    saved=saved,
+                    progress=progress,
                 )
                 permutation = refinement.permutation if refinement else permutation
             relabelled = model_b if permutation is None else permutation.apply(model_b)
@@ -165,7 +172,7 @@ def _learn(
     step: CurveStep,
     recipe: Recipe,
     loader: Iterable[Any],
-    forwards: tuple[Objective, Objective],
+    objectives: Objectives,
     refinement: Refinement | None,
     *,
     seed: int,
@@ -181,7 +188,7 @@ def _learn(
             step,
             loader,
             recipe,
-            forwards,
+            objectives,
             seed=seed,
             keeper=keeper,
             refinement=refinement,
@@ -192,7 +199,7 @@ def _learn(
         return run.train()
 
 
-def _check_adversary(adversary: Adversary | Attack, refine: PAM | None, loader: Iterable[Any] | None) -> None:
+def _check_adversary(adversary: AdversaryLike, refine: PAM | None, loader: Iterable[Any] | None) -> None:
     if loader is None:
         raise ValueError(f"{adversary!r} attacks training data, so fit_curve needs it: pass loader=.")
     if refine is not None:
@@ -254,7 +261,7 @@ def _settings(
     curve: Curve,
     recipe: Recipe,
     refine: PAM | None,
-    adversary: Adversary | Attack | None,
+    adversary: AdversaryLike | None,
     training: TrainingData,
     seed: int,
 ) -> dict[str, Any]:

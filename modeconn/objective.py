@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 from torch import Tensor, nn
 
-from modeconn.adversarial import Attack
-from modeconn.attacks.training import Adversary, adversary_of
+from modeconn.attacks.training import Adversary, AdversaryLike, FreeAdversarialTraining, FreeRun, adversary_of
 from modeconn.evaluate import Objective
 from modeconn.loss import LossFn, check_targets
 
@@ -35,26 +35,51 @@ def supervised(loss_fn: LossFn, *, check: bool = False, adversary: Adversary | N
     return forward
 
 
-def objectives(
-    loss_fn: LossFn, forward: Objective | None = None, adversary: Adversary | Attack | None = None
-) -> tuple[Objective, Objective]:
-    """Return what is lowered in the first epoch, in which targets are checked, and later.
+class Objectives:
+    """What the steps of one run lower, with what its adversary remembers from step to step.
 
     Args:
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         forward: ``forward(model, batch) -> loss`` in its place.
         adversary: An attack, or a way to train against one; see `modeconn.attacks.training`.
 
+    Attributes:
+        num_replays: How many steps in a row are made on each batch.
+
     Raises:
         ValueError: If there are both ``forward`` and ``adversary``, or the latter is neither.
     """
-    opponent = None if adversary is None else adversary_of(adversary)
-    if forward is None:
-        first, later = (supervised(loss_fn, check=check, adversary=opponent) for check in (True, False))
-        return first, later
-    if opponent is not None:
-        raise ValueError(
-            f"{opponent!r} attacks (inputs, targets), of which forward= knows nothing. Pass loss_fn=, or attack inside "
-            f"of forward."
-        )
-    return forward, forward
+
+    def __init__(
+        self,
+        loss_fn: LossFn,
+        forward: Objective | None = None,
+        adversary: AdversaryLike | None = None,
+    ) -> None:
+        opponent = None if adversary is None else adversary_of(adversary)
+        if forward is not None and opponent is not None:
+            raise ValueError(
+                f"{opponent!r} attacks (inputs, targets), of which forward= knows nothing. Pass loss_fn=, or attack "
+                f"inside of forward."
+            )
+        is_free = isinstance(opponent, FreeAdversarialTraining)
+        self.num_replays = opponent.num_replays if is_free else 1
+        self._opponent = opponent = opponent.start() if is_free else opponent
+        if forward is None:
+            self._first, self._later = (supervised(loss_fn, check=c, adversary=opponent) for c in (True, False))
+        else:
+            self._first = self._later = forward
+
+    def at(self, epoch: int) -> Objective:
+        """Return ``forward(model, batch) -> loss`` of an epoch; in the first, 0, targets are checked."""
+        return self._later if epoch else self._first
+
+    def state(self) -> dict[str, Tensor]:
+        """Return what changes from step to step."""
+        known = self._opponent.perturbation if isinstance(self._opponent, FreeRun) else None
+        return {} if known is None else {"perturbation": known}
+
+    def load_state(self, tensors: Mapping[str, Tensor]) -> None:
+        """Take up where `state` was."""
+        if isinstance(self._opponent, FreeRun):
+            self._opponent.perturbation = tensors.get("perturbation")

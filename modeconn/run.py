@@ -22,8 +22,8 @@ from modeconn import checkpoint as files
 from modeconn.checkpoint import Checkpoint
 from modeconn.connection import History
 from modeconn.curve_step import BLOCK, CurveStep, stratified_positions
-from modeconn.evaluate import Objective
 from modeconn.loaders import batches, num_examples
+from modeconn.objective import Objectives
 from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe
 from modeconn.rng import rng_state, set_rng_state
@@ -99,7 +99,7 @@ class Run:
         step: Takes the steps; its control points are learned in place.
         loader: Batches.
         recipe: Epochs and schedule.
-        forwards: ``forward(model, batch) -> loss`` for the first epoch, in which targets are checked, and for the rest.
+        objectives: What the steps lower.
         seed: For t and the model's stream.
         keeper: For checkpoints, or None.
         refinement: What changes the relabelling of b between epochs, or None.
@@ -111,7 +111,7 @@ class Run:
         step: CurveStep,
         loader: Iterable[Any],
         recipe: Recipe,
-        forwards: tuple[Objective, Objective],
+        objectives: Objectives,
         *,
         seed: int = 0,
         keeper: Keeper | None = None,
@@ -119,7 +119,7 @@ class Run:
         progress: bool = False,
     ) -> None:
         self._refinement = refinement
-        self._step, self._loader, self._recipe, self._forwards = step, loader, recipe, forwards
+        self._step, self._loader, self._recipe, self._objectives = step, loader, recipe, objectives
         self._seed, self._keeper, self._show = seed, keeper, progress
         self._device = step.control_points.device
         self._progress = _Progress()
@@ -176,16 +176,20 @@ class Run:
         logger.info("epoch %d: training loss %.4f", self._progress.epoch, self._progress.loss[-1])
 
     def _train_batch(self, batch: Any) -> None:
+        for _ in range(self._objectives.num_replays):
+            self._take_step(batch)
+        self._last_batch = batch
+        self._progress.batch += 1
+
+    def _take_step(self, batch: Any) -> None:
         progress = self._progress
         place = progress.step % BLOCK
         if place == 0:
             self._read_losses()
             self._set_positions()
         self._recipe.set_learning_rate(self._step.optimizer, progress.fractional_epoch)
-        loss = self._step(batch, self._weights[place], self._forwards[progress.epoch > 0])
+        loss = self._step(batch, self._weights[place], self._objectives.at(progress.epoch))
         self._pending.append((self._positions[place], loss, num_examples(batch)))
-        self._last_batch = batch
-        progress.batch += 1
         progress.step += 1
 
     def _set_positions(self) -> None:
@@ -307,6 +311,7 @@ class Run:
         for moment, states in rng.items():
             rng_tensors, about[f"rng_{moment}"] = files.pack_rng(states, f"rng_{moment}.")
             tensors |= rng_tensors
+        tensors |= self._objectives.state()
         if self._refinement:
             refined, about["refinement"] = self._refinement.state()
             tensors |= refined
@@ -323,6 +328,7 @@ class Run:
         """Go on from a checkpoint of the same settings, as `modeconn.checkpoint.read` returns it."""
         files.warn_about_environment(about["environment"], files.environment(self._device))
         self._step.load_state(tensors, about)
+        self._objectives.load_state(tensors)
         if self._refinement:
             self._refinement.load_state(about["refinement"])
         self._progress = _Progress(**about["progress"])

@@ -11,14 +11,14 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modeconn.adversarial import AdversarialExamples, Attack
-from modeconn.attacks.training import Adversary
+from modeconn.adversarial import AdversarialExamples
+from modeconn.attacks.training import AdversaryLike
 from modeconn.batch_norm import calibration_batches, norm_layers
 from modeconn.batch_norm import recalibrate as recalibrate_statistics
 from modeconn.evaluate import Objective
 from modeconn.loaders import batches, check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.objective import objectives
+from modeconn.objective import Objectives
 from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe, one_cycle
 from modeconn.rng import seeded
@@ -40,7 +40,7 @@ def train(
     recipe: Recipe = _DEFAULT_RECIPE,
     loss_fn: LossFn = cross_entropy,
     forward: Objective | None = None,
-    adversary: Adversary | Attack | None = None,
+    adversary: AdversaryLike | None = None,
     recalibrate: Iterable[Any] | AdversarialExamples | bool | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -60,7 +60,8 @@ def train(
         forward: ``forward(model, batch) -> loss``, replaces the reading of a batch as ``(inputs, targets)``; then
             ``loss_fn`` is not used.
         adversary: An attack to train against, such as `PGD(8 / 255, 2 / 255, 5)`, which means `AdversarialTraining` on
-            its examples alone; or `AdversarialTraining` with a share of clean ones, or `TRADES`.
+            its examples alone; or `AdversarialTraining` with a share of clean ones, `TRADES`,
+            `FreeAdversarialTraining`.
         recalibrate: Training data, or `AdversarialExamples` of it, on which batch norm's statistics are estimated anew
             at the end, 2,048 examples; True for those of ``loader``; False to keep the running statistics of the
             batches trained on, adversarial ones among them. Default: True with an adversary, else False.
@@ -87,12 +88,12 @@ def train(
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")
-    device, forwards = parameters[0].device, objectives(loss_fn, forward, adversary)
+    device, goals = parameters[0].device, Objectives(loss_fn, forward, adversary)
 
     with seeded(seed, device):
         num_batches = count_batches(loader, any_batch=forward is not None)
     with seeded(seed, device):
-        _Training(trained, parameters, recipe, forwards).run(loader, num_batches, progress=progress)
+        _Training(trained, parameters, recipe, goals).run(loader, num_batches, progress=progress)
     if recalibrate is None:
         recalibrate = adversary is not None
     if recalibrate is not False and norm_layers(trained):
@@ -118,10 +119,10 @@ class _Training:
         model: nn.Module,
         parameters: list[nn.Parameter],
         recipe: Recipe,
-        forwards: tuple[Objective, Objective],
+        objectives: Objectives,
     ) -> None:
         self.recipe = recipe
-        self.forwards = forwards
+        self.objectives = objectives
         self.runner = torch.compile(model) if recipe.compile else model
         self.optimizer = recipe.make_optimizer(parameters, weight_decay=recipe.weight_decay)
         self.device = parameters[0].device
@@ -133,7 +134,8 @@ class _Training:
             losses = []
             for step, batch in enumerate(batches(loader, self.device)):
                 self.recipe.set_learning_rate(self.optimizer, epoch + step / num_batches)
-                losses.append(self._step(batch, self.forwards[epoch > 0]))
+                for _ in range(self.objectives.num_replays):
+                    losses.append(self._step(batch, self.objectives.at(epoch)))
             mean = self._mean_loss(torch.stack(losses), epoch)
             logger.info("epoch %d of %d: training loss %.4f", epoch + 1, self.recipe.epochs, mean)
             bar.set_postfix(loss=f"{mean:.4f}")

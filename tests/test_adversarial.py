@@ -12,7 +12,17 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import modeconn
-from modeconn import PGD, TRADES, AdversarialExamples, AdversarialTraining, Bezier, Connection, data, models
+from modeconn import (
+    PGD,
+    TRADES,
+    AdversarialExamples,
+    AdversarialTraining,
+    Bezier,
+    Connection,
+    FreeAdversarialTraining,
+    data,
+    models,
+)
 from modeconn.attacks.training import adversary_of
 from modeconn.batch_norm import calibration_batches, recalibrate
 from modeconn.cli import parse
@@ -144,8 +154,9 @@ def digits():
         PGD(0.1, 0.125, 1),
         AdversarialTraining(PGD(0.1, 0.04, 3), 0.5),
         TRADES(PGD(0.1, 0.04, 3)),
+        FreeAdversarialTraining(0.1, num_replays=6),
     ],
-    ids=["madry", "fast", "mixed", "trades"],
+    ids=["madry", "fast", "mixed", "trades", "free"],
 )
 def test_training_against_an_attack_makes_a_network_more_robust(digits, adversary):
     trained, x, y = digits
@@ -170,6 +181,91 @@ def test_an_attack_without_radius_is_ordinary_training():
     model, loader = CASE["mlp"].make(0), pixels()
     attacked = models.train(model, loader, recipe=FEW, adversary=PGD(0.0, 0.1, 2))
     assert torch.equal(weights(attacked), weights(models.train(model, loader, recipe=FEW)))
+
+
+# ---------------------------------------------------------------- free adversarial training
+
+FREE = FreeAdversarialTraining(0.2, 0.15, num_replays=3)
+
+
+def uneven() -> list[tuple[Tensor, Tensor]]:
+    """Batches of 6, 10 and 4 images, some pixels at the edge of their range."""
+    x, y = (torch.cat(parts) for parts in zip(*pixels(20), strict=True))
+    return list(zip(x.mul(1.2).clamp(0, 1).split([6, 10, 4]), y.split([6, 10, 4]), strict=True))
+
+
+def test_free_training_is_the_papers_loop_written_out():
+    model = CASE["mlp"].make(0)
+    trained = models.train(model, uneven(), recipe=FEW, adversary=FREE)
+
+    twin, perturbation = copy.deepcopy(model), torch.zeros(10, 1, 2, 4)
+    for x, y in uneven() * FEW.epochs:
+        for _ in range(3):
+            delta = perturbation[: len(x)].clone().requires_grad_()
+            parameters = list(twin.parameters())
+            loss = F.cross_entropy(twin((x + delta).clamp(0, 1)), y)
+            to_delta, *gradients = torch.autograd.grad(loss, [delta, *parameters])
+            perturbation[: len(x)] = (delta.detach() + 0.15 * to_delta.sign()).clamp(-0.2, 0.2)
+            with torch.no_grad():
+                for parameter, gradient in zip(parameters, gradients, strict=True):
+                    parameter -= 0.1 * gradient
+    torch.testing.assert_close(weights(trained), weights(twin))
+
+
+def test_free_training_shows_images_inside_ball_and_pixel_range():
+    seen, clean = [], [x for x, _ in uneven() * FEW.epochs for _ in range(3)]
+
+    class Watching(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = CASE["mlp"].make(0)
+
+        def forward(self, x: Tensor) -> Tensor:
+            seen.append(x.detach().clone())
+            return self.inner(x)
+
+    models.train(Watching(), uneven(), recipe=FEW, adversary=FREE)
+    assert torch.equal(seen[0], clean[0])
+    moved = [(shown - x).abs().max() for shown, x in zip(seen, clean, strict=True)]
+    assert max(moved) <= 0.2 + 1e-6 and min(moved[2:]) > 0.1
+    assert all(0 <= x.min() and x.max() <= 1 for x in seen)
+
+
+def test_free_training_without_radius_repeats_clean_batches():
+    model = CASE["mlp"].make(0)
+    free = models.train(model, uneven(), recipe=FEW, adversary=FreeAdversarialTraining(0.0, num_replays=3))
+    thrice = [batch for batch in uneven() for _ in range(3)]
+    assert torch.equal(weights(free), weights(models.train(model, thrice, recipe=FEW)))
+
+
+def test_each_pass_of_free_training_has_its_own_place_on_the_curve():
+    connection = fit(data=resumable(), adversary=FREE, recipe=replace(RECIPE, epochs=1))
+    plain = fit(data=resumable(), recipe=replace(RECIPE, epochs=1))
+    counts = [sum(value is not None for value in c.history.loss_by_t[0]) for c in (connection, plain)]
+    assert counts[0] > counts[1]
+
+
+@pytest.mark.parametrize("count", [2, 5, 11])
+def test_free_training_that_is_interrupted_ends_with_the_same_bits(tmp_path, count):
+    """The perturbation is kept in the checkpoint."""
+    settings = {"adversary": FREE, "recipe": replace(RECIPE, epochs=2)}
+    with pytest.raises(KeyboardInterrupt):
+        fit(tmp_path / "c", test_resume.Breaking(resumable(), count), **settings)
+    resumed = fit(tmp_path / "c", resumable(), **settings)
+    assert test_resume.same(resumed, fit(data=resumable(), **settings))
+
+
+def test_settings_of_free_training_are_checked():
+    for settings, message in [
+        ({"eps": -0.1}, r"eps must be a finite number, 0 or more, got eps=-0\.1"),
+        ({"eps": 0.1, "step_size": 0.0}, r"step_size must be positive and finite, got step_size=0\.0"),
+        ({"eps": 0.1, "num_replays": 0}, "num_replays must be at least 1, got num_replays=0"),
+    ]:
+        with pytest.raises(ValueError, match=message):
+            FreeAdversarialTraining(**settings)
+    with pytest.raises(ValueError, match=r"must lie in \[0, 1\].*Divide images in \[0, 255\] by 255"):
+        models.train(CASE["mlp"].make(0), [(200 * x, y) for x, y in uneven()], recipe=FEW, adversary=FREE)
+    assert repr(FreeAdversarialTraining(8 / 255)) == "FreeAdversarialTraining(eps=8/255, num_replays=4)"
 
 
 def test_statistics_for_evaluation_are_those_of_clean_data_unless_asked_otherwise():
@@ -360,12 +456,14 @@ def test_adversaries_are_read():
         PGD(1.0, 0.25, 5, norm="l2"), 0.5
     )
     assert parse.adversary("trades:beta=3", "8/255") == TRADES(expected, beta=3)
+    assert parse.adversary("free", "8/255") == FreeAdversarialTraining(8 / 255)
+    assert parse.adversary("free:num_replays=8", "0.1", "0.05") == FreeAdversarialTraining(0.1, 0.05, 8)
 
 
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("--adversary", "fab", "--eps", "0.1"), "there is no adversary 'fab'; there are pgd, trades"),
+        (("--adversary", "fab", "--eps", "0.1"), "there is no adversary 'fab'; there are free, pgd, trades"),
         (("--adversary", "pgd"), "--adversary pgd needs --eps, such as --eps 8/255"),
         (("--eps", "8/255"), "--eps, --step-size and --attack-steps are for --adversary, which is missing"),
         (("--adversary", "pgd", "--eps", "8/x"), "a number is written 0.03 or 8/255, got '8/x'"),
@@ -374,6 +472,7 @@ def test_adversaries_are_read():
             "adversary 'pgd:radius=3': got an unexpected keyword argument 'radius'",
         ),
         (("--adversary", "pgd:eps=3", "--eps", "1"), "got an unexpected keyword argument 'eps'"),
+        (("--adversary", "free", "--eps", "0.1", "--attack-steps", "3"), "leave out --attack-steps"),
         (("--adversary", "pgd", "--eps", "-1"), "eps must be a finite number, 0 or more"),
     ],
 )

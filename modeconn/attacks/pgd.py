@@ -111,7 +111,7 @@ class PGD:
         Returns:
             ``x_adv``, as ``x``, without a gradient.
         """
-        self._check_inputs(x)
+        check_pixels(x, self.clip)
         if self.eps == 0:
             return x
         x, generator = x.detach(), self._generator(x.device)
@@ -165,29 +165,32 @@ class PGD:
         seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
         return torch.Generator(device).manual_seed(seed)
 
-    def _check_inputs(self, x: Tensor) -> None:
-        if not x.is_floating_point():
-            raise ValueError(f"inputs of an attack must be floating point, got {x.dtype}. Divide pixels by 255.")
-        if self.clip is None:
-            return
-        lowest, highest = (value.item() for value in x.detach().aminmax())
-        if not self.clip[0] - _ROUNDING <= lowest <= highest <= self.clip[1] + _ROUNDING:
-            raise ValueError(
-                f"inputs of an attack must lie in [{self.clip[0]:g}, {self.clip[1]:g}], got values from {lowest:g} to "
-                f"{highest:g}. Divide images in [0, 255] by 255, put normalisation into the model, or pass clip=."
-            )
-
     def __repr__(self) -> str:
         """Name what was set, numbers in units of 1/255 where that is shorter."""
         shown = [
-            f"{field.name}={_show(getattr(self, field.name))}"
+            f"{field.name}={show(getattr(self, field.name))}"
             for field in fields(self)
             if field.name in ("eps", "step_size", "num_steps") or getattr(self, field.name) != field.default
         ]
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
-def _show(value: Any) -> str:
+def check_pixels(x: Tensor, clip: tuple[float, float] | None) -> None:
+    """Raise a ValueError unless inputs are floating point and in the pixel range ``clip``, if there is one."""
+    if not x.is_floating_point():
+        raise ValueError(f"inputs of an attack must be floating point, got {x.dtype}. Divide pixels by 255.")
+    if clip is None:
+        return
+    lowest, highest = (value.item() for value in x.detach().aminmax())
+    if not clip[0] - _ROUNDING <= lowest <= highest <= clip[1] + _ROUNDING:
+        raise ValueError(
+            f"inputs of an attack must lie in [{clip[0]:g}, {clip[1]:g}], got values from {lowest:g} to "
+            f"{highest:g}. Divide images in [0, 255] by 255, put normalisation into the model, or pass clip=."
+        )
+
+
+def show(value: Any) -> str:
+    """Return a setting as its caller would write it: numbers in units of 1/255 where that is shorter."""
     if callable(value):
         return describe(value)
     levels = round(value * 255) if isinstance(value, float) else 0

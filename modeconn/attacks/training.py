@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeconn.adversarial import Attack, under_attack
-from modeconn.attacks.pgd import PGD
+from modeconn.attacks.pgd import PGD, check_pixels, show
 from modeconn.checkpoint import describe
 from modeconn.loss import LossFn, main_output
 
@@ -118,16 +118,112 @@ class TRADES:
         return loss_fn(outputs, targets) + self.beta * _divergence(model(moved), _log_probabilities(outputs))
 
 
-def adversary_of(adversary: Adversary | Attack) -> Adversary:
+@dataclass(frozen=True, repr=False)
+class FreeAdversarialTraining:
+    r"""Adversarial training at the price of ordinary training (Shafahi et al., 2019).
+
+    Each batch is used ``num_replays`` times in a row. Every backward pass serves twice: for a step of the weights, and
+    for a step of the perturbation,
+
+    .. math:: \delta \leftarrow \Pi_{[-\epsilon, \epsilon]}
+        \left( \delta + \alpha \operatorname{sign} \nabla_\delta L(x + \delta) \right),
+
+    which begins at 0 and is never reset: the next batch starts from where the last one left it. An epoch makes
+    ``num_replays`` times as many steps, so use that many fewer epochs. The network stays in train mode throughout, so
+    dropout and running statistics see every pass. On a curve each pass has its own position.
+
+    Args:
+        eps: Largest change of a pixel, in units of the pixel range; 0 replays clean batches.
+        step_size: :math:`\alpha`, in the same units. Default: ``eps``.
+        num_replays: How often a batch is used; 4 to 8 in the paper.
+        clip: Lowest and highest value of a pixel, or None for inputs that are no images.
+
+    Raises:
+        ValueError: If a setting is out of range; when training, if an input is outside ``clip``.
+
+    References:
+        Shafahi et al., 2019, https://arxiv.org/abs/1904.12843
+    """
+
+    eps: float
+    step_size: float | None = None
+    num_replays: int = 4
+    clip: tuple[float, float] | None = (0.0, 1.0)
+
+    def __post_init__(self) -> None:
+        PGD(self.eps, self._step_size, 1, clip=self.clip)  # checks them
+        if self.num_replays < 1:
+            raise ValueError(f"num_replays must be at least 1, got num_replays={self.num_replays}.")
+
+    @property
+    def _step_size(self) -> float:
+        return (self.eps or 1.0) if self.step_size is None else self.step_size
+
+    def start(self) -> FreeRun:
+        """Return what one run trains against."""
+        lowest, highest = (-math.inf, math.inf) if self.clip is None else self.clip
+        return FreeRun(self, self._step_size, lowest, highest)
+
+    def __repr__(self) -> str:
+        """Name what was set."""
+        step = "" if self.step_size is None else f", step_size={show(self.step_size)}"
+        clip = "" if self.clip == (0.0, 1.0) else f", clip={self.clip}"
+        return f"FreeAdversarialTraining(eps={show(self.eps)}{step}, num_replays={self.num_replays}{clip})"
+
+
+@dataclass
+class FreeRun:
+    """The adversary of one run of free training, with the perturbation that it carries from batch to batch.
+
+    Attributes:
+        perturbation: One for each place in a batch, ``(N, ...)``; None before the first batch.
+    """
+
+    settings: FreeAdversarialTraining
+    step_size: float
+    lowest: float
+    highest: float
+    perturbation: Tensor | None = None
+
+    def loss(self, model: nn.Module, inputs: Tensor, targets: Tensor, loss_fn: LossFn) -> Tensor:
+        """Return the loss at the perturbed inputs; its backward pass moves the perturbation."""
+        check_pixels(inputs, self.settings.clip)
+        all_places = self.perturbation = self._fitted(inputs)
+        delta = all_places[: len(inputs)].clone().requires_grad_()
+
+        def move(gradient: Tensor) -> None:
+            moved = torch.add(delta.detach(), gradient.sign(), alpha=self.step_size)
+            all_places[: len(inputs)] = moved.clamp_(-self.settings.eps, self.settings.eps)
+
+        delta.register_hook(move)
+        return loss_fn(model((inputs + delta).clamp(self.lowest, self.highest)), targets)
+
+    def _fitted(self, inputs: Tensor) -> Tensor:
+        """Return the perturbation with places for all inputs; new places, or those of another shape, begin at 0."""
+        known = self.perturbation
+        if known is None or known.shape[1:] != inputs.shape[1:]:
+            return torch.zeros_like(inputs)
+        known = known.to(inputs)
+        return torch.cat([known, torch.zeros_like(inputs[len(known) :])])
+
+
+AdversaryLike = Adversary | FreeAdversarialTraining | Attack
+"""What ``adversary=`` takes."""
+
+
+def adversary_of(adversary: AdversaryLike) -> Adversary | FreeAdversarialTraining:
     """Return the way to train that ``adversary=`` means: itself, or for an attack that of Madry et al.
 
     Raises:
         ValueError: If it is neither.
     """
-    if isinstance(adversary, Adversary):
+    if isinstance(adversary, (Adversary, FreeAdversarialTraining)):
         return adversary
     if not callable(adversary):
-        raise ValueError(f"adversary must be an attack, AdversarialTraining(...) or TRADES(...), got {adversary!r}.")
+        raise ValueError(
+            f"adversary must be an attack, AdversarialTraining(...), FreeAdversarialTraining(...) or TRADES(...), got "
+            f"{adversary!r}."
+        )
     return AdversarialTraining(adversary)
 
 

@@ -28,7 +28,7 @@ from modeconn import (
 from modeconn import align as align_models
 from modeconn import compare as compare_methods
 from modeconn.attacks import build as build_attack
-from modeconn.attacks.training import TRADES, AdversarialTraining
+from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.cli import demo as story
 from modeconn.cli import options, parse
 from modeconn.cli.files import describe_file, draw_files
@@ -110,11 +110,11 @@ def _versions() -> str:
     )
 
 
-def _under_attack(method: Any, adversary: AdversarialTraining | TRADES | None) -> Any:
+def _under_attack(method: Any, adversary: AdversarialTraining | FreeAdversarialTraining | TRADES | None) -> Any:
     """Return the way to align that compares units under attack, if there is an adversary."""
     if adversary is None:
         return method
-    if adversary != AdversarialTraining(adversary.attack):
+    if not isinstance(adversary, AdversarialTraining) or adversary.clean_weight:
         raise ValueError(f"networks are aligned under an attack, --adversary pgd[:KEY=VALUE,...], got {adversary!r}.")
     if not isinstance(method, ActivationMatching | None):
         raise ValueError(f"--adversary is for --method activation, which looks at data, got {method!r}.")
@@ -213,7 +213,7 @@ def train(
 
     What the data says of the model need not be said again: classes, channels, image size, mean and deviation of the
     inputs. Default recipe: 30 epochs of SGD with Nesterov momentum at learning rate 0.1. With an adversary, also
-    trades:beta=6 or pgd:clean_weight=0.5, batch norm is recalibrated on clean data at the end.
+    trades:beta=6, free or pgd:clean_weight=0.5, batch norm is recalibrated on clean data at the end.
 
     For example:
 

@@ -11,7 +11,7 @@ import typer
 from torch import nn
 
 from modeconn import Recipe, data
-from modeconn.attacks.training import TRADES, AdversarialTraining
+from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.cli import parse
 from modeconn.data import TensorLoader
 
@@ -70,7 +70,8 @@ Adversary = Annotated[
     str | None,
     typer.Option(
         metavar="NAME:KEY=VALUE,...",
-        help="Attack each batch first: pgd[:norm=l2,random_start=False,clean_weight=0.5] or trades[:beta=6,norm=l2].",
+        help="Attack each batch: pgd[:norm=l2,random_start=False,clean_weight=0.5], trades[:beta=6,norm=l2] or "
+        "free[:num_replays=8].",
         show_default=False,
         rich_help_panel="Adversary",
     ),
@@ -152,7 +153,7 @@ def change_recipe(
 
 def adversary(
     name: str | None, eps: str | None, step_size: str | None, num_steps: int | None
-) -> AdversarialTraining | TRADES | None:
+) -> AdversarialTraining | FreeAdversarialTraining | TRADES | None:
     """Return the adversary that ``--adversary`` names, if it was given."""
     if name is not None:
         return parse.adversary(name, eps, step_size, num_steps)

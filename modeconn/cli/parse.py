@@ -35,7 +35,7 @@ from modeconn import (
     recipe,
 )
 from modeconn.attacks.pgd import PGD
-from modeconn.attacks.training import TRADES, AdversarialTraining
+from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.curves import Curve
 from modeconn.data import TensorLoader
 from modeconn.matching import Method
@@ -102,8 +102,10 @@ def refinement(text: str) -> PAM | None:
 
 def adversary(
     text: str, eps: str | None, step_size: str | None = None, num_steps: int | None = None
-) -> AdversarialTraining | TRADES:
-    """Read ``pgd``, ``pgd:clean_weight=0.5,norm=l2`` or ``trades:beta=3``; a PGD makes 5 steps of eps/4 by default.
+) -> AdversarialTraining | FreeAdversarialTraining | TRADES:
+    """Read ``pgd``, ``pgd:clean_weight=0.5,norm=l2``, ``trades:beta=3`` or ``free:num_replays=8``.
+
+    A PGD makes 5 steps of eps/4 by default; free training moves by eps.
 
     Example:
         >>> adversary("trades:beta=3", "8/255")
@@ -112,8 +114,8 @@ def adversary(
     if eps is None:
         raise ValueError(f"--adversary {text} needs --eps, such as --eps 8/255.")
     radius = number(eps)
-    step = radius / 4 if step_size is None else number(step_size)
-    attack = partial(PGD, radius, step, 5 if num_steps is None else num_steps)
+    step = None if step_size is None else number(step_size)
+    attack = partial(PGD, radius, radius / 4 if step is None else step, 5 if num_steps is None else num_steps)
 
     def pgd(*, clean_weight: float = 0.0, norm: str = "linf", random_start: bool = True) -> AdversarialTraining:
         return AdversarialTraining(attack(norm=norm, random_start=random_start), clean_weight)
@@ -121,7 +123,12 @@ def adversary(
     def trades(*, beta: float = 6.0, norm: str = "linf") -> TRADES:
         return TRADES(attack(norm=norm), beta)
 
-    return _call(text, {"pgd": pgd, "trades": trades}, "adversary")
+    def free(*, num_replays: int = 4) -> FreeAdversarialTraining:
+        if num_steps is not None:
+            raise ValueError("one step of the perturbation belongs to each step of training; leave out --attack-steps.")
+        return FreeAdversarialTraining(radius, step, num_replays)
+
+    return _call(text, {"pgd": pgd, "trades": trades, "free": free}, "adversary")
 
 
 def norm(text: str) -> Literal["linf", "l2"]:
