@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import time
 import warnings
@@ -17,6 +16,7 @@ from modeconn import checkpoint
 from modeconn.adversarial import AdversarialExamples
 from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
 from modeconn.batch_norm import recalibrate as recalibrate_statistics
+from modeconn.copies import copy_of
 from modeconn.curves import CURVES, Curve, Line
 from modeconn.evaluate import Meter, Objective, Profile, fetch
 from modeconn.loaders import check_loader, first_batch
@@ -102,7 +102,7 @@ class Connection:
         self.permutation = permutation
         self.history = history
         self.training = training or TrainingData()
-        self._template = copy.deepcopy(template).eval()
+        self._template = copy_of(template).eval()
         self._calibration: dict[int | None, Any] = {}
 
     @classmethod
@@ -159,7 +159,7 @@ class Connection:
             ValueError: If t is outside [0, 1], or batch norm or repair needs training data that is neither remembered
                 nor given.
         """
-        model, theta = copy.deepcopy(self._template), self.weights_at(t)
+        model, theta = copy_of(self._template), self.weights_at(t)
         keeps_own = recalibrate is None and t in (0, 1) and not self.curve.free_ends
         data = [] if keeps_own else self._calibration_data(recalibrate, recalibration_examples, repair)
         self._place(model, t, theta, data, self._statistics_of_ends(data) if repair else None)
@@ -423,7 +423,7 @@ class Connection:
         progress: bool,
     ) -> list[int]:
         """Measure the points ``t``, then both ends as they came; return where among the results the latter are."""
-        model, theta = copy.deepcopy(self._template), torch.empty_like(self.control_points[0])
+        model, theta = copy_of(self._template), torch.empty_like(self.control_points[0])
         for position in progress_bar(t.tolist(), show=progress, desc="evaluate"):
             self._place(model, position, self.curve.point(self.control_points, position, out=theta), calibration, ends)
             meter.measure(model)
@@ -454,7 +454,7 @@ class Connection:
         """Return what repair takes from the ends; None for a model with batch norm, which recalibration repairs."""
         if norm_layers(self._template) or not calibration:
             return None
-        model, found = copy.deepcopy(self._template), []
+        model, found = copy_of(self._template), []
         for end in (0, 1):
             self._place(model, end, self.control_points[-end], [])
             found.append(measure(model, calibration, forward=self.training.forward))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -12,6 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, recalibrate
 from modeconn.connection import Connection, warn_about_buffers
+from modeconn.copies import copy_of
 from modeconn.matching.alignment import find_spec
 from modeconn.matching.method import Method
 from modeconn.matching.weight_matching import WeightMatching
@@ -172,7 +172,7 @@ class _CommonNames:
 
     def mean(self) -> nn.Module:
         """Return the mean of all weights, with the buffers of the first network."""
-        model = copy.deepcopy(self.models[0]).eval()
+        model = copy_of(self.models[0]).eval()
         self._space.load(self._thetas.mean(0), model)
         return model
 
@@ -187,7 +187,7 @@ class _CommonNames:
     ) -> Iterator[float]:
         """Align every network with the mean of the others, round after round; yield the spread after each step."""
         generator = torch.Generator().manual_seed(seed)
-        others = copy.deepcopy(self.models[0]).eval()
+        others = copy_of(self.models[0]).eval()
         calibration = []
         if loader is not None and norm_layers(others):
             calibration = calibration_batches(loader, self._space.device)

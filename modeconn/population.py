@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -14,6 +13,7 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
 from modeconn.checkpoint import describe
+from modeconn.copies import copy_of
 from modeconn.loaders import check_loader
 from modeconn.loss import LossFn, check_targets, cross_entropy
 from modeconn.progress import progress_bar
@@ -72,7 +72,7 @@ def train_population(
         >>> len(models.train_population(untrained, train_loader, recipe=Recipe(epochs=1)))
         3
     """
-    trained = [copy.deepcopy(model).train() for model in models]
+    trained = [copy_of(model).train() for model in models]
     seeds = range(len(trained)) if seeds is None else seeds
     _check_networks(trained)
     if len(seeds) != len(trained):
@@ -154,7 +154,7 @@ class _Training:
         self.optimizer = recipe.make_optimizer(trained, weight_decay=recipe.weight_decay)
         self.device = trained[0].device
 
-        network, places = copy.deepcopy(models[0]), _places(models[0])
+        network, places = copy_of(models[0]), _places(models[0])
 
         def loss(state: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
             tensors = {place: state[name] for place, name in places.items()}

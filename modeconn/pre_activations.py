@@ -7,7 +7,6 @@ elsewhere the layer that makes the units is rescaled.
 
 from __future__ import annotations
 
-import copy
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from modeconn.batch_norm import NUM_EXAMPLES, Forward, calibration_batches, norm_layers, pool, recalibrate
+from modeconn.copies import copy_of
 from modeconn.weights import WeightSpace
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -70,11 +70,11 @@ def repair(
     for i, endpoint in enumerate(endpoints):
         space.check(endpoint, name=f"endpoints[{i}]", reference="model")
     data = calibration_batches(loader, space.device, limit=num_examples)
-    repaired = copy.deepcopy(model).eval()
+    repaired = copy_of(model).eval()
     if norm_layers(model):
         recalibrate(repaired, data, forward=forward)
     else:
-        found = [measure(copy.deepcopy(endpoint).eval(), data, forward=forward) for endpoint in endpoints]
+        found = [measure(copy_of(endpoint).eval(), data, forward=forward) for endpoint in endpoints]
         impose(repaired, mix(found, weights), data, forward=forward)
     return repaired
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import logging
 from collections.abc import Iterable
 from functools import partial
@@ -15,6 +14,7 @@ from modeconn.adversarial import AdversarialExamples
 from modeconn.attacks.training import AdversaryLike
 from modeconn.batch_norm import calibration_batches, norm_layers
 from modeconn.batch_norm import recalibrate as recalibrate_statistics
+from modeconn.copies import copy_of
 from modeconn.evaluate import Objective
 from modeconn.loaders import batches, check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
@@ -84,7 +84,7 @@ def train(
         >>> model.training
         False
     """
-    trained = copy.deepcopy(model).train()
+    trained = copy_of(model).train()
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")

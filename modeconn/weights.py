@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+
+from modeconn.copies import copy_of
 
 
 @dataclass(frozen=True)
@@ -198,7 +199,7 @@ class Workspace:
     def __init__(self, model: nn.Module, space: WeightSpace | None = None) -> None:
         self.space = space or WeightSpace(model)
         self.theta = self.space.flatten(model)
-        self.model = copy.deepcopy(model)
+        self.model = copy_of(model)
         self._parameters = list(self.model.parameters())
         for parameter, view in zip(self._parameters, self.space.unflatten(self.theta).values(), strict=True):
             parameter.data = view

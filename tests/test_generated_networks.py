@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from modeconn import WeightMatching, align, discover
 from modeconn.symmetry import UnknownOperatorWarning
+from tests.oracle import largest_change
 
 EXAMPLES = int(os.environ.get("MODECONN_EXAMPLES", "100"))
 CHANNELS = (2, 3, 4, 6, 8)
@@ -377,6 +378,7 @@ def test_no_relabelling_of_a_generated_network_changes_any_tensor(drawn: tuple[G
         warnings.simplefilter("error", UnknownOperatorWarning)
         spec = discover(net, x)
     assert spec.verify(net, x) < 1e-9
+    assert largest_change(spec, net, x) < 1e-6
 
 
 def test_most_generated_networks_have_units_to_relabel() -> None:
@@ -399,6 +401,7 @@ def test_no_relabelling_changes_what_is_written_by_number_or_position(drawn: tup
         warnings.simplefilter("error", UnknownOperatorWarning)
         spec = discover(net, x)
     assert spec.verify(net, x) < 1e-9
+    assert largest_change(spec, net, x) < 1e-6
 
 
 @settings(COMMON, max_examples=max(EXAMPLES // 4, 1))

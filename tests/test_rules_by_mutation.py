@@ -177,7 +177,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "index": lambda h, w: h[:, ORDER] * w,
     "gather": lambda h, w: h.gather(1, ORDER[None, :, None].expand_as(h)) * w,
     "histogram": lambda h, w: h * w.histc(5, 0, 4)[1:2] * h.histc(5, 0, 1)[1:2],
-    "found by search": lambda h, w: torch.searchsorted(w.sort(1).values, h[0]) * w,
+    "found by search": lambda h, w: torch.searchsorted(w.sort(1).values, (2 * h[0]).exp()) * w,
     "boundaries": lambda h, w: torch.bucketize(h, w[0].log().sort().values) * w,
     "scatter": lambda h, w: h.scatter(1, ORDER[None, :, None].expand_as(h), h.tanh()) * w,
     "scatter added": lambda h, w: h.scatter_add(1, ORDER[None, :, None].expand_as(h), h.tanh()) * w,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeconn.copies import copy_of
 from modeconn.matching.assignment import match_groups
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec
@@ -81,7 +81,7 @@ class SoftPermutation:
             ValueError: If the model is not of this spec.
         """
         self.spec.check_model(model)
-        mixed = copy.deepcopy(model)
+        mixed = copy_of(model)
         tensors = dict(mixed.named_parameters(remove_duplicate=False)) | dict(
             mixed.named_buffers(remove_duplicate=False)
         )

@@ -264,7 +264,7 @@ def _first(inputs: Any, count: float) -> Any:
 def _in_step(
     trace: Trace, model_a: nn.Module, model_b: nn.Module, example_a: Example, example_b: Example
 ) -> Iterator[tuple]:
-    trace.graph.check_batch(example_a)
+    trace.graph.check_inputs(example_a)
     runs = [
         trace.graph.run(_state(model), example, running_statistics=True)
         for model, example in ((model_a, example_a), (model_b, example_b))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 import pickle
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn import checkpoint
+from modeconn.copies import copy_of
 from modeconn.models.zoo import build, describe
 
 KIND = "model"
@@ -68,7 +68,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.
         state, about = checkpoint.read(path, KIND)
         described = about["model"]
     if template is not None:
-        model = copy.deepcopy(template)
+        model = copy_of(template)
     elif described is not None:
         model = _build_like(described, state)
     else:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import fnmatch
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+import weakref
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.utils import _pytree as pytree
 
 from modeconn.symmetry.axes import UNIT, Axis, Space, atoms_of, expand
 from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
@@ -21,7 +23,10 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 
-_READERS = (torch.ops.aten.lift_fresh_copy.default, torch.ops.aten.index.Tensor)  # of the number in x[:, [3]]
+_ATEN = torch.ops.aten
+_READERS = (_ATEN.lift_fresh_copy.default, _ATEN.index.Tensor, _ATEN.index_select.default)  # of the 3 in x[:, [3]]
+_ABOUT_SIZES = ("sym_", "_assert", "_check", "item", "_local_scalar_dense", "is_nonzero", "_linalg_check")
+"""Beginnings of the names of operators without tensors among their outputs, which say nothing of units."""
 
 
 class UnknownOperatorWarning(UserWarning):
@@ -64,13 +69,16 @@ def discover(
         PermutationSpec(1 group, 8 units)
           0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
     """
+    if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
+        what = "a class" if isinstance(model, type) else f"a {type(model).__name__}"
+        raise ValueError(f"model must be an ordinary nn.Module, which torch.export can follow, got {what}.")
     example = example_for(model, example_input)
     graphs = [export(model, example, training=False)]
     try:
         graphs.append(export(model, example, training=True))
     except ExportError as error:
         warnings.warn(f"{error} The groups hold for eval mode only.", stacklevel=2)
-    walk = Walk(model, rules)
+    walk = Walk(model, rules, frozenset().union(*(graph.written_state for graph in graphs)))
     walk.freeze(freeze)
     for graph in graphs:
         walk.run(graph)
@@ -130,9 +138,11 @@ class Walk(Space):
     ``contract``, ``dtype``, ``number``.
     """
 
-    def __init__(self, model: nn.Module, rules: Mapping[Any, Rule]) -> None:
+    def __init__(self, model: nn.Module, rules: Mapping[Any, Rule], written: Collection[str] = ()) -> None:
         super().__init__()
         self._rules = rules
+        self._model = weakref.ref(model)
+        self._written = written  # constants that are none, as some graph writes to them
         self._graphs: list[Graph] = []
         self._values: list[dict[Node, Any]] = []
         self._shown: set[tuple[Axis, ...]] = set()
@@ -170,7 +180,7 @@ class Walk(Space):
         """Return the integer that a tensor of one entry always holds, None if it has more or may be written to."""
         graph, node = self._graphs[-1], tensor.node
         while node is not None and all(user.target in _READERS for user in node.users):
-            if node.name in graph.state:
+            if node.name in graph.state and graph.state[node.name].name not in self._written:
                 value = graph.constant(graph.state[node.name])
                 return int(value) if value is not None and value.numel() == 1 and not value.is_meta else None
             node = node.args[0] if node.target in _READERS else None
@@ -185,7 +195,7 @@ class Walk(Space):
         state = {}
         named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
         for name, tensor in named:
-            if name in saved and tensor.is_floating_point():
+            if name in saved and (tensor.is_floating_point() or tensor.is_complex()):
                 if id(tensor) not in by_tensor:
                     by_tensor[id(tensor)] = tuple(self.free(n) for n in tensor.shape)
                 state[name] = by_tensor[id(tensor)]
@@ -193,7 +203,7 @@ class Walk(Space):
 
     def freeze(self, patterns: Sequence[str]) -> None:
         """Fix the parameters and buffers that match a name or pattern."""
-        for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        for pattern in [patterns] if isinstance(patterns, str) else map(str, patterns):
             names = [name for name in self.state if fnmatch.fnmatchcase(name, pattern)]
             if not names:
                 raise ValueError(
@@ -212,11 +222,12 @@ class Walk(Space):
         for node in graph.nodes:
             if node.op == "placeholder":
                 values[node] = self._placeholder(node, graph)
-            elif node.op == "call_function":
-                values[node] = self._visit(node, values)
+            else:  # get_attr: the body of a branch or loop
+                values[node] = self._visit(node, values) if node.op == "call_function" else None
         for node in graph.nodes:
             if node.name in graph.outputs and isinstance(values.get(node), Traced):
                 self._fix_all([values[node]], "output")
+                self._fix_positions([values[node]], "output")
 
     def _placeholder(self, node: Node, graph: Graph) -> Any:
         value = node.meta.get("val")
@@ -228,7 +239,7 @@ class Walk(Space):
         elif source.name in self.state and source.kind != "constant":
             axes = self.state[source.name]
         else:
-            known = graph.constant(source)
+            known = None if source.name in self._written else graph.constant(source)
             axes = [
                 self.free(_hint(n)) if _equal_along(known, dim) else self.fixed(_hint(n), f"constant '{source.name}'")
                 for dim, n in enumerate(value.shape)
@@ -247,14 +258,21 @@ class Walk(Space):
         if getattr(node.target, "__name__", "") == "getitem":
             item = args[0][args[1]]
             return Traced(item.axes, node, item.points_into) if isinstance(item, Traced) else item
-        if not outputs:
-            return _concrete(node.meta.get("val"))
-        for tensor in traced_in((args, kwargs)):
-            if tensor.points_into is not None:
-                self.fix(tensor.points_into, "its positions are read as numbers")
+        given = traced_in((args, kwargs))
+        self._fix_positions(given, "its positions are read as numbers")
         self.shapes = [tuple(map(_hint, out.shape)) for out in outputs]
+        if not outputs:
+            packet, free = (
+                getattr(node.target, "overloadpacket", None),
+                any(not self.is_fixed(x) for t in given for x in t.axes),
+            )
+            if packet is not None and free and not packet.__name__.startswith(_ABOUT_SIZES):
+                self._unknown_operator(node, (args, kwargs))
+            return _concrete(node.meta.get("val"))
         rule, result = self._rule_for(node.target), None
-        if rule is not None:
+        if not any((*(t.axes for t in given), *self.shapes)):
+            result = [[] for _ in outputs] if len(outputs) > 1 else []  # numbers have no axes
+        elif rule is not None and (rule is pointwise or not _unknown_numbers((args, kwargs))):
             self.arguments = _bind(node.target, args, kwargs)
             result = rule(self, *args, **kwargs)
         if result is None:
@@ -284,7 +302,8 @@ class Walk(Space):
         for key in (target, packet, getattr(packet, "_qualified_op_name", None)):
             if key in self._rules:
                 return self._rules[key]
-        if torch.Tag.pointwise in getattr(target, "tags", ()):
+        tags = getattr(target, "tags", ())
+        if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
             return pointwise
         name = getattr(packet, "__name__", "")
         if name.endswith("_") and not name.endswith("__"):  # in-place: the rule of the ordinary operator
@@ -310,6 +329,12 @@ class Walk(Space):
         for tensor in tensors:
             for axis in tensor.axes:
                 self.fix(axis, why)
+
+    def _fix_positions(self, tensors: Iterable[Traced], why: str) -> None:
+        """Fix the axes that tensors of positions count, since someone reads these."""
+        for tensor in tensors:
+            if tensor.points_into is not None:
+                self.fix(tensor.points_into, why)
 
     def _outputs(self, node: Node, result: Any) -> Any:
         """Check and record what a rule returned, in the structure that the node has."""
@@ -394,14 +419,15 @@ class Walk(Space):
     def _trace(self, number: int) -> Trace:
         def final(value: Any) -> Any:
             if isinstance(value, Traced):
-                return tuple(map(self.normal, value.axes))
+                unread = value.points_into is not None and not self.is_fixed(value.points_into)
+                return None if unread else tuple(map(self.normal, value.axes))
             return [final(v) for v in value] if isinstance(value, list) else None
 
         axes = {node: final(value) for node, value in self._values[number].items()}
         taps = dict.fromkeys(
             Tap(node, self.normal(axis)) for node, axis in self._contracted[number] if not self.is_fixed(axis)
         )
-        return Trace(self._graphs[number], axes, tuple(taps))
+        return Trace(self._graphs[number], axes, tuple(taps), self._model)
 
 
 def _without_node(value: Any) -> Any:
@@ -415,6 +441,9 @@ def _hint(size: Any) -> int:
     """Return a size as a number, also where export keeps it symbolic; no guard is set."""
     if isinstance(size, int):
         return size
+    known = size.node.maybe_as_int()
+    if known is not None:
+        return int(known)
     if size.node.hint is None:
         raise ValueError(
             f"the model makes a tensor whose size ({size}) depends on values, such as those of nonzero or a boolean "
@@ -433,7 +462,16 @@ def _concrete(value: Any) -> Any:
         return type(value)([_concrete(v) for v in value])
     if isinstance(value, dict):
         return {key: _concrete(v) for key, v in value.items()}
-    return _hint(value) if isinstance(value, torch.SymInt) else value
+    return _hint(value) if isinstance(value, torch.SymInt) and not _is_unknown(value) else value
+
+
+def _is_unknown(value: Any) -> bool:
+    """Whether a number depends on values, as that of ``item()`` does."""
+    return isinstance(value, torch.SymInt) and value.node.maybe_as_int() is None and value.node.hint is None
+
+
+def _unknown_numbers(arguments: Any) -> bool:
+    return any(map(_is_unknown, pytree.tree_leaves(arguments)))
 
 
 def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import copy
+import enum
 import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from itertools import pairwise
@@ -17,6 +18,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from modeconn.copies import plain_tensors
 from modeconn.loaders import to_device
 from modeconn.symmetry.rules import UNINITIALISED
 
@@ -102,6 +104,8 @@ class Graph:
         training: The mode.
         nodes: Live nodes in order of execution, placeholders first.
         state: Parameters, buffers and constants by the name of their placeholder.
+        used_state: Names of what some operator reads.
+        written_state: Names of what some operator writes to.
         free_batch: Whether it runs for any batch size, or only for that of the example.
     """
 
@@ -114,6 +118,8 @@ class Graph:
         read = {source for node in self.nodes for source in node.all_input_nodes}
         self.used_state = {self.state[node.name].name for node in read if node.name in self.state}
         self._last_use = _last_uses(self.nodes)
+        written = {_storage_of(source) for node in self.nodes for source in _written_by(node)}
+        self.written_state = {self.state[node.name].name for node in written if node.name in self.state}
         self.free_batch = any(_is_free(n) for input in self._inputs() for n in input.shape)
 
     def run(
@@ -145,8 +151,8 @@ class Graph:
                 return
             if node.op == "placeholder":
                 value = self._state_value(node, state, device, dtype) if node.name in self.state else next(inputs)
-                if dtype and isinstance(value, Tensor) and value.is_floating_point():
-                    value = value.to(dtype)
+                if dtype and isinstance(value, Tensor):
+                    value = value.to(_in_precision(value.dtype, dtype))
             elif node.op == "get_attr":
                 value = getattr(self._program.graph_module, node.target)
             else:
@@ -157,15 +163,25 @@ class Graph:
             for done in self._last_use.get(node, ()):
                 del env[done]
 
-    def check_batch(self, example: Example) -> None:
-        """Raise a ValueError if the model was exported for another batch size only."""
-        if self.free_batch:
-            return
+    def is_like(self, other: Graph, ignore: Collection[str] = ()) -> bool:
+        """Whether another graph makes the same steps from the same constants, but for those to ignore."""
+        if [_step(node) for node in self.nodes] != [_step(node) for node in other.nodes]:
+            return False
+        kept = [source for source in self.state.values() if source.name not in ignore]
+        pairs = ((self.constant(source), other.constant(source)) for source in kept)
+        return all(x is None or y is None or x.is_meta or torch.equal(x.to(y.device), y) for x, y in pairs)
+
+    def check_inputs(self, example: Example) -> None:
+        """Raise a ValueError unless inputs have the shapes that the model was exported for, but for a free batch."""
         for given, traced in zip(example.tensors(), self._inputs(), strict=False):
-            if tuple(given.shape) != tuple(traced.shape):
+            sizes = tuple("any" if _is_free(n) else int(n) for n in traced.shape)
+            same = len(sizes) == given.dim() and all(n in ("any", m) for n, m in zip(sizes, given.shape, strict=True))
+            if not same:
+                wanted = f"({', '.join(map(str, sizes))})"
+                why = "" if sizes[1:] != tuple(given.shape[1:]) else ": it fixes its batch size"
                 raise ValueError(
-                    f"this model runs only on inputs of shape {tuple(traced.shape)}, the shape of the example input, "
-                    f"got {tuple(given.shape)}: it fixes its batch size. Pass an example input of the loader's shape."
+                    f"this model runs only on inputs of shape {wanted}, the shape of the example input, got "
+                    f"{tuple(given.shape)}{why}. Pass an example input of the loader's shape."
                 )
 
     def _inputs(self) -> list[Tensor]:
@@ -227,7 +243,7 @@ def _with_free_batch(model: nn.Module, example: Example, training: bool) -> Grap
     try:
         graph = Graph(_export(model, batched, _free_first_dims(model, batched)), training)
     except Exception as error:
-        _LOGGER.debug("%s cannot be exported for any batch size: %s", type(model).__name__, _first_line(error))
+        _LOGGER.debug("%s cannot be exported for any batch size: %s", type(model).__name__, first_line(error))
         return None
     return graph if graph.free_batch else None
 
@@ -256,17 +272,23 @@ def _plain(value: Any, seen: tuple[int, ...] = ()) -> Any:
     seen = (*seen, id(value))
     if isinstance(value, Mapping):
         return {str(key): _plain(item, seen) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
+    if isinstance(value, (list, tuple, set, frozenset)):
         return [_plain(item, seen) for item in value]
     if isinstance(value, (Tensor, torch.SymInt, int, float, bool, str, type(None))):
         return value
-    return _plain(getattr(value, "__dict__", None), seen)
+    slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
+    fields = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
+    if not fields and not isinstance(value, _WITHOUT_TENSORS):
+        raise TypeError(f"the outputs hold a {type(value).__name__}, in which tensors cannot be found.")
+    return _plain(fields, seen)
+
+
+_WITHOUT_TENSORS = (torch.dtype, torch.device, torch.layout, complex, bytes, range, enum.Enum, type)
 
 
 def _shadow(model: nn.Module) -> nn.Module:
     """Copy the modules but not the tensors."""
-    tensors = [*model.parameters(), *model.buffers()]
-    tensors += [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+    tensors = [*model.parameters(), *model.buffers(), *plain_tensors(model)]
     return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
 
 
@@ -290,35 +312,42 @@ def _name_keywords(model: nn.Module, example: Example) -> None:
 @contextmanager
 def _traceable() -> Iterator[None]:
     """Keep attention in separate operators, and export's own warnings to itself."""
-    fast, log = torch.backends.mha.get_fastpath_enabled(), logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
+    fast = torch.backends.mha.get_fastpath_enabled()
+    logs = [
+        logging.getLogger(f"torch.{name}") for name in ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+    ]
+    levels = [log.level for log in logs]
     torch.backends.mha.set_fastpath_enabled(False)
-    log.setLevel(logging.ERROR)
+    for log in logs:
+        log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings(), torch.enable_grad(), redirect_stderr(io.StringIO()):
             warnings.simplefilter("ignore")
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
-        log.setLevel(level)
+        for log, level in zip(logs, levels, strict=True):
+            log.setLevel(level)
 
 
 def _export_error(model: nn.Module, example: Example, training: bool, error: Exception) -> ValueError:
     """Tell a wrong example input from a model that export cannot follow, by running the model itself."""
     name = type(model).__name__
     shapes = ", ".join(str(tuple(t.shape)) for t in example.tensors())
+    shapes = f"of shape {shapes}" if shapes else f"{(*example.args, example.kwargs)}, which holds no tensor"
     try:
         with torch.no_grad():
             _shadow(model).train(training)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     except Exception as own:
-        return ValueError(f"{name} does not run on example_input of shape {shapes}: {_first_line(own)}")
+        return ValueError(f"{name} does not run on example_input {shapes}: {first_line(own)}")
     return ExportError(
-        f"torch.export cannot follow {name} in {'train' if training else 'eval'} mode: {_first_line(error)} "
+        f"torch.export cannot follow {name} in {'train' if training else 'eval'} mode: {first_line(error)} "
         "What usually helps: no branches on tensor values, no .item() or numpy inside forward."
     )
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return an error's type and the first line of its message."""
     lines = [line.strip() for line in str(error).splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0] if lines else ''}"
 
@@ -357,6 +386,8 @@ def decompose(node: Node) -> Any:
     def value(leaf: Any) -> Any:
         return leaf.meta["val"] if isinstance(leaf, torch.fx.Node) else leaf
 
+    if not isinstance(node.target, torch._ops.OpOverload):
+        return None
     leaves, structure = pytree.tree_flatten((tuple(node.args), dict(node.kwargs)))
     leaves = [value(leaf) for leaf in leaves]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
@@ -418,6 +449,28 @@ def _mutates(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
+def _step(node: Node) -> str:
+    return f"{node.name} = {node.target} {node.args} {node.kwargs}"
+
+
+def _written_by(node: Node) -> list[Node]:
+    """Return the tensors that a node changes in place."""
+    if not _mutates(node):
+        return []
+    names = [argument.name for argument in node.target._schema.arguments]
+    given = {**dict(zip(names, node.args, strict=False)), **node.kwargs}
+    changed = [a.name for a in node.target._schema.arguments if a.alias_info is not None and a.alias_info.is_write]
+    leaves = pytree.tree_leaves([given.get(name) for name in changed])
+    return [leaf for leaf in leaves if isinstance(leaf, torch.fx.Node)]
+
+
+def _storage_of(node: Node) -> Node:
+    """Return the tensor that a view is a view of."""
+    while (schema := getattr(node.target, "_schema", None)) and any(r.alias_info is not None for r in schema.returns):
+        node = node.args[0]
+    return node
+
+
 def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
     last: dict[Node, Node] = {}
     for node in nodes:
@@ -443,9 +496,7 @@ def _call(
             return env[leaf]
         if isinstance(leaf, torch.device):
             return device
-        if dtype is not None and isinstance(leaf, torch.dtype) and leaf.is_floating_point:
-            return dtype
-        return leaf
+        return _in_precision(leaf, dtype) if dtype is not None and isinstance(leaf, torch.dtype) else leaf
 
     args, kwargs = map_aggregate(node.args, resolve), map_aggregate(node.kwargs, resolve)
     settings = _settings(node, running_statistics)
@@ -454,10 +505,15 @@ def _call(
     tensors_in = [n for n in node.all_input_nodes if isinstance(env[n], Tensor)]
     target: Any = _grouped_matmul if dtype == torch.float64 and node.target == _GROUPED_MATMUL else node.target
     value = target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
-    if dtype is not None and not tensors_in and isinstance(value, Tensor) and value.is_floating_point():
-        value = value.to(dtype)  # made by the graph, in torch's default type
+    if dtype is not None and not tensors_in and isinstance(value, Tensor):
+        value = value.to(_in_precision(value.dtype, dtype))  # made by the graph, in torch's default type
     # What stands in memory that nobody has written to is not the same in two runs.
     return value.zero_() if getattr(node.target, "overloadpacket", None) in UNINITIALISED else value
+
+
+def _in_precision(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
+    """Return the floating or complex type of a precision, such as float64; other types as they are."""
+    return precision.to_complex() if dtype.is_complex else precision if dtype.is_floating_point else dtype
 
 
 _GROUPED_MATMUL = torch.ops.aten._grouped_mm.default
@@ -483,6 +539,8 @@ def _settings(node: Node, running_statistics: bool) -> dict[str, Any]:
     names = {argument.name for argument in schema.arguments}
     if "dropout" in schema.name:
         return {"p": 0.0}
+    if "rrelu" in schema.name:
+        return {"training": False}
     if running_statistics and {"running_mean", "training"} <= names:
         return {"training": False}
     return {name: 0.0 for name in ("dropout", "dropout_p") if name in names}

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn import checkpoint
+from modeconn.copies import copy_of
 from modeconn.symmetry.spec import Group, PermutationSpec
 
 
@@ -49,7 +49,7 @@ class Permutation:
             ValueError: If the model is not of this permutation's spec.
         """
         self.spec.check_model(model)
-        relabelled = copy.deepcopy(model)
+        relabelled = copy_of(model)
         tensors = dict(relabelled.named_parameters(remove_duplicate=False))
         tensors |= dict(relabelled.named_buffers(remove_duplicate=False))
         done: set[int] = set()

@@ -82,9 +82,10 @@ def broadcast(walk: Walk, tensors: Iterable[Traced], num_dims: int) -> list[Axis
     return axes
 
 
-def pointwise(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
+def pointwise(walk: Walk, *args: Any, **kwargs: Any) -> Any:
     """Any operator on entries of one place (``torch.Tag.pointwise``)."""
-    return broadcast(walk, traced_in((args, kwargs)), len(walk.shape))
+    out = broadcast(walk, traced_in((args, kwargs)), len(walk.shape))
+    return [out] * len(walk.shapes) if len(walk.shapes) > 1 else out
 
 
 def same(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
@@ -119,11 +120,19 @@ def fill_in_place(walk: Walk, input: Traced, value: Any = 0) -> list[Axis]:
     return list(input.axes)
 
 
-def randomize(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
-    """``uniform_``, ``normal_``: random numbers by position."""
-    for axis in input.axes:
-        walk.fix(axis, "random numbers by position")
-    return list(input.axes)
+def randomize(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
+    """Random numbers by position, in place of a tensor or drawn from laws that tensors tell."""
+    for tensor in traced_in((args, kwargs)):
+        for axis in tensor.axes:
+            walk.fix(axis, "random numbers by position")
+    return [walk.fixed(size, "random numbers by position") for size in walk.shape]
+
+
+def identity_matrix(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
+    """``eye``: rows and columns may only move alike."""
+    rows, columns = walk.shape
+    axis = walk.free(rows)
+    return [axis, axis] if rows == columns else constant(walk)
 
 
 # -------------------------------------------------------------------------------- contractions
@@ -365,8 +374,11 @@ def attention(
         heads = walk.size(key.axes[-3])
         repeats = walk.free(walk.size(query.axes[-3]) // heads)
         key, value = (Traced(tuple(t.replace({-3: walk.product([t.axes[-3], repeats])})), t.node) for t in (key, value))
-    batch = _letters(len(query.axes) - 2)
-    scores = contraction(walk, [query, key], [batch + "TD", batch + "SD"], batch + "TS")
+    rank = max(len(t.axes) for t in (query, key, value))
+    letters = _letters(rank - 2)
+    of_query, of_key, of_value = (letters[rank - len(t.axes) :] for t in (query, key, value))
+    batch = max(of_query, of_key, key=len)
+    scores = contraction(walk, [query, key], [of_query + "TD", of_key + "SD"], batch + "TS")
     if attn_mask is not None:
         scores = broadcast(walk, [Traced(tuple(scores)), attn_mask], len(scores))
     if is_causal:
@@ -374,7 +386,7 @@ def attention(
             walk.fix(axis, "causal order")
     walk.show(scores)
     walk.show(scores[:-1])
-    return contraction(walk, [Traced(tuple(scores)), value], [batch + "TS", batch + "SE"], batch + "TE")
+    return contraction(walk, [Traced(tuple(scores)), value], [batch + "TS", of_value + "SE"], letters + "TE")
 
 
 # -------------------------------------------------------------------------------- norms and reductions
@@ -871,6 +883,9 @@ def embedding_bag(
 
 def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis]:
     """Positions of one axis by number."""
+    if input.axes and (number := walk.number(index)) is not None:
+        dim, number = dim % len(input.axes), number % walk.size(input.axes[dim])
+        return _piece(walk, input, dim, number, number + 1)
     walk.fix(input.axes[dim], "looked up by number")
     walk.show(input.without(dim))
     return input.replace({dim: index.axes[0] if index.axes else UNIT})
@@ -1120,6 +1135,9 @@ def recurrent(
     walk.contract(input, input.axes[-1])
     over = walk.fixed(num_layers * directions, "layers")
     batch = [input.axes[0 if batch_first else 1]] if len(input.axes) == 3 else []
+    for s in states:
+        for axis, entries in zip(batch, s.axes[1:], strict=False):
+            walk.unify(axis, entries)
     walk.show(batch)
     stacks = [[over, *batch, walk.family(over, axes)] for axes in (finals, cells)]
     return [[*input.axes[:-1], x], *stacks[: len(walk.shapes) - 1]]
@@ -1154,19 +1172,19 @@ RULES: dict[Any, Rule] = _table(
     {
         same: "clone contiguous detach alias to _to_copy type_as dropout feature_dropout alpha_dropout "
         "feature_alpha_dropout lift_fresh lift_fresh_copy positive resolve_conj resolve_neg",
-        pointwise: "where masked_fill copy clamp rsub addcmul addcdiv lerp pow complex polar rrelu relu6 hardtanh "
-        "celu selu softplus threshold logit heaviside float_power isclose nan_to_num fake_quantize_per_tensor_affine "
+        pointwise: "where masked_fill copy rsub pow complex polar _prelu_kernel rrelu hardtanh celu softplus threshold "
+        "isclose fake_quantize_per_tensor_affine "
         "__and__ __or__ __xor__ __lshift__ __rshift__ floor_divide "
         "hardswish log_sigmoid multiply subtract divide negative absolute greater less greater_equal less_equal "
         "not_equal fix arctan2 conj",
         fill: "zeros ones full empty zeros_like ones_like full_like empty_like new_zeros new_ones new_full new_empty "
         "empty_permuted empty_strided new_empty_strided scalar_tensor",
         fill_in_place: "fill zero",
-        randomize: "uniform normal exponential log_normal cauchy geometric random bernoulli_",
+        randomize: "uniform normal exponential log_normal cauchy geometric random bernoulli bernoulli_",
         fourier: "_fft_c2c _fft_r2c _fft_c2r",
         diagonal: "diagonal",
-        constant: "arange linspace logspace eye rand randn randint randperm rand_like randn_like bernoulli "
-        "tril_indices triu_indices",
+        constant: "arange linspace logspace rand randn randint randperm rand_like randn_like tril_indices triu_indices",
+        identity_matrix: "eye",
         linear: "linear",
         matmul: "matmul mm bmm mv dot",
         add_matmul: "addmm baddbmm addmv",
@@ -1190,7 +1208,7 @@ RULES: dict[Any, Rule] = _table(
         group_norm: "group_norm",
         softmax: "softmax log_softmax _softmax _log_softmax _safe_softmax",
         weight_norm: "_weight_norm",
-        reduction: "sum mean amax amin prod var std norm linalg_vector_norm linalg_norm logsumexp all any nansum "
+        reduction: "sum mean amax amin prod var std norm linalg_vector_norm logsumexp all any nansum "
         "nanmean var_mean std_mean count_nonzero",
         arg_reduction: "argmax argmin",
         values_and_positions: "topk sort median nanmedian kthvalue mode",
@@ -1256,7 +1274,7 @@ RULES: dict[Any, Rule] = _table(
         recurrent_cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
         view_as_complex: "view_as_complex",
         view_as_real: "view_as_real",
-        prelu: "prelu _prelu_kernel",
+        prelu: "prelu",
     }
 )
 RULES["transformers::grouped_mm_fallback"] = grouped_matmul  # the experts of all mixtures of experts in that library

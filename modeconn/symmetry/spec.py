@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import weakref
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -96,11 +97,13 @@ class Trace:
         graph: The graph.
         axes: By node, the axes of its output: a tuple, or a list of tuples for several outputs.
         taps: Where units are summed over.
+        model: A weak reference to the model that was exported.
     """
 
     graph: Graph
     axes: dict[Node, Any]
     taps: tuple[Tap, ...]
+    model: weakref.ref[nn.Module]
 
 
 class VerificationError(ValueError):
@@ -235,9 +238,10 @@ class PermutationSpec:
     def verify(self, model: nn.Module, example_input: Any = None, *, tolerance: float = 1e-9, seed: int = 0) -> float:
         """Prove the spec on a model: compare every tensor of its graphs with its predicted relabelling.
 
-        All groups are relabelled at once, at random, until each has moved and any two of equal size have moved
-        differently: once, but for groups of few units. Parameters and buffers are redrawn in float64 so that nothing
-        is hidden by zeros or equal values; both modes run, without dropout.
+        All groups are relabelled at once, a few times, until every place has had another unit, and another one than
+        in any other group of that size. Parameters and buffers are redrawn in float64 so that nothing is hidden by
+        zeros or equal values; both modes run, without dropout; integers and truth values must agree exactly. A model
+        that is not the one the spec was found in is exported anew, and must make the same steps.
 
         Args:
             model: The model the spec was made for.
@@ -250,7 +254,9 @@ class PermutationSpec:
             The largest relative difference met.
 
         Raises:
-            VerificationError: With the first tensor that disagrees and the group behind it.
+            VerificationError: With the first tensor that disagrees and the group behind it; or if the model fails, or
+                makes nothing but NaN, on redrawn weights, so that nothing can be proved.
+            ValueError: If the model, or the shape of the input, is not the one the spec was found for.
         """
         from modeconn.symmetry.verify import verify
 

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from modeconn.rng import seeded
-from modeconn.symmetry.graph import Example
+from modeconn.symmetry.graph import Example, export, first_line
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec, Trace, VerificationError
+
+if TYPE_CHECKING:
+    from torch.fx import Node
 
 
 def verify(spec: PermutationSpec, model: nn.Module, example_input: Any, *, tolerance: float, seed: int) -> float:
@@ -21,12 +24,17 @@ def verify(spec: PermutationSpec, model: nn.Module, example_input: Any, *, toler
     from modeconn.symmetry.discover import example_for, traces_of
 
     spec.check_model(model)
-    example = _float64(example_for(model, example_input).to("cpu"))
+    given = example_for(model, example_input)
+    example = _float64(given.to("cpu"))
+    traces = traces_of(spec, model, example_input)
+    for trace in traces:
+        trace.graph.check_inputs(given)
+    _check_function(traces, model, given)
     generator = torch.Generator().manual_seed(seed)
     state = redraw_state(model, generator)
     worst = 0.0
     for permutation in telling_relabellings(spec, generator):
-        for trace in traces_of(spec, model, example_input):
+        for trace in traces:
             for name, error in _differences(spec, trace, state, permutation, example, seed):
                 if not error <= tolerance:
                     message = _blame(spec, trace, state, permutation, example, tolerance, seed, name, error)
@@ -35,27 +43,49 @@ def verify(spec: PermutationSpec, model: nn.Module, example_input: Any, *, toler
     return worst
 
 
-def telling_relabellings(spec: PermutationSpec, generator: torch.Generator) -> Iterator[Permutation]:
-    """Draw relabellings until every group has moved and any two of equal size have moved differently.
+def _check_function(traces: Sequence[Trace], model: nn.Module, example: Example) -> None:
+    """Raise a ValueError unless the graphs are those of this model: found in it, or the same as its own."""
+    graphs = [trace.graph for trace in traces if trace.model() is not model]
+    written = {name for graph in graphs for name in graph.written_state}
+    for graph in graphs:
+        if not export(model, example, training=graph.training).is_like(graph, written):
+            raise ValueError(
+                f"this spec is of another model: {type(model).__name__} does not compute what the model does in which "
+                f"the spec was found. Call discover on it."
+            )
 
-    One is enough for groups of a dozen units. But of two units every second drawing moves none, and two such groups
-    that can only move alike do so in every second drawing. The blocks of a group are told apart in the same way.
+
+def telling_relabellings(spec: PermutationSpec, generator: torch.Generator) -> Iterator[Permutation]:
+    """Draw relabellings until every place has had another unit, and another one than in any other group of that size.
+
+    Random ones alone would take long: one in three moves every unit of a group, and few tell all pairs of groups apart
+    at all places. Blocks are told apart in the same way as groups.
     """
-    seen: dict[int, Tensor] = {}  # by size: a row for each group or block, where all drawings so far have sent it
+    seen: dict[int, Tensor] = {}  # by size: for each group or block and each place, a number for all its units so far
+    permutation = spec.random(generator)
     while True:
-        permutation = spec.random(generator)
         yield permutation
         for size in {group.size for group in spec.groups}:
-            rows = [permutation.perms[group.name].view(-1, size) for group in spec.groups if group.size == size]
-            seen[size] = torch.cat([*([seen[size]] if size in seen else []), torch.cat(rows)], 1)
-        if not any(_confused(rows, size) for size, rows in seen.items()):
+            rows = torch.cat([permutation.perms[g.name].view(-1, size) for g in spec.groups if g.size == size])
+            rows = torch.cat([rows, torch.arange(size)[None]])  # what stays where it is
+            seen[size] = seen.get(size, 0) * size + rows
+        if all(bool((codes.sort(0).values.diff(dim=0) != 0).all()) for codes in seen.values()):
             return
+        permutation = _moved_apart(spec, generator)
 
 
-def _confused(rows: Tensor, size: int) -> bool:
-    """Return whether a row never moved, or two always moved alike."""
-    stay = torch.arange(size).repeat(1, rows.shape[1] // size)
-    return len(torch.cat([rows, stay]).unique(dim=0)) <= len(rows)
+def _moved_apart(spec: PermutationSpec, generator: torch.Generator) -> Permutation:
+    """Return a relabelling that turns each group or block along one random circle, as far apart as its size allows."""
+    perms = {}
+    for size in {group.size for group in spec.groups}:
+        groups = [group for group in spec.groups if group.size == size]
+        counts = [math.prod(group.shape[:-1]) for group in groups]
+        turns = torch.randperm(sum(counts), generator=generator)
+        turns = (turns % size if sum(counts) >= size else turns + 1)[:, None]  # 0 only where they do not suffice
+        circle = torch.randperm(size, generator=generator)
+        rows = circle[(circle.argsort() + turns) % size]
+        perms |= {g.name: part.view(g.shape) for g, part in zip(groups, rows.split(counts), strict=True)}
+    return Permutation(spec, perms)
 
 
 def redraw_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -77,12 +107,20 @@ def redraw_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tens
 
 
 def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
-    if not tensor.is_floating_point():
+    if not (tensor.is_floating_point() or tensor.is_complex()):
         return torch.zeros(tensor.shape, dtype=tensor.dtype) if tensor.device.type == "meta" else tensor.cpu().clone()
-    if tensor.dim() < 2:
+    if tensor.is_complex():
+        parts = torch.randn((*tensor.shape, 2), generator=generator, dtype=torch.float64)
+        return torch.view_as_complex(parts) / math.sqrt(2 * _fan_in(tensor))
+    if max(tensor.shape, default=1) == tensor.numel():  # a vector, of whatever shape: a scale, a variance
         return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
-    fan_in = max(math.prod(tensor.shape[1:]), 1)
-    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / math.sqrt(fan_in)
+    if not tensor.is_meta and bool((tensor >= 0).all()):  # of which a root may be taken
+        return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).abs() / math.sqrt(_fan_in(tensor))
+    return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / math.sqrt(_fan_in(tensor))
+
+
+def _fan_in(tensor: Tensor) -> int:
+    return max(math.prod(tensor.shape[1:]), 1)
 
 
 def _differences(
@@ -100,23 +138,47 @@ def _differences(
     moved = trace.graph.run(permutation.relabel(state), example, dtype=torch.float64)
     largest: dict[Any, float] = {}
     for number in range(len(trace.graph.nodes)):
-        with seeded(seed + number):
-            node, value = next(plain, (None, None))
-        with seeded(seed + number):
-            _, twin = next(moved, (None, None))
+        node, value, twin = _next(plain, moved, seed + number)
         if node is None:
             return
         largest[node] = 0.0
         scale = max((largest[source] for source in node.all_input_nodes), default=0.0)
         for x, y, axes in _tensors(value, twin, trace.axes.get(node)):
-            if x.numel() and (x.is_floating_point() or x.is_complex()):
+            if not x.numel():
+                continue
+            expected, is_inexact = spec.structure.relabel(x, axes, perms), x.is_floating_point() or x.is_complex()
+            if is_inexact:
                 largest[node] = max(largest[node], float(x.abs().max()))
-                expected = spec.structure.relabel(x, axes, perms)
-                if torch.equal(expected, y):
-                    yield node.name, 0.0
-                else:
-                    yield node.name, _relative(expected, y, scale)
-                    y.copy_(expected)
+                _check_numbers(node, x)
+            if torch.equal(expected, y):
+                yield node.name, 0.0
+            else:
+                yield node.name, _relative(expected, y, scale) if is_inexact else math.inf
+                y.copy_(expected)
+
+
+def _next(plain: Iterator[Any], moved: Iterator[Any], seed: int) -> tuple[Node | None, Any, Any]:
+    """Return what the next node makes in the model and in its twin, drawing the same random numbers."""
+    values = []
+    for run in (plain, moved):
+        with seeded(seed):
+            try:
+                node, value = next(run, (None, None))
+            except Exception as error:
+                raise VerificationError(
+                    f"the spec cannot be proved: on redrawn weights the model fails with {first_line(error)}"
+                ) from error
+        values.append(value)
+    return node, *values
+
+
+def _check_numbers(node: Node, x: Tensor) -> None:
+    """Raise if a tensor is NaN from end to end: two of these agree, and prove nothing."""
+    if bool(x.isnan().all()):
+        raise VerificationError(
+            f"the spec cannot be proved: on redrawn weights tensor '{node.name}' is NaN. Roots and logarithms of "
+            f"weights that may be negative do that."
+        )
 
 
 def _tensors(x: Any, y: Any, axes: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
@@ -130,8 +192,8 @@ def _tensors(x: Any, y: Any, axes: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
 def _relative(expected: Tensor, actual: Tensor, scale: float) -> float:
     """Return the largest difference in standard deviations of the tensor; infinite values must be the same.
 
-    A tensor that hardly varies is measured against its own size and ``scale``, the size of what it was computed from:
-    the mean of something centred is nothing but rounding.
+    A tensor of equal entries is measured against its own size, and one that hardly varies also against ``scale``, the
+    size of what it was computed from: the mean of something centred is nothing but rounding.
     """
     difference = float((expected - actual).abs().max())
     if not math.isfinite(difference):
@@ -140,9 +202,12 @@ def _relative(expected: Tensor, actual: Tensor, scale: float) -> float:
             return math.inf
         expected, actual = expected[finite], actual[finite]
         difference = float((expected - actual).abs().max()) if expected.numel() else 0.0
-    spread = float(expected.std()) if expected.numel() > 1 else float(expected.abs().sum())  # one number has no spread
-    scale = max(scale, float(expected.abs().max())) if expected.numel() else scale
-    return difference / max(spread, 1e-6 * scale, 1e-300) if difference else 0.0
+    if not difference:
+        return 0.0
+    size = float(expected.abs().max())
+    spread = float(expected.std()) if expected.numel() > 1 else 0.0
+    spread = spread if spread > 1e-9 * size else size
+    return difference / max(spread, 1e-6 * scale, 1e-300)
 
 
 def _blame(
@@ -196,8 +261,13 @@ def _float64(example: Example) -> Example:
                 else torch.zeros_like(leaf, device="cpu")
             )
         if not leaf.is_floating_point():
-            return leaf.clone()
+            return leaf.to(torch.complex128) if leaf.is_complex() else leaf.clone()
+        leaf = leaf.double()
         noise = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-        return leaf.double() + noise  # an example of zeros shows nothing
+        if not leaf.any():
+            return noise  # an example of zeros shows nothing
+        if not (leaf != leaf.flatten()[0]).any():
+            return leaf * (1 - noise / 2)
+        return torch.lerp(leaf, leaf.mean(), noise / 2)  # stays in its range, which may be that of probabilities
 
     return Example(*pytree.tree_map(convert, (example.args, example.kwargs)))
