@@ -16,7 +16,8 @@ from modeconn.symmetry import UnknownOperatorWarning, VerificationError
 from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.discover import Walk, example_for
 from modeconn.symmetry.graph import _grouped_matmul, export
-from modeconn.symmetry.rules import Traced, contraction
+from modeconn.symmetry.rules.contractions import contraction
+from modeconn.symmetry.rules.traced import Traced
 from tests.symmetry_cases import CASES, SPELLINGS, Case, attention
 
 ZOO = {

@@ -15,7 +15,9 @@ from torch.utils import _pytree as pytree
 
 from modeconn.symmetry.axes import UNIT, Axis, Space, atoms_of, expand
 from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
-from modeconn.symmetry.rules import RULES, Rule, Traced, pointwise, traced_in
+from modeconn.symmetry.rules import RULES
+from modeconn.symmetry.rules.elementwise import pointwise
+from modeconn.symmetry.rules.traced import Rule, Traced, traced_in
 from modeconn.symmetry.spec import PermutationSpec, Tap, Trace, UnknownOperator
 from modeconn.symmetry.structure import Structure, dependencies
 

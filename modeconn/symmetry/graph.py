@@ -20,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from modeconn.copies import plain_tensors
 from modeconn.loaders import to_device
-from modeconn.symmetry.rules import UNINITIALISED
+from modeconn.symmetry.rules.elementwise import UNINITIALISED
 
 if TYPE_CHECKING:
     from torch.fx import Node

@@ -1,0 +1,288 @@
+"""Sums of products: linear layers, matrix products, convolutions, attention."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from modeconn.symmetry.axes import UNIT, Axis
+from modeconn.symmetry.rules.elementwise import broadcast
+from modeconn.symmetry.rules.shapes import transpose
+from modeconn.symmetry.rules.traced import Rule, Traced, table, traced_in
+
+if TYPE_CHECKING:
+    from modeconn.symmetry.discover import Walk
+
+
+def contraction(walk: Walk, operands: Sequence[Traced], labels: Sequence[str], out: str) -> list[Axis]:
+    """A sum of products in Einstein's notation: one label, one axis."""
+    named: dict[str, Axis] = {}
+    for tensor, letters in zip(operands, labels, strict=True):
+        for axis, letter in zip(tensor.axes, letters, strict=True):
+            if named.get(letter, UNIT) != UNIT and axis != UNIT:
+                walk.unify(named[letter], axis)
+            elif axis != UNIT:
+                named[letter] = axis
+    for tensor, letters in zip(operands, labels, strict=True):
+        for axis, letter in zip(tensor.axes, letters, strict=True):
+            if letter not in out:
+                walk.contract(tensor, axis)
+    walk.show(named.values())
+    return [named.get(letter, UNIT) for letter in out]
+
+
+def linear(walk: Walk, input: Traced, weight: Traced, bias: Traced | None = None) -> list[Axis]:
+    """``x W^T + b``."""
+    batch = _letters(len(input.axes) - 1)
+    out = contraction(
+        walk, [input, weight], [batch + "I", "OI"[2 - len(weight.axes) :]], batch + "O"[: len(weight.axes) - 1]
+    )
+    if bias is not None and bias.axes:
+        walk.unify(out[-1], bias.axes[0])
+    return out
+
+
+def matmul(walk: Walk, input: Traced, other: Traced) -> list[Axis]:
+    """``mm``, ``bmm``, ``mv``, ``dot`` and ``matmul`` with broadcast batch axes."""
+    left, right = len(input.axes), len(other.axes)
+    batch = _letters(max(left, right, 2) - 2)
+    rows, columns = "I" * (left > 1), "J" * (right > 1)
+    left_labels = batch[len(batch) - max(left - 2, 0) :] + rows + "K"
+    right_labels = batch[len(batch) - max(right - 2, 0) :] + "K" + columns
+    return contraction(walk, [input, other], [left_labels, right_labels], batch + rows + columns)
+
+
+def add_matmul(walk: Walk, input: Traced, left: Traced, right: Traced, **scales: Any) -> list[Axis]:
+    """``addmm``, ``baddbmm``, ``addmv``."""
+    product = Traced(tuple(matmul(walk, left, right)))
+    return broadcast(walk, [input, product], len(product.axes))
+
+
+def einsum(walk: Walk, equation: str, tensors: Sequence[Traced], path: Any = None) -> list[Axis]:
+    """Any einsum; an ellipsis stands for the axes that the letters leave."""
+    left, _, right = equation.replace(" ", "").partition("->")
+    labels = left.split(",")
+    spare = [c for c in "αβγδεζηθικλμ"]
+    width = max(len(t.axes) - len(s.replace("...", "")) for t, s in zip(tensors, labels, strict=True))
+    dots = "".join(spare[:width])
+    labels = [
+        s.replace("...", dots[width - (len(t.axes) - len(s.replace("...", ""))) :])
+        for t, s in zip(tensors, labels, strict=True)
+    ]
+    if "->" not in equation:
+        once = "".join(labels)
+        right = dots + "".join(sorted(c for c in set(once) if once.count(c) == 1 and c not in dots))
+    return contraction(walk, tensors, labels, right.replace("...", dots))
+
+
+def bilinear(walk: Walk, left: Traced, right: Traced, weight: Traced, bias: Traced | None = None) -> list[Axis]:
+    """``x1^T W x2 + b``."""
+    batch = _letters(len(left.axes) - 1)
+    out = contraction(walk, [left, weight, right], [batch + "I", "OIJ", batch + "J"], batch + "O")
+    if bias is not None:
+        walk.unify(out[-1], bias.axes[0])
+    return out
+
+
+def grouped_matmul(
+    walk: Walk,
+    input: Traced,
+    other: Traced,
+    offsets: Traced | None = None,
+    bias: Traced | None = None,
+    out_dtype: Any = None,
+) -> list[Axis] | None:
+    """Matrix products of consecutive groups of rows (or columns) with one matrix each: experts and their tokens."""
+    if bias is not None:
+        return None
+    left = "GTK"[3 - len(input.axes) :]
+    right = "GKJ"[3 - len(other.axes) :]
+    grouped = {(2, 3): "TG", (3, 2): "JG", (2, 2): "K", (3, 3): ""}[len(input.axes), len(other.axes)]
+    for tensor, letters in ((input, left), (other, right)):
+        for axis, letter in zip(tensor.axes, letters, strict=True):
+            if letter in grouped:
+                walk.fix(axis, "grouped by number")
+    out = contraction(walk, [input, other], [left, right], "GTJ" if left[0] == right[0] == "G" else "TJ")
+    return [walk.fixed(walk.shape[0], "grouped by number"), *out] if grouped == "K" else out
+
+
+def distances(walk: Walk, left: Traced, right: Traced, *settings: Any) -> list[Axis]:
+    """``cdist``: a sum over one axis for every pair of rows."""
+    return matmul(walk, left, Traced(tuple(transpose(walk, right)), right.node))
+
+
+def distance(walk: Walk, input: Traced, other: Traced, p: Any = 2) -> list[Axis]:
+    """The norm of a difference."""
+    for axis in broadcast(walk, [input, other], max(len(input.axes), len(other.axes))):
+        walk.contract(input, axis)
+    return []
+
+
+def of_last_dims(num_dims: int) -> Rule:
+    """Anything made of the last ``num_dims`` axes for each index of the others: inverses, decompositions."""
+
+    def rule(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
+        num_batch = len(input.axes) - num_dims
+        alike = [t for t in traced_in((input, args, kwargs)) if len(t.axes) == len(input.axes)]
+        batch = broadcast(walk, [Traced(t.axes[:num_batch]) for t in alike], num_batch)
+        for tensor in traced_in((input, args, kwargs)):
+            for axis in tensor.axes[num_batch:] if tensor in alike else tensor.axes:
+                walk.fix(axis, "ordered")
+        walk.show(batch)
+        out = [[*batch, *(walk.fixed(n, "ordered") for n in shape[num_batch:])] for shape in walk.shapes]
+        return out if len(out) > 1 else out[0]
+
+    return rule
+
+
+def outer(walk: Walk, left: Traced, right: Traced) -> list[Axis]:
+    """Every product of an entry of one vector with one of another."""
+    return [left.axes[0], right.axes[0]]
+
+
+def _letters(count: int) -> str:
+    return "abcdefghijklmnopqrstuvwxyz"[:count]
+
+
+def _convolve(walk: Walk, x: Traced, weight: Traced, bias: Traced | None, groups: int, transposed: bool) -> list[Axis]:
+    channel = len(x.axes) - len(weight.axes) + 1
+    size = walk.size(x.axes[channel])
+    group, inner = walk.split(x.axes[channel], (groups, size // groups))
+    if transposed:
+        outer = weight.axes[1]
+        walk.unify(x.axes[channel], weight.axes[0])
+    else:
+        weight_group, outer = walk.split(weight.axes[0], (groups, walk.size(weight.axes[0]) // groups))
+        walk.unify(group, weight_group)
+        walk.unify(inner, weight.axes[1])
+    out = walk.product([group, outer])
+    walk.contract(x, inner)
+    if bias is not None:
+        walk.unify(out, bias.axes[0])
+    space = list(x.axes[channel + 1 :])
+    pointwise = _pointwise_dims(walk, weight)
+    walk.show([*x.axes[:channel], group, outer, inner, *(space[dim] for dim in pointwise)])
+    for dim, size in enumerate(walk.shape[channel + 1 :]):
+        if dim not in pointwise:
+            walk.fix(space[dim], "neighbours in a convolution")
+            walk.fix(weight.axes[2 + dim], "neighbours in a convolution")
+            space[dim] = walk.fixed(size, "neighbours in a convolution")
+    return [*x.axes[:channel], out, *space]
+
+
+def _pointwise_dims(walk: Walk, weight: Traced) -> list[int]:
+    """Return the spatial dimensions along which places do not mix: one tap, no stride, no padding."""
+    dims = range(len(weight.axes) - 2)
+
+    def per_dim(name: str) -> list[int]:
+        setting = walk.arguments.get(name, 0)
+        setting = 0 if isinstance(setting, str) else setting  # "same" pads one tap by nothing
+        values = list(setting) if isinstance(setting, (list, tuple)) else [setting]
+        return values * len(dims) if len(values) == 1 else values
+
+    stride, padding, output_padding = map(per_dim, ("stride", "padding", "output_padding"))
+    return [
+        dim
+        for dim in dims
+        if weight.axes[2 + dim] == UNIT and (stride[dim], padding[dim], output_padding[dim]) == (1, 0, 0)
+    ]
+
+
+def conv(
+    walk: Walk,
+    input: Traced,
+    weight: Traced,
+    bias: Traced | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    dilation: Any = 1,
+    groups: int = 1,
+) -> list[Axis]:
+    """Convolution in 1 to 3 dimensions; channels are groups x channels of a group."""
+    return _convolve(walk, input, weight, bias, groups, transposed=False)
+
+
+def conv_transpose(
+    walk: Walk,
+    input: Traced,
+    weight: Traced,
+    bias: Traced | None = None,
+    stride: Any = 1,
+    padding: Any = 0,
+    output_padding: Any = 0,
+    groups: int = 1,
+    dilation: Any = 1,
+) -> list[Axis]:
+    """Transposed convolution: the weight's first axis is the input's."""
+    return _convolve(walk, input, weight, bias, groups, transposed=True)
+
+
+def convolution(
+    walk: Walk,
+    input: Traced,
+    weight: Traced,
+    bias: Traced | None,
+    stride: Any,
+    padding: Any,
+    dilation: Any,
+    transposed: bool,
+    output_padding: Any,
+    groups: int,
+) -> list[Axis]:
+    """The general operator behind both."""
+    return _convolve(walk, input, weight, bias, groups, transposed)
+
+
+def attention(
+    walk: Walk,
+    query: Traced,
+    key: Traced,
+    value: Traced,
+    attn_mask: Traced | None = None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    *,
+    scale: float | None = None,
+    enable_gqa: bool = False,
+) -> list[Axis]:
+    """``softmax(q k^T) v``; with ``enable_gqa`` each key and value head serves several query heads."""
+    if enable_gqa:
+        heads = walk.size(key.axes[-3])
+        repeats = walk.free(walk.size(query.axes[-3]) // heads)
+        key, value = (Traced(tuple(t.replace({-3: walk.product([t.axes[-3], repeats])})), t.node) for t in (key, value))
+    rank = max(len(t.axes) for t in (query, key, value))
+    letters = _letters(rank - 2)
+    of_query, of_key, of_value = (letters[rank - len(t.axes) :] for t in (query, key, value))
+    batch = max(of_query, of_key, key=len)
+    scores = contraction(walk, [query, key], [of_query + "TD", of_key + "SD"], batch + "TS")
+    if attn_mask is not None:
+        scores = broadcast(walk, [Traced(tuple(scores)), attn_mask], len(scores))
+    if is_causal:
+        for axis in scores[-2:]:
+            walk.fix(axis, "causal order")
+    walk.show(scores)
+    walk.show(scores[:-1])
+    return contraction(walk, [Traced(tuple(scores)), value], [batch + "TS", of_value + "SE"], letters + "TE")
+
+
+RULES = table(
+    {
+        linear: "linear",
+        matmul: "matmul mm bmm mv dot",
+        add_matmul: "addmm baddbmm addmv",
+        einsum: "einsum",
+        bilinear: "bilinear",
+        distances: "_cdist_forward",
+        distance: "dist",
+        of_last_dims(1): "stft",
+        of_last_dims(2): "istft linalg_inv_ex linalg_cholesky_ex _linalg_solve_ex linalg_solve_triangular _linalg_det "
+        "_linalg_slogdet _linalg_eigh linalg_eig linalg_qr _linalg_svd linalg_matrix_exp linalg_pinv cholesky_solve",
+        outer: "outer ger",
+        grouped_matmul: "_grouped_mm",
+        conv: "conv1d conv2d conv3d",
+        conv_transpose: "conv_transpose1d conv_transpose2d conv_transpose3d",
+        convolution: "convolution",
+        attention: "scaled_dot_product_attention",
+    }
+)
+RULES["transformers::grouped_mm_fallback"] = grouped_matmul  # the experts of all mixtures of experts in that library

@@ -1,0 +1,245 @@
+"""Reading and writing by number: embeddings, gather, scatter, indexing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modeconn.symmetry.axes import UNIT, Axis
+from modeconn.symmetry.rules.elementwise import broadcast
+from modeconn.symmetry.rules.shapes import piece, select
+from modeconn.symmetry.rules.traced import Traced, table, traced_in
+
+if TYPE_CHECKING:
+    from modeconn.symmetry.discover import Walk
+
+
+def embedding(walk: Walk, weight: Traced, indices: Traced, *settings: Any) -> list[Axis]:
+    """Rows of a table by number."""
+    walk.fix(weight.axes[0], "looked up by number")
+    walk.show(weight.axes[1:])
+    return [*indices.axes, *weight.axes[1:]]
+
+
+def embedding_bag(
+    walk: Walk,
+    weight: Traced,
+    indices: Traced,
+    offsets: Traced,
+    scale_grad_by_freq: bool = False,
+    mode: int = 0,
+    sparse: bool = False,
+    per_sample_weights: Traced | None = None,
+    *settings: Any,
+) -> list[list[Axis]] | None:
+    """Rows of a table by number, summed or averaged over bags; for maxima, positions too are returned."""
+    if mode == 2:
+        return None
+    for tensor in traced_in([indices, offsets, per_sample_weights]):
+        for axis in tensor.axes:
+            walk.fix(axis, "counted off into bags")
+    bags, *rest = [[walk.fixed(n, "counted off into bags") for n in shape] for shape in walk.shapes]
+    return [[bags[0], embedding(walk, weight, indices)[-1]], *rest]
+
+
+def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis]:
+    """Positions of one axis by number."""
+    if input.axes and (number := walk.number(index)) is not None:
+        dim, number = dim % len(input.axes), number % walk.size(input.axes[dim])
+        return piece(walk, input, dim, number, number + 1)
+    walk.fix(input.axes[dim], "looked up by number")
+    walk.show(input.without(dim))
+    return input.replace({dim: index.axes[0] if index.axes else UNIT})
+
+
+def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) -> list[Axis] | None:
+    """Positions of one axis by a number for each entry."""
+    if not input.axes or len(index.axes) != len(input.axes):
+        return None
+    dim %= len(input.axes)
+    walk.fix(input.axes[dim], "looked up by number")
+    walk.show(input.without(dim))
+    for d, (x, i) in enumerate(zip(input.axes, index.axes, strict=True)):
+        if d == dim:
+            continue
+        if walk.size(x) == walk.size(i):
+            walk.unify(x, i)
+        else:
+            walk.fix(x, "looked up by number")
+            walk.fix(i, "looked up by number")
+    return list(index.axes)
+
+
+def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[Axis] | None:
+    """Advanced indexing by integers; boolean masks depend on values and are left to the unknown."""
+    if any(i is not None and walk.dtype(i) in (torch.bool, torch.uint8) for i in indices):
+        return None
+    used = [d for d, i in enumerate(indices) if i is not None]
+    if len(used) == 1 and (number := walk.number(indices[used[0]])) is not None:  # x[:, [3]] is a select
+        chosen = select(walk, input, used[0], number)
+        return [*chosen[: used[0]], *[UNIT] * len(indices[used[0]].axes), *chosen[used[0] :]]
+    for dim in used:
+        walk.fix(input.axes[dim], "looked up by number")
+    looked_up = [i for i in indices if i is not None]
+    picked = broadcast(walk, looked_up, max(len(i.axes) for i in looked_up))
+    rest = input.without(*used)
+    walk.show(rest)
+    together = used[-1] - used[0] + 1 == len(used)
+    at = used[0] if together else 0
+    return [*rest[:at], *picked, *rest[at:]]
+
+
+def one_hot(walk: Walk, input: Traced, num_classes: int = -1) -> list[Axis]:
+    """Numbers as indicators of a new axis."""
+    return [*input.axes, walk.fixed(walk.shape[-1], "counted by number")]
+
+
+def histogram(walk: Walk, input: Traced, *settings: Any) -> list[Axis]:
+    """How often each value occurs, wherever it does."""
+    for axis in input.axes:
+        walk.contract(input, axis)
+    return [walk.fixed(walk.shape[0], "counted by number")]
+
+
+def searchsorted(walk: Walk, sequence: Traced, input: Any, *, sorter: Any = None, **settings: Any) -> list[Axis] | None:
+    """The place of each entry in a sorted sequence, one for all or one for each index of the other axes."""
+    if sorter is not None:
+        return None
+    axes = list(input.axes) if isinstance(input, Traced) else []
+    walk.fix(sequence.axes[-1], "ordered")
+    if len(sequence.axes) > 1:
+        for x, y in zip(sequence.axes[:-1], axes[:-1], strict=True):
+            walk.unify(x, y)
+    walk.show([*axes, sequence.axes[-1]])
+    return axes
+
+
+def bucketize(walk: Walk, input: Any, boundaries: Traced, **settings: Any) -> list[Axis] | None:
+    """``searchsorted`` with the entries first."""
+    return searchsorted(walk, boundaries, input)
+
+
+def scatter_reduce(
+    walk: Walk, input: Traced, dim: int, index: Traced, src: Any = None, *settings: Any, **more: Any
+) -> list[Axis] | None:
+    """Entries to positions of one axis by a number for each, where they meet in any order: a sum, an extreme."""
+    if not input.axes or len(index.axes) != len(input.axes):
+        return None
+    dim %= len(input.axes)
+    walk.fix(input.axes[dim], "written to by number")
+    walk.show(input.without(dim))
+    written = [index, src] if isinstance(src, Traced) else [index]
+    for d, axis in enumerate(input.axes):
+        axes = [t.axes[d] for t in written] + ([axis] if d != dim else [])
+        for x, y in pairwise(axes):
+            if walk.size(x) == walk.size(y):
+                walk.unify(x, y)
+            else:  # a part of it, from the beginning
+                walk.fix(x, "written to by number")
+                walk.fix(y, "written to by number")
+    return list(input.axes)
+
+
+def scatter(walk: Walk, input: Traced, dim: int, index: Traced, *values: Any, **more: Any) -> list[Axis] | None:
+    """Entries to positions of one axis by a number for each: the last one stays."""
+    if index.axes:
+        walk.fix(index.axes[dim], "written in order")
+    return scatter_reduce(walk, input, dim, index, *values)
+
+
+def index_put(
+    walk: Walk,
+    input: Traced,
+    indices: Sequence[Traced | None],
+    values: Traced,
+    accumulate: bool = False,
+    unsafe: bool = False,
+) -> list[Axis] | None:
+    """What advanced indexing reads is written: summed in any order, or the last one stays."""
+    given = [i for i in indices if i is not None]
+    if any(walk.dtype(i) in (torch.bool, torch.uint8, None) for i in given):
+        return _put_where(walk, input, indices, values) if len(given) == 1 else None
+    for axis in () if accumulate else (axis for i in given for axis in i.axes):
+        walk.fix(axis, "written in order")
+    place = index(walk, input, indices) or []
+    broadcast(walk, [Traced(tuple(place)), values], len(place))
+    return list(input.axes)
+
+
+def _put_where(walk: Walk, input: Traced, indices: Sequence[Traced | None], values: Traced) -> list[Axis] | None:
+    """One value for all places of a mask; other values are counted off along it, and left to the unknown."""
+    mask = next(i for i in indices if i is not None)
+    behind = len(input.axes) - indices.index(mask) - len(mask.axes)
+    first = max(len(values.axes) - behind, 0)
+    before, after = values.axes[:first], values.axes[first:]
+    if walk.dtype(mask) is None or before[-1:] not in ((), (UNIT,)):
+        return None
+    where = Traced((*mask.axes, *[UNIT] * behind))
+    what = Traced((*before[:-1], *[UNIT] * len(mask.axes), *after))
+    return broadcast(walk, [input, where, what], len(input.axes))
+
+
+def index_add(walk: Walk, input: Traced, dim: int, index: Traced, source: Traced, **scale: Any) -> list[Axis] | None:
+    """Slices along one axis added to its positions by number."""
+    return _put_slices(walk, input, dim, index, source, accumulate=True)
+
+
+def index_copy(walk: Walk, input: Traced, dim: int, index: Traced, source: Traced) -> list[Axis] | None:
+    """Slices along one axis written to its positions by number."""
+    return _put_slices(walk, input, dim, index, source, accumulate=False)
+
+
+def _put_slices(
+    walk: Walk, input: Traced, dim: int, index: Traced, source: Traced, accumulate: bool
+) -> list[Axis] | None:
+    if not input.axes or not index.axes:
+        return None
+    return index_put(walk, input, [None] * (dim % len(input.axes)) + [index], source, accumulate)
+
+
+def index_fill(walk: Walk, input: Traced, dim: int, index: Traced, value: Any) -> list[Axis]:
+    """One value at positions of one axis."""
+    if input.axes:
+        walk.fix(input.axes[dim], "written to by number")
+    return list(input.axes)
+
+
+def masked_scatter(walk: Walk, input: Traced, mask: Traced, source: Traced) -> list[Axis]:
+    """Entries of a source, in order, to the places of a mask; whole rows where the mask repeats itself along them."""
+    strides = mask.node.meta["val"].stride() if mask.node is not None else [1] * len(mask.axes)
+    rows = 0
+    for x, y, m, stride in zip(*(reversed(t.axes) for t in (input, source, mask)), reversed(strides), strict=False):
+        if walk.size(x) != walk.size(y) or (m != UNIT and stride != 0):
+            break
+        walk.unify(x, y)
+        rows += 1
+    for tensor in (input, source, mask):
+        for axis in tensor.axes[: len(tensor.axes) - rows]:
+            walk.fix(axis, "written in order")
+    walk.show(input.axes[len(input.axes) - rows :])
+    return list(input.axes)
+
+
+RULES = table(
+    {
+        embedding: "embedding",
+        embedding_bag: "embedding_bag _embedding_bag",
+        index_select: "index_select",
+        gather: "gather",
+        index: "index _unsafe_index",
+        one_hot: "one_hot",
+        histogram: "histc",
+        searchsorted: "searchsorted",
+        bucketize: "bucketize",
+        scatter: "scatter",
+        scatter_reduce: "scatter_add scatter_reduce",
+        index_put: "index_put _unsafe_index_put",
+        index_add: "index_add",
+        index_copy: "index_copy",
+        index_fill: "index_fill",
+        masked_scatter: "masked_scatter",
+    }
+)

@@ -1,0 +1,100 @@
+"""Recurrent networks and their cells."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any
+
+from modeconn.symmetry.axes import Axis
+from modeconn.symmetry.rules.elementwise import broadcast
+from modeconn.symmetry.rules.traced import Traced, aten, table
+
+if TYPE_CHECKING:
+    from modeconn.symmetry.discover import Walk
+
+
+def _cell(walk: Walk, x: Axis, weights: Sequence[Traced], hidden: Axis, projection: Axis | None = None) -> None:
+    """One layer and direction: gates x hidden units, the same units in every gate and in the state."""
+    size = walk.size(hidden)
+    state = hidden if projection is None else projection
+    matrices, biases = [w for w in weights if len(w.axes) == 2], [w for w in weights if len(w.axes) == 1]
+    if projection is not None:
+        walk.unify(matrices[2].axes[0], projection)
+        walk.unify(matrices[2].axes[1], hidden)
+        walk.contract(Traced((hidden,)), hidden)
+    for matrix, source in zip(matrices[:2], (x, state), strict=True):
+        walk.unify(matrix.axes[1], source)
+        walk.contract(Traced((source,)), source)
+    for weight in (*matrices[:2], *biases):
+        gates, units = walk.split(weight.axes[0], (walk.size(weight.axes[0]) // size, size))
+        walk.fix(gates, "gates of a recurrent cell")
+        walk.unify(units, hidden)
+    walk.show([hidden])
+
+
+def recurrent_cell(walk: Walk, input: Traced, hx: Any, *weights: Traced | None) -> Any:
+    """``lstm_cell``, ``gru_cell``, ``rnn_*_cell``."""
+    states = [hx] if isinstance(hx, Traced) else list(hx)
+    hidden = states[0].axes[-1]
+    for state in states:
+        walk.unify(state.axes[-1], hidden)
+    walk.contract(states[0], hidden)
+    walk.contract(input, input.axes[-1])
+    _cell(walk, input.axes[-1], [w for w in weights if w is not None], hidden)
+    batch = broadcast(walk, [Traced(tuple(t.axes[:-1])) for t in (input, *states)], len(states[0].axes) - 1)
+    walk.show(batch)
+    out = [*batch, hidden]
+    return [out] * len(walk.shapes) if len(walk.shapes) > 1 else out
+
+
+def recurrent(
+    walk: Walk,
+    input: Traced,
+    hx: Any,
+    params: Sequence[Traced],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+    batch_first: bool,
+) -> list[list[Axis]]:
+    """``lstm``, ``gru``, ``rnn_*`` over a sequence; states are stacks over layers and directions."""
+    states = [hx] if isinstance(hx, Traced) else list(hx)
+    directions = 2 if bidirectional else 1
+    per_cell = len(params) // (num_layers * directions)
+    walk.fix(input.axes[1 if batch_first else 0], "order in time")
+    x, finals, cells = input.axes[-1], [], []
+    for layer in range(num_layers):
+        outs = []
+        for direction in range(directions):
+            k = layer * directions + direction
+            weights = params[k * per_cell : (k + 1) * per_cell]
+            projected = sum(len(w.axes) == 2 for w in weights) == 3
+            state = walk.free(walk.size(weights[1].axes[1]))
+            hidden = walk.free(walk.size(weights[-1].axes[1])) if projected else state
+            _cell(walk, x, weights, hidden, state if projected else None)
+            for s, axis in zip(states, (state, hidden), strict=False):
+                walk.unify(walk.member(s.axes[-1], s.axes[0], k), axis)
+            outs.append(state)
+            finals.append(state)
+            cells.append(hidden)
+        x = walk.concatenate(outs)
+    walk.contract(input, input.axes[-1])
+    over = walk.fixed(num_layers * directions, "layers")
+    batch = [input.axes[0 if batch_first else 1]] if len(input.axes) == 3 else []
+    for s in states:
+        for axis, entries in zip(batch, s.axes[1:], strict=False):
+            walk.unify(axis, entries)
+    walk.show(batch)
+    stacks = [[over, *batch, walk.family(over, axes)] for axes in (finals, cells)]
+    return [[*input.axes[:-1], x], *stacks[: len(walk.shapes) - 1]]
+
+
+RULES = table(
+    {
+        recurrent_cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
+    }
+)
+for _packet in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu):  # their overloads for packed sequences differ
+    RULES[_packet.input] = recurrent
