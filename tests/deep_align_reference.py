@@ -38,7 +38,7 @@ def block_by_loops(block: Block, units: list[Tensor], edges: list[Tensor]) -> li
 
 
 class DWSLayer(nn.Module):
-    """One equivariant layer of Navon et al., 2023a (arXiv 2301.12780), to biases, for a perceptron of two hidden layers.
+    """One equivariant layer of Navon et al. (arXiv 2301.12780), to biases, for a perceptron of two hidden layers.
 
     From weights ``W_1 (d_1, d_0)``, ``W_2 (d_2, d_1)``, ``W_3 (d_3, d_2)`` and biases ``b_1 (d_1)``, ``b_2 (d_2)`` to
     features ``(d_1, f)``, ``(d_2, f)``: every linear map that commutes with relabelling, with maximum for its pools.

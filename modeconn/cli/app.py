@@ -28,8 +28,8 @@ from modeconn import align as align_models
 from modeconn import compare as compare_methods
 from modeconn.attacks import build as build_attack
 from modeconn.attacks.training import TRADES, AdversarialTraining
-from modeconn.cli import demo as story
 from modeconn.cli import deep_align, options, parse
+from modeconn.cli import demo as story
 from modeconn.cli.files import describe_file, draw_files
 from modeconn.cli.options import DataOptions, change_recipe, template
 from modeconn.cli.options import bars as _bars

@@ -154,8 +154,7 @@ class _Network:
 
     def __init__(self, model: nn.Module, loss_fn: LossFn, rescaling: float) -> None:
         self._model = copy.deepcopy(model).requires_grad_(False).eval()
-        for layer in norm_layers(self._model):
-            self._model.get_submodule(layer).train()
+        self._norms = [self._model.get_submodule(layer) for layer in norm_layers(self._model)]
         self._places = named_places(self._model)
         self._buffers = {name for name, _ in self._model.named_buffers()}
         self._loss_fn, self._rescaling = loss_fn, rescaling
@@ -166,6 +165,8 @@ class _Network:
 
     def losses(self, states: dict[str, Tensor], inputs: Any, targets: Tensor) -> Tensor:
         """Return the loss of each of a stack of networks ``(B, ...)`` on the same examples, ``(B,)``."""
+        for norm in self._norms:
+            norm.train()
         own = {name: x.detach().clone() if name in self._buffers else x for name, x in states.items()}
         return vmap(lambda state: self._loss_fn(self._call(state, inputs), targets), randomness="same")(own)
 
@@ -206,7 +207,8 @@ def supervised_loss(similarities: list[Tensor], perms: list[Tensor]) -> Tensor:
 
 
 def _soft(similarities: list[Tensor]) -> list[Tensor]:
-    return list(soft_matrices({str(k): x for k, x in enumerate(similarities)}, 1.0).values())
+    matrices = soft_matrices({str(k): x for k, x in enumerate(similarities)}, 1.0)  # in another order
+    return [matrices[str(k)] for k in range(len(similarities))]
 
 
 def _pairs(population: int, count: int, generator: torch.Generator | None = None) -> tuple[Tensor, Tensor]:
