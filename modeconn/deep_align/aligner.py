@@ -175,15 +175,13 @@ class DeepAlign:
         space = WeightSpace(models[0])
         with seeded(self.seed, space.device):
             spec = find_spec(models[0], loader, spec, example_input, verify=True)
-            graph = UnitGraph(spec, distinct_names(spec, models[0]))
+            graph = UnitGraph(spec, distinct_names(spec, models[0]), space.device)
             states = self._read(graph, models, "population")
             if validation is not None:
                 held_out = self._read(graph, list(validation), "validation")
             elif len(states) >= _ENOUGH:
-                states, held_out = (
-                    states[(order := torch.randperm(len(states)))[len(states) // 10 :]],
-                    states[order[: len(states) // 10]],
-                )
+                order = torch.randperm(len(states))
+                held_out, states = (states[part] for part in order.tensor_split([len(states) // 10]))
             else:
                 held_out = states
             encoder = Encoder(graph, self.features, self.edge_features, self.depth, self.scale)
@@ -241,7 +239,7 @@ class DeepAlign:
             found = difference(encoder.graph.spec, model)
             if found:
                 raise ValueError(f"{end} is of another architecture than this DeepAlign was fitted on: {found}.")
-        states = encoder.graph.read([model_a, model_b]).to(encoder.mean)
+        states = encoder.graph.read([model_a, model_b]).to(encoder.mean.dtype)
         a, b = zip(*(x.split(1) for x in encoder(states)), strict=True)
         groups = encoder.graph.spec.groups
         return {group.name: x[0] for group, x in zip(groups, encoder.similarities(a, b), strict=True)}
@@ -284,7 +282,7 @@ class DeepAlign:
             )
         settings = about["settings"]
         aligner = cls(**{**settings, "augmentation": Augmentation(**settings["augmentation"])})
-        graph = UnitGraph(PermutationSpec.from_json(about["spec"]), about["names"])
+        graph = UnitGraph(PermutationSpec.from_json(about["spec"]), about["names"], device)
         encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)
         encoder = encoder.to(device=device, dtype=tensors["scale"].dtype).requires_grad_(False)
         encoder.load_state_dict(tensors)

@@ -57,7 +57,7 @@ def rescale(graph: UnitGraph, states: Tensor, factors: Sequence[Tensor]) -> Tens
     """Multiply what makes a unit (axis 0 of tensors) and divide what reads it, by ``factors (B, n)`` of each group."""
     rescaled = states.clone()
     for piece in graph.pieces:
-        index = piece.index.to(states.device)
+        index = piece.index
         for place, (group, dim) in enumerate(zip(piece.groups, piece.dims, strict=True)):
             factor = factors[group] if dim == 0 else 1 / factors[group]
             shape = [len(states), *(-1 if k == place else 1 for k in range(index.dim()))]

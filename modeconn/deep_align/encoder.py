@@ -55,7 +55,7 @@ class Encoder(nn.Module):
     def standardise(self, states: Tensor) -> None:
         """Measure mean and deviation of each piece, over networks, units and channels, on a population ``(N, P)``."""
         for number, piece in enumerate(self.graph.pieces):
-            values = states[:, piece.index.flatten().to(states.device)]
+            values = states[:, piece.index.flatten()]
             self.mean[number] = values.mean()
             self.std[number] = values.std(correction=0).clamp(min=torch.finfo(values.dtype).tiny ** 0.5)
 
@@ -64,7 +64,7 @@ class Encoder(nn.Module):
         units = [states.new_zeros(len(states), group.size, self.features) for group in self.graph.spec.groups]
         edges = []
         for number, (piece, embed) in enumerate(zip(self.graph.pieces, self.embeddings, strict=True)):
-            values = (states[:, piece.index.to(states.device)] - self.mean[number]) / self.std[number]
+            values = (states[:, piece.index] - self.mean[number]) / self.std[number]
             if len(piece.groups) == 1:
                 units[piece.groups[0]] = units[piece.groups[0]] + embed(values)
             else:

@@ -39,6 +39,7 @@ class UnitGraph:
     Args:
         spec: The groups; none may lie in blocks.
         names: The parameters and buffers of a state, tied ones once; see `distinct_names`.
+        device: Where states are.
 
     Attributes:
         pieces: Those with units, in the order of the names.
@@ -49,29 +50,31 @@ class UnitGraph:
         ValueError: If there is no group, or one that is not relabelled unit by unit: its name and why.
     """
 
-    def __init__(self, spec: PermutationSpec, names: Sequence[str]) -> None:
+    def __init__(self, spec: PermutationSpec, names: Sequence[str], device: torch.device | str | None = None) -> None:
         _check_groups(spec)
         self.spec, self.names = spec, tuple(names)
         self.slices: dict[str, slice] = {}
         self.pieces: list[Piece] = []
         start = 0
         for name in names:
-            positions = torch.arange(start, start + prod(spec.shapes[name])).view(spec.shapes[name])
+            shape = spec.shapes[name]
+            positions = torch.arange(start, start + prod(shape), device=device).view(shape)
             self.slices[name] = slice(start, start + positions.numel())
             self.pieces += _pieces(spec, name, positions)
             start += positions.numel()
         read = torch.cat([piece.index.flatten() for piece in self.pieces])
-        is_fixed = torch.ones(start, dtype=torch.bool)
+        is_fixed = torch.ones(start, dtype=torch.bool, device=device)
         is_fixed[read] = False
         self.fixed = is_fixed.nonzero()[:, 0]
         self._order = torch.cat([self.fixed, read]).argsort()
 
     def read(self, models: Sequence[nn.Module]) -> Tensor:
-        """Return the states of networks, ``(N, P)``."""
-        states = []
+        """Return the states of networks, ``(N, P)``, in the dtype of the first."""
+        states: list[Tensor] = []
         for model in models:
             tensors = dict(model.named_parameters()) | dict(model.named_buffers())
-            states.append(torch.cat([tensors[name].detach().reshape(-1) for name in self.names]))
+            state = torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
+            states.append(state.to(device=self.fixed.device, dtype=states[0].dtype if states else None))
         return torch.stack(states)
 
     def named(self, states: Tensor) -> dict[str, Tensor]:
@@ -80,25 +83,25 @@ class UnitGraph:
 
     def permute(self, states: Tensor, perms: Sequence[Tensor]) -> Tensor:
         """Relabel the units of states ``(B, P)``, each state by its own ``perms``, ``(B, n)`` for each group."""
-        sources = [self.fixed.to(states.device).expand(len(states), -1)]
+        sources = [self.fixed.expand(len(states), -1)]
         for piece in self.pieces:
-            index, rows = piece.index.to(states.device), perms[piece.groups[0]]
+            index, rows = piece.index, perms[piece.groups[0]]
             if len(piece.groups) == 1:
                 moved = index[rows]
             else:
                 moved = index[rows[:, :, None], perms[piece.groups[1]][:, None, :]]
             sources.append(moved.flatten(1))
-        return states.gather(1, torch.cat(sources, 1)[:, self._order.to(states.device)])
+        return states.gather(1, torch.cat(sources, 1)[:, self._order])
 
     def mix(self, states: Tensor, matrices: Sequence[Tensor]) -> Tensor:
         """Relabel softly: units of states ``(B, P)`` become means by ``matrices``, ``(B, n, n)`` for each group."""
-        mixed = [states[:, self.fixed.to(states.device)]]
+        mixed = [states[:, self.fixed]]
         for piece in self.pieces:
-            moved = states[:, piece.index.to(states.device)]
+            moved = states[:, piece.index]
             if len(piece.groups) == 2:
                 moved = torch.einsum("bjk,bikc->bijc", matrices[piece.groups[1]], moved)
             mixed.append((matrices[piece.groups[0]] @ moved.flatten(2)).flatten(1))
-        return torch.cat(mixed, 1)[:, self._order.to(states.device)]
+        return torch.cat(mixed, 1)[:, self._order]
 
 
 def _pieces(spec: PermutationSpec, name: str, positions: Tensor) -> list[Piece]:
