@@ -120,6 +120,10 @@ def laws(aligner: DeepAlign, tests: Networks, count: int = 20) -> dict[str, Any]
     return {"copies recovered": f"{recovered} of {count}", "equivariance error, float64": worst}
 
 
+def barriers(table: Comparison) -> dict[str, list[float]]:
+    return {row: [float(f"{value:.5g}") for value in columns["line"]] for row, columns in table.values.items()}
+
+
 def baseline(table: Comparison) -> str:
     """The better of weight and activation matching, where they are; else the best row without Deep-Align."""
     summary = table.summary()
@@ -183,7 +187,7 @@ def main() -> None:
         )
         text = markdown(tables)
         print(text, flush=True)
-        record["each pair"] = {name: table.values for name, table in tables.items()}
+        record["each pair"] = {name: barriers(table) for name, table in tables.items()}
         (args.out / "deep_align_digits.json").write_text(json.dumps(record, indent=1) + "\n")
         (args.out / "deep_align_digits.md").write_text(text)
 
