@@ -21,6 +21,7 @@ from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversari
 from modeconn.comparison import Comparison, compare
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
+from modeconn.deep_align import DeepAlign
 from modeconn.ensemble import Ensemble
 from modeconn.evaluate import Profile
 from modeconn.fit import fit_curve
@@ -61,6 +62,7 @@ __all__ = [
     "Bezier",
     "Comparison",
     "Connection",
+    "DeepAlign",
     "Ensemble",
     "FreeAdversarialTraining",
     "Line",

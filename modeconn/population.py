@@ -20,7 +20,7 @@ from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe
 from modeconn.rng import rng_state, seeded, set_rng_state
 from modeconn.train import count_batches
-from modeconn.weights import WeightSpace
+from modeconn.weights import WeightSpace, named_places
 
 logger = logging.getLogger(__name__)
 
@@ -154,7 +154,7 @@ class _Training:
         self.optimizer = recipe.make_optimizer(trained, weight_decay=recipe.weight_decay)
         self.device = trained[0].device
 
-        network, places = copy_of(models[0]), _places(models[0])
+        network, places = copy_of(models[0]), named_places(models[0])
 
         def loss(state: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
             tensors = {place: state[name] for place, name in places.items()}
@@ -206,20 +206,6 @@ class _Training:
         for number, model in enumerate(self.models):
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 tensor.copy_(self.state[name][number])
-
-
-def _places(model: nn.Module) -> dict[str, str]:
-    """Return every place of a parameter or buffer in the module, each module once, and the name that its tensor has.
-
-    `functional_call` ties weights by itself, but leaves its own tensors in a module that has two names.
-    """
-    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
-    return {
-        f"{path}.{name}" if path else name: names[id(tensor)]
-        for path, module in model.named_modules()
-        for name, tensor in {**module._parameters, **module._buffers}.items()
-        if tensor is not None
-    }
 
 
 def _check_networks(models: Sequence[nn.Module]) -> None:

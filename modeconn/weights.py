@@ -247,6 +247,20 @@ def load_buffers(buffers: dict[str, Tensor], model: nn.Module) -> None:
         buffer.copy_(buffers[name])
 
 
+def named_places(model: nn.Module) -> dict[str, str]:
+    """Return every place of a parameter or buffer in the module, each module once, and the name that its tensor has.
+
+    `functional_call` ties weights by itself, but leaves its own tensors in a module that has two names.
+    """
+    names = {id(tensor): name for name, tensor in (*model.named_parameters(), *model.named_buffers())}
+    return {
+        f"{path}.{name}" if path else name: names[id(tensor)]
+        for path, module in model.named_modules()
+        for name, tensor in {**module._parameters, **module._buffers}.items()
+        if tensor is not None
+    }
+
+
 def _common_kind(parameters: dict[str, Tensor]) -> tuple[torch.dtype, torch.device]:
     first, reference = next(iter(parameters.items()))
     if not reference.dtype.is_floating_point:

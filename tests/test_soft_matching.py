@@ -101,6 +101,16 @@ def test_the_plan_and_its_gradient_are_those_of_plain_sweeps(generator: torch.Ge
     assert torch.autograd.gradcheck(lambda x: sinkhorn(x, tolerance=1e-13), scores)
 
 
+def test_a_loose_tolerance_costs_the_gradient_no_more_than_the_plan(generator: torch.Generator) -> None:
+    scores = (6 * torch.randn(16, 32, 32, generator=generator)).requires_grad_()
+    weights = torch.randn(16, 32, 32, generator=generator)
+    exact, loose = (
+        torch.autograd.grad((sinkhorn(scores, tolerance=tolerance) * weights).sum(), scores)[0]
+        for tolerance in (1e-10, 1e-2)
+    )
+    assert float((loose - exact).norm() / exact.norm()) <= 0.05
+
+
 @pytest.mark.parametrize("n", range(1, 6))
 def test_at_temperature_zero_the_plan_is_the_best_assignment(n: int, generator: torch.Generator) -> None:
     scores = torch.randn(n, n, generator=generator, dtype=torch.float64)

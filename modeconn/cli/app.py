@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,10 +28,11 @@ from modeconn import align as align_models
 from modeconn import compare as compare_methods
 from modeconn.attacks import build as build_attack
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
+from modeconn.cli import deep_align, options, parse
 from modeconn.cli import demo as story
-from modeconn.cli import options, parse
 from modeconn.cli.files import describe_file, draw_files
 from modeconn.cli.options import DataOptions, change_recipe, template
+from modeconn.cli.options import bars as _bars
 from modeconn.connection import TrainingData
 from modeconn.matching import ActivationMatching
 
@@ -62,6 +62,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Connect independently trained neural networks by curves of low loss.\n\nBegin with: modeconn demo",
 )
+app.add_typer(deep_align.app, name="deepalign")
 
 
 def _show_version(wanted: bool) -> None:
@@ -119,10 +120,6 @@ def _under_attack(method: Any, adversary: AdversarialTraining | FreeAdversarialT
     if not isinstance(method, ActivationMatching | None):
         raise ValueError(f"--adversary is for --method activation, which looks at data, got {method!r}.")
     return replace(method or ActivationMatching(), adversary=adversary.attack)
-
-
-def _bars(wanted: bool | None) -> bool:
-    return sys.stderr.isatty() if wanted is None else wanted
 
 
 @app.command()

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeconn import Comparison, Permutation, Profile, RobustProfile, checkpoint, plot
+from modeconn import Comparison, DeepAlign, Permutation, Profile, RobustProfile, checkpoint, plot
 from modeconn.connection import History
 from modeconn.table import table
 
@@ -115,7 +115,15 @@ def _about_checkpoint(path: Path, tensors: dict[str, Any], about: dict[str, Any]
     return _lines({"done": f"{progress['epoch']} epochs and {progress['batch']} batches", **settings})
 
 
+def _about_deep_align(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
+    aligner = DeepAlign.load(path)
+    step, value = min(about["validation"], key=lambda one: one[1])
+    lines = {**about["settings"], "fitted": aligner.fitted, "validation": f"{value:.4f}, best after {step} steps"}
+    return f"{_lines(lines)}\n{aligner.fitted.encoder.graph.spec!r}"
+
+
 _SAFETENSORS = {
+    "deep align": _about_deep_align,
     "connection": _about_connection,
     "model": _about_model,
     "permutation": _about_permutation,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated
@@ -169,3 +170,8 @@ def template(name: str | None, arguments: list[str] | None, train: TensorLoader 
             raise ValueError("--model-arg is for the factory of --model, which is missing.")
         return None
     return parse.make_model(name, parse.settings(arguments), train)
+
+
+def bars(wanted: bool | None) -> bool:
+    """Return whether to show progress bars: as wanted, else in a terminal."""
+    return sys.stderr.isatty() if wanted is None else wanted

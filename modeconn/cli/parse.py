@@ -21,6 +21,7 @@ from modeconn import (
     PAM,
     ActivationMatching,
     Bezier,
+    DeepAlign,
     Line,
     Permutation,
     PolyChain,
@@ -38,6 +39,7 @@ from modeconn.attacks.pgd import PGD
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.curves import Curve
 from modeconn.data import TensorLoader
+from modeconn.deep_align import Augmentation
 from modeconn.matching import Method
 from modeconn.rng import seeded
 
@@ -48,6 +50,7 @@ METHODS = {
     "transport": TransportMatching,
     "sinkhorn": Sinkhorn,
     "straight_through": StraightThrough,
+    "deep_align": DeepAlign.load,
 }
 PERMUTATION_STEPS = {"proximal_linear": ProximalLinear, "sinkhorn": SinkhornStep, "relaxed": RelaxedStep}
 SCHEDULES = {one.__name__: one for one in (recipe.piecewise_linear, recipe.halving, recipe.one_cycle, recipe.constant)}
@@ -72,10 +75,25 @@ def curve(text: str) -> Curve:
 
 
 def method(text: str) -> Method:
-    """Read ``activation:num_examples=2000``, ``weight:seed=1`` or ``weight:start=activation``."""
+    """Read ``activation:num_examples=2000``, ``weight:seed=1``, ``weight:start=activation`` or ``deep_align:FILE``."""
     made = _call(text, METHODS, "alignment method")
     start = getattr(made, "start", None)
     return replace(made, start=method(start)) if isinstance(start, str) else made
+
+
+def deep_align(text: str) -> DeepAlign:
+    """Read settings of Deep-Align and of its augmentation.
+
+    Example:
+        >>> deep_align("steps=100,noise=0.1").augmentation
+        Augmentation(noise=0.1, dropout=0.05, rescale=0.0, prune=0.1)
+    """
+    given = settings(text.split(",") if text else [])
+    augmentation = {name: given.pop(name) for name in [*given] if name in Augmentation.__dataclass_fields__}
+    unknown = given.keys() - (DeepAlign.__dataclass_fields__.keys() - {"augmentation", "fitted"})
+    if unknown:
+        raise ValueError(f"DeepAlign has no setting {min(unknown)!r}.")
+    return DeepAlign(**given, augmentation=Augmentation(**augmentation))
 
 
 def alignment(text: str) -> bool | Method | Permutation:

@@ -67,7 +67,9 @@ class _Sinkhorn(torch.autograd.Function):
         (plan,) = ctx.saved_tensors
         weighted = plan * grad.double()
         rows, columns = weighted.sum(-1, keepdim=True), weighted.sum(-2, keepdim=True).mT
-        v = _solve_laplacian(plan.mT @ plan, columns - plan.mT @ rows)
+        right = columns - plan.mT @ rows
+        right -= right.mean(-2, keepdim=True)  # 0 but for the tolerance, which the almost singular system would blow up
+        v = _solve_laplacian(plan.mT @ plan, right)
         u = rows - plan @ v
         return (weighted - plan * (u + v.mT)).to(grad.dtype), None
 

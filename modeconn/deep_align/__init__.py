@@ -1,0 +1,6 @@
+"""Deep-Align: a network that reads the weights of two networks and says how to relabel the second."""
+
+from modeconn.deep_align.aligner import DeepAlign
+from modeconn.deep_align.augmentation import Augmentation
+
+__all__ = ["Augmentation", "DeepAlign"]

@@ -1,0 +1,65 @@
+"""Networks that are almost the same: what an aligner learns to see through."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modeconn.deep_align.unit_graph import UnitGraph
+
+
+@dataclass(frozen=True)
+class Augmentation:
+    """Random changes of weights that leave every unit what it is.
+
+    Args:
+        noise: Deviation of Gaussian noise, in units of the deviation of the tensor it is added to.
+        dropout: Share of entries that become 0.
+        rescale: Each unit's inputs are multiplied, and its outputs divided, by a factor from
+            ``[1 - rescale, 1 + rescale]``: the same function for ReLU networks without norm layers, and an error
+            for others.
+        prune: Entries of a tensor below a quantile of their size become 0, the quantile drawn from ``[0, prune]``.
+
+    Raises:
+        ValueError: If a setting is not in ``[0, 1)`` (noise: not 0 or more).
+    """
+
+    noise: float = 0.01
+    dropout: float = 0.05
+    rescale: float = 0.0
+    prune: float = 0.1
+
+    def __post_init__(self) -> None:
+        for name in ("noise", "dropout", "rescale", "prune"):
+            value = getattr(self, name)
+            if not 0 <= value < (float("inf") if name == "noise" else 1):
+                raise ValueError(f"{name} must lie in [0, {'inf' if name == 'noise' else 1}), got {name}={value}.")
+
+    def __call__(self, graph: UnitGraph, states: Tensor) -> Tensor:
+        """Return changed copies of states ``(B, P)``, drawn from the global generator."""
+        factors = [
+            1 + self.rescale * (2 * states.new_empty(len(states), g.size).uniform_() - 1) for g in graph.spec.groups
+        ]
+        changed = rescale(graph, states, factors) if self.rescale else states.clone()
+        for part in graph.slices.values():
+            x = changed[:, part]
+            size = x.abs()
+            quantile = (self.prune * torch.rand(len(x), 1, device=x.device) * x.shape[1]).long()
+            kept = (size >= size.sort(1).values.gather(1, quantile)) & (torch.rand_like(x) >= self.dropout)
+            changed[:, part] = kept * (x + self.noise * x.std(1, correction=0, keepdim=True) * torch.randn_like(x))
+        return changed
+
+
+def rescale(graph: UnitGraph, states: Tensor, factors: Sequence[Tensor]) -> Tensor:
+    """Multiply what makes a unit (axis 0 of tensors) and divide what reads it, by ``factors (B, n)`` of each group."""
+    rescaled = states.clone()
+    for piece in graph.pieces:
+        index = piece.index
+        for place, (group, dim) in enumerate(zip(piece.groups, piece.dims, strict=True)):
+            factor = factors[group] if dim == 0 else 1 / factors[group]
+            shape = [len(states), *(-1 if k == place else 1 for k in range(index.dim()))]
+            rescaled[:, index] = rescaled[:, index] * factor.view(shape)
+    return rescaled

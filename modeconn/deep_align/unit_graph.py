@@ -1,0 +1,166 @@
+"""A network as a graph: units are nodes, the weights between two of them an edge."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from math import prod
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.symmetry.spec import PermutationSpec
+
+
+@dataclass(frozen=True, eq=False)
+class Piece:
+    """The part of a parameter or buffer along one or two axes of units; what lies along other axes are its channels.
+
+    Args:
+        name: The parameter or buffer.
+        groups: Numbers of the groups of its axes: one (features of units) or two (of edges), perhaps the same twice.
+        dims: Which dimensions of the tensor these axes are.
+        index: Where its entries lie in a flat state, ``(n, c)`` or ``(n, m, c)``.
+    """
+
+    name: str
+    groups: tuple[int, ...]
+    dims: tuple[int, ...]
+    index: Tensor
+
+
+class UnitGraph:
+    """What all networks of one spec share: where in a flat state the features of units and edges lie.
+
+    A flat state ``(P,)`` holds the parameters and floating buffers that the spec knows, one after another. Inputs and
+    outputs of the network, taps of kernels, and the pixels of a flattened channel become channels of units and edges;
+    concatenated axes become several pieces; a residual stream is one group, however many parameters share it.
+
+    Args:
+        spec: The groups; none may lie in blocks.
+        names: The parameters and buffers of a state, tied ones once; see `distinct_names`.
+        device: Where states are.
+
+    Attributes:
+        pieces: Those with units, in the order of the names.
+        slices: Where each parameter or buffer lies.
+        fixed: Positions of entries that no unit has.
+
+    Raises:
+        ValueError: If there is no group, or one that is not relabelled unit by unit: its name and why.
+    """
+
+    def __init__(self, spec: PermutationSpec, names: Sequence[str], device: torch.device | str | None = None) -> None:
+        _check_groups(spec)
+        self.spec, self.names = spec, tuple(names)
+        self.slices: dict[str, slice] = {}
+        self.pieces: list[Piece] = []
+        start = 0
+        for name in names:
+            shape = spec.shapes[name]
+            positions = torch.arange(start, start + prod(shape), device=device).view(shape)
+            self.slices[name] = slice(start, start + positions.numel())
+            self.pieces += _pieces(spec, name, positions)
+            start += positions.numel()
+        read = torch.cat([piece.index.flatten() for piece in self.pieces])
+        is_fixed = torch.ones(start, dtype=torch.bool, device=device)
+        is_fixed[read] = False
+        self.fixed = is_fixed.nonzero()[:, 0]
+        self._order = torch.cat([self.fixed, read]).argsort()
+
+    def read(self, models: Sequence[nn.Module]) -> Tensor:
+        """Return the states of networks, ``(N, P)``, in the dtype of the first."""
+        states: list[Tensor] = []
+        for model in models:
+            tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+            state = torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
+            states.append(state.to(device=self.fixed.device, dtype=states[0].dtype if states else None))
+        return torch.stack(states)
+
+    def named(self, states: Tensor) -> dict[str, Tensor]:
+        """Return states ``(B, P)`` as named tensors ``(B, *shape)``, views."""
+        return {name: states[:, part].view(-1, *self.spec.shapes[name]) for name, part in self.slices.items()}
+
+    def permute(self, states: Tensor, perms: Sequence[Tensor]) -> Tensor:
+        """Relabel the units of states ``(B, P)``, each state by its own ``perms``, ``(B, n)`` for each group."""
+        sources = [self.fixed.expand(len(states), -1)]
+        for piece in self.pieces:
+            index, rows = piece.index, perms[piece.groups[0]]
+            if len(piece.groups) == 1:
+                moved = index[rows]
+            else:
+                moved = index[rows[:, :, None], perms[piece.groups[1]][:, None, :]]
+            sources.append(moved.flatten(1))
+        return states.gather(1, torch.cat(sources, 1)[:, self._order])
+
+    def mix(self, states: Tensor, matrices: Sequence[Tensor]) -> Tensor:
+        """Relabel softly: units of states ``(B, P)`` become means by ``matrices``, ``(B, n, n)`` for each group."""
+        mixed = [states[:, self.fixed]]
+        for piece in self.pieces:
+            moved = states[:, piece.index]
+            if len(piece.groups) == 2:
+                moved = torch.einsum("bjk,bikc->bijc", matrices[piece.groups[1]], moved)
+            mixed.append((matrices[piece.groups[0]] @ moved.flatten(2)).flatten(1))
+        return torch.cat(mixed, 1)[:, self._order]
+
+
+def _pieces(spec: PermutationSpec, name: str, positions: Tensor) -> list[Piece]:
+    number = {group.atom: i for i, group in enumerate(spec.groups)}
+    pieces = []
+    for view, labels in spec.structure.pieces(positions, spec.state[name]):
+        units = [dim for dim, (atom, _) in enumerate(labels) if atom in number]
+        groups = tuple(number[labels[dim][0]] for dim in units)
+        if len(groups) > 2:
+            raise ValueError(
+                f"DeepAlign reads tensors with up to two axes of units, but {name!r} has those of groups "
+                f"{', '.join(repr(spec.groups[g].name) for g in groups)}; use WeightMatching for these networks."
+            )
+        if groups:
+            sizes = [view.shape[dim] for dim in units]
+            index = view.movedim(units, tuple(range(len(units)))).reshape(*sizes, -1)
+            pieces.append(Piece(name, groups, tuple(labels[dim][1] for dim in units), index))
+    return pieces
+
+
+def _check_groups(spec: PermutationSpec) -> None:
+    if not spec.groups:
+        raise ValueError("the networks have no group of units that may be relabelled, so there is nothing to align.")
+    for group in spec.groups:
+        if group.parents:
+            raise ValueError(
+                f"DeepAlign moves units one by one, but those of group {group.name!r} lie in blocks ({group}); use "
+                f"WeightMatching or ActivationMatching, or leave the group fixed by discover(..., freeze=...)."
+            )
+
+
+def distinct_names(spec: PermutationSpec, model: nn.Module) -> tuple[str, ...]:
+    """Return the names of the parameters and buffers that the spec knows, tied ones once."""
+    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
+    return tuple(name for name in spec.state if name in own)
+
+
+def difference(spec: PermutationSpec, model: nn.Module) -> str | None:
+    """Return in which group, and by which size, a model is none of this spec, or None."""
+    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
+    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
+    places = {place: group for group in spec.groups for place in group.places}
+    for name, expected in spec.shapes.items():
+        found = shapes.get(name)
+        if found is None or len(found) != len(expected):
+            return f"{name!r} is {found or 'missing'}, not {expected}"
+        for dim, (size, wanted) in enumerate(zip(found, expected, strict=True)):
+            if size != wanted:
+                group = places.get((name, dim))
+                where = f"{name!r} along axis {dim}" if group is None else f"group {group.name!r} ({name!r})"
+                return f"{where} has size {size}, not {wanted}"
+    return None
+
+
+def spec_difference(ours: PermutationSpec, theirs: Mapping[str, int]) -> str | None:
+    """Return which group, by its size, is another one in ``theirs``, or None."""
+    own = {group.name: group.size for group in ours.groups}
+    for name in [*own, *theirs]:
+        if own.get(name) != theirs.get(name):
+            sizes = [f"{sizes[name]} units" if name in sizes else "none" for sizes in (theirs, own)]
+            return f"group {name!r} has {sizes[0]}, not {sizes[1]}"
+    return None

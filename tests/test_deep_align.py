@@ -1,0 +1,548 @@
+"""Deep-Align: relabelling its inputs relabels its answer, whatever it has learned; and it learns."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from functools import cache
+
+import pytest
+import torch
+import torch.nn.functional as F
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+from typer.testing import CliRunner
+
+import modeconn
+from modeconn import (
+    DeepAlign,
+    Permutation,
+    PermutationSpec,
+    Sinkhorn,
+    WeightMatching,
+    checkpoint,
+    data,
+    discover,
+    models,
+)
+from modeconn.cli.app import app
+from modeconn.deep_align import Augmentation
+from modeconn.deep_align.augmentation import rescale
+from modeconn.deep_align.encoder import Block
+from modeconn.deep_align.training import supervised_loss
+from modeconn.matching import match_units
+from modeconn.matching.soft import SoftPermutation
+from modeconn.recipe import Recipe
+from tests.cases import Residual, batches, same_bits
+from tests.deep_align_reference import DWSLayer, block_by_loops
+from tests.symmetry_cases import CASES
+
+BY_NAME = {case.name: case for case in CASES}
+SMALL = DeepAlign(features=16, depth=2, steps=20, batch_size=8, validation_pairs=4, validate_every=10)
+
+
+def images(num: int = 2) -> Tensor:
+    return torch.rand(num, 1, 2, 4, generator=torch.Generator().manual_seed(3))
+
+
+def perceptron() -> nn.Module:
+    return nn.Sequential(
+        nn.Flatten(),
+        nn.Linear(8, 6),
+        nn.ReLU(),
+        nn.Linear(6, 6),
+        nn.ReLU(),
+        nn.Linear(6, 5),
+        nn.ReLU(),
+        nn.Linear(5, 3),
+    )
+
+
+def convolutions() -> nn.Module:
+    """Its second convolution reads 4 channels by 9 taps, its linear layer 5 channels by 8 pixels."""
+    return nn.Sequential(
+        nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.ReLU(), nn.Conv2d(4, 5, 3, padding=1), nn.ReLU(),
+        nn.Flatten(), nn.Linear(40, 6), nn.ReLU(), nn.Linear(6, 3),
+    )  # fmt: skip
+
+
+class Recurrent(nn.Module):
+    """One weight under two names, from a group of units to itself."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.third = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6)
+        self.third.weight = self.second.weight
+        self.again = self.first
+        self.head = nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.third(self.second(self.again(x.flatten(1)).tanh()).tanh()).tanh())
+
+
+MAKERS = [perceptron, convolutions, Residual, Recurrent]
+
+
+def network(make, seed: int, dtype=torch.float64) -> nn.Module:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        model = make().to(dtype)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter)
+        for name, buffer in model.named_buffers():
+            if name.endswith(("running_mean", "running_var")):
+                nn.init.uniform_(buffer, 0.5, 2.0)
+    return model.eval()
+
+
+@cache
+def untrained(make) -> DeepAlign:
+    population = [network(make, seed) for seed in range(4)]
+    return replace(SMALL, steps=0, connectivity=0).fit(population, example_input=images().double())
+
+
+def random(spec: PermutationSpec, seed: int) -> Permutation:
+    return spec.random(torch.Generator().manual_seed(seed))
+
+
+def digits_population(count: int = 8, hidden: tuple[int, ...] = (16, 16)) -> tuple[list[nn.Module], data.TensorLoader]:
+    train, _ = data.load("digits")
+    start = [models.mlp(64, hidden, 10, mean=train.mean(), std=train.std() + 0.1, seed=seed) for seed in range(count)]
+    return models.train_population(start, train, recipe=replace(models.DIGITS_RECIPE, epochs=3)), train
+
+
+@pytest.fixture(scope="module")
+def digits() -> tuple[list[nn.Module], data.TensorLoader]:
+    return digits_population()
+
+
+@pytest.fixture(scope="module")
+def aligner(digits) -> DeepAlign:
+    return SMALL.fit(*digits)
+
+
+# ---------------------------------------------------------------- laws, whatever was learned
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@settings(max_examples=10, deadline=None)
+@given(seed=st.integers(0, 10_000))
+def test_relabelling_both_networks_relabels_rows_and_columns(make, seed):
+    aligner = untrained(make)
+    spec = aligner.fitted.encoder.graph.spec
+    a, b, p, q = network(make, seed), network(make, seed + 1), random(spec, seed), random(spec, seed + 1)
+    before, after = aligner.similarities(a, b), aligner.similarities(p.apply(a), q.apply(b))
+    for name in before:
+        expected = before[name][p.perms[name]][:, q.perms[name]]
+        assert float((after[name] - expected).abs().max()) < 1e-9
+        assert float(before[name].std()) > 1e-3  # not all alike, of which this would be true anyway
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_exchanging_the_networks_inverts_the_answer(make):
+    aligner = untrained(make)
+    spec = aligner.fitted.encoder.graph.spec
+    a, b = network(make, 11), network(make, 12)
+    there, back = aligner.similarities(a, b), aligner.similarities(b, a)
+    assert all(torch.allclose(there[name], back[name].T, rtol=0, atol=1e-12) for name in there)
+    assert aligner.match(spec, b, a).permutation == aligner.match(spec, a, b).permutation.inverse()
+
+
+@pytest.mark.parametrize("make", MAKERS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_a_relabelled_copy_is_recovered_completely_even_by_an_untrained_encoder(make, dtype):
+    aligner = untrained(make)
+    spec = aligner.fitted.encoder.graph.spec
+    a = network(make, 21, dtype)
+    for seed in range(5):
+        p = random(spec, seed)
+        assert (aligner.match(spec, a, p.apply(a)).permutation @ p).num_moved == 0
+
+
+NAMES = [
+    "plain", "conv flatten", "residual", "dense block", "inverted residuals", "u-net", "siamese", "lstm cells",
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_any_network_whose_units_move_one_by_one_can_be_read(name):
+    torch.manual_seed(0)
+    model, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
+    aligner = replace(SMALL, steps=1, batch_size=2, connectivity=0).fit(
+        [model, BY_NAME[name].build()], example_input=inputs
+    )
+    spec = aligner.fitted.encoder.graph.spec
+    p, q = random(spec, 1), random(spec, 2)
+    before, after = aligner.similarities(model, model), aligner.similarities(p.apply(model), q.apply(model))
+    assert all(torch.allclose(after[name], before[name][p.perms[name]][:, q.perms[name]], atol=1e-3) for name in before)
+
+
+def test_the_literal_layer_of_the_paper_is_equivariant_and_so_is_our_reading_of_it():
+    """With the paper's own layer in the encoder's place the same law holds: it is one of weight spaces, not of ours."""
+    torch.manual_seed(0)
+    layer = DWSLayer(8, 3, 4).double()
+    made = nn.Sequential(nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    spec = discover(made, images().double())
+
+    def features(model: nn.Module) -> dict[str, Tensor]:
+        first, second = layer(model[1].weight, model[3].weight, model[5].weight, model[1].bias, model[3].bias)
+        return {"1": first, "3": second}
+
+    with torch.no_grad():
+        for seed in range(5):
+            p = random(spec, seed)
+            before, after = features(made), features(p.apply(made))
+            for name in ("1", "3"):
+                assert float((after[name] - before[name][p.perms[name]]).abs().max()) < 1e-12
+
+
+# ---------------------------------------------------------------- what is fast against what is obvious
+
+
+def test_a_block_is_what_loops_over_units_and_edges_make():
+    torch.manual_seed(0)
+    sizes, ends = (3, 4), [(1, 0), (0, 0), (1, 0)]
+    block = Block(2, ends, features=6, edge_features=2).double()
+    units = [torch.randn(2, n, 6, dtype=torch.float64) for n in sizes]
+    edges = [torch.randn(2, 2, sizes[r], sizes[c], dtype=torch.float64) for r, c in ends]
+    with torch.no_grad():
+        found = block(units, edges)
+        for number in range(2):
+            expected = block_by_loops(block, [x[number] for x in units], [e[number].movedim(0, -1) for e in edges])
+            for ours, theirs in zip(found, expected, strict=True):
+                torch.testing.assert_close(ours[number], theirs)
+
+
+@pytest.mark.parametrize("make", MAKERS)
+def test_stacked_states_are_relabelled_as_networks_are(make):
+    graph = untrained(make).fitted.encoder.graph
+    made = [network(make, seed) for seed in range(3)]
+    drawn = [random(graph.spec, seed) for seed in range(3)]
+    perms = [torch.stack([p.perms[group.name] for p in drawn]) for group in graph.spec.groups]
+    expected = graph.read([p.apply(model) for p, model in zip(drawn, made, strict=True)])
+    states = graph.read(made)
+    assert torch.equal(graph.permute(states, perms), expected)
+    soft = [0.5 * F.one_hot(p, p.shape[1]).double() + 0.5 / p.shape[1] for p in perms]
+    mixed = graph.mix(states, soft)
+    for number, model in enumerate(made):
+        by_name = SoftPermutation(graph.spec, {g.name: m[number] for g, m in zip(graph.spec.groups, soft, strict=True)})
+        torch.testing.assert_close(mixed[number], graph.read([by_name.apply(model)])[0])
+
+
+def test_named_states_are_the_networks_tensors():
+    graph = untrained(convolutions).fitted.encoder.graph
+    made = [network(convolutions, seed) for seed in range(2)]
+    named = graph.named(graph.read(made))
+    for number, model in enumerate(made):
+        tensors = dict(model.named_parameters()) | dict(model.named_buffers())
+        assert all(torch.equal(stack[number], tensors[name]) for name, stack in named.items())
+
+
+def test_every_entry_with_units_is_read_once_and_products_become_channels():
+    graph = untrained(convolutions).fitted.encoder.graph
+    shapes = {(piece.name, piece.groups): tuple(piece.index.shape) for piece in graph.pieces}
+    assert shapes["3.weight", (1, 0)] == (5, 4, 9) and shapes["6.weight", (2, 1)] == (6, 5, 8)
+    assert shapes["0.weight", (0,)] == (4, 9) and shapes["8.weight", (2,)] == (6, 3)
+    assert shapes["1.running_var", (0,)] == (4, 1)
+    entries = torch.cat([graph.fixed, *(piece.index.flatten() for piece in graph.pieces)])
+    assert torch.equal(entries.sort().values, torch.arange(len(entries)))
+    loop = untrained(Residual).fitted.encoder.graph
+    assert [p.groups for p in loop.pieces if p.name == "conv.weight"] == [(0, 0)]  # edges from a group to itself
+
+
+def test_the_supervised_loss_is_that_of_finding_units_and_copies():
+    torch.manual_seed(0)
+    scores, perm = torch.randn(2, 3, 3).double(), torch.tensor([[1, 2, 0], [2, 1, 0]])
+    terms = []
+    for pair in range(2):
+        for copy, unit in enumerate(perm[pair].tolist()):
+            terms.append(-scores[pair, :, copy].log_softmax(0)[unit])
+            terms.append(-scores[pair, unit].log_softmax(0)[copy])
+    torch.testing.assert_close(supervised_loss([scores], [perm]), torch.stack(terms).mean())
+
+
+# ---------------------------------------------------------------- augmentation
+
+
+def test_rescaling_keeps_the_function_of_a_relu_network():
+    graph = untrained(perceptron).fitted.encoder.graph
+    model = network(perceptron, 1)
+    factors = [torch.rand(1, group.size).double() + 0.5 for group in graph.spec.groups]
+    moved = graph.named(rescale(graph, graph.read([model]), factors))
+    outputs = torch.func.functional_call(model, {name: x[0] for name, x in moved.items()}, (images().double(),))
+    torch.testing.assert_close(outputs, model(images().double()))
+    assert not torch.allclose(moved["1.weight"][0], model[1].weight)
+
+
+def test_augmentations_change_what_they_say_and_nothing_else():
+    graph = untrained(perceptron).fitted.encoder.graph
+    states = graph.read([network(perceptron, seed) for seed in range(200)])
+    torch.manual_seed(0)
+    nothing = Augmentation(noise=0, dropout=0, rescale=0, prune=0)
+    assert torch.equal(nothing(graph, states), states)
+    noisy = replace(nothing, noise=0.1)(graph, states) - states
+    assert 0.09 < float(noisy[:, graph.slices["3.weight"]].std() / states[:, graph.slices["3.weight"]].std()) < 0.11
+    dropped = replace(nothing, dropout=0.3)(graph, states)
+    assert 0.28 < float((dropped == 0).double().mean()) < 0.32 and torch.equal(
+        dropped[dropped != 0], states[dropped != 0]
+    )
+    pruned = replace(nothing, prune=0.5)(graph, states)
+    part = graph.slices["3.weight"]
+    assert 0.2 < float((pruned[:, part] == 0).double().mean()) < 0.3
+    gone = pruned[:, part] == 0
+    largest = states[:, part].abs().masked_fill(~gone, 0).amax(1)
+    assert bool((largest <= states[:, part].abs().masked_fill(gone, torch.inf).amin(1)).all())
+
+
+def test_rescaling_networks_that_it_would_change_is_an_error():
+    population = [network(Residual, seed) for seed in range(3)]
+    wrong = replace(SMALL, augmentation=Augmentation(rescale=0.1))
+    with pytest.raises(ValueError, match=r"rescale=0\.1 changes what these networks compute"):
+        wrong.fit(population, batches(dtype=torch.float64))
+
+
+@pytest.mark.parametrize(
+    ("name", "value"), [("dropout", 1.0), ("noise", -0.1), ("prune", 2), ("rescale", float("nan"))]
+)
+def test_augmentations_out_of_range_are_errors(name, value):
+    with pytest.raises(ValueError, match=rf"{name} must lie in \[0, .*got {name}="):
+        Augmentation(**{name: value})
+
+
+# ---------------------------------------------------------------- fitting
+
+
+def test_all_three_losses_fall_and_the_best_state_is_kept(digits, aligner):
+    history, validation = aligner.fitted.history, dict(aligner.fitted.validation)
+    for name in ("supervised", "alignment", "connectivity"):
+        values = torch.tensor(history[name])
+        assert len(values) == 20 and values[-5:].mean() < values[:5].mean()
+    assert set(validation) == {0, 10, 20} and min(validation[10], validation[20]) < validation[0]
+
+
+def test_the_state_kept_is_the_first_of_the_lowest_validation(digits):
+    """Between a network and its relabelled copy every state is as good as the untrained one, or worse."""
+    population, train = digits
+    copied = [population[0], random(discover(population[0]), 1).apply(population[0])]
+    kept, start = (
+        replace(SMALL, steps=steps, validate_every=1).fit(population, train, validation=copied) for steps in (4, 0)
+    )
+    values = [value for _, value in kept.fitted.validation]
+    assert len(values) == 5 and min(values) >= values[0] - 1e-6
+    ours, theirs = (one.fitted.encoder.state_dict() for one in (kept, start))
+    assert all(torch.equal(ours[key], theirs[key]) for key in ours)
+
+
+def test_fitting_is_deterministic_and_leaves_random_state_and_networks(digits, aligner):
+    population, train = digits
+    before, state = [m.state_dict() for m in population], torch.get_rng_state()
+    before = [{k: v.clone() for k, v in one.items()} for one in before]
+    again = SMALL.fit(population, train)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert all(
+        torch.equal(v, m.state_dict()[k]) for m, one in zip(population, before, strict=True) for k, v in one.items()
+    )
+    assert repr(again) == repr(aligner) and again.fitted.history == aligner.fitted.history
+    assert repr(replace(SMALL, seed=1).fit(population, train)) != repr(aligner)
+    assert not any(parameter.requires_grad for parameter in again.fitted.encoder.parameters())
+
+
+def test_batch_norm_and_tied_networks_learn_from_the_loss_on_the_line():
+    for make in (Residual, convolutions, Recurrent):
+        population = [network(make, seed, torch.float32) for seed in range(4)]
+        fitted = replace(SMALL, steps=3).fit(population, batches())
+        assert all(value > 0 for value in fitted.fitted.history["connectivity"])
+        spec = fitted.fitted.encoder.graph.spec
+        p = random(spec, 1)
+        assert (fitted.match(spec, population[0], p.apply(population[0])).permutation @ p).num_moved == 0
+
+
+def test_no_data_is_needed_without_the_loss_on_the_line(digits):
+    population, _ = digits
+    fitted = replace(SMALL, connectivity=0).fit(population)
+    assert set(fitted.fitted.history["connectivity"]) == {0.0}
+    with pytest.raises(ValueError, match=r"connectivity=1\.0.*pass loader=, or use DeepAlign\(connectivity=0\)"):
+        SMALL.fit(population)
+
+
+def test_validation_networks_may_be_given_or_are_held_out(digits):
+    population, train = digits
+    given = replace(SMALL, steps=1).fit(population[:6], train, validation=population[6:])
+    other = replace(SMALL, steps=1).fit(population[:6], train)
+    assert given.fitted.history == other.fitted.history and given.fitted.validation != other.fitted.validation
+
+
+# ---------------------------------------------------------------- use
+
+
+def test_align_and_other_methods_take_it(digits, aligner):
+    (a, b, *_), train = digits
+    found = modeconn.align(a, b, method=aligner)
+    spec = discover(a)
+    expected = {name: match_units(x) for name, x in aligner.similarities(a, b).items()}
+    assert found.permutation == Permutation(spec, expected)
+    assert modeconn.align(a, b, train, method=WeightMatching(start=aligner)).permutation.num_moved > 0
+    kept = Sinkhorn(start=aligner, objective="weights", steps=1)
+    assert modeconn.align(a, b, method=kept).history[0] == pytest.approx(
+        modeconn.align(a, b, method=Sinkhorn(start=found.permutation, objective="weights", steps=1)).history[0]
+    )
+    refined = modeconn.fit_curve(
+        a, b, train, align=aligner, curve=modeconn.Line(), refine=modeconn.PAM(iterations=1, num_batches=2),
+        recipe=Recipe(epochs=1),
+    )  # fmt: skip
+    assert refined.permutation is not None
+
+
+def test_it_is_saved_and_loaded_with_the_same_bits(digits, aligner, tmp_path):
+    (a, b, *_), _ = digits
+    aligner.save(tmp_path / "aligner.safetensors")
+    again = DeepAlign.load(tmp_path / "aligner.safetensors")
+    assert repr(again) == repr(aligner) and again == aligner
+    assert again.fitted.history == aligner.fitted.history and again.fitted.validation == aligner.fitted.validation
+    ours, theirs = aligner.similarities(a, b), again.similarities(a, b)
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert again.match(discover(a), a, b).permutation == aligner.match(discover(a), a, b).permutation
+
+
+# ---------------------------------------------------------------- bad input
+
+
+def test_an_aligner_that_is_not_fitted_says_so(digits, tmp_path):
+    (a, b, *_), _ = digits
+    for use in (lambda: modeconn.align(a, b, method=DeepAlign()), lambda: DeepAlign().save(tmp_path / "x")):
+        with pytest.raises(ValueError, match=r"not fitted: call \.fit\(population, loader\), or DeepAlign\.load"):
+            use()
+
+
+def test_networks_of_other_sizes_are_an_error_that_names_the_group(digits, aligner):
+    population, train = digits
+    wider = [models.mlp(64, (16, 24), 10, seed=seed) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"fitted on other networks: group 'layers\.2' has 24 units, not 16"):
+        modeconn.align(*wider, method=aligner)
+    with pytest.raises(ValueError, match=r"a is of another architecture .* group 'layers\.2' .* has size 24, not 16"):
+        aligner.similarities(*wider)
+    with pytest.raises(ValueError, match=r"population\[8\] is of another .* group 'layers\.2' .* has size 24, not 16"):
+        SMALL.fit([*population, wider[0]], train)
+    with pytest.raises(
+        ValueError, match=r"group 'layers\.4' has none, not 8 units|group 'layers\.4' has 8 units, not none"
+    ):
+        modeconn.align(*(models.mlp(64, (16, 16, 8), 10, seed=seed) for seed in range(2)), method=aligner)
+
+
+@pytest.mark.parametrize("count", [0, 1])
+def test_a_population_needs_two_networks(digits, count):
+    population, train = digits
+    with pytest.raises(ValueError, match=f"at least two networks to be aligned, got {count}"):
+        SMALL.fit(population[:count], train)
+
+
+def spoilt(model: nn.Module) -> nn.Module:
+    model = models.mlp(64, (16, 16), 10)
+    model.layers[0].weight.data[0, 0] = torch.nan
+    return model
+
+
+def test_networks_that_hold_nan_are_counted_and_left_out(digits, aligner):
+    population, train = digits
+    with pytest.warns(UserWarning, match="2 of the 10 networks in population hold NaN"):
+        fitted = SMALL.fit([population[0], spoilt(population[0]), *population[1:], spoilt(population[0])], train)
+    assert repr(fitted) == repr(aligner)
+    with pytest.raises(ValueError, match="but 3 of its 5 hold NaN or infinite weights"):
+        SMALL.fit([*population[:2], *(spoilt(population[0]) for _ in range(3))], train)
+
+
+@pytest.mark.parametrize("name", ["attention 3hd", "grouped"])
+def test_units_in_blocks_are_refused_by_the_name_of_their_group(name):
+    torch.manual_seed(0)
+    population, inputs = [BY_NAME[name].build() for _ in range(2)], BY_NAME[name].inputs()
+    with pytest.raises(ValueError, match=r"those of group '.*' lie in blocks \(.* in each of "):
+        replace(SMALL, connectivity=0).fit(population, example_input=inputs)
+
+
+def test_nothing_to_relabel_is_an_error():
+    population = [nn.Linear(8, 3) for _ in range(2)]
+    with pytest.raises(ValueError, match="no group of units that may be relabelled"):
+        replace(SMALL, connectivity=0).fit(population, example_input=torch.rand(2, 8))
+
+
+def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
+    path = tmp_path / "aligner.safetensors"
+    aligner.save(path)
+    tensors, about = checkpoint.read(path)
+    checkpoint.write(path, about.pop("kind"), tensors, {**about, "format": 2})
+    with pytest.raises(ValueError, match="has format 2; this version of modeconn reads 1"):
+        DeepAlign.load(path)
+    models.save(models.mlp(64, (8,), 10), path)
+    with pytest.raises(ValueError, match="is a model, not a deep align"):
+        DeepAlign.load(path)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"depth": 0}, "depth must be positive, got depth=0"),
+        ({"steps": -1}, "steps must be 0 or more, got steps=-1"),
+        ({"alignment": float("nan")}, "alignment must be 0 or more"),
+        ({"supervised": 0, "alignment": 0, "connectivity": 0}, "all of them are 0"),
+        ({"features": 10}, "features must be a multiple of edge_features=4, got features=10"),
+    ],
+)
+def test_settings_out_of_range_are_errors(changes, message):
+    with pytest.raises(ValueError, match=message):
+        DeepAlign(**changes)
+
+
+def test_a_target_that_is_no_class_is_an_error(digits):
+    population, train = digits
+    wrong = [(inputs, targets + 5) for inputs, targets in train]
+    with pytest.raises(ValueError, match=r"targets of loader must lie in 0\.\.9"):
+        SMALL.fit(population, wrong)
+
+
+def test_a_loss_that_is_not_finite_says_which(digits):
+    population, train = digits
+
+    def never(outputs: Tensor, targets: Tensor) -> Tensor:
+        return outputs.sum() * torch.nan
+
+    with pytest.raises(
+        FloatingPointError, match=r"became nan in step 1 of 20 \(.*connectivity nan\); lower learning_rate"
+    ):
+        SMALL.fit(population, train, loss_fn=never)
+
+
+# ---------------------------------------------------------------- command line
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result
+
+
+def test_the_command_line_fits_evaluates_and_aligns(digits, aligner, tmp_path):
+    population, _ = digits
+    files = [tmp_path / f"{number}.safetensors" for number in range(len(population))]
+    for model, file in zip(population, files, strict=True):
+        models.save(model, file)
+    out = tmp_path / "aligner.safetensors"
+    given = "features=16,depth=2,steps=20,batch_size=8,validation_pairs=4,validate_every=10"
+    said = run("deepalign", "fit", *files, "--data", "digits", "--out", out, "--settings", given)
+    assert repr(DeepAlign.load(out)) == repr(aligner) and f"Wrote {out}" in said.output
+    table = run("deepalign", "evaluate", out, *files[:4], "--data", "digits", "--points", 3)
+    assert "Deep-Align" in table.output and "2 pairs" in table.output
+    assert "Fitted(" in run("info", out).output
+    aligned = tmp_path / "aligned.safetensors"
+    run("align", *files[:2], "--out", aligned, "--method", f"deep_align:{out}")
+    assert same_bits(models.load(aligned), modeconn.align(*population[:2], method=aligner).model_b)
+
+
+def test_the_command_line_trains_a_population(tmp_path):
+    out, kept = tmp_path / "aligner.safetensors", tmp_path / "networks"
+    run(
+        "deepalign", "fit", "--networks", 4, "--model", "mlp", "--model-arg", "hidden=8,", "--epochs", 1,
+        "--keep", kept, "--data", "digits", "--out", out, "--settings", "features=8,depth=1,steps=2",
+    )  # fmt: skip
+    assert len(list(kept.glob("*.safetensors"))) == 4 and DeepAlign.load(out).steps == 2
+    wrong = run("deepalign", "fit", "--data", "digits", "--out", out, code=1)
+    assert "needs networks: name their files, or train some with --networks and --model" in wrong.output
