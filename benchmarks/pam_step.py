@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Callable
+from functools import partial
 from unittest import mock
 
 import torch
@@ -83,7 +84,7 @@ def parts(step: Step, model: nn.Module, sample: Sample) -> Callable[[], None]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", default="tinyten")
+    parser.add_argument("--model", default="tinyten", help="a name of the zoo; mlp is 784-256-256-10")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--batches", type=int, default=8)
     parser.add_argument("--max-tries", type=int, default=32)
@@ -92,7 +93,8 @@ def main() -> None:
     options = parser.parse_args()
 
     device = torch.device(options.device)
-    a, b = (models.build(options.model, seed=seed).to(device).eval() for seed in (0, 1))
+    make = partial(models.mlp, 784, (256, 256), 10) if options.model == "mlp" else partial(models.build, options.model)
+    a, b = (make(seed=seed).to(device).eval() for seed in (0, 1))
     torch.manual_seed(0)
     shape = a.example_input().shape[1:]
     batches = [
