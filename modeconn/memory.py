@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
+import gc
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -24,7 +27,8 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
     """Measure the memory that a block needs; the number is there at its end.
 
     On a CUDA device it is what torch allocates there. Otherwise it is the resident memory of the whole process, which
-    Linux alone tells: all libraries are counted, but memory that the process holds free and uses again is not.
+    Linux alone tells, of all libraries. What the process holds free is handed back to the system first, where its C
+    library can: a block that uses it again would seem to need nothing.
 
     Args:
         device: Where the work is done.
@@ -41,12 +45,21 @@ def peak_memory(device: torch.device) -> Iterator[Peak]:
         before = torch.cuda.memory_allocated(device)
         yield peak
         peak.num_bytes = torch.cuda.max_memory_allocated(device) - before
-    elif _forget_peak():
+        return
+    _hand_back()
+    if _forget_peak():
         before = _peak_of_process()
         yield peak
         peak.num_bytes = _peak_of_process() - before
     else:
         yield peak
+
+
+def _hand_back() -> None:
+    """Give free memory back to the system; nothing happens with a C library that cannot."""
+    gc.collect()
+    with contextlib.suppress(OSError, AttributeError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def _forget_peak() -> bool:
