@@ -245,16 +245,6 @@ def test_each_pass_of_free_training_has_its_own_place_on_the_curve():
     assert counts[0] > counts[1]
 
 
-@pytest.mark.parametrize("count", [2, 5, 11])
-def test_free_training_that_is_interrupted_ends_with_the_same_bits(tmp_path, count):
-    """The perturbation is kept in the checkpoint."""
-    settings = {"adversary": FREE, "recipe": replace(RECIPE, epochs=2)}
-    with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "c", test_resume.Breaking(resumable(), count), **settings)
-    resumed = fit(tmp_path / "c", resumable(), **settings)
-    assert test_resume.same(resumed, fit(data=resumable(), **settings))
-
-
 def test_settings_of_free_training_are_checked():
     for settings, message in [
         ({"eps": -0.1}, r"eps must be a finite number, 0 or more, got eps=-0\.1"),
@@ -330,9 +320,11 @@ def test_a_curve_trained_against_an_attack_is_more_robust(digits):
     assert accuracy(robust, attack(robust, x, y), y) > accuracy(clean, attack(clean, x, y), y) + 0.05
 
 
+@pytest.mark.parametrize("adversary", [ATTACK, FREE], ids=["madry", "free"])
 @pytest.mark.parametrize("count", [2, 5, 11])
-def test_a_run_under_attack_that_is_interrupted_ends_with_the_same_bits(tmp_path, count):
-    settings = {"adversary": ATTACK, "recipe": replace(RECIPE, epochs=2)}
+def test_a_run_under_attack_that_is_interrupted_ends_with_the_same_bits(tmp_path, count, adversary):
+    """Free training keeps its perturbation in the checkpoint."""
+    settings = {"adversary": adversary, "recipe": replace(RECIPE, epochs=2)}
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "c", test_resume.Breaking(resumable(), count), **settings)
     resumed = fit(tmp_path / "c", resumable(), **settings)

@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor, library, nn
 
 import modeconn
 from modeconn import discover
@@ -45,7 +45,7 @@ class Slotted:
     hidden: Tensor
 
 
-@torch.library.custom_op("modeconn_test::sum_up_", mutates_args=("x",))
+@library.custom_op("modeconn_test::sum_up_", mutates_args=("x",))
 def sum_up_(x: Tensor) -> None:
     x.copy_(x.cumsum(-1))
 

@@ -264,11 +264,9 @@ class Walk(Space):
         self._fix_positions(given, "its positions are read as numbers")
         self.shapes = [tuple(map(_hint, out.shape)) for out in outputs]
         if not outputs:
-            packet, free = (
-                getattr(node.target, "overloadpacket", None),
-                any(not self.is_fixed(x) for t in given for x in t.axes),
-            )
-            if packet is not None and free and not packet.__name__.startswith(_ABOUT_SIZES):
+            packet = getattr(node.target, "overloadpacket", None)  # None for sums and products of sizes
+            says_nothing = packet is None or packet.__name__.startswith(_ABOUT_SIZES)
+            if not says_nothing and not all(self.is_fixed(axis) for tensor in given for axis in tensor.axes):
                 self._unknown_operator(node, (args, kwargs))
             return _concrete(node.meta.get("val"))
         rule, result = self._rule_for(node.target), None
