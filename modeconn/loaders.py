@@ -63,6 +63,12 @@ def batches(loader: Any, device: torch.device, *, name: str = "loader") -> Itera
         raise ValueError(f"{name} yielded nothing on this pass, though it is no one-shot iterator. {_WAY_OUT}")
 
 
+def endless_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
+    """Yield batches on ``device``, pass after pass."""
+    while True:
+        yield from batches(loader, device)
+
+
 def num_examples(inputs: Any) -> int:
     """Return the batch size of inputs: the first dimension of their first tensor."""
     if isinstance(inputs, Tensor):

@@ -208,20 +208,23 @@ def test_complex_weights_move_too() -> None:
 class Averaging(nn.Module):
     """A running mean that is not saved: zero at first, and something else later."""
 
-    def __init__(self) -> None:
+    def __init__(self, by_halves: bool) -> None:
         super().__init__()
+        self.by_halves = by_halves
         self.a, self.b = nn.Linear(5, 8), nn.Linear(8, 3)
         self.register_buffer("mean", torch.zeros(8), persistent=False)
 
     def forward(self, x: Tensor) -> Tensor:
         h = self.a(x)
         if self.training:
-            self.mean.mul_(0.9).add_(0.1 * h.detach().mean(0))
+            for mean, seen in zip(*(x.chunk(1 + self.by_halves, -1) for x in (self.mean, h.detach())), strict=True):
+                mean.mul_(0.9).add_(0.1 * seen.mean(0))
         return self.b((h - self.mean).relu())
 
 
-def test_a_constant_that_train_mode_writes_to_is_none() -> None:
-    x, fresh, trained = torch.randn(4, 5), Averaging(), Averaging()
+@pytest.mark.parametrize("by_halves", [False, True])
+def test_a_constant_that_train_mode_writes_to_is_none(by_halves: bool) -> None:
+    x, fresh, trained = torch.randn(4, 5), Averaging(by_halves), Averaging(by_halves)
     spec = discover(fresh, x)
     trained.train()(x)
     assert spec.groups == () and spec.verify(trained, x) < 1e-9

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +16,7 @@ from modeconn.batch_norm import calibration_batches, norm_layers
 from modeconn.copies import copy_of
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Encoder
-from modeconn.loaders import batches, check_loader
+from modeconn.loaders import check_loader, endless_batches
 from modeconn.loss import LossFn, check_targets, main_output
 from modeconn.matching import match_units
 from modeconn.matching.sinkhorn import soft_matrices
@@ -59,7 +59,7 @@ class Training:
         self.states = states
         self.distance = 2 * states.var(0, correction=0).sum().clamp(min=1e-12)  # of two networks, squared, on average
         self.network = _Network(model, loss_fn, settings.augmentation.rescale)
-        self.batches = None if loader is None else _forever(loader, states.device)
+        self.batches = None if loader is None else endless_batches(loader, states.device)
         self.sample = None
         if loader is not None:
             self.sample = list(
@@ -216,8 +216,3 @@ def _pairs(population: int, count: int, generator: torch.Generator | None = None
     """Return numbers of two different networks, ``(count,)`` each."""
     first = torch.randint(population, (count,), generator=generator)
     return first, (first + torch.randint(1, population, (count,), generator=generator)) % population
-
-
-def _forever(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    while True:
-        yield from batches(loader, device)

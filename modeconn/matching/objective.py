@@ -15,7 +15,7 @@ from modeconn.batch_norm import calibration_batches
 from modeconn.curve_loss import CurveLoss
 from modeconn.curve_step import stratified_positions
 from modeconn.curves import Curve, Line
-from modeconn.loaders import batches, check_loader
+from modeconn.loaders import check_loader, endless_batches
 from modeconn.loss import LossFn
 from modeconn.objective import supervised
 from modeconn.symmetry.permutation import Permutation
@@ -94,7 +94,7 @@ class PathLoss:
         self.offsets = nn.Parameter(theta_a.new_zeros(curve.num_control_points - 2, len(theta_a)))
         self._along = partial(CurveLoss, workspace, curve, theta_a)
         self._forward = supervised(loss_fn)
-        self._batches = _forever(loader, device)
+        self._batches = endless_batches(loader, device)
         self._batches_per_step = batches_per_step
         self._draws = repeat(0.5) if middle_only else _stratified(seed)
         sample = calibration_batches(loader, device, limit=num_examples, seed=seed)
@@ -181,11 +181,6 @@ def check_positive(settings: Any, *names: str) -> None:
         value = getattr(settings, name)
         if not value > 0:
             raise ValueError(f"{name} must be positive, got {name}={value}.")
-
-
-def _forever(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    while True:
-        yield from batches(loader, device)
 
 
 def _stratified(seed: int) -> Iterator[float]:

@@ -7,6 +7,7 @@ import enum
 import inspect
 import io
 import logging
+import operator
 import warnings
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -465,10 +466,15 @@ def _written_by(node: Node) -> list[Node]:
 
 
 def _storage_of(node: Node) -> Node:
-    """Return the tensor that a view is a view of."""
-    while (schema := getattr(node.target, "_schema", None)) and any(r.alias_info is not None for r in schema.returns):
-        node = node.args[0]
+    """Return the tensor that a view, or one of several views, is a view of."""
+    while node.target is operator.getitem or any(r.alias_info for r in _returns(node)):
+        node = node.all_input_nodes[0]
     return node
+
+
+def _returns(node: Node) -> list[Any]:
+    schema = getattr(node.target, "_schema", None)
+    return [] if schema is None else schema.returns
 
 
 def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
