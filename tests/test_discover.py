@@ -580,43 +580,6 @@ def test_a_sum_over_an_axis_meets_one_index_of_it() -> None:
     assert spec.verify(Meets(), torch.rand(2, 3)) < 1e-10
 
 
-class Chooses(nn.Module):
-    """Heads of which ``choose`` picks one, as multi-query attention does for its one key."""
-
-    def __init__(self, choose) -> None:
-        super().__init__()
-        self.choose, self.write, self.read = choose, nn.Linear(3, 12), nn.Linear(4, 2)
-
-    def forward(self, x: Tensor) -> Tensor:
-        h = self.write(x).unflatten(1, (3, 4))
-        return self.read((h * self.choose(h)).sum(1))
-
-
-CHOICES = {
-    "slice": lambda h: h[:, 1:2],
-    "list of one": lambda h: h[:, [1]],
-    "index_select": lambda h: h.index_select(1, torch.tensor([1])),
-}
-
-
-@pytest.mark.parametrize("choose", CHOICES.values(), ids=CHOICES)
-def test_a_list_of_one_number_chooses_like_a_slice(choose) -> None:
-    """The units inside all heads move, and alike."""
-    model, x = Chooses(choose), torch.rand(2, 3)
-    spec = discover(model, x)
-    assert [group.shape for group in spec.groups] == [(4,)]
-    assert spec.verify(model, x) < 1e-10
-
-
-def test_a_list_of_one_number_that_is_written_to_chooses_nothing_known() -> None:
-    def choose(h: Tensor) -> Tensor:
-        place = torch.tensor([0])
-        return h[:, place] * h[:, place.add_(1)]
-
-    model, x = Chooses(choose), torch.rand(2, 3)
-    assert discover(model, x).verify(model, x) < 1e-10
-
-
 def test_a_state_made_in_forward_is_proved_in_float64_too() -> None:
     class MakesState(nn.Module):
         def __init__(self) -> None:

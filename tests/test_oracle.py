@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, library, nn
 
 import modeconn
-from modeconn import discover
+from modeconn import RULES, discover
 from modeconn.symmetry import UnknownOperatorWarning, VerificationError
 from tests.oracle import largest_change
 from tests.symmetry_cases import CASES, Case
@@ -83,6 +83,13 @@ def copied_in_a_list(h: Tensor) -> Tensor:
     return z[0]
 
 
+def chosen(h: Tensor, x: Tensor) -> Tensor:
+    number = x[0].argmax().item()
+    torch._check(number >= 0)
+    torch._check(number < 8)
+    return h.select(1, number)[:, None]
+
+
 def matrix_norm(order: Any) -> Callable[..., Tensor]:
     return lambda m, h, x: x.sum(-1) * torch.linalg.norm(h.view(-1, 2, 4), ord=order, dim=(-2, -1))
 
@@ -112,6 +119,7 @@ MISLEADING: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
     ),
     "a mask": (lambda: Net(lambda m, h, x: m.b(F.pad(h[:, m.mask], (0, 4))), mask=torch.arange(8) < 4), STAYS),
     "a value as number": (lambda: Net(lambda m, h, x: m.b(h) * h.argmax().item()), STAYS),
+    "a unit that a value chooses": (lambda: Net(lambda m, h, x: m.b(h) * chosen(h, x)), STAYS),
     "numbers without axes": (
         lambda: Net(lambda m, h, x: m.b(h) * h.sum().softmax(0) * h.sum().cumsum(0) * h.sum().max(0)[0]),
         MOVES,
@@ -243,6 +251,16 @@ def test_a_model_that_computes_something_else_is_not_proved() -> None:
     assert spec.verify(copy.deepcopy(model), x) < 1e-9
     with pytest.raises(ValueError, match="of another model: Summing does not compute what the model does"):
         spec.verify(Summing(*layers), x)
+
+
+def test_integers_must_agree_too() -> None:
+    """A wrong rule for the place of the largest unit, which only a tensor of integers shows."""
+    rules = {**RULES, torch.ops.aten.argmax: lambda walk, input, dim: [input.axes[0]]}
+    model, x = Net(lambda m, h, x: (m.b(h), h.argmax(-1))), torch.randn(4, 5)
+    spec = discover(model, x, rules=rules)
+    assert [group.shape for group in spec.groups] == [(8,)]
+    with pytest.raises(VerificationError, match="tensor 'argmax' differs"):
+        spec.verify(model, x)
 
 
 def test_statistics_of_any_shape_are_redrawn_positive() -> None:

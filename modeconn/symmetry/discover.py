@@ -25,8 +25,6 @@ if TYPE_CHECKING:
     from torch.fx import Node
 
 
-_ATEN = torch.ops.aten
-_READERS = (_ATEN.lift_fresh_copy.default, _ATEN.index.Tensor, _ATEN.index_select.default)  # of the 3 in x[:, [3]]
 _ABOUT_SIZES = ("sym_", "_assert", "_check", "item", "_local_scalar_dense", "is_nonzero", "_linalg_check")
 """Beginnings of the names of operators without tensors among their outputs, which say nothing of units."""
 
@@ -137,7 +135,7 @@ class Walk(Space):
     """One space of atoms, and the walk through the graphs that fills it.
 
     Rules see it as their first argument: the methods of `Space`, and ``shape``, ``shapes``, ``arguments``, ``show``,
-    ``contract``, ``dtype``, ``number``.
+    ``contract``, ``dtype``.
     """
 
     def __init__(self, model: nn.Module, rules: Mapping[Any, Rule], written: Collection[str] = ()) -> None:
@@ -177,16 +175,6 @@ class Walk(Space):
     def dtype(self, tensor: Traced) -> torch.dtype | None:
         """Return the type of a tensor of the graph."""
         return None if tensor.node is None else tensor.node.meta["val"].dtype
-
-    def number(self, tensor: Traced) -> int | None:
-        """Return the integer that a tensor of one entry always holds, None if it has more or may be written to."""
-        graph, node = self._graphs[-1], tensor.node
-        while node is not None and all(user.target in _READERS for user in node.users):
-            if node.name in graph.state and graph.state[node.name].name not in self._written:
-                value = graph.constant(graph.state[node.name])
-                return int(value) if value is not None and value.numel() == 1 and not value.is_meta else None
-            node = node.args[0] if node.target in _READERS else None
-        return None
 
     # ---------------------------------------------------------------- the walk
 

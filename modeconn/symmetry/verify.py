@@ -119,7 +119,7 @@ def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
     if tensor.is_complex():
         parts = torch.randn((*tensor.shape, 2), generator=generator, dtype=torch.float64)
         return torch.view_as_complex(parts) / math.sqrt(2 * _fan_in(tensor))
-    if max(tensor.shape, default=1) == tensor.numel():  # a vector, of whatever shape: a scale, a variance
+    if tensor.dim() < 2:
         return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
     if not tensor.is_meta and bool((tensor >= 0).all()):  # of which a root may be taken
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).abs() / math.sqrt(_fan_in(tensor))

@@ -10,7 +10,6 @@ import torch
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.rules.elementwise import broadcast
-from modeconn.symmetry.rules.shapes import piece, select
 from modeconn.symmetry.rules.traced import Traced, table, traced_in
 
 if TYPE_CHECKING:
@@ -47,9 +46,6 @@ def embedding_bag(
 
 def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis]:
     """Positions of one axis by number."""
-    if input.axes and (number := walk.number(index)) is not None:
-        dim, number = dim % len(input.axes), number % walk.size(input.axes[dim])
-        return piece(walk, input, dim, number, number + 1)
     walk.fix(input.axes[dim], "looked up by number")
     walk.show(input.without(dim))
     return input.replace({dim: index.axes[0] if index.axes else UNIT})
@@ -78,9 +74,6 @@ def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[A
     if any(i is not None and walk.dtype(i) in (torch.bool, torch.uint8) for i in indices):
         return None
     used = [d for d, i in enumerate(indices) if i is not None]
-    if len(used) == 1 and (number := walk.number(indices[used[0]])) is not None:  # x[:, [3]] is a select
-        chosen = select(walk, input, used[0], number)
-        return [*chosen[: used[0]], *[UNIT] * len(indices[used[0]].axes), *chosen[used[0] :]]
     for dim in used:
         walk.fix(input.axes[dim], "looked up by number")
     looked_up = [i for i in indices if i is not None]
