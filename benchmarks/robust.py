@@ -1,12 +1,13 @@
-"""Connect robust networks of Fashion-MNIST: clean and robust barriers, aligned and not; a table in benchmarks/results.
+"""Connect robust networks: clean and robust barriers, aligned and not; a table in benchmarks/results.
 
-    python benchmarks/robust.py --root DIR --work DIR
+    python benchmarks/robust.py fashion_mnist --root DIR --work DIR    # small ConvFC networks, 10,000 images
+    python benchmarks/robust.py cifar10 --root DIR --work DIR          # TinyTen, 10,000
 
-Small ConvFC networks are trained against PGD-5 on the first 10,000 training images, curves with the same adversary, and
-both are attacked with PGD-20 on the first 1,000 test images at 11 points, then with AutoAttack, the reference standard
-version, on the first 200 at t = 0, 1/2 and 1; eps is 0.1 in the norm linf, pixels in [0, 1]. The ends of a pair are
-attacked once and belong to all its rows: relabelled, b is the same function. AutoAttack leaves an example as soon
-as it is broken, so its loss is a lower bound, and its table holds accuracies alone.
+Networks are trained against PGD-5 on the first training images, curves with the same adversary, and both are attacked
+with PGD-20 on the first 1,000 test images at 11 points, then with AutoAttack, the reference standard version, on the
+first 200 at t = 0, 1/2 and 1; eps is in the norm linf, pixels in [0, 1]. The ends of a pair are attacked once and
+belong to all its rows: relabelled, b is the same function. AutoAttack leaves an example as soon as it is broken, so its
+loss is a lower bound, and its table holds accuracies alone.
 
 Endpoints, curves and measurements are kept in the work folder as soon as they are there, attacks batch by batch; a run
 that is started again goes on where it stopped. The tables hold the pairs that are whole.
@@ -19,6 +20,7 @@ import json
 import statistics
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
@@ -32,14 +34,33 @@ from modeconn import PGD, ActivationMatching, Recipe, attacks, data, models
 from modeconn.attacks.profile import CLEAN, RobustProfile
 from modeconn.recipe import one_cycle
 
-EPS = 0.1
-ADVERSARY = PGD(EPS, EPS / 4, 5)
-WIDTH = 0.25
-EPOCHS = 6
-TRAINING = Recipe(
-    epochs=EPOCHS, optimizer=partial(torch.optim.Adam, lr=3e-3), schedule=one_cycle, weight_decay=0.0
-)  # of endpoints and curves
-ALIGNMENTS = {"": None, " aligned": None, " aligned by attacks": ADVERSARY}
+
+@dataclass(frozen=True)
+class Setting:
+    """Networks, the first ``train_examples`` of a data set, and how endpoints and curves are trained on them."""
+
+    build: Callable[..., nn.Module]
+    model: str
+    train_examples: int
+    eps: float
+    recipe: Recipe
+
+    @property
+    def adversary(self) -> PGD:
+        return PGD(self.eps, self.eps / 4, 5)
+
+
+CONV_FC = partial(models.conv_fc, in_channels=1, image_size=28, width=0.25)
+ADAM, SGD = partial(torch.optim.Adam, lr=3e-3), partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True)
+SETTINGS = {
+    "fashion_mnist": Setting(
+        CONV_FC, "conv_fc(width=0.25)", 10_000, 0.1, Recipe(6, optimizer=ADAM, schedule=one_cycle, weight_decay=0.0)
+    ),
+    "cifar10": Setting(
+        models.tinyten, "tinyten", 10_000, 8 / 255, Recipe(8, optimizer=SGD, schedule=one_cycle, weight_decay=5e-4)
+    ),
+}
+ALIGNMENTS = ("", " aligned", " aligned by attacks")
 ROWS = tuple(f"{shape}{alignment}" for shape in ("straight", "curve") for alignment in ALIGNMENTS)
 PGD20, AUTOATTACK = "pgd20", "autoattack"
 
@@ -47,8 +68,10 @@ PGD20, AUTOATTACK = "pgd20", "autoattack"
 class Pair:
     """Two endpoints, and the connections between them."""
 
-    def __init__(self, number: int, train: data.TensorLoader, test: data.TensorLoader, work: Path) -> None:
-        self.number, self.train, self.test, self.work = number, train, test, work
+    def __init__(
+        self, number: int, setting: Setting, train: data.TensorLoader, test: data.TensorLoader, work: Path
+    ) -> None:
+        self.number, self.setting, self.train, self.test, self.work = number, setting, train, test, work
         self.seeds = (2 * number + 1, 2 * number + 2)
 
     def kept(self, name: str, measure: Callable[[], dict[str, Any]]) -> dict[str, Any]:
@@ -67,18 +90,12 @@ class Pair:
         return tuple(self._endpoint(seed) for seed in self.seeds)
 
     def _endpoint(self, seed: int) -> nn.Module:
-        path = self.work / f"endpoint-{seed}.safetensors"
+        path, setting = self.work / f"endpoint-{seed}.safetensors", self.setting
 
         def measure() -> dict[str, Any]:
-            model = models.conv_fc(
-                in_channels=1,
-                image_size=28,
-                width=WIDTH,
-                mean=self.train.mean().tolist(),
-                std=self.train.std().tolist(),
-                seed=seed,
-            )
-            models.save(models.train(model, self.train, recipe=TRAINING, adversary=ADVERSARY, seed=seed), path)
+            model = setting.build(mean=self.train.mean().tolist(), std=self.train.std().tolist(), seed=seed)
+            trained = models.train(model, self.train, recipe=setting.recipe, adversary=setting.adversary, seed=seed)
+            models.save(trained, path)
             return {"parameters": sum(parameter.numel() for parameter in model.parameters())}
 
         self.kept(f"endpoint {seed}", measure)
@@ -86,13 +103,13 @@ class Pair:
 
     def connection(self, row: str) -> modeconn.Connection:
         ends = self.ends  # made here, so that their seconds are none of the fit's
-        path = self.work / f"pair-{self.number}-{row.replace(' ', '-')}.safetensors"
+        path, adversary = self.work / f"pair-{self.number}-{row.replace(' ', '-')}.safetensors", self.setting.adversary
 
         def measure() -> dict[str, Any]:
             shape, _, alignment = row.partition(" ")
             align: Any = False
             if alignment:
-                method = ActivationMatching(adversary=ALIGNMENTS[f" {alignment}"])
+                method = ActivationMatching(adversary=adversary if "attacks" in alignment else None)
                 align = modeconn.align(*ends, self.train, method=method)
             is_curve = shape == "curve"
             modeconn.fit_curve(
@@ -100,8 +117,8 @@ class Pair:
                 self.train,
                 align=align,
                 curve=modeconn.Bezier(2) if is_curve else modeconn.Line(),
-                recipe=TRAINING,
-                adversary=ADVERSARY if is_curve else None,
+                recipe=self.setting.recipe,
+                adversary=adversary if is_curve else None,
                 seed=self.number,
                 checkpoint=path.with_suffix(".checkpoint") if is_curve else None,
             ).save(path)
@@ -113,7 +130,7 @@ class Pair:
     def attacked(self, row: str, name: str, points: int) -> dict[str, Any]:
         """Return loss and accuracy, clean and under one attack, at evenly spaced points of one connection."""
         settings = {
-            "attacks": {name: attacks.build(name, eps=EPS)},
+            "attacks": {name: attacks.build(name, eps=self.setting.eps)},
             "num_examples": {PGD20: 1000, AUTOATTACK: 200}[name],
         }
         ends, connection = self.ends, self.connection(row)
@@ -198,38 +215,45 @@ PGD_COLUMNS = tuple(
 AUTOATTACK_COLUMNS = ("robust accuracy at the ends", "robust accuracy in the middle", "robust accuracy drop")
 
 
-def write(found: dict[str, list[dict[str, dict[str, Any]]]], fits: list[dict[str, float]], out: Path) -> None:
+def write(
+    name: str,
+    setting: Setting,
+    found: dict[str, list[dict[str, dict[str, Any]]]],
+    fits: list[dict[str, float]],
+    out: Path,
+) -> None:
     """Write the tables of all pairs that are whole."""
     record: dict[str, Any] = {
-        "data": "fashion_mnist, the first 10,000 training images",
-        "model": f"conv_fc(width={WIDTH})",
-        "eps": EPS,
+        "data": f"{name}, the first {setting.train_examples:,} training images",
+        "model": setting.model,
+        "eps": setting.eps,
         "norm": "linf, pixels in [0, 1]",
-        "trained against": repr(ADVERSARY),
-        "epochs": EPOCHS,
+        "trained against": repr(setting.adversary),
+        "epochs": setting.recipe.epochs,
         "environment": environment(torch.device("cpu")),
         "CPU seconds": fits,
     }
     text = [
-        f"eps {EPS} in linf, pixels in [0, 1]; endpoints and curves {EPOCHS} epochs against {ADVERSARY}; mean and "
-        f"standard deviation over pairs. {record['environment']}.\n"
+        f"{setting.model} on {record['data']}; eps {setting.eps:.4g} in linf, pixels in [0, 1]; endpoints and curves "
+        f"{setting.recipe.epochs} epochs against {setting.adversary}; mean and standard deviation over pairs. "
+        f"{record['environment']}.\n"
     ]
     titles = {
         PGD20: ("PGD-20, the first 1,000 test images, 11 points", PGD_COLUMNS),
         AUTOATTACK: ("AutoAttack (standard), the first 200 test images, t = 0, 1/2, 1", AUTOATTACK_COLUMNS),
     }
-    for name, pairs in found.items():
+    for attack, pairs in found.items():
         if pairs:
-            title, columns = titles[name]
+            title, columns = titles[attack]
             seeds = ", ".join(f"{2 * number + 1}-{2 * number + 2}" for number in range(len(pairs)))
             rows = spread(pairs)
-            record[name] = {"attack": title, "seeds": seeds, "rows": rows, "each pair": pairs}
+            record[attack] = {"attack": title, "seeds": seeds, "rows": rows, "each pair": pairs}
             text.append(f"{title}; seeds {seeds}\n\n{table(rows, columns)}\n")
     minutes = statistics.mean(fit["endpoint"] for fit in fits) / 60, statistics.mean(fit["curve"] for fit in fits) / 60
     text.append("{:.1f} minutes of processor time for an endpoint, {:.1f} for a curve.\n".format(*minutes))
     out.mkdir(parents=True, exist_ok=True)
-    (out / "robust_fashion_mnist.json").write_text(json.dumps(record, indent=1) + "\n")
-    (out / "robust_fashion_mnist.md").write_text("\n".join(text))
+    (out / f"robust_{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    (out / f"robust_{name}.md").write_text("\n".join(text))
 
 
 def seconds_of(pair: Pair) -> dict[str, float]:
@@ -247,20 +271,24 @@ def seconds_of(pair: Pair) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("data", choices=SETTINGS)
     parser.add_argument("--root", required=True, help="folder of the data set")
     parser.add_argument("--work", type=Path, required=True, help="folder for endpoints, curves and numbers")
     parser.add_argument("--pairs", type=int, default=3)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    train, test = data.load("fashion_mnist", args.root)
-    pairs = [Pair(number, train.subset(torch.arange(10_000)), test, args.work) for number in range(args.pairs)]
+    setting = SETTINGS[args.data]
+    train, test = data.load(args.data, args.root)
+    train = train.subset(torch.arange(setting.train_examples))
+    pairs = [Pair(number, setting, train, test, args.work) for number in range(args.pairs)]
     found: dict[str, list[dict[str, dict[str, Any]]]] = {PGD20: [], AUTOATTACK: []}
-    for name, points in ((PGD20, 11), (AUTOATTACK, 3)):  # the costly attack after all of the cheap one
+    for attack, points in ((PGD20, 11), (AUTOATTACK, 3)):  # the costly attack after all of the cheap one
         for pair in pairs:
-            found[name].append({row: pair.attacked(row, name, points) for row in ROWS})
-            write(found, [seconds_of(one) for one in pairs[: len(found[PGD20])]], args.out)
-    print((args.out / "robust_fashion_mnist.md").read_text())
+            found[attack].append({row: pair.attacked(row, attack, points) for row in ROWS})
+            fits = [seconds_of(one) for one in pairs[: len(found[PGD20])]]
+            write(args.data, setting, found, fits, args.out)
+    print((args.out / f"robust_{args.data}.md").read_text())
 
 
 if __name__ == "__main__":
