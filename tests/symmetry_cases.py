@@ -571,6 +571,36 @@ def gram_of_vectors() -> nn.Module:
     return Lambda(forward, stem=nn.Linear(5, 12), head=nn.Linear(4, 2))
 
 
+def channels_as_tokens() -> nn.Module:
+    """Eight channels at four tokens, read as four tokens of two channels at the four places.
+
+    They are added to the input's tokens, so which pair lies where is settled. The linear layer reads all pairs alike:
+    the two channels can only change places in all of them.
+    """
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        pairs = m.stem(x).transpose(1, 2).reshape(-1, 4, 8)
+        return m.head((m.mid(pairs) + x).relu()).sum(1)
+
+    return Lambda(forward, stem=nn.Linear(5, 8), mid=nn.Linear(8, 5), head=nn.Linear(5, 2))
+
+
+def heads_in_the_stream() -> nn.Module:
+    """Two heads of four units, not projected but added to the queries and through a layer of their own, residually.
+
+    That layer reads and writes the stream, so the units of a head may move as they like as long as all streams do.
+    """
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        q, k, v = (layer(x).unflatten(-1, (2, 4)).transpose(1, 2) for layer in (m.q, m.k, m.v))
+        h = (q + F.scaled_dot_product_attention(q, k, v)).transpose(1, 2).flatten(2)
+        return m.head(h + m.fc(h).relu()).sum(1)
+
+    return Lambda(
+        forward, q=nn.Linear(5, 8), k=nn.Linear(5, 8), v=nn.Linear(5, 8), fc=nn.Linear(8, 8), head=nn.Linear(8, 2)
+    )
+
+
 def queries_through_convolutions() -> nn.Module:
     """Convolutions of one tap read the five queries one by one, and the average takes them in any order."""
 
@@ -639,6 +669,8 @@ CASES = [
     Case("mixed latents", mixed_latents, lambda: torch.rand(2, 5), [(4,), (6,)]),
     Case("talking heads", talking_heads, lambda: torch.rand(2, 5), [(4,), (3,)]),
     Case("gram of vectors", gram_of_vectors, lambda: torch.rand(2, 5), [(4,), (3,), (2,)]),
+    Case("channels as tokens", channels_as_tokens, lambda: torch.rand(2, 4, 5), [(2,)]),
+    Case("heads in the stream", heads_in_the_stream, lambda: torch.rand(2, 6, 5), [(2,), (2, 4)]),
     # the inside of the queries' convolutions, the queries themselves
     Case("queries", queries_through_convolutions, lambda: torch.rand(2, 4), [(6,), (5,), (7,), (8,)]),
     Case("glu and maxout", glu_and_maxout, lambda: torch.rand(2, 5), [(6,), (4,), (4, 2)]),

@@ -123,6 +123,9 @@ def test_an_atom_is_determined_by_its_own_product_and_by_whole_axes_elsewhere() 
         b: {heads, units, rows},
     }
     assert dict(co_occurrences((((rows,),), ((rows,),), ((a,),))))[a] == set()
+    assert dict(co_occurrences((((rows,),), ((units, rows),))))[units] == set()  # which of the rows?
+    twice = ((heads, units),)
+    assert all(determined == {heads} for atom, determined in co_occurrences((twice, twice)) if atom == units)
 
 
 def test_expanding_a_tensor_names_the_member_at_each_index() -> None:

@@ -464,21 +464,27 @@ def co_occurrences(tensor: Tensor) -> Iterator[tuple[int, set[int]]]:
     """Yield each atom of a tensor with the atoms whose index a position of it also determines.
 
     Those are the other factors of its own product, and atoms that occur exactly once in the other axes as a factor of
-    a whole axis. An atom that occurs twice is yielded twice.
+    a whole axis. A factor of its own product is none if another axis holds it alone: where two axes were found to act
+    alike, nothing tells any more which of them it was that this atom varied with. An atom that occurs twice is yielded
+    twice.
     """
     whole = [[f for f in axis[0] if isinstance(f, int)] if len(axis) == 1 else [] for axis in tensor]
+    held = [set(atoms_of(axis)) for axis in tensor]
     for i, axis in enumerate(tensor):
         others = [atom for j, atoms in enumerate(whole) if j != i for atom in atoms]
         outside = {atom for atom in others if others.count(atom) == 1}
-        yield from _within(axis, [], outside)
+        for atom, path in _within(axis, []):
+            once = {factor for factor in path if path.count(factor) == 1}
+            clear = {factor for factor in once if all(atom in atoms for atoms in held if factor in atoms)}
+            yield atom, (clear | (outside - set(path))) - {atom}
 
 
-def _within(axis: Axis, enclosing: list[int], outside: set[int]) -> Iterator[tuple[int, set[int]]]:
+def _within(axis: Axis, enclosing: list[int]) -> Iterator[tuple[int, list[int]]]:
+    """Yield each atom of an axis with all factors of its product, those that enclose it included."""
     for segment in axis:
         path = enclosing + [f for f in segment if isinstance(f, int)]
-        once = {atom for atom in path if path.count(atom) == 1}
         for factor in segment:
             if isinstance(factor, int):
-                yield factor, (once | (outside - set(path))) - {factor}
+                yield factor, path
             elif isinstance(factor, tuple):
-                yield from _within(factor, path, outside)
+                yield from _within(factor, path)
