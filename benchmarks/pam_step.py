@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import argparse
 import statistics
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from functools import partial
 from unittest import mock
 
@@ -41,7 +41,8 @@ class Step:
         self.bend = self.theta_b.new_zeros((0, len(self.theta_b)))
         self.loss = CurveLoss(Workspace(a, self.space), Line(), self.space.flatten(a), FORWARD, sample)
         self.step = ProximalLinear(max_rounds=2, max_tries=max_tries)
-        self.gradients = self.values = 0
+        self.gradients = 0
+        self.looked_at: list[int] = []  # places of the sample, one after another
         self.assignments: list[tuple[list, dict[str, Tensor]]] = []
 
     def __call__(self) -> None:
@@ -54,14 +55,18 @@ class Step:
             self.assignments.append((tree, similarities))
             return match_tree(tree, similarities)
 
-        gradient, value = CurveLoss.gradient, CurveLoss.value
+        def looked(loss: CurveLoss, theta_b: Tensor, bend: Tensor, places: Sequence[int] | None = None) -> Tensor:
+            self.looked_at += range(len(loss)) if places is None else places
+            return values(loss, theta_b, bend, places)
+
+        gradient, values = CurveLoss.gradient, CurveLoss.values
         with (
             mock.patch.object(moves, "match_tree", noted),
             mock.patch.object(CurveLoss, "gradient", autospec=True, side_effect=gradient) as gradients,
-            mock.patch.object(CurveLoss, "value", autospec=True, side_effect=value) as values,
+            mock.patch.object(CurveLoss, "values", looked),
         ):
             self()
-        self.gradients, self.values = gradients.call_count, values.call_count
+        self.gradients = gradients.call_count
 
 
 def parts(step: Step, model: nn.Module, sample: Sample) -> Callable[[], None]:
@@ -73,9 +78,8 @@ def parts(step: Step, model: nn.Module, sample: Sample) -> Callable[[], None]:
                 model.zero_grad()
                 FORWARD(model, batch).backward()
         with torch.no_grad():
-            for _ in range(step.values):
-                for _, batch in sample:
-                    FORWARD(model, batch)
+            for place in step.looked_at:
+                FORWARD(model, sample[place][1])
         for tree, similarities in step.assignments:
             match_tree(tree, similarities)
 
@@ -107,7 +111,7 @@ def main() -> None:
     seconds = interleaved({"step": step, "parts": parts(step, a.train(), sample)}, options.rounds, device)
 
     print(f"{options.model}, {options.batches} batches of {options.batch}; {environment(device)}")
-    print(f"{step.gradients} gradients, {step.values} losses, {len(step.assignments)} assignments of trees")
+    print(f"{step.gradients} gradients, losses of {len(step.looked_at)} batches, {len(step.assignments)} assignments")
     for name, times in seconds.items():
         print(f"{name:>6}  median {statistics.median(times):7.3f} s, best {min(times):7.3f} s")
     print(f"step / parts: {ratio(seconds['step'], seconds['parts'])}")

@@ -76,11 +76,15 @@ class CurveLoss:
 
     def value(self, theta_b: Tensor, bend: Tensor) -> float:
         """Return the loss of the curve to ``theta_b (P,)``, the relabelled b, with ``bend (K - 2, P)``."""
-        total = torch.zeros((), dtype=torch.float64, device=theta_b.device)
-        with torch.no_grad(), self._quiet():
-            for place in range(len(self)):
-                total += self._loss_at(place, theta_b, bend)
-        return float(total) / len(self)
+        return float(self.values(theta_b, bend).mean())
+
+    @torch.no_grad()
+    def values(self, theta_b: Tensor, bend: Tensor, places: Sequence[int] | None = None) -> Tensor:
+        """Return the loss at each place of the sample, or at those of ``places``, float64 ``(S,)`` on the CPU."""
+        places = range(len(self)) if places is None else places
+        with self._quiet():
+            losses = torch.stack([self._loss_at(place, theta_b, bend).double() for place in places])
+        return losses.cpu()
 
     def gradient(
         self, theta_b: Tensor, bend: Tensor, places: Sequence[int] | None = None

@@ -13,9 +13,11 @@ from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, Relax
 from modeconn.curve_loss import CurveLoss
 from modeconn.matching.trees import trees
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
+from modeconn.objective import supervised
 from modeconn.refinement.moves import Move, cycles, exchanges, gain, linear_costs, proximal_proposals
 from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.relaxed_step import decompose, project
+from modeconn.refinement.state import Relabelled
 from modeconn.symmetry.permutation import Permutation
 from modeconn.weights import WeightSpace, Workspace
 from tests import symmetry_cases
@@ -175,6 +177,37 @@ def test_the_step_in_p_lowers_the_loss_and_ends_are_the_networks(name):
     assert same_bits(connection.model_at(0), a)
     assert same_bits(connection.model_at(1), connection.permutation.apply(b))
     assert connection.permutation != connection.permutation.spec.identity()
+
+
+def test_a_move_is_given_up_early_and_accepted_only_on_the_whole_sample(monkeypatch):
+    a, b = pair(dtype=torch.float64)
+    spec, space = modeconn.discover(a), WeightSpace(a)
+    generator = torch.Generator().manual_seed(0)
+    sample = [(float(torch.rand((), generator=generator)), batch) for batch in batches(40, dtype=torch.float64)]
+    loss = CurveLoss(Workspace(a, space), Line(), space.flatten(a), supervised(nn.functional.cross_entropy), sample)
+    state = Relabelled(space, loss, space.flatten(b), torch.empty(0, space.num_parameters).double(), spec.identity())
+    looked_at, values = [], CurveLoss.values
+
+    def counted(loss, theta_b, bend, places=None):
+        looked_at.append(len(range(len(loss)) if places is None else places))
+        return values(loss, theta_b, bend, places)
+
+    gradient, tried = state.gradient(), []
+    (tree, *_) = trees(spec)
+    for move in exchanges(spec, tree, linear_costs(spec, tree, gradient, state.parameters), 40):
+        before, fallen = state.theta_b.clone(), state.value_after(move) - state.value
+        looked_at.clear()
+        with monkeypatch.context() as patch:
+            patch.setattr(CurveLoss, "values", counted)
+            accepted = state.try_move(move)
+        tried.append((accepted, sum(looked_at)))
+        if accepted:
+            assert fallen < 0 and sum(looked_at) == len(sample)
+        else:
+            assert torch.equal(state.theta_b, before)
+        assert state.value == pytest.approx(loss.value(state.theta_b, state.bend), rel=1e-12)
+    assert {accepted for accepted, _ in tried} == {True, False}
+    assert min(count for accepted, count in tried if not accepted) < len(sample)
 
 
 def test_a_line_is_refined_alone():

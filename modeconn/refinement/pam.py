@@ -166,7 +166,7 @@ class Refinement:
     Attributes:
         permutation: How b is relabelled now.
         turns: What each turn did: epochs of curve training before it, mean loss on its sample before and after the step
-            in P, relabellings tried exactly and accepted, units moved, both proximal weights (None for infinite).
+            in P, relabellings tried and accepted, units moved, both proximal weights (None for infinite).
         is_finished: Whether turns and training end here.
     """
 

@@ -24,7 +24,7 @@ class ProximalLinear:
 
     Args:
         max_rounds: Gradients at most in one step.
-        max_tries: Moves tried exactly in a round at most, so that the cost stays bounded for wide groups.
+        max_tries: Moves tried in a round at most, so that the cost stays bounded for wide groups.
         weights: Values of :math:`1 / \nu`, in units of the largest entry of :math:`G`.
 
     Raises:

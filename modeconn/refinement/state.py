@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass, field
 
+import torch
 from torch import Tensor
 
 from modeconn.curve_loss import CurveLoss
@@ -13,12 +14,17 @@ from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
 
+_FIRST_LOOK = 8  # places of the sample after which a move may be given up, then twice as many, and so on
+_STANDARD_ERRORS = 2.0
+
 
 @dataclass
 class Relabelled:
     r"""Network b under a permutation P, changed move by move, for one fixed sample.
 
-    What falls with every accepted move is the loss on the sample plus
+    A move is given up as soon as the places of the sample looked at so far say that the loss rises, by two standard
+    errors of the paired differences: most moves are no gain, and that shows early. To be accepted it is measured on all
+    of the sample. What falls with every accepted move is the loss on the sample plus
     :math:`\tfrac{1}{2 \nu} \lVert P - P_k \rVert^2`, which is :math:`\tfrac{1}{\nu}` times the number of units that are
     not where they were at first.
 
@@ -32,7 +38,7 @@ class Relabelled:
 
     Attributes:
         value: The loss now.
-        num_tried: Moves tried exactly.
+        num_tried: Moves tried.
         num_accepted: Those of them that were kept.
     """
 
@@ -50,7 +56,9 @@ class Relabelled:
         self.parameters = self.space.unflatten(self.theta_b)
         self._first = self.permutation
         self._penalty = 0.0
-        self.value = self.loss.value(self.theta_b, self.bend)
+        self._losses = self.loss.values(self.theta_b, self.bend)
+        self._order = torch.randperm(len(self.loss), generator=torch.Generator().manual_seed(0)).tolist()
+        self.value = float(self._losses.mean())
 
     @property
     def spec(self) -> PermutationSpec:
@@ -65,15 +73,30 @@ class Relabelled:
     def try_move(self, move: Move) -> bool:
         """Make a move if loss and proximal term fall; whether they did."""
         before = self._make(move)
-        value = self.loss.value(self.theta_b, self.bend)
         penalty = 0.0 if math.isinf(self.nu) else self._distance(move.permutation @ self.permutation) / self.nu
+        losses = self._losses_if_lower(penalty - self._penalty)
         self.num_tried += 1
-        if not value + penalty < self.value + self._penalty:  # written so that NaN is refused
+        if losses is None:
             self._write(before)
             return False
-        self.permutation, self.value, self._penalty = move.permutation @ self.permutation, value, penalty
+        self.permutation, self._penalty = move.permutation @ self.permutation, penalty
+        self._losses, self.value = losses, float(losses.mean())
         self.num_accepted += 1
         return True
+
+    def _losses_if_lower(self, more_penalty: float) -> Tensor | None:
+        """Return the losses at all places of the sample, or None if they and the penalty together do not fall."""
+        losses, seen = torch.empty_like(self._losses), 0
+        while seen < len(losses):
+            places = self._order[seen : max(2 * seen, _FIRST_LOOK)]
+            losses[places] = self.loss.values(self.theta_b, self.bend, places)
+            seen += len(places)
+            looked_at = self._order[:seen]
+            rise = losses[looked_at] - self._losses[looked_at] + more_penalty
+            error = float(rise.std()) / math.sqrt(seen) if _FIRST_LOOK <= seen < len(losses) else math.inf
+            if float(rise.mean()) > _STANDARD_ERRORS * error:
+                return None
+        return losses if float(losses.mean()) + more_penalty < self.value else None  # written so that NaN is refused
 
     def value_after(self, move: Move) -> float:
         """Return what the loss would be after a move."""
