@@ -181,7 +181,7 @@ def test_the_step_in_p_lowers_the_loss_and_ends_are_the_networks(name):
 
 def test_a_move_is_given_up_early_and_accepted_only_on_the_whole_sample(monkeypatch):
     a, b = pair(dtype=torch.float64)
-    spec, space = modeconn.discover(a), WeightSpace(a)
+    spec, space = modeconn.discover(a, batches(1, dtype=torch.float64)[0][0]), WeightSpace(a)
     generator = torch.Generator().manual_seed(0)
     sample = [(float(torch.rand((), generator=generator)), batch) for batch in batches(40, dtype=torch.float64)]
     loss = CurveLoss(Workspace(a, space), Line(), space.flatten(a), supervised(nn.functional.cross_entropy), sample)
