@@ -22,7 +22,7 @@ from timing import environment
 from torch import nn
 
 import modeconn
-from modeconn import PAM, Recipe, data, models
+from modeconn import PAM, ProximalLinear, Recipe, data, models
 from modeconn.models import files
 from modeconn.recipe import one_cycle
 
@@ -35,6 +35,7 @@ SETTINGS = {
         "curve_epochs": 5,
     },
 }
+REFINEMENT = PAM(iterations=2, num_batches=16, step=ProximalLinear(max_tries=32))
 ROWS = ("straight", "straight aligned", "curve", "PAM curve", "curve aligned", "PAM curve aligned")
 
 
@@ -89,7 +90,7 @@ def run(
         align=alignment if "aligned" in row else False,
         spec=alignment.spec,
         curve=modeconn.Bezier(2) if "curve" in row else modeconn.Line(),
-        refine=PAM(iterations=2) if "PAM" in row else None,
+        refine=REFINEMENT if "PAM" in row else None,
         recipe=recipe,
         seed=seed,
         checkpoint=done.with_suffix(".safetensors") if "curve" in row else None,

@@ -14,7 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from modeconn.rng import seeded
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""``attack(model, x, y) -> x_adv``, with a ``repr`` that tells one attack from another."""
+"""``attack(model, x, y) -> x_adv``."""
 
 
 @contextmanager

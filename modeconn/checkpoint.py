@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import functools
 import json
 import os
 import time
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -207,17 +206,3 @@ def check_settings(path: str | os.PathLike[str], saved: Mapping[str, Any], curre
                 f"{current.get(name)} here. "
                 f"Pass another path, or delete the file to start anew."
             )
-
-
-def describe(function: Callable[..., Any]) -> str:
-    """Name a function so that another one is likely to be named otherwise; partials with their arguments.
-
-    Example:
-        >>> describe(functools.partial(torch.optim.SGD, lr=0.1))
-        'torch.optim.sgd.SGD(lr=0.1)'
-    """
-    if isinstance(function, functools.partial):
-        arguments = [*map(repr, function.args), *(f"{name}={value!r}" for name, value in function.keywords.items())]
-        return f"{describe(function.func)}({', '.join(arguments)})"
-    named = function if hasattr(function, "__qualname__") else type(function)
-    return f"{named.__module__}.{named.__qualname__}"

@@ -16,12 +16,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from modeconn import checkpoint as files
 from modeconn.batch_norm import norm_layers
 from modeconn.connection import Connection, TrainingData
 from modeconn.curves import Bezier, Curve
 from modeconn.evaluate import Meter, Profile, fetch
-from modeconn.fit import digest, fit_curve
+from modeconn.fit import fit_curve
+from modeconn.identity import digest, identify
 from modeconn.loaders import check_loader, num_examples
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching import Match, Method
@@ -203,7 +203,7 @@ def compare(
         spec: Symmetries of the architecture, if known.
         example_input: For discovery; default the first inputs of ``loader``.
         checkpoint: A file of finished measurements, one line of JSON each. What is in it is not measured again, also
-            if pairs or methods have been added meanwhile. Networks, methods (by ``repr``), settings and the first
+            if pairs or methods have been added meanwhile. Networks, methods (by all they hold), settings and the first
             batches of both loaders tell measurements apart.
         seed: Of the random relabellings (each pair has its own), the order of data and the curves.
         progress: Whether to show a progress bar.
@@ -229,8 +229,9 @@ def compare(
     with seeded(seed, space.device):
         spec = find_spec(pairs[0][0], loader, spec, example_input, verify=True)
         measured = fetch(test, space.device)
-        about = [files.describe(loss_fn), curve, recipe, num_points, repair, seed]
+        about = [loss_fn, curve, recipe, num_points, repair, seed]
         about += [digest(part for part in check_loader(data) if isinstance(part, Tensor)) for data in (loader, test)]
+        names = {row: identify(method) for row, method in named.items()}  # before any method changes itself
     trial = _Trial(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)
     known = Records(checkpoint)
     records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
@@ -238,7 +239,7 @@ def compare(
     for number, (a, b) in enumerate(pairs):
         baselines: dict[str, Method] = {"identity": _Identity(), "random": _Random(seed + number)}
         for row, method in {**baselines, **named}.items():
-            key = record_key(*about, method, digest(a), digest(b))
+            key = record_key(*about, names.get(row, method), digest(a), digest(b))
             if key not in known:
                 known.add(key, trial.run(method, a, b))
             records[row].append(known[key])

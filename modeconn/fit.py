@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import warnings
 from collections.abc import Iterable
@@ -10,7 +9,6 @@ from dataclasses import fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 
 from modeconn import checkpoint as files
@@ -27,6 +25,7 @@ from modeconn.connection import (
 from modeconn.curve_step import CurveStep
 from modeconn.curves import Bezier, Curve, Line
 from modeconn.evaluate import Objective
+from modeconn.identity import digest, identify
 from modeconn.loaders import check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.objective import Objectives
@@ -269,29 +268,12 @@ def _settings(
     values = {f"recipe.{field.name}": getattr(recipe, field.name) for field in fields(recipe)}
     return {
         **{f"parameter {name!r}": layout for name, layout in space.layout.items()},
-        "curve": repr(curve),
-        **{name: files.describe(value) if callable(value) else str(value) for name, value in values.items()},
-        "loss": files.describe(training.forward or training.loss_fn),
+        "curve": identify(curve),
+        **{name: identify(value) for name, value in values.items()},
+        "loss": identify(training.forward or training.loss_fn),
         "seed": seed,
-        "refine": repr(refine),
-        "adversary": None if adversary is None else repr(adversary_of(adversary)),
-        "align": _describe_alignment(align),
+        "refine": identify(refine),
+        "adversary": None if adversary is None else identify(adversary_of(adversary)),
+        "align": identify(getattr(align, "permutation", align) if _is_finished(align) else align),
         **{f"the digest of network {name}": digest(model) for name, model in zip("ab", models, strict=True)},
     }
-
-
-def _describe_alignment(align: Any) -> str:
-    if not _is_finished(align):
-        return repr(align)
-    permutation = getattr(align, "permutation", align)
-    return f"a permutation of digest {digest(permutation.perms.values())}"
-
-
-def digest(model: nn.Module | Iterable[Tensor]) -> str:
-    """Return a hash of tensors, of a module those of all parameters and buffers."""
-    tensors = [*model.parameters(), *model.buffers()] if isinstance(model, nn.Module) else model
-    total = hashlib.sha256()
-    for tensor in tensors:
-        dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # the stride of one number may be 0
-        total.update(dense.view(-1).view(torch.uint8).numpy())
-    return total.hexdigest()[:16]

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state, vmap
 
-from modeconn.checkpoint import describe
 from modeconn.copies import copy_of
+from modeconn.identity import identify
 from modeconn.loaders import check_loader
 from modeconn.loss import LossFn, check_targets, cross_entropy
 from modeconn.progress import progress_bar
@@ -247,7 +247,7 @@ def _check_recipe(recipe: Recipe, device: torch.device) -> None:
         for ours, theirs in zip(together, alone, strict=True):
             if not torch.allclose(ours[network], theirs, rtol=1e-9, atol=1e-12):
                 raise ValueError(
-                    f"the recipe's optimizer ({describe(recipe.optimizer)}) does not act on every weight by itself, so "
+                    f"the recipe's optimizer ({identify(recipe.optimizer)}) does not act on every weight by itself, so "
                     f"networks would mix. Use one that does, such as Adam or SGD, or train them one by one."
                 )
 

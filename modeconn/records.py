@@ -6,11 +6,11 @@ import contextlib
 import hashlib
 import json
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 from modeconn import checkpoint
+from modeconn.identity import identify
 
 
 class Records:
@@ -53,6 +53,6 @@ class Records:
 
 
 def key(*parts: Any) -> str:
-    """Return a digest of what makes a measurement what it is; where an object lies in memory is no part of that."""
-    text = "\n".join(re.sub(" at 0x[0-9a-f]+", "", str(part)) for part in parts)
+    """Return a digest of what makes a measurement what it is."""
+    text = "\n".join(map(identify, parts))
     return hashlib.sha256(text.encode()).hexdigest()[:32]

@@ -12,10 +12,10 @@ import torch
 
 from modeconn.checkpoint import Checkpoint
 from modeconn.connection import Connection
+from modeconn.curve_step import CurveStep
 from modeconn.curves import Bezier
 from modeconn.data import Flip, TensorLoader
 from modeconn.fit import fit_curve
-from modeconn.loss import cross_entropy
 from modeconn.recipe import Recipe, one_cycle
 from tests.cases import CASE, batches
 
@@ -54,9 +54,8 @@ def after(count: int, action, function):
 def main(path: str, where: str, count: str) -> None:
 
     if where == "batch":
-        killing = after(int(count), die, cross_entropy)
-        killing.__module__, killing.__qualname__ = cross_entropy.__module__, cross_entropy.__qualname__
-        fit(Checkpoint(path, every_batches=3), loss_fn=killing)
+        CurveStep.__call__ = after(int(count), die, CurveStep.__call__)
+        fit(Checkpoint(path, every_batches=3))
     elif where == "write":  # half of the file is there
         os.fsync = after(int(count), die, os.fsync)
         fit(Checkpoint(path, every_batches=3))

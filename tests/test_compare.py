@@ -6,7 +6,7 @@ import io
 import json
 import os
 import random
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 
 import pytest
@@ -18,7 +18,7 @@ from modeconn import ActivationMatching, Bezier, Comparison, Connection, Recipe,
 from modeconn.connection import TrainingData
 from modeconn.data import TensorLoader
 from modeconn.evaluate import Meter, Profile
-from modeconn.matching import alignment
+from modeconn.matching import Match, alignment
 from modeconn.memory import peak_memory
 from tests.cases import Residual
 
@@ -139,36 +139,49 @@ def test_networks_and_random_states_are_left_as_they_were(pairs):
 # -- a long comparison survives
 
 
-@dataclass(frozen=True)
 class Failing:
-    """Does nothing, and fails after so many calls."""
+    """Weight matching that counts all calls, and can be stopped at one of them: neither is part of what it is."""
 
     calls = 0
-    at: int = 10**9
+    at = None
 
     def match(self, spec, model_a, model_b, loader):
-        type(self).calls += 1
-        if type(self).calls == self.at:
+        Failing.calls += 1
+        if Failing.calls == Failing.at:
             raise KeyboardInterrupt
         return WeightMatching().match(spec, model_a, model_b, loader)
 
-    def __repr__(self) -> str:
-        return "Failing()"
 
-
-def test_a_killed_comparison_goes_on_where_it_stopped(pairs, tmp_path):
+def test_a_killed_comparison_goes_on_where_it_stopped(pairs, tmp_path, monkeypatch):
     path, settings = tmp_path / "records", {"num_points": 3, "repair": False}
-    Failing.calls = 0
+    monkeypatch.setattr(Failing, "calls", 0)
+    monkeypatch.setattr(Failing, "at", 2)
     with pytest.raises(KeyboardInterrupt):
-        compare(pairs, {"x": Failing(at=2)}, *digits(), checkpoint=path, **settings)
+        compare(pairs, {"x": Failing()}, *digits(), checkpoint=path, **settings)
     kept = path.read_text()
     path.write_text(kept[:-20])  # killed while it wrote the last line: random of the second pair
-    Failing.calls = 0
+    monkeypatch.setattr(Failing, "calls", 0)
+    monkeypatch.setattr(Failing, "at", None)
     found = compare(pairs, {"x": Failing()}, *digits(), checkpoint=path, **settings)
     assert Failing.calls == 1
     assert untimed(found) == untimed(compare(pairs, {"x": Failing()}, *digits(), **settings))
     again = compare(pairs, {"x": Failing()}, *digits(), checkpoint=path, **settings)
     assert again.values == found.values  # to the last second
+
+
+def test_methods_that_look_alike_are_each_measured(pairs):
+    class Start:
+        def __init__(self, permutation):
+            self.permutation = permutation
+
+        def match(self, spec, model_a, model_b, loader):
+            return Match(self.permutation)
+
+    spec = modeconn.discover(pairs[0][0])
+    starts = {str(seed): Start(spec.random(torch.Generator().manual_seed(seed))) for seed in (1, 2)}
+    together = compare(pairs[:1], starts, *digits(), num_points=3, repair=False, spec=spec)
+    alone = compare(pairs[:1], {"2": starts["2"]}, *digits(), num_points=3, repair=False, spec=spec)
+    assert together.values["2"]["line"] == alone.values["2"]["line"] != together.values["1"]["line"]
 
 
 def test_methods_and_pairs_can_be_added_and_other_data_is_measured_anew(pairs, tmp_path):

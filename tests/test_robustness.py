@@ -148,49 +148,61 @@ def test_random_state_and_flags_stay_and_the_seed_decides():
 # -- interruptions
 
 
-@dataclass
 class Breaking:
-    """An attack that is stopped at one of its calls."""
+    """An attack that counts all calls, and can be stopped at one of them: neither is part of what it is."""
 
+    calls = 0
     stop_at: int | None = None
-    calls: int = 0
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
-        self.calls += 1
-        if self.calls == self.stop_at:
+        Breaking.calls += 1
+        if Breaking.calls == Breaking.stop_at:
             raise KeyboardInterrupt
         return PGD(0.3, 0.1, 2)(model, x, y)
 
-    def __repr__(self) -> str:
-        return "Breaking()"
 
-
-def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_numbers(tmp_path):
+def test_a_stopped_evaluation_goes_on_and_ends_with_the_same_numbers(tmp_path, monkeypatch):
     connection, data, kept = connect(), examples(), tmp_path / "kept"
     whole = connection.robustness(data, {"it": Breaking(), "weak": WEAK}, num_points=3)
+    monkeypatch.setattr(Breaking, "calls", 0)
+    monkeypatch.setattr(Breaking, "stop_at", 6)
     with pytest.raises(KeyboardInterrupt):
-        connection.robustness(data, {"it": Breaking(stop_at=6), "weak": WEAK}, num_points=3, checkpoint=kept)
+        connection.robustness(data, {"it": Breaking(), "weak": WEAK}, num_points=3, checkpoint=kept)
     with kept.open("a") as file:
         file.write('\n{"the line at which')
-    rest = Breaking()
-    resumed = connection.robustness(data, {"it": rest, "weak": WEAK}, num_points=3, checkpoint=kept)
-    assert rest.calls == 9 - 5
+    monkeypatch.setattr(Breaking, "calls", 0)
+    monkeypatch.setattr(Breaking, "stop_at", None)
+    resumed = connection.robustness(data, {"it": Breaking(), "weak": WEAK}, num_points=3, checkpoint=kept)
+    assert Breaking.calls == 9 - 5
     for row in ("clean", "it", "weak"):
         assert torch.equal(resumed.correct[row], whole.correct[row])
         assert torch.equal(resumed.losses[row], whole.losses[row])
 
 
-def test_what_is_known_is_not_measured_again_but_for_another_network_data_seed_or_attack(tmp_path):
+def test_what_is_known_is_not_measured_again_but_for_another_network_data_seed_or_attack(tmp_path, monkeypatch):
+    monkeypatch.setattr(Breaking, "calls", 0)
     kept, attack = tmp_path / "kept", Breaking()
     settings = {"t": [0.5], "checkpoint": kept}
     connect().robustness(examples(), [attack], **settings)
     connect().robustness(examples(), {"another name": attack, "weak": WEAK}, **settings, transfer=False)
-    assert attack.calls == 3
+    assert Breaking.calls == 3
     connect("residual", examples()).robustness(examples(), [attack], **settings)
     connect().robustness(examples(seed=1), [attack], **settings)
     connect().robustness(examples(), [attack], **settings, seed=1)
     connect().robustness(examples(), [attack], t=[0.25], checkpoint=kept)
-    assert attack.calls == 3 * 5
+    assert Breaking.calls == 3 * 5
+
+
+@pytest.mark.parametrize("kept", [None, "kept"])
+def test_attacks_that_look_alike_are_each_measured(tmp_path, kept):
+    def moved_by(eps: float):
+        return lambda model, x, y: PGD(eps, eps / 2, 3)(model, x, y)
+
+    settings = {"t": [0.5], "checkpoint": kept and tmp_path / kept}
+    found = connect().robustness(examples(), {"weak": moved_by(0.01), "strong": moved_by(0.3)}, **settings)
+    alone = connect().robustness(examples(), {"strong": moved_by(0.3)}, **settings)
+    assert torch.equal(found.losses["strong"], alone.losses["strong"])
+    assert (found.losses["strong"] > found.losses["weak"]).any()
 
 
 # -- what is refused

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.adversarial import under_attack
-from modeconn.checkpoint import describe
+from modeconn.identity import identify
 from modeconn.loss import LossFn, check_targets, cross_entropy
 
 _ROUNDING = 1e-5  # by so much may augmentation leave the pixel range
@@ -192,7 +192,7 @@ def check_pixels(x: Tensor, clip: tuple[float, float] | None) -> None:
 def show(value: Any) -> str:
     """Return a setting as its caller would write it: numbers in units of 1/255 where that is shorter."""
     if callable(value):
-        return describe(value)
+        return identify(value)
     levels = round(value * 255) if isinstance(value, float) else 0
     return min(repr(value), f"{levels}/255", key=len) if levels and levels / 255 == value else repr(value)
 

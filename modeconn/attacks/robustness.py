@@ -17,8 +17,7 @@ from torch import Tensor, nn
 
 from modeconn.adversarial import Attack, under_attack
 from modeconn.attacks.profile import CLEAN, WORST, RobustProfile, pack_bits, pack_floats, unpack_bits, unpack_floats
-from modeconn.checkpoint import describe
-from modeconn.fit import digest
+from modeconn.identity import digest, identify
 from modeconn.loaders import batches, check_loader
 from modeconn.loss import LossFn, check_targets, cross_entropy, is_classification, main_output
 from modeconn.progress import progress_bar
@@ -77,14 +76,16 @@ def along(
     first = networks[0] if transfer else model_at(t[0])
     data = _read(loader, next(first.parameters()).device, num_examples)
     trial = _Trial(data, loss_fn, seed, known, networks)
+    names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}  # while they are as given
     rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
     bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
     for place, position in enumerate(t):
         model = networks[place] if transfer else first if place == 0 else model_at(position)
         _check_mode(model)
-        identity = digest(model)
+        network = digest(model)
         for row, attack in {CLEAN: None, **named}.items():
-            rows[row].append(trial.run(model, identity, attack, f"{row} at t={position:g}", bar.update))
+            about = record_key("robustness", names[row], network, trial.about)
+            rows[row].append(trial.run(model, attack, about, f"{row} at t={position:g}", bar.update))
     return RobustProfile(
         torch.tensor(t, dtype=torch.float64),
         {row: torch.stack([one.correct for one in points]) for row, points in rows.items()},
@@ -113,20 +114,20 @@ class _Trial:
     ) -> None:
         self._data, self._loss_fn, self._seed, self._known, self._networks = data, loss_fn, seed, known, networks
         self._digests = [digest(batch) for batch in data]
-        self._others = [digest(network) for network in networks]
+        self.about = record_key(loss_fn, *map(digest, networks))
 
     @property
     def data_digest(self) -> str:
         return record_key(*self._digests)
 
     def run(
-        self, model: nn.Module, identity: str, attack: Attack | None, label: str, done: Callable[[], Any]
+        self, model: nn.Module, attack: Attack | None, about: str, label: str, done: Callable[[], Any]
     ) -> _Measured:
         """Measure one network under one attack; what is known is read, what is new kept, batch by batch."""
-        parts, about = [], ["robustness", describe(self._loss_fn), identity, _text(attack), *self._others]
+        parts = []
         for number, (x, y) in enumerate(self._data):
             seed = self._seed + number
-            key = record_key(*about, self._digests[number], seed)
+            key = record_key(about, self._digests[number], seed)
             if key not in self._known:
                 self._known.add(key, {"label": label, **self._measure(model, attack, x, y, seed, label)})
             parts.append(self._known[key])
@@ -243,7 +244,7 @@ def _named(attacks: Attacks) -> dict[str, Attack]:
 def _text(attack: Attack | None) -> str:
     """Tell one attack from another, in whatever process."""
     if inspect.isroutine(attack) or isinstance(attack, functools.partial):
-        return describe(attack)
+        return identify(attack)
     return repr(attack)
 
 
@@ -264,4 +265,4 @@ def _facts(attack: Attack) -> dict[str, Any]:
 def _plain(value: Any) -> Any:
     if value is None or isinstance(value, (bool, int, float, str)):
         return value
-    return describe(value) if inspect.isroutine(value) else repr(value)
+    return identify(value) if inspect.isroutine(value) else repr(value)

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import functools
-import inspect
 import math
 from dataclasses import dataclass, replace
 from typing import Protocol, runtime_checkable
@@ -14,7 +12,6 @@ from torch import Tensor, nn
 
 from modeconn.adversarial import Attack, under_attack
 from modeconn.attacks.pgd import PGD, check_pixels, show
-from modeconn.checkpoint import describe
 from modeconn.loss import LossFn, main_output
 
 
@@ -27,7 +24,7 @@ class Adversary(Protocol):
         ...
 
 
-@dataclass(frozen=True, repr=False)
+@dataclass(frozen=True)
 class AdversarialTraining:
     r"""Lower the loss on adversarial examples of the network at hand (Madry et al., 2018).
 
@@ -66,13 +63,6 @@ class AdversarialTraining:
         if not self.clean_weight:
             return loss
         return torch.lerp(loss, loss_fn(model(inputs), targets), self.clean_weight)
-
-    def __repr__(self) -> str:
-        """Name the attack so that two runs with the same one agree, in whatever process."""
-        is_function = inspect.isroutine(self.attack) or isinstance(self.attack, functools.partial)
-        attack = describe(self.attack) if is_function else repr(self.attack)
-        share = f", clean_weight={self.clean_weight}" if self.clean_weight else ""
-        return f"AdversarialTraining({attack}{share})"
 
 
 @dataclass(frozen=True)

@@ -17,6 +17,7 @@ from torch import nn
 from modeconn import Alignment, Connection, Profile, Recipe, align, checkpoint, fit_curve, models, plot
 from modeconn.connection import TrainingData
 from modeconn.data import TensorLoader
+from modeconn.identity import identify
 from modeconn.recipe import one_cycle
 from modeconn.table import table
 
@@ -214,8 +215,8 @@ def _draw(story: Story, folder: Path) -> None:
 
 def _describe(recipe: Recipe) -> dict[str, Any]:
     described = {
-        "optimizer": checkpoint.describe(recipe.optimizer),
-        "schedule": checkpoint.describe(recipe.schedule),
+        "optimizer": identify(recipe.optimizer),
+        "schedule": identify(recipe.schedule),
         "autocast": None if recipe.autocast is None else str(recipe.autocast),
     }
     return {**vars(recipe), **described}
