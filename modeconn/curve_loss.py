@@ -8,10 +8,12 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
 
-from modeconn.batch_norm import norm_layers
 from modeconn.curves import Curve
 from modeconn.evaluate import Objective
+from modeconn.loaders import num_examples
+from modeconn.rng import preserved, reseed
 from modeconn.weights import Workspace
 
 Sample = Sequence[tuple[float, Any]]
@@ -26,7 +28,8 @@ class CurveLoss:
     .. math:: \theta(t) = (1 - t) \, a + t \, P b + \sum_k B_k(t) \, \varphi_k,
 
     so that its middle moves with :math:`P` (Tatro et al., 2020). All evaluations use the same batches at the same
-    positions: two values differ by the networks alone. Batch norm uses the statistics of the batch, dropout is off.
+    positions, with the same random numbers if ``forward`` draws any: two values differ by the networks alone. Batch
+    norm uses the statistics of the batch, dropout is off. Places count as their batches have examples.
 
     Args:
         workspace: The module to run; its weights, gradient and buffers are scratch.
@@ -50,8 +53,12 @@ class CurveLoss:
         autocast: torch.dtype | None = None,
     ) -> None:
         self._workspace, self._theta_a, self._forward = workspace, theta_a, forward
-        self._modules, self._norms = list(workspace.model.modules()), list(norm_layers(workspace.model).values())
+        self._modules = list(workspace.model.modules())
+        self._norms = [module for module in self._modules if isinstance(module, _NormBase)]
+        self._parameters = list(workspace.model.parameters())
         self._batches = [batch for _, batch in sample]
+        sizes = torch.tensor([num_examples(batch) for batch in self._batches], dtype=torch.float64)
+        self._shares = (sizes / sizes.mean()).tolist()
         basis = curve.basis(torch.tensor([t for t, _ in sample], dtype=torch.float64))
         self._inner = basis[:, 1:-1].tolist()
         self._share_of_b = (basis @ positions(curve)).tolist()
@@ -62,15 +69,24 @@ class CurveLoss:
 
     @contextlib.contextmanager
     def _quiet(self) -> Any:
-        """Batch statistics in batch norm, and nothing else of train mode: no dropout, no layers dropped at random."""
+        """Batch statistics in norm layers, and nothing else of train mode: no dropout, no layers dropped at random.
+
+        Gradients reach frozen parameters too, since these move with the units.
+        """
         modes = [module.training for module in self._modules]
+        frozen = [parameter for parameter in self._parameters if not parameter.requires_grad]
         for module in self._modules:
             module.training = False
         for layer in self._norms:
             layer.training = True
+        for parameter in frozen:
+            parameter.requires_grad_(True)
         try:
-            yield
+            with preserved(self._theta_a.device):
+                yield
         finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
             for module, mode in zip(self._modules, modes, strict=True):
                 module.training = mode
 
@@ -96,7 +112,7 @@ class CurveLoss:
         places = range(len(self)) if places is None else places
         total = 0.0
         towards_b, towards_bend = torch.zeros_like(theta_b), torch.zeros_like(bend)
-        with self._quiet():
+        with torch.enable_grad(), self._quiet():
             for place in places:
                 self._workspace.zero_grad()
                 loss = self._loss_at(place, theta_b, bend)
@@ -106,6 +122,7 @@ class CurveLoss:
                 towards_b.add_(gradient, alpha=self._share_of_b[place] / len(places))
                 for row, weight in zip(towards_bend, self._inner[place], strict=True):
                     row.add_(gradient, alpha=weight / len(places))
+            self._workspace.zero_grad()
         return total / len(places), towards_b, towards_bend
 
     def __len__(self) -> int:
@@ -116,8 +133,9 @@ class CurveLoss:
         theta = torch.lerp(self._theta_a, theta_b, self._share_of_b[place], out=self._workspace.theta)
         for row, weight in zip(bend, self._inner[place], strict=True):
             theta.add_(row, alpha=weight)
+        reseed(place, theta.device)
         with self._autocast():
-            return self._forward(self._workspace.model, self._batches[place])
+            return self._shares[place] * self._forward(self._workspace.model, self._batches[place])
 
 
 def positions(curve: Curve) -> Tensor:

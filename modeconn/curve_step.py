@@ -128,7 +128,9 @@ class CurveStep:
         self.control_points.copy_(tensors["control_points"])
         for name, buffer in self.workspace.model.named_buffers():  # some modules do learn in them
             buffer.copy_(tensors[f"buffer.{name}"])
-        self._anchor, self._pull = tensors.get("anchor"), about["pull"]
+        self._pull, self._anchor = about["pull"], None
+        if "anchor" in tensors:
+            self._anchor = tensors["anchor"].to(self.control_points.device)
         start = "optimizer."
         values = {name.removeprefix(start): value for name, value in tensors.items() if name.startswith(start)}
         state = {**values, **about["optimizer"]}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import os
 import warnings
 from collections.abc import Iterable
@@ -30,7 +31,7 @@ from modeconn.loaders import check_loader, first_batch
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.objective import Objectives
 from modeconn.recipe import Recipe
-from modeconn.refinement.exact import descend
+from modeconn.refinement.exact import Descent
 from modeconn.refinement.pam import PAM, Refinement
 from modeconn.rng import seeded
 from modeconn.run import KIND, Keeper, Run
@@ -40,6 +41,7 @@ from modeconn.weights import WeightSpace, Workspace, named_buffers
 if TYPE_CHECKING:
     from modeconn.matching import Alignment
 
+_LOGGER = logging.getLogger(__name__)
 _QUADRATIC = Bezier(2)
 _RECIPE = Recipe()
 _Saved = tuple[dict[str, Tensor], dict[str, Any]]
@@ -111,6 +113,8 @@ def fit_curve(
     warn_about_buffers(model_a, model_b)
     training = TrainingData(loader, loss_fn, forward)
     if refine is not None:
+        if not isinstance(refine, PAM):
+            raise ValueError(f"refine must be PAM(...), got refine={refine!r}; a step in P is given as PAM(step=...).")
         refine.check(curve, recipe, loader)
     goals = Objectives(loss_fn, forward, adversary)
     if adversary is not None:
@@ -145,10 +149,15 @@ def fit_curve(
         history = None
         if curve.num_trained or refine:
             step = CurveStep(Workspace(model_a, space), curve, points, recipe)
+            keeper = _keeper(checkpoint, settings, permutation) if checkpoint else None
+            if refine and not permutation.spec.groups:
+                _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
             if refine and refine.exact:
-                permutation, history = descend(refine, permutation, step, training, recipe.epochs)
+                descent = Descent(refine, permutation, step, training, keeper)
+                if saved is not None:
+                    descent.resume(*saved)
+                history, permutation = descent.run(recipe.epochs), descent.permutation
             else:
-                keeper = _keeper(checkpoint, settings, permutation) if checkpoint else None
                 refinement = Refinement(refine, permutation, step, training, recipe, seed=seed) if refine else None
                 history = _learn(
                     step,
@@ -181,7 +190,9 @@ def _learn(
 ) -> History:
     """Move the control points of ``step`` to low loss, from where a checkpoint stood if there is one."""
     if refinement and not step.curve.num_trained:
-        return refinement.relabel_only(recipe.epochs)
+        if saved is not None:
+            refinement.resume(*saved)
+        return refinement.relabel_only(recipe.epochs, keeper)
     with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
         run = Run(
             step,

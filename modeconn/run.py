@@ -10,7 +10,7 @@ import threading
 import time
 import warnings
 import zlib
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +86,12 @@ class Keeper:
     checkpoint: Checkpoint
     about: dict[str, Any]
     tensors: dict[str, Tensor]
+
+    def write(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any], device: torch.device) -> None:
+        """Write a checkpoint of the run's own state."""
+        conditions = {"environment": files.environment(device)}
+        path = self.checkpoint.path
+        files.write(path, KIND, {**self.tensors, **tensors}, {**self.about, **conditions, **about})
 
 
 class Run:
@@ -316,12 +322,10 @@ class Run:
             refined, about["refinement"] = self._refinement.state()
             tensors |= refined
         about |= {
-            **self._keeper.about,
             "progress": asdict(self._progress),
             "last_batch": _checksum(self._last_batch) if self._progress.batch else None,
-            "environment": files.environment(self._device),
         }
-        files.write(self._keeper.checkpoint.path, KIND, {**self._keeper.tensors, **tensors}, about)
+        self._keeper.write(tensors, about, self._device)
         self._last_saved = time.monotonic()
 
     def resume(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:

@@ -268,7 +268,14 @@ def test_turns_end_when_nothing_is_accepted_and_the_loss_stands_still():
 def test_a_run_with_pam_goes_on_with_the_same_bits(tmp_path):
     path, refine = tmp_path / "run.safetensors", PAM(iterations=2)
     whole = fit(refine=refine)
-    for count in (15, 25, 32, 44):  # in the first epoch, the second, the second turn, the last epoch
+    for count in (
+        12,
+        15,
+        25,
+        32,
+        39,
+        44,
+    ):  # after the first turn, in the first epoch, the second, the second turn, after it, the last epoch
         path.unlink(missing_ok=True)
         with pytest.raises(KeyboardInterrupt):
             fit(modeconn.checkpoint.Checkpoint(path, every_batches=3), Breaking(loader(), count), refine=refine)
@@ -277,6 +284,121 @@ def test_a_run_with_pam_goes_on_with_the_same_bits(tmp_path):
         assert again.permutation == whole.permutation
         assert again.history.turns == whole.history.turns
         assert again.history.loss == whole.history.loss
+
+
+class Stopping(ProximalLinear):
+    """The ordinary step, stopped at one of its calls."""
+
+    calls = 0
+    at: int | None = None
+
+    def __call__(self, b: Relabelled) -> None:
+        Stopping.calls += 1
+        if Stopping.calls == Stopping.at:
+            raise KeyboardInterrupt
+        super().__call__(b)
+
+
+@pytest.mark.parametrize("mode", ["line", "exact"])
+def test_turns_without_training_go_on_with_the_same_bits(tmp_path, monkeypatch, mode):
+    a, b = pair()
+    pam = PAM(iterations=3, step=Stopping(), exact=mode == "exact", num_points=5)
+    settings = {"align": False, "refine": pam, "recipe": Recipe(epochs=9)}
+    if mode == "line":
+        settings["curve"] = Line()
+    whole = modeconn.fit_curve(a, b, batches(3), **settings)
+    for at in (2, 3):
+        monkeypatch.setattr(Stopping, "calls", 0)
+        monkeypatch.setattr(Stopping, "at", at)
+        with pytest.raises(KeyboardInterrupt):
+            modeconn.fit_curve(a, b, batches(3), checkpoint=tmp_path / str(at), **settings)
+        monkeypatch.setattr(Stopping, "calls", 0)
+        monkeypatch.setattr(Stopping, "at", None)
+        again = modeconn.fit_curve(a, b, batches(3), checkpoint=tmp_path / str(at), **settings)
+        assert Stopping.calls == 3 - (at - 1)
+        assert torch.equal(again.control_points, whole.control_points)
+        assert again.permutation == whole.permutation
+        assert again.history.loss == whole.history.loss and again.history.turns == whole.history.turns
+
+
+def test_the_exact_mode_ends_too_when_nothing_is_accepted():
+    a, b = pair()
+    pam = PAM(iterations=9, exact=True, num_points=5, tol=0.9)
+    connection = modeconn.fit_curve(a, b, batches(3), align=False, refine=pam, recipe=Recipe(epochs=9))
+    assert len(connection.history.turns) < 9 and connection.history.turns[-1]["num_accepted"] == 0
+
+
+def curve_loss(a, forward, sample) -> tuple[CurveLoss, torch.Tensor]:
+    space = WeightSpace(a)
+    return CurveLoss(Workspace(a, space), Line(), space.flatten(a), forward, sample), space.flatten(a)
+
+
+def test_a_loss_that_draws_random_numbers_draws_the_same_each_time():
+    a, b = pair("mlp", torch.float64)
+    noisy = supervised(lambda outputs, y: nn.functional.cross_entropy(outputs + torch.randn_like(outputs), y))
+    loss, theta = curve_loss(a, noisy, [(t, batch) for t, batch in zip((0.2, 0.7), batches(2, dtype=torch.float64))])
+    theta_b, bend, before = WeightSpace(b).flatten(b), theta.new_zeros(0, len(theta)), torch.get_rng_state()
+    values = loss.values(theta_b, bend)
+    assert torch.equal(values, loss.values(theta_b, bend))
+    assert torch.equal(values[1:], loss.values(theta_b, bend, [1]))
+    assert loss.gradient(theta_b, bend)[0] == pytest.approx(float(values.mean()), rel=1e-12)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_gradients_reach_frozen_parameters_and_leave_them_frozen():
+    a, b = pair("mlp", torch.float64)
+    theta_b, sample = WeightSpace(b).flatten(b), [(0.5, batch) for batch in batches(2, dtype=torch.float64)]
+    gradients = []
+    for is_free in (True, False):
+        loss, theta = curve_loss(a.requires_grad_(is_free), supervised(nn.functional.cross_entropy), sample)
+        with torch.no_grad():
+            gradients.append(loss.gradient(theta_b, theta.new_zeros(0, len(theta)))[1])
+        parameters = list(loss._workspace.model.parameters())
+        assert all(p.requires_grad == is_free and p.grad is None for p in parameters)
+    assert torch.equal(*gradients) and gradients[0].abs().min() >= 0 < gradients[0].abs().max()
+
+
+def test_the_loss_is_a_mean_over_examples_though_batches_differ_in_size():
+    a, b = pair("mlp", torch.float64)
+    ((x, y),) = batches(1, dtype=torch.float64)
+    theta_b, values = WeightSpace(b).flatten(b), []
+    for cut in ([len(x)], [len(x) - 1, 1]):
+        sample = [(0.5, batch) for batch in zip(x.split(cut), y.split(cut), strict=True)]
+        loss, theta = curve_loss(a, supervised(nn.functional.cross_entropy), sample)
+        values.append(
+            (
+                loss.value(theta_b, theta.new_zeros(0, len(theta))),
+                loss.gradient(theta_b, theta.new_zeros(0, len(theta)))[0],
+            )
+        )
+    assert values[0] == pytest.approx(values[1], rel=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("available", "asked", "places"), [(1, 64, 16), (1, None, 16), (1, 3, 3), (20, 64, 20), (20, 5, 5)]
+)
+def test_the_curve_is_looked_at_in_enough_places_whatever_the_loader(available, asked, places):
+    sample = draw_sample(batches(available), torch.device("cpu"), asked, seed=0)
+    assert len(sample) == places and len({t for t, _ in sample}) == places
+    assert sorted(int(t * places) for t, _ in sample) == list(range(places))
+
+
+def test_best_swap_measures_what_the_fit_lowered():
+    a, b = pair()
+    data = [{"x": x, "y": y} for x, y in batches(4)]
+
+    def forward(model, batch):
+        return nn.functional.cross_entropy(model(batch["x"]), batch["y"], label_smoothing=0.3)
+
+    spec = modeconn.discover(a, data[0]["x"])
+    fitted = modeconn.fit_curve(a, b, data, align=spec.identity(), forward=forward, recipe=Recipe(epochs=1))
+    own, given = (modeconn.best_swap(fitted, loader, max_tries=5) for loader in (None, data))
+    assert own == given
+    other = modeconn.best_swap(fitted, batches(4), loss_fn=nn.functional.cross_entropy, max_tries=5)
+    assert other.loss != own.loss
+    for bad in ({"num_batches": 0}, {"max_tries": -3}):
+        with pytest.raises(ValueError, match="must be at least 1, or None"):
+            modeconn.best_swap(fitted, **bad)
 
 
 ARCHITECTURES = {
@@ -316,6 +438,10 @@ def test_it_runs_on_any_architecture(name):
         ({"nu_curve": -1.0}, "nu_curve must be positive"),
         ({"nu_curve": math.nan}, "nu_curve must be positive"),
         ({"tol": -0.1}, "tol must be at least 0"),
+        ({"exact": True, "num_points": 2}, "num_points must be at least 3"),
+        ({"exact": "false"}, "exact must be True or False, got exact='false'"),
+        ({"step": "sinkhorn"}, r"step must be a step in P such as ProximalLinear\(\)"),
+        ({"step": SinkhornStep}, "step must be a step in P"),
     ],
 )
 def test_settings_out_of_range(settings, message):

@@ -294,7 +294,12 @@ def _look_up(name: str, choices: Mapping[str, Any], what: str) -> Any:
     return choices[name]
 
 
+_WORDS = {"true": True, "false": False, "none": None, "inf": math.inf}
+
+
 def _literal(text: str) -> Any:
+    if text.lower() in _WORDS:
+        return _WORDS[text.lower()]
     try:
         return ast.literal_eval(text)
     except (ValueError, SyntaxError):

@@ -98,14 +98,9 @@ class PathLoss:
         self._batches_per_step = batches_per_step
         self._draws = repeat(0.5) if middle_only else _stratified(seed)
         sample = calibration_batches(loader, device, limit=num_examples, seed=seed)
-        mean_size = sum(len(targets) for _, targets in sample) / len(sample)
-        checked = supervised(loss_fn, check=True)
-
-        def share(model: nn.Module, batch: Any) -> Tensor:  # a mean over examples, though batches differ in size
-            return checked(model, batch) * (len(batch[1]) / mean_size)
-
         positions = (0.5,) if middle_only else _POSITIONS
-        self._fixed = self._along(share, [(t, batch) for t in positions for batch in sample])
+        places = [(t, batch) for t in positions for batch in sample]
+        self._fixed = self._along(supervised(loss_fn, check=True), places)
 
     def value(self, theta_b: Tensor) -> float:
         """Return the mean loss over fixed positions and examples for b's weights ``theta_b (P,)``."""

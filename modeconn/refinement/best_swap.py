@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from math import comb, prod
 from typing import Any
 
 import torch
 
-from modeconn.connection import Connection, TrainingData
+from modeconn.connection import Connection
 from modeconn.curve_loss import CurveLoss, straight
+from modeconn.evaluate import Objective
+from modeconn.loss import LossFn
 from modeconn.matching.trees import trees
-from modeconn.objective import supervised
 from modeconn.refinement.moves import exchanges, linear_costs
-from modeconn.refinement.pam import draw_sample
+from modeconn.refinement.pam import draw_sample, objective_of
 from modeconn.refinement.state import Relabelled
 from modeconn.weights import Workspace
 
@@ -57,6 +58,8 @@ def best_swap(
     *,
     num_batches: int | None = 64,
     max_tries: int | None = 1000,
+    loss_fn: LossFn | None = None,
+    forward: Objective | None = None,
     seed: int = 0,
 ) -> BestSwap:
     """Look for the exchange of two units of b, or of two blocks, that lowers the loss along a connection most.
@@ -68,14 +71,23 @@ def best_swap(
     Args:
         connection: A connection with a permutation, and a curve whose ends are fixed.
         loader: Training data. Default: the fit's own.
-        num_batches: Batches of it, each at a position of its own; None for one pass.
+        num_batches: As for `PAM`.
         max_tries: How many exchanges are tried exactly; None for all.
+        loss_fn: Default that of the fit, or cross entropy.
+        forward: ``forward(model, batch) -> loss`` in its place; default that of the fit, if it had one.
         seed: For the sample.
 
     Raises:
-        ValueError: If there is no permutation, no data, or the curve has free ends.
+        ValueError: If there is no permutation, no data, the curve has free ends, or a number is not positive.
     """
-    training = connection.training if loader is None else TrainingData(loader, connection.training.loss_fn)
+    for name, value in (("num_batches", num_batches), ("max_tries", max_tries)):
+        if value is not None and value < 1:
+            raise ValueError(f"{name} must be at least 1, or None, got {name}={value}.")
+    training = connection.training
+    if loader is not None:
+        training = replace(training, loader=loader)
+    if loss_fn is not None or forward is not None:
+        training = replace(training, loss_fn=loss_fn or training.loss_fn, forward=forward)
     if connection.permutation is None:
         raise ValueError("this connection took b as it was, so its groups are not known: fit it with align=.")
     if training.loader is None:
@@ -85,7 +97,7 @@ def best_swap(
     points, curve = connection.control_points, connection.curve
     workspace = Workspace(connection.model_at(0), connection.space)
     sample = draw_sample(training.loader, connection.device, num_batches, seed=seed)
-    loss = CurveLoss(workspace, curve, points[0], training.forward or supervised(training.loss_fn), sample)
+    loss = CurveLoss(workspace, curve, points[0], objective_of(training), sample)
     bend = points[1:-1] - straight(curve, points[0], points[-1])
     b = Relabelled(connection.space, loss, points[-1].clone(), bend, connection.permutation)
 

@@ -4,64 +4,110 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
 
-from modeconn.connection import History, TrainingData
+from modeconn.checkpoint import environment, warn_about_environment
+from modeconn.connection import History, TrainingData, permutation_tensors
 from modeconn.curve_loss import CurveLoss, straight
 from modeconn.curve_step import CurveStep
 from modeconn.loaders import batches
-from modeconn.objective import supervised
-from modeconn.refinement.pam import PAM, improve_permutation
+from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
+
+if TYPE_CHECKING:
+    from modeconn.run import Keeper
 
 _SUFFICIENT = 1e-4  # the share of the linear decrease that a step must reach (Armijo)
 _SMALLEST = 1e-12
 
 
-def descend(
-    pam: PAM, permutation: Permutation, step: CurveStep, training: TrainingData, num_steps: int
-) -> tuple[Permutation, History]:
-    """Alternate the step in P and gradient descent on the curve, on all data at a fixed grid of positions.
+class Descent:
+    """Alternates the step in P and gradient descent on the curve, on all data at a fixed grid of positions.
 
     Args:
         pam: The settings.
         permutation: How b was relabelled at the start.
         step: Holds control points, which are changed, and module; its optimizer is not used.
         training: Loader and loss.
-        num_steps: Steps of gradient descent, divided among the iterations.
+        keeper: For checkpoints, one after every step, or None.
 
-    Returns:
-        How b is relabelled in the end, and the history: as loss the objective, proximal term included, after each
-        step of gradient descent.
+    Attributes:
+        permutation: How b is relabelled now.
+        history: As loss the objective, proximal term included, after each step of gradient descent.
     """
-    started = time.perf_counter()
-    points, curve = step.control_points, step.curve
-    data = list(batches(training.loader, points.device))
-    grid = torch.linspace(0, 1, pam.num_points, dtype=torch.float64).tolist()
-    forward = training.forward or supervised(training.loss_fn)
-    loss = CurveLoss(step.workspace, curve, points[0], forward, [(t, batch) for t in grid for batch in data])
-    history = History()
-    for iteration in range(pam.iterations):
-        permutation, turn = improve_permutation(pam, step, loss, permutation, epoch=len(history.loss))
+
+    def __init__(
+        self, pam: PAM, permutation: Permutation, step: CurveStep, training: TrainingData, keeper: Keeper | None
+    ) -> None:
+        self.permutation, self.history = permutation, History()
+        self._pam, self._step, self._keeper = pam, step, keeper
+        self._points, self._curve = step.control_points, step.curve
+        data = list(batches(training.loader, self._points.device))
+        grid = torch.linspace(0, 1, pam.num_points, dtype=torch.float64).tolist()
+        sample = [(t, batch) for t in grid for batch in data]
+        self._loss = CurveLoss(step.workspace, self._curve, self._points[0], objective_of(training), sample)
+        self._trained = step.workspace.space.trainable
+        self._bend = self._held = self._points[1:-1] - self._line  # now, and at the start of the turn
+        self._rate = 1.0
+
+    @property
+    def _line(self) -> Tensor:
+        return straight(self._curve, self._points[0], self._points[-1])
+
+    def run(self, num_steps: int) -> History:
+        """Take all turns, with ``num_steps`` steps of gradient descent divided among them."""
+        started = time.perf_counter()
+        history, pam = self.history, self._pam
+        for iteration in range(pam.iterations):
+            if iteration == len(history.turns):
+                self._take_turn()
+            if iteration + 1 == len(history.turns) and is_finished(pam, history.turns):
+                break
+            value = None
+            for _ in range(len(history.loss), math.ceil((iteration + 1) * num_steps / pam.iterations)):
+                value = self._descend(value)
+        return History(history.loss, [], time.perf_counter() - started, history.turns)
+
+    def _take_turn(self) -> None:
+        history = self.history
+        found = improve_permutation(self._pam, self._step, self._loss, self.permutation, epoch=len(history.loss))
+        self.permutation, turn = found
         history.turns.append(turn)
-        line = straight(curve, points[0], points[-1])
-        held, rate = points[1:-1] - line, 1.0
-        for _ in range(len(history.loss), math.ceil((iteration + 1) * num_steps / pam.iterations)):
-            bend = points[1:-1] - line
-            value, _, slope = loss.gradient(points[-1], bend)
+        self._bend = self._held = self._points[1:-1] - self._line
+        self._rate = 1.0
+        self._save()
 
-            def objective(bend: Tensor, held: Tensor = held) -> float:
-                return loss.value(points[-1], bend) + _proximal(bend, held, pam.nu_curve)
+    def _descend(self, value: float | None) -> float:
+        """Take a step on the curve, from where the objective is ``value``, if known; return what it is then."""
+        _, _, slope = self._loss.gradient(self._points[-1], self._bend)
+        slope = slope * self._trained + (self._bend - self._held) / self._pam.nu_curve
+        start = self._objective(self._bend) if value is None else value
+        self._bend, value, self._rate = _descend_once(self._objective, self._bend, slope, start, self._rate)
+        self._points[1:-1] = self._line + self._bend
+        self.history.loss.append(value)
+        self._save()
+        return value
 
-            start = value + _proximal(bend, held, pam.nu_curve)
-            slope = slope + (bend - held) / pam.nu_curve
-            bend, value, rate = _descend_once(objective, bend, slope, start, rate)
-            points[1:-1] = line + bend
-            history.loss.append(value)
-    return permutation, History(history.loss, [], time.perf_counter() - started, history.turns)
+    def _objective(self, bend: Tensor) -> float:
+        return self._loss.value(self._points[-1], bend) + _proximal(bend, self._held, self._pam.nu_curve)
+
+    def _save(self) -> None:
+        if self._keeper is None:
+            return
+        tensors = {"control_points": self._points, "bend": self._bend, "held": self._held}
+        about = {"loss": self.history.loss, "turns": self.history.turns, "rate": self._rate}
+        self._keeper.write({**tensors, **permutation_tensors(self.permutation)}, about, self._points.device)
+
+    def resume(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Go on from a checkpoint of the same settings; ``permutation`` is already its own."""
+        warn_about_environment(about["environment"], environment(self._points.device))
+        self._points.copy_(tensors["control_points"])
+        self._bend, self._held = (tensors[name].to(self._points.device) for name in ("bend", "held"))
+        self.history, self._rate = History(about["loss"], turns=about["turns"]), about["rate"]
 
 
 def _proximal(bend: Tensor, held: Tensor, nu: float) -> float:

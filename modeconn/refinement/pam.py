@@ -5,19 +5,21 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import islice
-from typing import Any, Protocol
+from itertools import cycle, islice
+from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn.checkpoint import environment, warn_about_environment
 from modeconn.connection import History, TrainingData, permutation_tensors
 from modeconn.curve_loss import CurveLoss, Sample, straight
 from modeconn.curve_step import CurveStep
 from modeconn.curves import Curve
+from modeconn.evaluate import Objective
 from modeconn.loaders import batches
 from modeconn.objective import supervised
 from modeconn.recipe import Recipe
@@ -26,7 +28,11 @@ from modeconn.refinement.state import Relabelled
 from modeconn.rng import seeded
 from modeconn.symmetry import Permutation
 
+if TYPE_CHECKING:
+    from modeconn.run import Keeper
+
 _LOGGER = logging.getLogger(__name__)
+_ENOUGH = 16  # positions that tell how the loss is along the curve
 
 
 class PermutationStep(Protocol):
@@ -52,7 +58,8 @@ class PAM:
         iterations: How many turns.
         step: How P is improved: `ProximalLinear`, `SinkhornStep` or `RelaxedStep`.
         num_batches: Batches of the loader on which the step in P measures the loss, each at its own t, drawn anew in
-            each turn; None for one pass.
+            each turn; None for all of them. One pass at most; where that is fewer than 16 batches, they are used again
+            and again, so that the curve is looked at in 16 places.
         nu_permutation: Proximal weight of P, infinite for none.
         nu_curve: Proximal weight of the curve, infinite for none. The paper's is 1000, for both.
         tol: Turns end early when no move is accepted and the loss has fallen by less than this share of itself since
@@ -83,6 +90,12 @@ class PAM:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1, got {name}={value}.")
+        if self.exact and self.num_points < 3:
+            raise ValueError(f"num_points must be at least 3, two of them the ends, got num_points={self.num_points}.")
+        if isinstance(self.step, type) or not callable(self.step):
+            raise ValueError(f"step must be a step in P such as ProximalLinear(), got step={self.step!r}.")
+        if not isinstance(self.exact, bool):
+            raise ValueError(f"exact must be True or False, got exact={self.exact!r}.")
         for name in ("nu_permutation", "nu_curve"):
             if not getattr(self, name) > 0:
                 raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}.")
@@ -144,8 +157,21 @@ def draw_sample(
     with seeded(int(np.random.SeedSequence([seed, turn, 2]).generate_state(1)[0]), device):
         drawn = list(islice(batches(loader, device), num_batches))
     random = np.random.default_rng([seed, turn, 2])
-    t = (random.permutation(len(drawn)) + random.random(len(drawn))) / len(drawn)
-    return list(zip(t.tolist(), drawn, strict=True))
+    count = max(len(drawn), min(num_batches or _ENOUGH, _ENOUGH))
+    t = (random.permutation(count) + random.random(count)) / count
+    return list(zip(t.tolist(), islice(cycle(drawn), count), strict=True))
+
+
+def objective_of(training: TrainingData) -> Objective:
+    """Return ``forward(model, batch) -> loss`` of a fit, which looks whether targets are classes."""
+    return training.forward or supervised(training.loss_fn, check=True)
+
+
+def is_finished(pam: PAM, turns: Sequence[Mapping[str, Any]]) -> bool:
+    """Whether turns end here: the last one accepted no move, and the loss fell by less than `tol` since before."""
+    if not pam.tol or len(turns) < 2 or turns[-1]["num_accepted"]:
+        return False
+    return turns[-2]["loss_after"] - turns[-1]["loss_before"] < pam.tol * turns[-1]["loss_before"]
 
 
 def _finite(weight: float) -> float | None:
@@ -185,39 +211,45 @@ class Refinement:
         self.is_finished = False
         self._pam, self._step, self._training, self._recipe, self._seed = pam, step, training, recipe, seed
         self._starts = {math.ceil(i * recipe.epochs / pam.iterations) for i in range(pam.iterations)}
-        if not permutation.spec.groups:
-            _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
 
     def before_epoch(self, epoch: int) -> None:
-        """Take a turn if one is due."""
-        if epoch in self._starts:
+        """Take a turn if one is due and was not taken before the run was interrupted."""
+        if epoch in self._starts and all(turn["epoch"] != epoch for turn in self.turns):
             device, number = self._step.control_points.device, len(self.turns)
             sample = draw_sample(self._training.loader, device, self._pam.num_batches, seed=self._seed, turn=number)
             self.turns.append(self._turn(epoch, sample))
+            self.is_finished = is_finished(self._pam, self.turns)
             self._step.hold(self._pam.nu_curve)
 
-    def relabel_only(self, epochs: int) -> History:
+    def relabel_only(self, epochs: int, keeper: Keeper | None) -> History:
         """Take all turns along a curve that has nothing to learn: the straight line."""
         start = time.perf_counter()
         for epoch in range(epochs):
             if not self.is_finished:
                 self.before_epoch(epoch)
+                if keeper:
+                    tensors, about = self.state()
+                    points = self._step.control_points
+                    keeper.write({"control_points": points, **tensors}, {"refinement": about}, points.device)
         return History(seconds=time.perf_counter() - start, turns=self.turns)
 
     def _turn(self, epoch: int, sample: Sample) -> dict[str, Any]:
-        forward = self._training.forward or supervised(self._training.loss_fn)
-        step = self._step
+        step, forward = self._step, objective_of(self._training)
         loss = CurveLoss(step.workspace, step.curve, step.control_points[0], forward, sample, self._recipe.autocast)
         self.permutation, turn = improve_permutation(self._pam, step, loss, self.permutation, epoch=epoch)
-        fallen = self.turns[-1]["loss_after"] - turn["loss_before"] if self.turns else math.inf
-        stands_still = fallen < self._pam.tol * turn["loss_before"]
-        self.is_finished = self._pam.tol > 0 and stands_still and turn["num_accepted"] == 0
         return turn
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that changes from turn to turn, as tensors and as JSON can hold it."""
         return permutation_tensors(self.permutation), {"turns": self.turns, "is_finished": self.is_finished}
 
-    def load_state(self, about: dict[str, Any]) -> None:
+    def resume(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Go on along a straight line from a checkpoint of the same settings."""
+        points = self._step.control_points
+        warn_about_environment(about["environment"], environment(points.device))
+        points.copy_(tensors["control_points"])
+        self.load_state(about["refinement"])
+
+    def load_state(self, about: Mapping[str, Any]) -> None:
         """Take up where `state` was; a run begins with the permutation of its checkpoint."""
         self.turns, self.is_finished = about["turns"], about["is_finished"]
