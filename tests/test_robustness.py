@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -589,6 +590,62 @@ def test_a_hessian_that_bends_down_most_still_gives_its_largest_eigenvalue():
         model, examples(4), loss_fn=lambda outputs, _: (bends * outputs**2).sum(1).mean() / 2, **settings
     )
     assert found == pytest.approx(1.0, rel=1e-3)
+
+
+class Point(nn.Module):
+    """A network whose answer to everything is its weights."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w.expand(len(x), -1)
+
+
+SPECTRA = {
+    "as far below zero as above": [1.0, -1.0, 0.5, 0.2, -0.3] + [0.0] * 20,
+    "nearly as far": [1.0, -0.999, 0.5, 0.2, -0.3] + [0.0] * 20,
+    "far below": [-10.0, 1.0, 0.5] + [0.0] * 50,
+    "far below, and close ones": [-10.0, 0.1, 0.05] + [0.0] * 7,
+    "one before a crowd": [1.0] + [0.9] * 1000,
+    "none above zero": [-3.0, -2.0, -1.0],
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
+def test_the_largest_eigenvalue_of_any_spectrum_is_found_from_any_seed(spectrum):
+    eigenvalues = torch.tensor(spectrum, dtype=torch.float64)
+    model, data = Point(len(spectrum)), [(torch.rand(4, 1), torch.zeros(4).long())]
+    for seed in range(5):
+        found, _ = largest_eigenvalue(
+            model, data, loss_fn=lambda outputs, _: (eigenvalues * outputs**2).sum(1).mean() / 2, seed=seed
+        )
+        assert found == pytest.approx(max(spectrum), rel=1e-3)
+
+
+def test_a_saddle_bends_up_along_its_diagonal():
+    data = [(torch.rand(4, 1), torch.zeros(4).long())]
+    assert largest_eigenvalue(Point(2), data, loss_fn=lambda outputs, _: outputs.prod(1).mean())[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("wrt", ["weights", "inputs"])
+def test_trained_networks_have_the_largest_eigenvalue_of_the_dense_hessian_from_any_seed(wrt):
+    train, _ = data.load("digits")
+    images = [(x[:16].unflatten(1, (8, 8))[:, None, :2, :4], y[:16] % 3) for x, y in train][:2]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    for _ in range(100):
+        for x, y in images:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    x, y = (torch.cat(parts) for parts in zip(*images, strict=True))
+    expected = dense(deepcopy(model).double().eval(), x.double(), y, wrt)[:, -1].mean().item()
+    for seed in range(3):
+        found, _ = largest_eigenvalue(model.eval(), images, wrt=wrt, seed=seed)
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_curvature_along_a_curve_is_that_of_each_network():
