@@ -380,13 +380,20 @@ class Connection:
         checkpoint.write(path, _KIND, tensors, about)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], template: nn.Module | None = None) -> Connection:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        template: nn.Module | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Connection:
         """Read a connection.
 
         Args:
             path: A file that `save` wrote.
-            template: A model of the same architecture, whose device and memory format the connection takes; needed
-                unless the networks came from `modeconn.models`.
+            template: A model of the same architecture, whose memory format the connection takes; needed unless the
+                networks came from `modeconn.models`.
+            device: Where the connection is to be; default: where ``template`` is, else the CPU.
 
         Raises:
             ValueError: If the file is no connection, or the template differs from it: the first name that differs.
@@ -394,6 +401,8 @@ class Connection:
         tensors, about = checkpoint.read(path, _KIND)
         points = tensors.pop("control_points")
         template = _rebuild(about["model"], points.dtype, path) if template is None else template
+        if device is not None:
+            template = copy_of(template).to(device)  # a copy: `to` moves the caller's own
         buffers = tuple(
             {name.removeprefix(start): buffer for name, buffer in tensors.items() if name.startswith(start)}
             for start in ("buffers.a.", "buffers.b.")

@@ -467,7 +467,7 @@ def evaluate(
         raise ValueError(f"--on must be train or test, got {on!r}.")
     measured = loaders[0].with_(augment=(), shuffle=False) if on == "train" else loaders[1]
     architecture = template(model, model_arg, loaders[0])
-    loaded = Connection.load(connection, None if architecture is None else architecture.to(device))
+    loaded = Connection.load(connection, architecture, device=device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=loaders[0], progress=_bars(progress))
     profile.to_json(files[0])
     profile.to_csv(files[1])
@@ -549,7 +549,7 @@ def robustness(
         for file in files:
             checkpoint.check_writable(file)
         kept = checkpoint_file or base.with_name(f"{base.name}.robust.checkpoint")
-        loaded = Connection.load(path, None if architecture is None else architecture.to(device))
+        loaded = Connection.load(path, architecture, device=device)
         try:
             found = loaded.robustness(
                 loaders[1],
