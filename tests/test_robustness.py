@@ -340,6 +340,8 @@ def test_a_black_box_that_finds_more_than_gradients_do_is_a_sign_of_masking():
     )
     assert doubtful({**rows, "square": first(55)}, **attacks) == []
     assert doubtful(rows, **{**attacks, "square": {"black_box": True, "eps": 0.2}}) == []  # a larger ball may
+    both = {**attacks, "autoattack": {"black_box": None, "kind": "Cascade"}}
+    assert doubtful({**rows, "autoattack": first(40)}, **both) == [doubt]  # its black box says nothing for gradients
 
 
 def test_real_attacks_are_compared_by_their_settings():

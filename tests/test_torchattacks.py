@@ -232,6 +232,13 @@ def test_a_cascade_shows_each_attack_only_what_is_left():
         Cascade(())
 
 
+def test_attacks_with_a_black_box_among_them_are_neither():
+    square, apgd = TorchAttack("Square"), TorchAttack("APGD")
+    assert (square.black_box, apgd.black_box, TorchAttack("AutoAttack").black_box) == (True, False, None)
+    assert Cascade((PGD(0.1, 0.1, 1), apgd)).black_box is False and Cascade((square, square)).black_box is True
+    assert Cascade((apgd, square)).black_box is None and Cascade((autoattack(0.1), autoattack(0.1))).black_box is None
+
+
 def test_autoattack_is_the_reference_version():
     attack = build("autoattack", eps=0.1, seed=5)
     assert [part.name for part in attack.attacks] == ["APGD", "APGDT", "FAB", "Square"]

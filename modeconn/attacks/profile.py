@@ -46,7 +46,7 @@ class RobustProfile:
         t: Positions, rising, float64 ``(N,)``.
         correct: By row but "worst", whether each example is answered right, bool ``(N, M)``, M examples.
         losses: Likewise its loss, float32 ``(N, M)``.
-        attacks: By attack its "settings", "kind", "eps", "norm" and whether it is a "black_box".
+        attacks: By attack its "settings", "kind", "eps", "norm" and whether it is a "black_box", None if in part.
         data: A digest of the examples.
         transfer: By attack the accuracy at each t (column) on adversarial examples made at each t (row), ``(N, N)``;
             None if it was not measured.
@@ -312,8 +312,8 @@ def _is_stronger(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _is_white_box_for(one: Mapping[str, Any], black: Mapping[str, Any]) -> bool:
-    """Whether an attack sees gradients and may go at least as far as a black-box one."""
-    if one["black_box"] or None in (one["eps"], black["eps"]):
+    """Whether an attack has nothing but gradients, and may go at least as far as a black-box one."""
+    if one["black_box"] is not False or None in (one["eps"], black["eps"]):
         return False
     return bool(one["norm"] == black["norm"] and one["eps"] >= black["eps"])
 

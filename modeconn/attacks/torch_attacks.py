@@ -95,9 +95,9 @@ class TorchAttack:
         return str(self.settings.get("norm", default)).lower()
 
     @property
-    def black_box(self) -> bool:
-        """Whether it sees only what the network answers."""
-        return self.name in _BLACK_BOXES
+    def black_box(self) -> bool | None:
+        """Whether it sees only what the network answers; None for a bundle, of which a part does."""
+        return None if self.name == "AutoAttack" else self.name in _BLACK_BOXES
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return adversarial examples, see `PGD.__call__`."""
@@ -158,6 +158,12 @@ class Cascade:
         """The norm of the attacks, None if they have several."""
         norms = {getattr(attack, "norm", None) for attack in self.attacks}
         return norms.pop() if len(norms) == 1 else None
+
+    @property
+    def black_box(self) -> bool | None:
+        """Whether its attacks see only what the network answers; None if some do and some see gradients."""
+        kinds = {getattr(attack, "black_box", False) for attack in self.attacks}
+        return kinds.pop() if len(kinds) == 1 else None
 
     @property
     def settings(self) -> dict[str, Any]:
