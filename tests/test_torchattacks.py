@@ -149,7 +149,7 @@ def test_attacks_without_a_ball_run_too(name, digits):
 
 
 @pytest.mark.parametrize("name", ["APGD", "APGDT", "Square", "PGD"])
-def test_a_seed_decides_and_none_begins_where_the_global_generator_is(name, digits):
+def test_a_seed_decides_and_none_draws_from_the_global_generator(name, digits):
     model, x, y = digits
     x, y = x[:8], y[:8]
 
@@ -160,6 +160,8 @@ def test_a_seed_decides_and_none_begins_where_the_global_generator_is(name, digi
     with torch.random.fork_rng():
         assert torch.equal(found(0), found(0))
         assert not torch.equal(found(0), found(1))
+        attack = replace(few(name, eps=0.3), seed=None)
+        assert not torch.equal(attack(model, x, y), attack(model, x, y))  # as one batch of training after the other
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (1, 3, 4), (3, 4, 4)])
@@ -181,7 +183,8 @@ def test_flags_of_the_network_stay_and_training_sees_the_network_it_updates():
     model[2].register_forward_hook(lambda layer, *_: seen.append((layer.training, layer.track_running_stats)))
     x, y = torch.rand(6, 1, 2, 4), torch.tensor([0, 1, 2, 0, 1, 2])
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    TorchAttack("PGD", {"steps": 2})(model, x, y)
+    for attack in (TorchAttack("PGD", {"steps": 2}), Cascade((PGD(0.1, 0.1, 1),))):
+        attack(model, x, y)
     assert set(seen) == {(True, False)} and all(module.training for module in model.modules())
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert AdversarialTraining(TorchAttack("PGD", {"steps": 2})).loss(model, x, y, nn.functional.cross_entropy) > 0

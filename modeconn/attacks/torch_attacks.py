@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modeconn.adversarial import Attack, under_attack
 from modeconn.loss import main_output
-from modeconn.rng import preserved, seeded
+from modeconn.rng import seeded
 
 _RADII = ("eps", "max_epsilon")
 _STEPS = ("steps", "num_iter_set", "nb_iter")
@@ -29,7 +29,7 @@ class TorchAttack:
     """An attack of the package torchattacks (Kim, 2020), as ``attack(model, x, y) -> x_adv``.
 
     Its ``repr`` is the text that `modeconn.attacks.build` reads. The network is attacked in the mode it is in, its
-    parameters receive no gradient, and no global random state changes, though many of these attacks reseed it. Inputs
+    parameters receive no gradient, and global random states stay, though many of these attacks reseed them. Inputs
     that are no square images, which some of these attacks take alone, are written row by row into such images, filled
     up by zeros that the network does not see.
 
@@ -39,7 +39,7 @@ class TorchAttack:
         name: The class: "PGD", "APGD", "Square", "FAB", "CW", ...
         arguments: Of its constructor. Where it has ``n_classes``, the default is 10 or, if the network has fewer
             classes, that number; where it has ``seed``, that is drawn.
-        seed: Of all its random numbers. None begins where torch's global generator is, and leaves it there.
+        seed: Of all its random numbers; each call then begins alike. None draws from torch's global generator.
 
     Raises:
         ModuleNotFoundError: If torchattacks is not installed.
@@ -104,8 +104,8 @@ class TorchAttack:
         if self.eps == 0 or not len(x):
             return x
         seen = _AsImages(model, x)
-        randomness = preserved(x.device) if self.seed is None else seeded(self.seed, x.device)
-        with randomness, under_attack(model), torch.enable_grad():
+        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        with seeded(seed, x.device), under_attack(model):
             images = seen.images(x)
             attack = _classes()[self.name](seen, **self._arguments(seen, images))
             return seen.inputs(attack(images, y).detach())
@@ -173,6 +173,10 @@ class Cascade:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return adversarial examples, see `PGD.__call__`."""
+        with under_attack(model):
+            return self._attack(model, x, y)
+
+    def _attack(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x_adv, (unbroken, num_classes) = x.clone(), self._right(model, x, y)
         if num_classes < self.fewest_classes:
             raise ValueError(
