@@ -88,6 +88,16 @@ def test_radius_norm_and_seed_are_set_where_the_text_is_silent_and_the_attack_ha
     assert build("pgd20", eps=0.0).eps == 0
 
 
+def test_a_norm_that_an_attack_cannot_take_is_refused():
+    for name, norm, own in (("PGD", "l2", "linf"), ("FGSM", "l2", "linf"), ("PGDL2", "linf", "l2")):
+        with pytest.raises(
+            ValueError, match=f"{name} knows no ball but that of norm '{own}', got norm='{norm}'. Leave"
+        ):
+            build(f"torchattacks:{name}", eps=0.5, norm=norm)
+        assert build(f"torchattacks:{name}", norm=own).norm == own
+    assert build("torchattacks:APGD(norm='L2')", norm="linf").norm == "l2"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -105,6 +115,7 @@ def test_radius_norm_and_seed_are_set_where_the_text_is_silent_and_the_attack_ha
         ("torchattacks:FAB(norm=L2)", "numbers, fractions or strings in quotes, got L2"),
         ("torchattacks:PGD(eps=8/0)", "8 / 0 is no number"),
         ("torchattacks:PGD(eps='a'*9)", "'a' \\* 9 is no number"),
+        ("torchattacks:PGD(eps=8/255, eps=1/255)", "eps is given twice in 'torchattacks:PGD"),
         ("torchattacks:PGD(eps=-8/255)", "eps must be a finite number, 0 or more, got eps=-0.03"),
         ("torchattacks:PGD(steps=-1)", "steps must be 0 or more, got steps=-1"),
         ("torchattacks:PGD(alpha=0)", "alpha, the step size, must be positive, got alpha=0"),

@@ -34,12 +34,12 @@ def build(
     Args:
         text: The name.
         eps: Radius of the ball, where ``text`` does not say it; default 8/255.
-        norm: "linf" (the default) or "l2", likewise.
+        norm: "linf" (the default but for attacks in "l2" alone) or "l2", likewise.
         seed: Likewise; None as `PGD` and `TorchAttack` have it.
 
     Raises:
         ModuleNotFoundError: If the attack needs torchattacks, which is not installed.
-        ValueError: If the text cannot be read, or there is no such attack or argument.
+        ValueError: If the text cannot be read, there is no such attack or argument, or it cannot take the norm.
 
     Example:
         >>> build("pgd20", eps=8 / 255)
@@ -77,7 +77,13 @@ def _from_torchattacks(text: str, eps: float | None, norm: str | None, seed: int
         given |= {key: eps for key in ("eps", "max_epsilon") if key in known and key not in given}
     if norm is not None and "norm" in known and "norm" not in given:
         given["norm"] = torch_norm(norm)
-    return TorchAttack(name, given, seed)
+    attack = TorchAttack(name, given, seed)
+    if norm is not None and "norm" not in given and attack.eps is not None and attack.norm != norm:
+        raise ValueError(
+            f"{_PREFIX}{name} knows no ball but that of norm {attack.norm!r}, got norm={norm!r}. Leave the norm out, "
+            f"or write pgd20, apgd or an attack of torchattacks in that norm."
+        )
+    return attack
 
 
 def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
@@ -90,7 +96,10 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
         return node.id, {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         raise ValueError(f"an attack is written {_PREFIX}PGD(eps=8/255, steps=20), got {text!r}.")
-    return node.func.id, {_keyword(word, text): _value(word.value, text) for word in node.keywords}
+    names = [_keyword(word, text) for word in node.keywords]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given twice in {text!r}.")
+    return node.func.id, {name: _value(word.value, text) for name, word in zip(names, node.keywords, strict=True)}
 
 
 def _keyword(word: ast.keyword, text: str) -> str:

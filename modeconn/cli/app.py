@@ -489,7 +489,10 @@ def robustness(
     eps: Annotated[
         str, typer.Option(metavar="8/255", help="Radius of every ball, in units of the pixel range.")
     ] = "8/255",
-    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    norm: Annotated[
+        str | None,
+        typer.Option(help="linf or l2; default: linf, or that of an attack in l2 alone.", show_default=False),
+    ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many networks to attack, both ends included.")] = 11,
     examples: Annotated[int | None, typer.Option(help="Attack the first so many test examples.")] = None,
     statistics: Annotated[
@@ -534,15 +537,15 @@ def robustness(
     """
     from matplotlib.figure import Figure
 
-    radius = parse.number(eps)
-    attacks = {text: build_attack(text, eps=radius, norm=parse.norm(norm)) for text in attack}
+    radius, ball = parse.number(eps), None if norm is None else parse.norm(norm)
+    attacks = {text: build_attack(text, eps=radius, norm=ball) for text in attack}
     if statistics not in ("clean", "adversarial"):
         raise ValueError(f"--statistics must be clean or adversarial, got {statistics!r}.")
     loaders = DataOptions(data, root, batch_size, seed=data_seed, device=device).load()
     architecture = template(model, model_arg, loaders[0])
     training: Any = loaders[0]
     if statistics == "adversarial":
-        training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=parse.norm(norm)))
+        training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=ball))
     for path in connections:
         base = (out or path.parent) / path.stem
         files = [base.with_name(f"{base.name}.robust.{ending}") for ending in ("json", "csv", "png")]
