@@ -254,6 +254,24 @@ def test_a_ball_has_a_tolerance_but_one_of_radius_0_has_none():
         connect().robustness(data, [By(0.0, 1e-9)], t=[0.5])
 
 
+def test_an_attack_in_place_changes_no_data_and_is_held_to_its_ball():
+    @dataclass(frozen=True)
+    class InPlace:
+        eps: float
+        share: float
+        norm: str = "linf"
+
+        def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return x.lerp_(torch.full_like(x, 0.5), self.share)
+
+    data, untouched = examples(), examples()
+    profile = connect().robustness(data, {"in place": InPlace(0.5, 0.5), "weak": WEAK}, t=[0.5])
+    assert all(torch.equal(x, x0) and torch.equal(y, y0) for (x, y), (x0, y0) in zip(data, untouched, strict=True))
+    assert torch.equal(profile.losses["weak"], connect().robustness(data, {"weak": WEAK}, t=[0.5]).losses["weak"])
+    with pytest.raises(ValueError, match="left its ball"):
+        connect().robustness(data, [InPlace(0.1, 0.5)], t=[0.5])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [

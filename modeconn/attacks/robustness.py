@@ -159,7 +159,7 @@ def _attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int,
     """Return adversarial examples that were looked at; an error says which attack it was, and at which t."""
     try:
         with seeded(seed, x.device), under_attack(model):
-            x_adv = attack(model, x, y).detach()
+            x_adv = attack(model, x.clone(), y.clone()).detach()  # clones: some attacks change what they are given
     except (ValueError, FloatingPointError) as error:
         raise type(error)(f"{label}: {error}") from error
     except Exception as error:
