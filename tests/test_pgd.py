@@ -48,6 +48,18 @@ def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
 # ---------------------------------------------------------------- laws
 
 
+@NORMS
+def test_float16_does_not_lose_the_gradient_of_a_network_that_is_sure(norm):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
+    model[1].bias.data = torch.tensor([16.0, 0.0, 0.0])
+    x, attack = torch.full((32, 1, 2, 4), 0.5), PGD(0.1, 0.1, 1, norm=norm, random_start=False)
+    y = torch.zeros(32, dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16):
+        found = attack(model, x, y)
+    assert (lengths(found - x, norm) > 0.09).all()
+    torch.testing.assert_close(found, attack(model, x, y), rtol=0, atol=5e-3)
+
+
 @settings(deadline=None, max_examples=40)
 @given(
     eps=st.floats(0, 2),

@@ -14,6 +14,7 @@ from modeconn.adversarial import under_attack
 from modeconn.checkpoint import describe
 from modeconn.loss import LossFn, check_targets, cross_entropy
 
+_SCALE = 2.0**10  # of the loss, against underflow of its gradient in float16; a power of two rounds nothing
 _ROUNDING = 1e-5  # by so much may augmentation leave the pixel range
 
 
@@ -139,7 +140,7 @@ class PGD:
             outputs = model(x_adv)
             if step == 0:
                 check_targets(outputs, y, name="an attack")
-            (gradient,) = torch.autograd.grad(self.loss_fn(outputs, y), x_adv)
+            (gradient,) = torch.autograd.grad(_SCALE * self.loss_fn(outputs, y), x_adv)
             found_nan |= gradient.isnan().any()
             moved = torch.add(x_adv.detach(), norm.direction(gradient), alpha=uphill * self.step_size)
             x_adv = norm.project(moved, x, self.eps).clamp(lowest, highest)
