@@ -296,6 +296,7 @@ def test_inputs_outside_the_pixel_range_are_refused(change, message):
         ({"num_examples": 0}, "num_examples must be at least 1"),
         ({"attacks": {"clean": WEAK}}, "two rows have the name 'clean'"),
         ({"attacks": [WEAK, WEAK]}, "two rows have the name 'PGD"),
+        ({"attacks": [PGD(0.1, 0.1, 1, targeted=True)]}, "is targeted: .* Measure with targeted=False"),
         ({"attacks": ["pgd20"]}, "cannot be called; modeconn.attacks.build makes attacks from their names"),
         ({"loader": []}, "loader is empty"),
         (
@@ -347,6 +348,26 @@ def test_an_attack_that_finds_less_with_more_to_spend_is_weak(name):
     assert doubtful({**rows, "many": first(30)}, **settings) == []
     other = {"few": settings["few"], "many": {"settings": {name: 2, "loss": "dlr"}}}
     assert doubtful(rows, **other) == []
+
+
+def test_an_attack_that_leaves_more_than_clean_examples_do_is_weak():
+    (doubt,) = doubtful({"clean": first(80), "pgd": first(90)}, pgd={})
+    assert doubt == "pgd is a weak attack: at t=0.5 it leaves 90.00% right, clean, with less to spend, 80.00%."
+    assert doubtful({"clean": first(80), "pgd": first(83)}, pgd={}) == []
+
+
+@pytest.mark.parametrize("num_points", [1, 11, 61])
+def test_equally_strong_attacks_are_seldom_doubted_at_however_many_points(num_points):
+    generator = torch.Generator().manual_seed(0)
+    facts = {"kind": "PGD", "eps": 0.1, "norm": "linf", "black_box": False}
+    attacks = {row: {**facts, "settings": {"num_steps": steps}} for row, steps in (("few", 10), ("many", 20))}
+    t, doubted = torch.linspace(0, 1, num_points, dtype=torch.float64), 0
+    for _ in range(300):
+        rows = {row: torch.rand(num_points, 400, generator=generator) < 0.5 for row in attacks}
+        rows["clean"] = torch.ones(num_points, 400, dtype=torch.bool)
+        losses = {row: right.float() for row, right in rows.items()}
+        doubted += bool(RobustProfile(t, rows, losses, attacks).warnings)
+    assert doubted <= 300 * 0.05
 
 
 def test_a_black_box_that_finds_more_than_gradients_do_is_a_sign_of_masking():

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -139,12 +140,15 @@ class RobustProfile:
     def warnings(self) -> list[str]:
         """What speaks against the attacks, each doubt a sentence; empty is no proof that they are strong.
 
-        An attack that leaves over 2 paired standard errors more right answers than another with a smaller ball or fewer
-        steps, but otherwise the same settings, is weak. A black-box attack that leaves as many fewer than all attacks
-        by gradients in its ball or a larger one together is a sign of masked gradients.
+        An attack that leaves more right answers than another with a smaller ball or fewer steps, but otherwise the same
+        settings, is weak, and so is one that leaves more than clean examples do. A black-box attack that leaves fewer
+        than all attacks by gradients in its ball or a larger one together is a sign of masked gradients. At one point a
+        difference counts from 2 paired standard errors on; at several, from so many that chance makes one of them as
+        likely.
         """
         pairs = [(one, other) for one in self.attacks for other in self.attacks]
         found = [self._weakness(one, other) for one, other in pairs if _is_stronger(*self._facts(one, other))]
+        found += [self._weakness(one, CLEAN) for one in self.attacks]
         for black in (row for row, facts in self.attacks.items() if facts["black_box"]):
             rivals = [row for row in self.attacks if _is_white_box_for(*self._facts(row, black))]
             found += [self._masking(black, rivals)] if rivals else []
@@ -286,7 +290,8 @@ class RobustProfile:
         mean = difference.mean(1)
         errors = mean / (difference.std(1) / self.num_examples**0.5).clamp(min=torch.finfo(torch.float64).tiny)
         place = int(errors.nan_to_num(0).argmax())  # NaN: one example has no deviation
-        return place if errors[place] > _STANDARD_ERRORS else None
+        by_chance = NormalDist().cdf(-_STANDARD_ERRORS) / len(errors)
+        return place if errors[place] > -NormalDist().inv_cdf(by_chance) else None
 
     def _check_row(self, row: str) -> None:
         if row not in self.accuracy:

@@ -237,6 +237,11 @@ def _named(attacks: Attacks) -> dict[str, Attack]:
     for name, attack in named:
         if not callable(attack):
             raise ValueError(f"attack {name} cannot be called; modeconn.attacks.build makes attacks from their names.")
+        if getattr(attack, "targeted", False):
+            raise ValueError(
+                f"attack {name} is targeted: led to the right classes, it would make the network better. "
+                f"Measure with targeted=False."
+            )
     return dict(named)
 
 
