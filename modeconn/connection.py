@@ -255,10 +255,10 @@ class Connection:
             recalibration_examples: How many examples of it to use, None for all.
             repair: See `model_at`.
             transfer: Whether to evaluate what an attack finds at each t at all others too, which keeps the networks at
-                all t in memory.
+                all t in memory. Once a position is added, everything is attacked again.
             loss_fn: Default that of the fit, or cross entropy.
             checkpoint: A file of finished measurements, a line for each t, attack and batch. What is in it is not
-                measured again, also if attacks or positions have been added meanwhile.
+                measured again, also if attacks or positions have been added meanwhile (positions not with transfer).
             seed: Of the attacks: the same random numbers at every t.
             progress: Whether to show a progress bar.
 

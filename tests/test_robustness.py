@@ -427,6 +427,8 @@ def test_a_point_chosen_on_one_split_is_reported_on_another():
         validation.best_t("pgd")
     with pytest.raises(ValueError, match="must be chosen on other examples than it is reported on"):
         test.chosen_by(test)
+    with pytest.raises(ValueError, match="must be chosen on other examples than it is reported on"):
+        test.chosen_by(connection.robustness(examples(batch_size=7), {"weak": WEAK}, num_points=5))
     with pytest.raises(ValueError, match=r"was not measured here. Pass t="):
         connection.robustness(examples(), {"weak": WEAK}, t=[0.123]).chosen_by(validation)
 
