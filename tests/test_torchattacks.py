@@ -117,13 +117,57 @@ def test_a_norm_that_an_attack_cannot_take_is_refused():
         ("torchattacks:PGD(eps='a'*9)", "'a' \\* 9 is no number"),
         ("torchattacks:PGD(eps=8/255, eps=1/255)", "eps is given twice in 'torchattacks:PGD"),
         ("torchattacks:PGD(eps=-8/255)", "eps must be a finite number, 0 or more, got eps=-0.03"),
-        ("torchattacks:PGD(steps=-1)", "steps must be 0 or more, got steps=-1"),
-        ("torchattacks:PGD(alpha=0)", "alpha, the step size, must be positive, got alpha=0"),
+        ("torchattacks:PGD(eps='8/255')", r"eps must be a number, got eps='8/255' for torchattacks:PGD\(eps='8/255'\)"),
+        ("torchattacks:PGD(eps=None)", "eps must be a number, got eps=None"),
+        ("torchattacks:PGD(steps=-1)", "steps must be positive and finite, got steps=-1"),
+        ("torchattacks:PGD(steps=0)", "steps must be positive and finite, got steps=0"),
+        ("torchattacks:PGD(steps=2.5)", "steps must be a whole number, got steps=2.5"),
+        ("torchattacks:PGD(steps=True)", "steps must be a whole number, got steps=True"),
+        ("torchattacks:PGD(alpha=0)", "alpha must be positive and finite, got alpha=0"),
+        ("torchattacks:PGD(alpha=-0.01)", "alpha must be positive and finite, got alpha=-0.01"),
+        ("torchattacks:PGD(random_start='no')", "random_start must be True or False, got random_start='no'"),
+        ("torchattacks:APGD(n_restarts=0)", "n_restarts must be positive and finite, got n_restarts=0"),
+        ("torchattacks:APGD(seed='x')", "seed must be a whole number, got seed='x'"),
+        ("torchattacks:APGD(norm=2)", "norm must be a string, got norm=2"),
+        ("torchattacks:Pixle(x_dimensions=3)", "x_dimensions must be a pair, got x_dimensions=3"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         build(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("APGD(norm='L1')", r"torchattacks:APGD\(norm='L1'\) failed with AssertionError"),
+        ("APGD(loss='foo')", r"torchattacks:APGD\(loss='foo'\) failed with ValueError: unknown loss"),
+        ("APGDT(n_classes=20)", r"n_classes must lie in 2\.\.10, the classes of the network, got n_classes=20"),
+        ("APGDT(n_classes=1)", r"n_classes must lie in 2\.\.10"),
+    ],
+)
+def test_what_torchattacks_cannot_do_names_the_attack(text, message, digits):
+    model, x, y = digits
+    with pytest.raises(ValueError, match=message):
+        build(f"torchattacks:{text}")(model, x[:2], model(x[:2]).argmax(1))
+    for name in ("APGDT", "AutoAttack"):
+        with pytest.raises(
+            ValueError, match=rf"torchattacks:{name}\(\) compares 4 classes, but the network has 3\. Use"
+        ):
+            TorchAttack(name)(nn.Linear(64, 3), x[:2], y[:2] % 3)
+
+
+def test_every_default_is_of_its_own_kind():
+    for name in _classes():
+        defaults = {key: value for key, value in _defaults(name).items() if value is not None}
+        assert TorchAttack(name).settings == TorchAttack(name, defaults).settings
+        assert TorchAttack(name, {"eps": 1} if "eps" in defaults else {})
+
+
+def test_classes_are_counted_in_train_mode_too():
+    model = nn.Sequential(nn.Linear(9, 4), nn.BatchNorm1d(4)).train()
+    x = torch.rand(8, 9, generator=torch.Generator().manual_seed(0))
+    assert few("APGDT", eps=1e-6)(model, x, model(x).argmax(1)).shape == x.shape
 
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from modeconn.adversarial import Attack
 from modeconn.attacks.pgd import PGD
-from modeconn.attacks.torch_attacks import TorchAttack, autoattack, torch_norm
+from modeconn.attacks.torch_attacks import TorchAttack, autoattack, is_number, torch_norm
 
 _PREFIX = "torchattacks:"
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
@@ -112,7 +112,7 @@ def _value(node: ast.expr, text: str) -> Any:
     """Return a literal, or what fractions and sums of numbers are."""
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
         left, right = _value(node.left, text), _value(node.right, text)
-        if not (_is_number(left) and _is_number(right)) or (right == 0 and isinstance(node.op, ast.Div)):
+        if not (is_number(left) and is_number(right)) or (right == 0 and isinstance(node.op, ast.Div)):
             raise ValueError(f"{ast.unparse(node)} is no number, in {text!r}.")
         return _ARITHMETIC[type(node.op)](left, right)
     try:
@@ -121,7 +121,3 @@ def _value(node: ast.expr, text: str) -> Any:
         raise ValueError(
             f"values are numbers, fractions or strings in quotes, got {ast.unparse(node)} in {text!r}."
         ) from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
