@@ -244,8 +244,8 @@ class Connection:
 
         Args:
             loader: Data to attack, inputs in [0, 1]; the normalisation belongs into the model.
-            attacks: Attacks ``attack(model, x, y) -> x_adv``, such as `PGD` or those of `modeconn.attacks.build`; a
-                dict gives them names.
+            attacks: One or several attacks ``attack(model, x, y) -> x_adv``, such as `PGD` or those of
+                `modeconn.attacks.build`; a dict gives them names.
             t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
             num_points: How many.
             num_examples: Attack only so many examples, the first. None for all.

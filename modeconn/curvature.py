@@ -18,7 +18,7 @@ from modeconn.loaders import batches, check_loader, num_examples
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.rng import seeded
 from modeconn.table import html_table, table
-from modeconn.weights import WeightSpace
+from modeconn.weights import WeightSpace, device_of
 
 _LOOK_EVERY = 10  # steps; before the first look a random vector may hide the largest eigenvalue behind many close ones
 _ROUNDING = 10.0  # in units of the precision of a number
@@ -105,7 +105,7 @@ def largest_eigenvalue(
         raise ValueError(
             f"num_steps must be at least 1 and tolerance positive, got num_steps={num_steps}, tolerance={tolerance}."
         )
-    device = next(model.parameters()).device
+    device = device_of(model)
     with seeded(seed, device), under_attack(model), torch.enable_grad():
         check_loader(loader)
         data = list(batches(loader, device))

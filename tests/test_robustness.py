@@ -297,6 +297,10 @@ def test_inputs_outside_the_pixel_range_are_refused(change, message):
         ({"attacks": {"clean": WEAK}}, "two rows have the name 'clean'"),
         ({"attacks": [WEAK, WEAK]}, "two rows have the name 'PGD"),
         ({"attacks": [PGD(0.1, 0.1, 1, targeted=True)]}, "is targeted: .* Measure with targeted=False"),
+        (
+            {"attacks": {"it": Faulty("own", norm="Linf")}},
+            "it must have one of the norms linf, l2, l1, got norm='Linf'",
+        ),
         ({"attacks": ["pgd20"]}, "cannot be called; modeconn.attacks.build makes attacks from their names"),
         ({"loader": []}, "loader is empty"),
         (
@@ -317,6 +321,35 @@ def test_a_network_in_train_mode_is_refused():
     model[2].train()
     with pytest.raises(ValueError, match=r"the model is in train mode \(in '2'\).* Call model.eval\(\) first"):
         robustness(model, examples(), [WEAK])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_any_dtype_are_attacked_in_their_ball(dtype):
+    model = CASE["mlp"].make(0, dtype).eval()
+    data = [(x.to(dtype), y) for x, y in examples()]
+    for norm in ("linf", "l2"):
+        attack = PGD(8 / 255, 2 / 255, 3, norm=norm, seed=0)
+        profile = robustness(model, data, attack)
+        assert profile.loss[repr(attack)] > profile.loss["clean"]
+        with pytest.raises(ValueError, match="left its ball"):
+            robustness(model, data, {"it": Claims(replace(attack, eps=0.1, step_size=0.1), norm)})
+
+
+@dataclass(frozen=True)
+class Claims:
+    """An attack with a smaller ball in its name."""
+
+    attack: PGD
+    norm: str
+    eps: float = 8 / 255
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.attack(model, x, y)
+
+
+def test_a_network_without_weights_can_be_attacked():
+    profile = robustness(nn.Flatten().eval(), examples(), [WEAK])
+    assert profile.loss[repr(WEAK)] > profile.loss["clean"]
 
 
 # -- what is doubted

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.adversarial import under_attack
 from modeconn.checkpoint import describe
-from modeconn.loss import LossFn, check_targets, cross_entropy
+from modeconn.loss import LossFn, check_targets, cross_entropy, per_example
 
 _SCALE = 2.0**10  # of the loss, against underflow of its gradient in float16; a power of two rounds nothing
 _ROUNDING = 1e-5  # by so much may augmentation leave the pixel range
@@ -151,9 +151,7 @@ class PGD:
     def _losses(self, model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
         """Return what each example's loss is, ``(N,)``, negated if the attack lowers it."""
         with torch.no_grad():
-            outputs = model(x_adv)
-            alone: Any = tuple(o[:, None] for o in outputs) if isinstance(outputs, (tuple, list)) else outputs[:, None]
-            losses = torch.func.vmap(self.loss_fn)(alone, y[:, None])
+            losses = per_example(self.loss_fn, model(x_adv), y)
         return -losses if self.targeted else losses
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
