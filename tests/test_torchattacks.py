@@ -6,6 +6,7 @@ import math
 import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -162,6 +163,7 @@ def test_every_default_is_of_its_own_kind():
         defaults = {key: value for key, value in _defaults(name).items() if value is not None}
         assert TorchAttack(name).settings == TorchAttack(name, defaults).settings
         assert TorchAttack(name, {"eps": 1} if "eps" in defaults else {})
+    assert TorchAttack("PGD", {"eps": np.float32(0.5), "steps": np.int64(3)})
 
 
 def test_classes_are_counted_in_train_mode_too():

@@ -120,7 +120,7 @@ class _Trial:
     def data_digest(self) -> str:
         """A hash of the examples one by one, in whatever batches."""
         inputs, targets = zip(*self._data, strict=True)
-        return digest([one for part in (*inputs, *targets) for one in part])
+        return digest([one for part in (*inputs, *targets) for one in part.cpu()])
 
     def run(
         self, model: nn.Module, identity: str, attack: Attack | None, label: str, done: Callable[[], Any]

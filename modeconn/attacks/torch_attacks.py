@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -74,8 +75,7 @@ class TorchAttack:
             default = 0 if name == "seed" else _defaults(self.name)[name]
             is_whole = type(default) is int and name not in _REAL
             kind = int if is_whole else float if is_number(default) else type(default)
-            fits = isinstance(value, kind) and is_number(value) == is_number(default)
-            if not (fits or (kind is float and is_number(value))):
+            if not _is_of(kind, value):
                 raise ValueError(f"{name} must be {_KINDS[kind]}, got {name}={value!r} for {self!r}.")
             if name in _RADII and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {name}={value} for {self!r}.")
@@ -324,7 +324,14 @@ def _too_few(attack: str, fewest: int, num_classes: int) -> str:
 
 def is_number(value: Any) -> bool:
     """Whether a value is a number, and no truth value."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool)
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """Whether a value is one of ``_KINDS``; whole numbers are numbers too, and so are those of numpy."""
+    if kind in (int, float):
+        return is_number(value) and (kind is float or isinstance(value, Integral))
+    return isinstance(value, kind)
 
 
 def _show(name: str, value: Any) -> str:
