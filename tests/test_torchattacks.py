@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn import PGD, AdversarialTraining, Connection, data, models
+from modeconn.adversarial import under_attack
 from modeconn.attacks import Cascade, TorchAttack, autoattack, build
 from modeconn.attacks.torch_attacks import _classes, _defaults
 from modeconn.connection import TrainingData
@@ -238,9 +239,11 @@ def test_flags_of_the_network_stay_and_training_sees_the_network_it_updates():
     model = CASE["batch_norm"].make(0).train()
     seen = []
     model[2].register_forward_hook(lambda layer, *_: seen.append((layer.training, layer.track_running_stats)))
-    x, y = torch.rand(6, 1, 2, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    x = torch.rand(6, 1, 2, 4, generator=torch.Generator().manual_seed(0))
+    with under_attack(model):
+        y = model(x).argmax(1)  # right, so that the cascade attacks a whole batch
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    for attack in (TorchAttack("PGD", {"steps": 2}), Cascade((PGD(0.1, 0.1, 1),))):
+    for attack in (TorchAttack("PGD", {"steps": 2}), Cascade((PGD(1e-6, 1e-6, 1),))):
         attack(model, x, y)
     assert set(seen) == {(True, False)} and all(module.training for module in model.modules())
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
