@@ -244,8 +244,8 @@ class Connection:
 
         Args:
             loader: Data to attack, inputs in [0, 1]; the normalisation belongs into the model.
-            attacks: Attacks ``attack(model, x, y) -> x_adv``, such as `PGD` or those of `modeconn.attacks.build`; a
-                dict gives them names.
+            attacks: One or several attacks ``attack(model, x, y) -> x_adv``, such as `PGD` or those of
+                `modeconn.attacks.build`; a dict gives them names.
             t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
             num_points: How many.
             num_examples: Attack only so many examples, the first. None for all.
@@ -255,10 +255,10 @@ class Connection:
             recalibration_examples: How many examples of it to use, None for all.
             repair: See `model_at`.
             transfer: Whether to evaluate what an attack finds at each t at all others too, which keeps the networks at
-                all t in memory.
+                all t in memory. Once a position is added, everything is attacked again.
             loss_fn: Default that of the fit, or cross entropy.
             checkpoint: A file of finished measurements, a line for each t, attack and batch. What is in it is not
-                measured again, also if attacks or positions have been added meanwhile.
+                measured again, also if attacks or positions have been added meanwhile (positions not with transfer).
             seed: Of the attacks: the same random numbers at every t.
             progress: Whether to show a progress bar.
 
@@ -380,13 +380,20 @@ class Connection:
         checkpoint.write(path, _KIND, tensors, about)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str], template: nn.Module | None = None) -> Connection:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        template: nn.Module | None = None,
+        *,
+        device: torch.device | str | None = None,
+    ) -> Connection:
         """Read a connection.
 
         Args:
             path: A file that `save` wrote.
-            template: A model of the same architecture, whose device and memory format the connection takes; needed
-                unless the networks came from `modeconn.models`.
+            template: A model of the same architecture, whose memory format the connection takes; needed unless the
+                networks came from `modeconn.models`.
+            device: Where the connection is to be; default: where ``template`` is, else the CPU.
 
         Raises:
             ValueError: If the file is no connection, or the template differs from it: the first name that differs.
@@ -394,6 +401,8 @@ class Connection:
         tensors, about = checkpoint.read(path, _KIND)
         points = tensors.pop("control_points")
         template = _rebuild(about["model"], points.dtype, path) if template is None else template
+        if device is not None:
+            template = copy_of(template).to(device)  # a copy: `to` moves the caller's own
         buffers = tuple(
             {name.removeprefix(start): buffer for name, buffer in tensors.items() if name.startswith(start)}
             for start in ("buffers.a.", "buffers.b.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 import os
 import warnings
 from collections.abc import Callable, Iterable
@@ -19,7 +18,10 @@ from modeconn.loaders import batches, check_loader, num_examples
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.rng import seeded
 from modeconn.table import html_table, table
-from modeconn.weights import WeightSpace
+from modeconn.weights import WeightSpace, device_of
+
+_LOOK_EVERY = 10  # steps; before the first look a random vector may hide the largest eigenvalue behind many close ones
+_ROUNDING = 10.0  # in units of the precision of a number
 
 _Product = Callable[[Tensor], Tensor]
 """Vectors ``(R, D)`` to what R symmetric matrices make of them, ``(R, D)``."""
@@ -72,12 +74,14 @@ def largest_eigenvalue(
 ) -> tuple[float, int]:
     r"""Return the largest eigenvalue of the Hessian of a network's loss, and over how many examples.
 
-    By power iteration: :math:`v \leftarrow H v / \lVert H v \rVert` until :math:`v^\top H v` changes by less than
-    ``tolerance``, relatively. That finds the eigenvalue of largest size; where it is negative, the iteration is made
-    again with that much added to all. No Hessian is formed, a product with it costs about two steps of training.
+    By the method of Lanczos, from products with the Hessian alone: none is formed, and a product costs about two steps
+    of training. Power iteration makes the same products, but keeps only the last vector, and so stops at wrong values
+    where eigenvalues are close, or as far below zero as above. This keeps a vector ``(P,)`` for each product (with
+    respect to inputs, one of the size of a batch), usually 10 to 50. The largest eigenvalue in their span is returned
+    once its residual :math:`\lVert H v - \lambda v \rVert` is small.
 
     With respect to weights it is the Hessian of the mean loss. With respect to inputs each example has one of its own;
-    all are iterated side by side, and the result is the mean of their eigenvalues (Zhao et al., 2020, compare it
+    all are found side by side, and the result is the mean of their eigenvalues (Zhao et al., 2020, compare it
     with the robust loss along a curve).
 
     Args:
@@ -85,9 +89,9 @@ def largest_eigenvalue(
         loader: Data.
         wrt: Which Hessian.
         num_steps: How many products at most; more would be needed if a warning says so.
-        tolerance: When to stop.
+        tolerance: How large the residual may be, relative to the eigenvalue.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, differentiable twice.
-        seed: Of the first vectors.
+        seed: Of the random vectors.
 
     Raises:
         ValueError: If ``wrt`` is unknown or a setting out of range.
@@ -101,7 +105,7 @@ def largest_eigenvalue(
         raise ValueError(
             f"num_steps must be at least 1 and tolerance positive, got num_steps={num_steps}, tolerance={tolerance}."
         )
-    device = next(model.parameters()).device
+    device = device_of(model)
     with seeded(seed, device), under_attack(model), torch.enable_grad():
         check_loader(loader)
         data = list(batches(loader, device))
@@ -151,29 +155,46 @@ def _times(loss: Tensor, at: Tensor, vector: Tensor) -> Tensor:
 
 
 def _largest(product: _Product, start: Tensor, num_steps: int, tolerance: float) -> Tensor:
-    """Return the largest eigenvalue of each matrix, ``(R,)``."""
-    values = _dominant(product, start, num_steps, tolerance)
-    shift = values.clamp(max=0)[:, None]
-    if not shift.any():
-        return values
-    return _dominant(lambda v: product(v) - shift * v, start, num_steps, tolerance) + shift[:, 0]
-
-
-def _dominant(product: _Product, start: Tensor, num_steps: int, tolerance: float) -> Tensor:
-    """Return the eigenvalue of largest size of each matrix, by power iteration."""
-    vectors, values = _unit(start), torch.full_like(start[:, 0], math.inf)
-    for _ in range(num_steps):
-        moved = product(vectors)
-        before, values = values, (vectors * moved).sum(1)
-        if ((values - before).abs() <= tolerance * values.abs()).all():
-            return values
-        vectors = _unit(moved)
+    """Return the largest eigenvalue of each matrix, ``(R,)``, by the method of Lanczos."""
+    size, basis, diagonal, beside = start.shape[1], [_unit(start)], [], []
+    for step in range(1, min(num_steps, size) + 1):
+        moved = product(basis[-1])
+        diagonal.append((moved * basis[-1]).sum(1))
+        moved = _orthogonal(moved, basis)
+        lengths = torch.linalg.vector_norm(moved, dim=1)
+        if step % _LOOK_EVERY == 0 or step in (num_steps, size):
+            values, settled = _ritz(diagonal, beside, lengths, tolerance)
+            if step == size or settled.all():
+                return values
+        # a vector that is rounding alone goes on as a random one: the products so far have shown all they can reach
+        spent = lengths <= _ROUNDING * torch.finfo(moved.dtype).eps * torch.stack(diagonal).abs().amax(0)
+        beside.append(lengths.masked_fill(spent, 0))
+        moved = torch.where(spent[:, None], torch.randn_like(moved), moved)
+        basis.append(_unit(_orthogonal(_unit(moved), basis)))
     warnings.warn(
-        f"power iteration did not settle in {num_steps} steps; the largest eigenvalue is a lower bound. "
+        f"the largest eigenvalue did not settle in {num_steps} steps; it is a lower bound. "
         f"Pass a larger num_steps or tolerance.",
-        stacklevel=6,
+        stacklevel=5,
     )
     return values
+
+
+def _ritz(diagonal: list[Tensor], beside: list[Tensor], lengths: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return the largest Ritz value of each matrix, and whether its residual is small, both ``(R,)``."""
+    matrices = torch.diag_embed(torch.stack(diagonal, 1).double().cpu())
+    if beside:
+        matrices += torch.diag_embed(torch.stack(beside, 1).double().cpu(), -1)  # eigh reads this half alone
+    every, vectors = torch.linalg.eigh(matrices)
+    values, residuals = every[:, -1], lengths.double().cpu() * vectors[:, -1, -1].abs()
+    rounding = _ROUNDING * torch.finfo(lengths.dtype).eps * every.abs().amax(1)
+    return values, residuals <= torch.maximum(tolerance * values.abs(), rounding)
+
+
+def _orthogonal(vectors: Tensor, basis: list[Tensor]) -> Tensor:
+    """Take out of each vector what lies in its basis, twice: once leaves too much where little else is in it."""
+    for direction in (*basis, *basis):
+        vectors = vectors - (vectors * direction).sum(1, keepdim=True) * direction
+    return vectors
 
 
 def _unit(vectors: Tensor) -> Tensor:

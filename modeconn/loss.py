@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,21 @@ def cross_entropy(outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tens
         for auxiliary in outputs[1:]:
             loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(auxiliary, targets)
     return loss
+
+
+def per_example(loss_fn: LossFn, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
+    """Return what ``loss_fn``, a mean over examples, is of each example alone, ``(N,)``.
+
+    In one vectorised call where it can be made; a loss that indexes by its targets or branches is called one by one.
+    """
+    is_one = isinstance(outputs, Tensor)
+    alone: Any = outputs[:, None] if is_one else tuple(output[:, None] for output in outputs)
+    targets = targets[:, None]
+    try:
+        return torch.func.vmap(loss_fn)(alone, targets)
+    except Exception:  # of any kind: what vmap cannot do, and what the loss says of it
+        rows = alone if is_one else zip(*alone, strict=True)
+        return torch.stack([loss_fn(row, target) for row, target in zip(rows, targets, strict=True)])
 
 
 def is_classification(outputs: Tensor | tuple[Tensor, ...], targets: object) -> bool:

@@ -235,6 +235,11 @@ class Workspace:
         return self.grad
 
 
+def device_of(model: nn.Module) -> torch.device:
+    """Return the device of a model's first parameter or buffer; the CPU if it has none."""
+    return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+
+
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of all buffers of a model, by name, buffers outside its ``state_dict`` included."""
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}

@@ -70,6 +70,16 @@ def test_an_attack_alone_means_madrys_objective():
     assert adversary_of(ATTACK) == AdversarialTraining(ATTACK)
     assert adversary_of(TRADES(ATTACK)) == TRADES(ATTACK)
 
+    class Keeps:
+        def __init__(self) -> None:
+            self.loss = nn.CrossEntropyLoss()
+
+        def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return x
+
+    keeps = Keeps()
+    assert adversary_of(keeps) == AdversarialTraining(keeps)
+
 
 @pytest.mark.parametrize("share", [0.0, 0.25])
 def test_the_objective_mixes_clean_and_adversarial_losses(share):

@@ -142,6 +142,35 @@ def test_evaluate_recalibrates_batch_norm_on_training_data(tmp_path):
     assert not torch.allclose(found.loss, on_test.loss)
 
 
+@pytest.mark.parametrize("command", ["evaluate", "robustness"])
+def test_connections_are_loaded_where_the_command_computes(command, folder, monkeypatch):
+    devices, load = [], Connection.load
+
+    def loading(*arguments, **settings):
+        devices.append(settings["device"])
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(Connection, "load", loading)
+    settings = ("--data", "digits", "--points", 2, "--device", "cpu:0")
+    run(command, folder / "c.safetensors", *settings, *(("--examples", 2) if command == "robustness" else ()))
+    assert devices == ["cpu:0"]
+
+
+def test_results_are_not_written_over_each_other(folder, tmp_path):
+    other = tmp_path / "c.safetensors"
+    other.write_bytes((folder / "c.safetensors").read_bytes())
+    report = tmp_path / "report"
+    for arguments in (
+        ("robustness", folder / "c.safetensors", other, "--data", "digits", "--out", tmp_path),
+        ("align", *ends(folder), "--out", report, "--permutation", report),
+        ("compare", *ends(folder), "--data", "digits", "--out", report.with_suffix(".csv")),
+        ("fit", *ends(folder), "--data", "digits", "--out", report, "--checkpoint", report),
+        ("symmetry", "mlp", "--out", report, "--save-spec", report),
+    ):
+        assert "several results would be written to" in run(*arguments, code=1).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+
+
 @pytest.mark.parametrize("statistics", ["clean", "adversarial"])
 def test_robustness_recalibrates_batch_norm_on_what_it_is_told(statistics, tmp_path):
     write_idx_files(tmp_path)

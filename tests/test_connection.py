@@ -180,6 +180,16 @@ def test_zoo_models_are_rebuilt_from_the_file(tmp_path):
     assert same_bits(loaded.model_at(1), b) and loaded.control_points.dtype == torch.float64
 
 
+def test_a_connection_loads_where_it_is_told_to(tmp_path):
+    connection, a, _ = connect("residual")
+    connection.save(tmp_path / "c")
+    loaded = Connection.load(tmp_path / "c", a, device="meta")
+    tensors = (loaded.control_points, *loaded.buffers[0].values(), *loaded.buffers[1].values())
+    assert {tensor.device.type for tensor in (*tensors, *loaded._template.parameters())} == {"meta"}
+    assert {parameter.device.type for parameter in a.parameters()} == {"cpu"}
+    assert same_bits(Connection.load(tmp_path / "c", a, device=torch.device("cpu")).model_at(0), a)
+
+
 def test_other_models_need_a_template_of_the_same_architecture(tmp_path):
     path = tmp_path / "c.safetensors"
     connect("mlp")[0].save(path)

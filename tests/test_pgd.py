@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from modeconn import PGD, data, models
 from modeconn.adversarial import under_attack
 from modeconn.attacks.pgd import _NORMS
+from modeconn.loss import per_example
 from modeconn.train import DIGITS_RECIPE
 from tests.cases import CASE, CASES
 
@@ -45,7 +46,37 @@ def losses(model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         return F.cross_entropy(model(x), y, reduction="none")
 
 
+LOSSES = {
+    "in one call": F.cross_entropy,
+    "indexed": lambda o, y: (o.max(1).values - o[torch.arange(len(y)), y]).mean(),
+    "one hot": lambda o, y: ((1 - F.one_hot(y)) * o).mean() if y.amax() > 9 else F.cross_entropy(o, y),
+    "with a mask": lambda o, y: o[o > o.mean()].mean(),
+}
+
+
+@pytest.mark.parametrize("loss_fn", LOSSES.values(), ids=LOSSES.keys())
+def test_a_loss_of_each_example_is_that_of_a_batch_of_one(loss_fn):
+    model, x, y = problem()
+    outputs = model(x).detach()
+    expected = torch.stack([loss_fn(outputs[i : i + 1], y[i : i + 1]) for i in range(len(y))])
+    torch.testing.assert_close(per_example(loss_fn, outputs, y), expected)
+    torch.testing.assert_close(per_example(lambda o, y: loss_fn(o[0], y), (outputs, outputs), y), expected)
+    assert PGD(0.1, 0.1, 1, num_restarts=2, loss_fn=loss_fn)(model, x, y).shape == x.shape
+
+
 # ---------------------------------------------------------------- laws
+
+
+@NORMS
+def test_float16_does_not_lose_the_gradient_of_a_network_that_is_sure(norm):
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 3))
+    model[1].bias.data = torch.tensor([16.0, 0.0, 0.0])
+    x, attack = torch.full((32, 1, 2, 4), 0.5), PGD(0.1, 0.1, 1, norm=norm, random_start=False)
+    y = torch.zeros(32, dtype=torch.int64)
+    with torch.autocast("cpu", torch.float16):
+        found = attack(model, x, y)
+    assert (lengths(found - x, norm) > 0.09).all()
+    torch.testing.assert_close(found, attack(model, x, y), rtol=0, atol=5e-3)
 
 
 @settings(deadline=None, max_examples=40)

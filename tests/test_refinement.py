@@ -336,7 +336,7 @@ def curve_loss(a, forward, sample) -> tuple[CurveLoss, torch.Tensor]:
 def test_a_loss_that_draws_random_numbers_draws_the_same_each_time():
     a, b = pair("mlp", torch.float64)
     noisy = supervised(lambda outputs, y: nn.functional.cross_entropy(outputs + torch.randn_like(outputs), y))
-    loss, theta = curve_loss(a, noisy, [(t, batch) for t, batch in zip((0.2, 0.7), batches(2, dtype=torch.float64))])
+    loss, theta = curve_loss(a, noisy, list(zip((0.2, 0.7), batches(2, dtype=torch.float64), strict=True)))
     theta_b, bend, before = WeightSpace(b).flatten(b), theta.new_zeros(0, len(theta)), torch.get_rng_state()
     values = loss.values(theta_b, bend)
     assert torch.equal(values, loss.values(theta_b, bend))

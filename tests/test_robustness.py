@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import sys
+from copy import deepcopy
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -265,6 +266,24 @@ def test_a_ball_has_a_tolerance_but_one_of_radius_0_has_none():
         connect().robustness(data, [By(0.0, 1e-9)], t=[0.5])
 
 
+def test_an_attack_in_place_changes_no_data_and_is_held_to_its_ball():
+    @dataclass(frozen=True)
+    class InPlace:
+        eps: float
+        share: float
+        norm: str = "linf"
+
+        def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+            return x.lerp_(torch.full_like(x, 0.5), self.share)
+
+    data, untouched = examples(), examples()
+    profile = connect().robustness(data, {"in place": InPlace(0.5, 0.5), "weak": WEAK}, t=[0.5])
+    assert all(torch.equal(x, x0) and torch.equal(y, y0) for (x, y), (x0, y0) in zip(data, untouched, strict=True))
+    assert torch.equal(profile.losses["weak"], connect().robustness(data, {"weak": WEAK}, t=[0.5]).losses["weak"])
+    with pytest.raises(ValueError, match="left its ball"):
+        connect().robustness(data, [InPlace(0.1, 0.5)], t=[0.5])
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -289,6 +308,11 @@ def test_inputs_outside_the_pixel_range_are_refused(change, message):
         ({"num_examples": 0}, "num_examples must be at least 1"),
         ({"attacks": {"clean": WEAK}}, "two rows have the name 'clean'"),
         ({"attacks": [WEAK, WEAK]}, "two rows have the name 'PGD"),
+        ({"attacks": [PGD(0.1, 0.1, 1, targeted=True)]}, "is targeted: .* Measure with targeted=False"),
+        (
+            {"attacks": {"it": Faulty("own", norm="Linf")}},
+            "it must have one of the norms linf, l2, l1, got norm='Linf'",
+        ),
         ({"attacks": ["pgd20"]}, "cannot be called; modeconn.attacks.build makes attacks from their names"),
         ({"loader": []}, "loader is empty"),
         (
@@ -309,6 +333,35 @@ def test_a_network_in_train_mode_is_refused():
     model[2].train()
     with pytest.raises(ValueError, match=r"the model is in train mode \(in '2'\).* Call model.eval\(\) first"):
         robustness(model, examples(), [WEAK])
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float64])
+def test_networks_of_any_dtype_are_attacked_in_their_ball(dtype):
+    model = CASE["mlp"].make(0, dtype).eval()
+    data = [(x.to(dtype), y) for x, y in examples()]
+    for norm in ("linf", "l2"):
+        attack = PGD(8 / 255, 2 / 255, 3, norm=norm, seed=0)
+        profile = robustness(model, data, attack)
+        assert profile.loss[repr(attack)] > profile.loss["clean"]
+        with pytest.raises(ValueError, match="left its ball"):
+            robustness(model, data, {"it": Claims(replace(attack, eps=0.1, step_size=0.1), norm)})
+
+
+@dataclass(frozen=True)
+class Claims:
+    """An attack with a smaller ball in its name."""
+
+    attack: PGD
+    norm: str
+    eps: float = 8 / 255
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        return self.attack(model, x, y)
+
+
+def test_a_network_without_weights_can_be_attacked():
+    profile = robustness(nn.Flatten().eval(), examples(), [WEAK])
+    assert profile.loss[repr(WEAK)] > profile.loss["clean"]
 
 
 # -- what is doubted
@@ -342,6 +395,26 @@ def test_an_attack_that_finds_less_with_more_to_spend_is_weak(name):
     assert doubtful(rows, **other) == []
 
 
+def test_an_attack_that_leaves_more_than_clean_examples_do_is_weak():
+    (doubt,) = doubtful({"clean": first(80), "pgd": first(90)}, pgd={})
+    assert doubt == "pgd is a weak attack: at t=0.5 it leaves 90.00% right, clean, with less to spend, 80.00%."
+    assert doubtful({"clean": first(80), "pgd": first(83)}, pgd={}) == []
+
+
+@pytest.mark.parametrize("num_points", [1, 11, 61])
+def test_equally_strong_attacks_are_seldom_doubted_at_however_many_points(num_points):
+    generator = torch.Generator().manual_seed(0)
+    facts = {"kind": "PGD", "eps": 0.1, "norm": "linf", "black_box": False}
+    attacks = {row: {**facts, "settings": {"num_steps": steps}} for row, steps in (("few", 10), ("many", 20))}
+    t, doubted = torch.linspace(0, 1, num_points, dtype=torch.float64), 0
+    for _ in range(300):
+        rows = {row: torch.rand(num_points, 400, generator=generator) < 0.5 for row in attacks}
+        rows["clean"] = torch.ones(num_points, 400, dtype=torch.bool)
+        losses = {row: right.float() for row, right in rows.items()}
+        doubted += bool(RobustProfile(t, rows, losses, attacks).warnings)
+    assert doubted <= 300 * 0.05
+
+
 def test_a_black_box_that_finds_more_than_gradients_do_is_a_sign_of_masking():
     attacks = {"one": {}, "two": {}, "square": {"black_box": True, "kind": "Square"}}
     rows = {"clean": first(100), "one": first(60), "two": first(50), "square": first(40)}
@@ -351,6 +424,8 @@ def test_a_black_box_that_finds_more_than_gradients_do_is_a_sign_of_masking():
     )
     assert doubtful({**rows, "square": first(55)}, **attacks) == []
     assert doubtful(rows, **{**attacks, "square": {"black_box": True, "eps": 0.2}}) == []  # a larger ball may
+    both = {**attacks, "autoattack": {"black_box": None, "kind": "Cascade"}}
+    assert doubtful({**rows, "autoattack": first(40)}, **both) == [doubt]  # its black box says nothing for gradients
 
 
 def test_real_attacks_are_compared_by_their_settings():
@@ -397,6 +472,8 @@ def test_a_point_chosen_on_one_split_is_reported_on_another():
         validation.best_t("pgd")
     with pytest.raises(ValueError, match="must be chosen on other examples than it is reported on"):
         test.chosen_by(test)
+    with pytest.raises(ValueError, match="must be chosen on other examples than it is reported on"):
+        test.chosen_by(connection.robustness(examples(batch_size=7), {"weak": WEAK}, num_points=5))
     with pytest.raises(ValueError, match=r"was not measured here. Pass t="):
         connection.robustness(examples(), {"weak": WEAK}, t=[0.123]).chosen_by(validation)
 
@@ -601,6 +678,62 @@ def test_a_hessian_that_bends_down_most_still_gives_its_largest_eigenvalue():
         model, examples(4), loss_fn=lambda outputs, _: (bends * outputs**2).sum(1).mean() / 2, **settings
     )
     assert found == pytest.approx(1.0, rel=1e-3)
+
+
+class Point(nn.Module):
+    """A network whose answer to everything is its weights."""
+
+    def __init__(self, size: int) -> None:
+        super().__init__()
+        self.w = nn.Parameter(torch.zeros(size, dtype=torch.float64))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.w.expand(len(x), -1)
+
+
+SPECTRA = {
+    "as far below zero as above": [1.0, -1.0, 0.5, 0.2, -0.3] + [0.0] * 20,
+    "nearly as far": [1.0, -0.999, 0.5, 0.2, -0.3] + [0.0] * 20,
+    "far below": [-10.0, 1.0, 0.5] + [0.0] * 50,
+    "far below, and close ones": [-10.0, 0.1, 0.05] + [0.0] * 7,
+    "one before a crowd": [1.0] + [0.9] * 1000,
+    "none above zero": [-3.0, -2.0, -1.0],
+}
+
+
+@pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
+def test_the_largest_eigenvalue_of_any_spectrum_is_found_from_any_seed(spectrum):
+    eigenvalues = torch.tensor(spectrum, dtype=torch.float64)
+    model, data = Point(len(spectrum)), [(torch.rand(4, 1), torch.zeros(4).long())]
+    for seed in range(5):
+        found, _ = largest_eigenvalue(
+            model, data, loss_fn=lambda outputs, _: (eigenvalues * outputs**2).sum(1).mean() / 2, seed=seed
+        )
+        assert found == pytest.approx(max(spectrum), rel=1e-3)
+
+
+def test_a_saddle_bends_up_along_its_diagonal():
+    data = [(torch.rand(4, 1), torch.zeros(4).long())]
+    assert largest_eigenvalue(Point(2), data, loss_fn=lambda outputs, _: outputs.prod(1).mean())[0] == pytest.approx(1)
+
+
+@pytest.mark.parametrize("wrt", ["weights", "inputs"])
+def test_trained_networks_have_the_largest_eigenvalue_of_the_dense_hessian_from_any_seed(wrt):
+    train, _ = data.load("digits")
+    images = [(x[:16].unflatten(1, (8, 8))[:, None, :2, :4], y[:16] % 3) for x, y in train][:2]
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.Tanh(), nn.Linear(6, 3))
+    optimizer = torch.optim.Adam(model.parameters(), 0.03)
+    for _ in range(100):
+        for x, y in images:
+            optimizer.zero_grad()
+            F.cross_entropy(model(x), y).backward()
+            optimizer.step()
+    x, y = (torch.cat(parts) for parts in zip(*images, strict=True))
+    expected = dense(deepcopy(model).double().eval(), x.double(), y, wrt)[:, -1].mean().item()
+    for seed in range(3):
+        found, _ = largest_eigenvalue(model.eval(), images, wrt=wrt, seed=seed)
+        assert found == pytest.approx(expected, rel=1e-3)
 
 
 def test_curvature_along_a_curve_is_that_of_each_network():

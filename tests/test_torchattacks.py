@@ -6,11 +6,13 @@ import math
 import sys
 from dataclasses import dataclass, replace
 
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
 from modeconn import PGD, AdversarialTraining, Connection, data, models
+from modeconn.adversarial import under_attack
 from modeconn.attacks import Cascade, TorchAttack, autoattack, build
 from modeconn.attacks.torch_attacks import _classes, _defaults
 from modeconn.connection import TrainingData
@@ -88,6 +90,16 @@ def test_radius_norm_and_seed_are_set_where_the_text_is_silent_and_the_attack_ha
     assert build("pgd20", eps=0.0).eps == 0
 
 
+def test_a_norm_that_an_attack_cannot_take_is_refused():
+    for name, norm, own in (("PGD", "l2", "linf"), ("FGSM", "l2", "linf"), ("PGDL2", "linf", "l2")):
+        with pytest.raises(
+            ValueError, match=f"{name} knows no ball but that of norm '{own}', got norm='{norm}'. Leave"
+        ):
+            build(f"torchattacks:{name}", eps=0.5, norm=norm)
+        assert build(f"torchattacks:{name}", norm=own).norm == own
+    assert build("torchattacks:APGD(norm='L2')", norm="linf").norm == "l2"
+
+
 @pytest.mark.parametrize(
     ("text", "message"),
     [
@@ -105,14 +117,60 @@ def test_radius_norm_and_seed_are_set_where_the_text_is_silent_and_the_attack_ha
         ("torchattacks:FAB(norm=L2)", "numbers, fractions or strings in quotes, got L2"),
         ("torchattacks:PGD(eps=8/0)", "8 / 0 is no number"),
         ("torchattacks:PGD(eps='a'*9)", "'a' \\* 9 is no number"),
+        ("torchattacks:PGD(eps=8/255, eps=1/255)", "eps is given twice in 'torchattacks:PGD"),
         ("torchattacks:PGD(eps=-8/255)", "eps must be a finite number, 0 or more, got eps=-0.03"),
-        ("torchattacks:PGD(steps=-1)", "steps must be 0 or more, got steps=-1"),
-        ("torchattacks:PGD(alpha=0)", "alpha, the step size, must be positive, got alpha=0"),
+        ("torchattacks:PGD(eps='8/255')", r"eps must be a number, got eps='8/255' for torchattacks:PGD\(eps='8/255'\)"),
+        ("torchattacks:PGD(eps=None)", "eps must be a number, got eps=None"),
+        ("torchattacks:PGD(steps=-1)", "steps must be positive and finite, got steps=-1"),
+        ("torchattacks:PGD(steps=0)", "steps must be positive and finite, got steps=0"),
+        ("torchattacks:PGD(steps=2.5)", "steps must be a whole number, got steps=2.5"),
+        ("torchattacks:PGD(steps=True)", "steps must be a whole number, got steps=True"),
+        ("torchattacks:PGD(alpha=0)", "alpha must be positive and finite, got alpha=0"),
+        ("torchattacks:PGD(alpha=-0.01)", "alpha must be positive and finite, got alpha=-0.01"),
+        ("torchattacks:PGD(random_start='no')", "random_start must be True or False, got random_start='no'"),
+        ("torchattacks:APGD(n_restarts=0)", "n_restarts must be positive and finite, got n_restarts=0"),
+        ("torchattacks:APGD(seed='x')", "seed must be a whole number, got seed='x'"),
+        ("torchattacks:APGD(norm=2)", "norm must be a string, got norm=2"),
+        ("torchattacks:Pixle(x_dimensions=3)", "x_dimensions must be a pair, got x_dimensions=3"),
     ],
 )
 def test_what_cannot_be_read_is_refused(text, message):
     with pytest.raises(ValueError, match=message):
         build(text)
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("APGD(norm='L1')", r"torchattacks:APGD\(norm='L1'\) failed with AssertionError"),
+        ("APGD(loss='foo')", r"torchattacks:APGD\(loss='foo'\) failed with ValueError: unknown loss"),
+        ("APGDT(n_classes=20)", r"n_classes must lie in 2\.\.10, the classes of the network, got n_classes=20"),
+        ("APGDT(n_classes=1)", r"n_classes must lie in 2\.\.10"),
+    ],
+)
+def test_what_torchattacks_cannot_do_names_the_attack(text, message, digits):
+    model, x, y = digits
+    with pytest.raises(ValueError, match=message):
+        build(f"torchattacks:{text}")(model, x[:2], model(x[:2]).argmax(1))
+    for name in ("APGDT", "AutoAttack"):
+        with pytest.raises(
+            ValueError, match=rf"torchattacks:{name}\(\) compares 4 classes, but the network has 3\. Use"
+        ):
+            TorchAttack(name)(nn.Linear(64, 3), x[:2], y[:2] % 3)
+
+
+def test_every_default_is_of_its_own_kind():
+    for name in _classes():
+        defaults = {key: value for key, value in _defaults(name).items() if value is not None}
+        assert TorchAttack(name).settings == TorchAttack(name, defaults).settings
+        assert TorchAttack(name, {"eps": 1} if "eps" in defaults else {})
+    assert TorchAttack("PGD", {"eps": np.float32(0.5), "steps": np.int64(3)})
+
+
+def test_classes_are_counted_in_train_mode_too():
+    model = nn.Sequential(nn.Linear(9, 4), nn.BatchNorm1d(4)).train()
+    x = torch.rand(8, 9, generator=torch.Generator().manual_seed(0))
+    assert few("APGDT", eps=1e-6)(model, x, model(x).argmax(1)).shape == x.shape
 
 
 def test_without_the_package_the_message_says_what_to_install(monkeypatch):
@@ -149,7 +207,7 @@ def test_attacks_without_a_ball_run_too(name, digits):
 
 
 @pytest.mark.parametrize("name", ["APGD", "APGDT", "Square", "PGD"])
-def test_a_seed_decides_and_none_begins_where_the_global_generator_is(name, digits):
+def test_a_seed_decides_and_none_draws_from_the_global_generator(name, digits):
     model, x, y = digits
     x, y = x[:8], y[:8]
 
@@ -160,6 +218,8 @@ def test_a_seed_decides_and_none_begins_where_the_global_generator_is(name, digi
     with torch.random.fork_rng():
         assert torch.equal(found(0), found(0))
         assert not torch.equal(found(0), found(1))
+        attack = replace(few(name, eps=0.3), seed=None)
+        assert not torch.equal(attack(model, x, y), attack(model, x, y))  # as one batch of training after the other
 
 
 @pytest.mark.parametrize("shape", [(7,), (2, 5), (1, 3, 4), (3, 4, 4)])
@@ -179,9 +239,12 @@ def test_flags_of_the_network_stay_and_training_sees_the_network_it_updates():
     model = CASE["batch_norm"].make(0).train()
     seen = []
     model[2].register_forward_hook(lambda layer, *_: seen.append((layer.training, layer.track_running_stats)))
-    x, y = torch.rand(6, 1, 2, 4), torch.tensor([0, 1, 2, 0, 1, 2])
+    x = torch.rand(6, 1, 2, 4, generator=torch.Generator().manual_seed(0))
+    with under_attack(model):
+        y = model(x).argmax(1)  # right, so that the cascade attacks a whole batch
     before = {name: buffer.clone() for name, buffer in model.named_buffers()}
-    TorchAttack("PGD", {"steps": 2})(model, x, y)
+    for attack in (TorchAttack("PGD", {"steps": 2}), Cascade((PGD(1e-6, 1e-6, 1),))):
+        attack(model, x, y)
     assert set(seen) == {(True, False)} and all(module.training for module in model.modules())
     assert all(torch.equal(buffer, before[name]) for name, buffer in model.named_buffers())
     assert AdversarialTraining(TorchAttack("PGD", {"steps": 2})).loss(model, x, y, nn.functional.cross_entropy) > 0
@@ -230,6 +293,13 @@ def test_a_cascade_shows_each_attack_only_what_is_left():
     assert everything == [10]
     with pytest.raises(ValueError, match="attacks is empty"):
         Cascade(())
+
+
+def test_attacks_with_a_black_box_among_them_are_neither():
+    square, apgd = TorchAttack("Square"), TorchAttack("APGD")
+    assert (square.black_box, apgd.black_box, TorchAttack("AutoAttack").black_box) == (True, False, None)
+    assert Cascade((PGD(0.1, 0.1, 1), apgd)).black_box is False and Cascade((square, square)).black_box is True
+    assert Cascade((apgd, square)).black_box is None and Cascade((autoattack(0.1), autoattack(0.1))).black_box is None
 
 
 def test_autoattack_is_the_reference_version():

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from modeconn.adversarial import Attack
 from modeconn.attacks.pgd import PGD
-from modeconn.attacks.torch_attacks import TorchAttack, autoattack, torch_norm
+from modeconn.attacks.torch_attacks import TorchAttack, autoattack, is_number, torch_norm
 
 _PREFIX = "torchattacks:"
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
@@ -34,12 +34,12 @@ def build(
     Args:
         text: The name.
         eps: Radius of the ball, where ``text`` does not say it; default 8/255.
-        norm: "linf" (the default) or "l2", likewise.
+        norm: "linf" (the default but for attacks in "l2" alone) or "l2", likewise.
         seed: Likewise; None as `PGD` and `TorchAttack` have it.
 
     Raises:
         ModuleNotFoundError: If the attack needs torchattacks, which is not installed.
-        ValueError: If the text cannot be read, or there is no such attack or argument.
+        ValueError: If the text cannot be read, there is no such attack or argument, or it cannot take the norm.
 
     Example:
         >>> build("pgd20", eps=8 / 255)
@@ -77,7 +77,13 @@ def _from_torchattacks(text: str, eps: float | None, norm: str | None, seed: int
         given |= {key: eps for key in ("eps", "max_epsilon") if key in known and key not in given}
     if norm is not None and "norm" in known and "norm" not in given:
         given["norm"] = torch_norm(norm)
-    return TorchAttack(name, given, seed)
+    attack = TorchAttack(name, given, seed)
+    if norm is not None and "norm" not in given and attack.eps is not None and attack.norm != norm:
+        raise ValueError(
+            f"{_PREFIX}{name} knows no ball but that of norm {attack.norm!r}, got norm={norm!r}. Leave the norm out, "
+            f"or write pgd20, apgd or an attack of torchattacks in that norm."
+        )
+    return attack
 
 
 def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
@@ -90,7 +96,10 @@ def _parse(call: str, text: str) -> tuple[str, dict[str, Any]]:
         return node.id, {}
     if not isinstance(node, ast.Call) or not isinstance(node.func, ast.Name) or node.args:
         raise ValueError(f"an attack is written {_PREFIX}PGD(eps=8/255, steps=20), got {text!r}.")
-    return node.func.id, {_keyword(word, text): _value(word.value, text) for word in node.keywords}
+    names = [_keyword(word, text) for word in node.keywords]
+    if twice := [name for name in names if names.count(name) > 1]:
+        raise ValueError(f"{twice[0]} is given twice in {text!r}.")
+    return node.func.id, {name: _value(word.value, text) for name, word in zip(names, node.keywords, strict=True)}
 
 
 def _keyword(word: ast.keyword, text: str) -> str:
@@ -103,7 +112,7 @@ def _value(node: ast.expr, text: str) -> Any:
     """Return a literal, or what fractions and sums of numbers are."""
     if isinstance(node, ast.BinOp) and type(node.op) in _ARITHMETIC:
         left, right = _value(node.left, text), _value(node.right, text)
-        if not (_is_number(left) and _is_number(right)) or (right == 0 and isinstance(node.op, ast.Div)):
+        if not (is_number(left) and is_number(right)) or (right == 0 and isinstance(node.op, ast.Div)):
             raise ValueError(f"{ast.unparse(node)} is no number, in {text!r}.")
         return _ARITHMETIC[type(node.op)](left, right)
     try:
@@ -112,7 +121,3 @@ def _value(node: ast.expr, text: str) -> Any:
         raise ValueError(
             f"values are numbers, fractions or strings in quotes, got {ast.unparse(node)} in {text!r}."
         ) from None
-
-
-def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool)

@@ -12,8 +12,9 @@ from torch import Tensor, nn
 
 from modeconn.adversarial import under_attack
 from modeconn.identity import identify
-from modeconn.loss import LossFn, check_targets, cross_entropy
+from modeconn.loss import LossFn, check_targets, cross_entropy, per_example
 
+_SCALE = 2.0**10  # of the loss, against underflow of its gradient in float16; a power of two rounds nothing
 _ROUNDING = 1e-5  # by so much may augmentation leave the pixel range
 
 
@@ -139,7 +140,7 @@ class PGD:
             outputs = model(x_adv)
             if step == 0:
                 check_targets(outputs, y, name="an attack")
-            (gradient,) = torch.autograd.grad(self.loss_fn(outputs, y), x_adv)
+            (gradient,) = torch.autograd.grad(_SCALE * self.loss_fn(outputs, y), x_adv)
             found_nan |= gradient.isnan().any()
             moved = torch.add(x_adv.detach(), norm.direction(gradient), alpha=uphill * self.step_size)
             x_adv = norm.project(moved, x, self.eps).clamp(lowest, highest)
@@ -150,9 +151,7 @@ class PGD:
     def _losses(self, model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
         """Return what each example's loss is, ``(N,)``, negated if the attack lowers it."""
         with torch.no_grad():
-            outputs = model(x_adv)
-            alone: Any = tuple(o[:, None] for o in outputs) if isinstance(outputs, (tuple, list)) else outputs[:, None]
-            losses = torch.func.vmap(self.loss_fn)(alone, y[:, None])
+            losses = per_example(self.loss_fn, model(x_adv), y)
         return -losses if self.targeted else losses
 
     def _generator(self, device: torch.device) -> torch.Generator | None:

@@ -13,6 +13,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
+from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -46,7 +47,7 @@ class RobustProfile:
         t: Positions, rising, float64 ``(N,)``.
         correct: By row but "worst", whether each example is answered right, bool ``(N, M)``, M examples.
         losses: Likewise its loss, float32 ``(N, M)``.
-        attacks: By attack its "settings", "kind", "eps", "norm" and whether it is a "black_box".
+        attacks: By attack its "settings", "kind", "eps", "norm" and whether it is a "black_box", None if in part.
         data: A digest of the examples.
         transfer: By attack the accuracy at each t (column) on adversarial examples made at each t (row), ``(N, N)``;
             None if it was not measured.
@@ -139,12 +140,15 @@ class RobustProfile:
     def warnings(self) -> list[str]:
         """What speaks against the attacks, each doubt a sentence; empty is no proof that they are strong.
 
-        An attack that leaves over 2 paired standard errors more right answers than another with a smaller ball or fewer
-        steps, but otherwise the same settings, is weak. A black-box attack that leaves as many fewer than all attacks
-        by gradients in its ball or a larger one together is a sign of masked gradients.
+        An attack that leaves more right answers than another with a smaller ball or fewer steps, but otherwise the same
+        settings, is weak, and so is one that leaves more than clean examples do. A black-box attack that leaves fewer
+        than all attacks by gradients in its ball or a larger one together is a sign of masked gradients. At one point a
+        difference counts from 2 paired standard errors on; at several, from so many that chance makes one of them as
+        likely.
         """
         pairs = [(one, other) for one in self.attacks for other in self.attacks]
         found = [self._weakness(one, other) for one, other in pairs if _is_stronger(*self._facts(one, other))]
+        found += [self._weakness(one, CLEAN) for one in self.attacks]
         for black in (row for row, facts in self.attacks.items() if facts["black_box"]):
             rivals = [row for row in self.attacks if _is_white_box_for(*self._facts(row, black))]
             found += [self._masking(black, rivals)] if rivals else []
@@ -286,7 +290,8 @@ class RobustProfile:
         mean = difference.mean(1)
         errors = mean / (difference.std(1) / self.num_examples**0.5).clamp(min=torch.finfo(torch.float64).tiny)
         place = int(errors.nan_to_num(0).argmax())  # NaN: one example has no deviation
-        return place if errors[place] > _STANDARD_ERRORS else None
+        by_chance = NormalDist().cdf(-_STANDARD_ERRORS) / len(errors)
+        return place if errors[place] > -NormalDist().inv_cdf(by_chance) else None
 
     def _check_row(self, row: str) -> None:
         if row not in self.accuracy:
@@ -312,8 +317,8 @@ def _is_stronger(one: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
 
 
 def _is_white_box_for(one: Mapping[str, Any], black: Mapping[str, Any]) -> bool:
-    """Whether an attack sees gradients and may go at least as far as a black-box one."""
-    if one["black_box"] or None in (one["eps"], black["eps"]):
+    """Whether an attack has nothing but gradients, and may go at least as far as a black-box one."""
+    if one["black_box"] is not False or None in (one["eps"], black["eps"]):
         return False
     return bool(one["norm"] == black["norm"] and one["eps"] >= black["eps"])
 

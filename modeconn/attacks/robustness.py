@@ -19,15 +19,16 @@ from modeconn.adversarial import Attack, under_attack
 from modeconn.attacks.profile import CLEAN, WORST, RobustProfile, pack_bits, pack_floats, unpack_bits, unpack_floats
 from modeconn.identity import digest, identify
 from modeconn.loaders import batches, check_loader
-from modeconn.loss import LossFn, check_targets, cross_entropy, is_classification, main_output
+from modeconn.loss import LossFn, check_targets, cross_entropy, is_classification, main_output, per_example
 from modeconn.progress import progress_bar
 from modeconn.records import Records
 from modeconn.records import key as record_key
 from modeconn.rng import seeded
+from modeconn.weights import device_of
 
-Attacks = Sequence[Attack] | Mapping[str, Attack]
+Attacks = Attack | Sequence[Attack] | Mapping[str, Attack]
 
-_TOLERANCE = 1e-6  # of the ball and of the pixel range: float32 rounds x + delta
+_TOLERANCE = 1e-6  # of the ball and of the pixel range
 _ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
@@ -74,7 +75,7 @@ def along(
     start, named, known = time.perf_counter(), _named(attacks), Records(checkpoint)
     networks = [model_at(position) for position in t] if transfer else []
     first = networks[0] if transfer else model_at(t[0])
-    data = _read(loader, next(first.parameters()).device, num_examples)
+    data = _read(loader, device_of(first), num_examples)
     trial = _Trial(data, loss_fn, seed, known, networks)
     names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}  # while they are as given
     rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
@@ -118,7 +119,9 @@ class _Trial:
 
     @property
     def data_digest(self) -> str:
-        return record_key(*self._digests)
+        """A hash of the examples one by one, in whatever batches."""
+        inputs, targets = zip(*self._data, strict=True)
+        return digest([one for part in (*inputs, *targets) for one in part.cpu()])
 
     def run(
         self, model: nn.Module, attack: Attack | None, about: str, label: str, done: Callable[[], Any]
@@ -145,7 +148,7 @@ class _Trial:
         x_adv = x if attack is None else _attacked(attack, model, x, y, seed, label)
         correct, losses = self._answers(model, x_adv, y)
         elsewhere = [int(self._answers(network, x_adv, y)[0].sum()) for network in self._networks]
-        return {"correct": pack_bits(correct), "losses": pack_floats(losses), "elsewhere": elsewhere}
+        return {"correct": pack_bits(correct), "losses": pack_floats(losses.float()), "elsewhere": elsewhere}
 
     @torch.no_grad()
     def _answers(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,14 +156,14 @@ class _Trial:
         if not is_classification(outputs, y):
             raise ValueError(f"attacks are measured on classes, but targets are {y.dtype} of shape {tuple(y.shape)}.")
         check_targets(outputs, y)
-        return outputs.argmax(1) == y, torch.func.vmap(self._loss_fn)(outputs[:, None], y[:, None])
+        return outputs.argmax(1) == y, per_example(self._loss_fn, outputs, y)
 
 
 def _attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int, label: str) -> Tensor:
     """Return adversarial examples that were looked at; an error says which attack it was, and at which t."""
     try:
         with seeded(seed, x.device), under_attack(model):
-            x_adv = attack(model, x, y).detach()
+            x_adv = attack(model, x.clone(), y.clone()).detach()  # clones: some attacks change what they are given
     except (ValueError, FloatingPointError) as error:
         raise type(error)(f"{label}: {error}") from error
     except Exception as error:
@@ -184,7 +187,8 @@ def _check_ball(attack: Attack, x_adv: Tensor, x: Tensor, label: str) -> None:
         return
     moved = (x_adv.double() - x.double()).flatten(1)
     length = torch.linalg.vector_norm(moved, ord=_ORDERS[norm], dim=1).max().item()
-    if length > (eps + _TOLERANCE if eps else 0):
+    rounding = torch.finfo(x.dtype).eps / 2 * moved.shape[1] ** (1 / _ORDERS[norm])  # of x + delta, at most 1
+    if length > (eps + max(_TOLERANCE, rounding) if eps else 0):
         raise ValueError(f"{label} left its ball: an example moved by {length:g} in the norm {norm}, eps is {eps:g}.")
 
 
@@ -230,6 +234,8 @@ def _check_mode(model: nn.Module) -> None:
 
 
 def _named(attacks: Attacks) -> dict[str, Attack]:
+    if callable(attacks):
+        attacks = [attacks]
     named = list(attacks.items()) if isinstance(attacks, Mapping) else [(_text(attack), attack) for attack in attacks]
     names = [CLEAN, WORST, *(name for name, _ in named)]
     for name in names:
@@ -238,6 +244,15 @@ def _named(attacks: Attacks) -> dict[str, Attack]:
     for name, attack in named:
         if not callable(attack):
             raise ValueError(f"attack {name} cannot be called; modeconn.attacks.build makes attacks from their names.")
+        if getattr(attack, "norm", None) not in (None, *_ORDERS):
+            raise ValueError(
+                f"attack {name} must have one of the norms {', '.join(_ORDERS)}, got norm={attack.norm!r}."
+            )
+        if getattr(attack, "targeted", False):
+            raise ValueError(
+                f"attack {name} is targeted: led to the right classes, it would make the network better. "
+                f"Measure with targeted=False."
+            )
     return dict(named)
 
 

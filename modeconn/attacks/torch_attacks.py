@@ -7,6 +7,7 @@ import math
 import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass, field
+from numbers import Integral, Real
 from typing import Any
 
 import torch
@@ -15,11 +16,12 @@ from torch import Tensor, nn
 
 from modeconn.adversarial import Attack, under_attack
 from modeconn.loss import main_output
-from modeconn.rng import preserved, seeded
+from modeconn.rng import seeded
 
 _RADII = ("eps", "max_epsilon")
-_STEPS = ("steps", "num_iter_set", "nb_iter")
 _STEP_SIZES = ("alpha", "lr")
+_REAL = ("c", "kappa", "lam", "nsig", "scale")  # their defaults are whole, but they need not be
+_KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", tuple: "a pair"}
 _BLACK_BOXES = ("GN", "OnePixel", "Pixle", "SPSA", "Square")  # they read outputs, never gradients
 _FEWEST_CLASSES = 4  # the loss of its targeted attack divides by a difference among the four largest logits
 
@@ -29,7 +31,7 @@ class TorchAttack:
     """An attack of the package torchattacks (Kim, 2020), as ``attack(model, x, y) -> x_adv``.
 
     Its ``repr`` is the text that `modeconn.attacks.build` reads. The network is attacked in the mode it is in, its
-    parameters receive no gradient, and no global random state changes, though many of these attacks reseed it. Inputs
+    parameters receive no gradient, and global random states stay, though many of these attacks reseed them. Inputs
     that are no square images, which some of these attacks take alone, are written row by row into such images, filled
     up by zeros that the network does not see.
 
@@ -39,11 +41,12 @@ class TorchAttack:
         name: The class: "PGD", "APGD", "Square", "FAB", "CW", ...
         arguments: Of its constructor. Where it has ``n_classes``, the default is 10 or, if the network has fewer
             classes, that number; where it has ``seed``, that is drawn.
-        seed: Of all its random numbers. None begins where torch's global generator is, and leaves it there.
+        seed: Of all its random numbers; each call then begins alike. None draws from torch's global generator.
 
     Raises:
         ModuleNotFoundError: If torchattacks is not installed.
-        ValueError: If there is no such attack or argument, or a radius, a step size or a number of steps is impossible.
+        ValueError: If there is no such attack or argument, or a value is impossible; when called, if the network has
+            too few classes, or torchattacks fails.
 
     References:
         Kim, 2020, https://arxiv.org/abs/2010.01950
@@ -63,18 +66,21 @@ class TorchAttack:
                 raise ValueError(
                     f"torchattacks:{self.name} has no argument {argument!r}; it has {', '.join(names) or 'none'}."
                 )
-        self._check_numbers()
+        self._check_values()
 
-    def _check_numbers(self) -> None:
-        settings = self.settings
-        for name, value in settings.items():
+    def _check_values(self) -> None:
+        """Raise unless every value is of the kind of its default, and in a range in which there is an attack."""
+        given = dict(self.arguments) if self.seed is None else {**self.arguments, "seed": self.seed}
+        for name, value in given.items():
+            default = 0 if name == "seed" else _defaults(self.name)[name]
+            is_whole = type(default) is int and name not in _REAL
+            kind = int if is_whole else float if is_number(default) else type(default)
+            if not _is_of(kind, value):
+                raise ValueError(f"{name} must be {_KINDS[kind]}, got {name}={value!r} for {self!r}.")
             if name in _RADII and not 0 <= value < math.inf:
                 raise ValueError(f"{name} must be a finite number, 0 or more, got {name}={value} for {self!r}.")
-            if name in (*_STEPS, "n_queries") and value < 0:
-                raise ValueError(f"{name} must be 0 or more, got {name}={value} for {self!r}.")
-        still = [name for name in _STEP_SIZES if settings.get(name) == 0]
-        if still and any(settings.get(name, 0) > 0 for name in _STEPS):
-            raise ValueError(f"{still[0]}, the step size, must be positive, got {still[0]}=0 for {self!r}.")
+            if ((is_whole and name != "seed") or name in _STEP_SIZES) and not 0 < value < math.inf:
+                raise ValueError(f"{name} must be positive and finite, got {name}={value} for {self!r}.")
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -95,29 +101,47 @@ class TorchAttack:
         return str(self.settings.get("norm", default)).lower()
 
     @property
-    def black_box(self) -> bool:
-        """Whether it sees only what the network answers."""
-        return self.name in _BLACK_BOXES
+    def black_box(self) -> bool | None:
+        """Whether it sees only what the network answers; None for a bundle, of which a part does."""
+        return None if self.name == "AutoAttack" else self.name in _BLACK_BOXES
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return adversarial examples, see `PGD.__call__`."""
         if self.eps == 0 or not len(x):
             return x
         seen = _AsImages(model, x)
-        randomness = preserved(x.device) if self.seed is None else seeded(self.seed, x.device)
-        with randomness, under_attack(model), torch.enable_grad():
+        seed = int(torch.randint(2**62, ())) if self.seed is None else self.seed
+        with seeded(seed, x.device), under_attack(model):
             images = seen.images(x)
-            attack = _classes()[self.name](seen, **self._arguments(seen, images))
-            return seen.inputs(attack(images, y).detach())
+            arguments = self._arguments(seen, images)
+            try:
+                return seen.inputs(_classes()[self.name](seen, **arguments)(images, y).detach())
+            except torch.OutOfMemoryError:
+                raise
+            except Exception as error:  # of any kind: most of its checks are none
+                raise ValueError(f"{self!r} failed with {type(error).__name__}: {error}") from error
 
     def _arguments(self, seen: nn.Module, images: Tensor) -> dict[str, Any]:
         """Return the given arguments, and those that depend on the network and the random state."""
         defaults, filled = _defaults(self.name), dict(self.arguments)
         if "seed" in defaults and "seed" not in filled:
             filled["seed"] = int(torch.randint(2**31, ()))
-        if "n_classes" in defaults and "n_classes" not in filled:
-            filled["n_classes"] = min(defaults["n_classes"], seen(images[:1]).shape[1])
+        if "n_classes" in defaults:
+            with torch.no_grad():
+                num_classes = seen(images).shape[1]  # of the whole batch: batch norm in train mode takes no single one
+            filled.setdefault("n_classes", min(defaults["n_classes"], num_classes))
+            self._check_classes(filled["n_classes"], num_classes)
         return filled
+
+    def _check_classes(self, asked: int, num_classes: int) -> None:
+        fewest = _FEWEST_CLASSES if self.name in ("APGDT", "AutoAttack") else 2
+        if num_classes < fewest:
+            raise ValueError(_too_few(repr(self), fewest, num_classes))
+        if not 2 <= asked <= num_classes:
+            raise ValueError(
+                f"n_classes must lie in 2..{num_classes}, the classes of the network, got n_classes={asked} "
+                f"for {self!r}."
+            )
 
     def __repr__(self) -> str:
         given = dict(self.arguments) if self.seed is None else {**self.arguments, "seed": self.seed}
@@ -160,6 +184,12 @@ class Cascade:
         return norms.pop() if len(norms) == 1 else None
 
     @property
+    def black_box(self) -> bool | None:
+        """Whether its attacks see only what the network answers; None if some do and some see gradients."""
+        kinds = {getattr(attack, "black_box", False) for attack in self.attacks}
+        return kinds.pop() if len(kinds) == 1 else None
+
+    @property
     def settings(self) -> dict[str, Any]:
         """Those of all attacks, each under ``number.name``."""
         parts = [getattr(attack, "settings", {"attack": repr(attack)}) for attack in self.attacks]
@@ -167,12 +197,13 @@ class Cascade:
 
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return adversarial examples, see `PGD.__call__`."""
+        with under_attack(model):
+            return self._attack(model, x, y)
+
+    def _attack(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         x_adv, (unbroken, num_classes) = x.clone(), self._right(model, x, y)
         if num_classes < self.fewest_classes:
-            raise ValueError(
-                f"this attack compares {self.fewest_classes} classes, but the network has {num_classes}. "
-                f"Use pgd100 or apgd and square."
-            )
+            raise ValueError(_too_few(repr(self), self.fewest_classes, num_classes))
         for attack in self.attacks:
             left = unbroken.nonzero().flatten()
             if not len(left):
@@ -197,7 +228,8 @@ def autoattack(eps: float, *, norm: str = "linf", seed: int | None = None) -> Ca
 
     APGD on cross entropy with 100 steps, targeted APGD with 100 steps for each of 9 targets, targeted FAB likewise, and
     Square with 5,000 queries, each on the examples still unbroken. Networks of fewer than 10 classes have fewer
-    targets. The bundle that torchattacks calls AutoAttack makes 10 steps where this makes 100.
+    targets. The bundle that torchattacks calls AutoAttack makes 10 steps where this makes 100. In l2, targeted APGD of
+    torchattacks moves every example by the step size of the first.
 
     Args:
         eps: Radius of the ball, in units of the pixel range.
@@ -286,7 +318,23 @@ def _defaults(name: str) -> dict[str, Any]:
     return {key: parameter.default for key, parameter in parameters.items() if key != "model"}
 
 
+def _too_few(attack: str, fewest: int, num_classes: int) -> str:
+    return f"{attack} compares {fewest} classes, but the network has {num_classes}. Use pgd100 or apgd and square."
+
+
+def is_number(value: Any) -> bool:
+    """Whether a value is a number, and no truth value."""
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _is_of(kind: type, value: Any) -> bool:
+    """Whether a value is one of ``_KINDS``; whole numbers are numbers too, and so are those of numpy."""
+    if kind in (int, float):
+        return is_number(value) and (kind is float or isinstance(value, Integral))
+    return isinstance(value, kind)
+
+
 def _show(name: str, value: Any) -> str:
     """Write radii and steps in units of 1/255 where they are whole."""
-    is_whole = name in (*_RADII, "alpha") and 0 < value <= 1 and round(value * 255) / 255 == value
+    is_whole = name in (*_RADII, "alpha") and is_number(value) and 0 < value <= 1 and round(value * 255) / 255 == value
     return f"{round(value * 255)}/255" if is_whole else repr(value)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol, runtime_checkable
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -15,7 +15,6 @@ from modeconn.attacks.pgd import PGD, check_pixels, show
 from modeconn.loss import LossFn, main_output
 
 
-@runtime_checkable
 class Adversary(Protocol):
     """A way to train against an attack."""
 
@@ -207,8 +206,8 @@ def adversary_of(adversary: AdversaryLike) -> Adversary | FreeAdversarialTrainin
     Raises:
         ValueError: If it is neither.
     """
-    if isinstance(adversary, (Adversary, FreeAdversarialTraining)):
-        return adversary
+    if isinstance(adversary, FreeAdversarialTraining) or inspect.isroutine(getattr(type(adversary), "loss", None)):
+        return adversary  # an attack may keep a loss, but has no method of that name
     if not callable(adversary):
         raise ValueError(
             f"adversary must be an attack, AdversarialTraining(...), FreeAdversarialTraining(...) or TRADES(...), got "

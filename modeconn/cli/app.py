@@ -85,6 +85,16 @@ def _say(text: str) -> None:
     typer.echo(f"modeconn: {text}", err=True)
 
 
+def _check_outputs(*paths: Path | None) -> None:
+    """Raise unless each file that is asked for can be written, and to a place of its own."""
+    asked = [path for path in paths if path is not None]
+    places = [path.absolute() for path in asked]
+    for path, place in zip(asked, places, strict=True):
+        checkpoint.check_writable(path)
+        if places.count(place) > 1:
+            raise ValueError(f"several results would be written to {str(path)!r}. Give them names that differ.")
+
+
 def _legend(files: list[Path], labels: str | None) -> list[str] | None:
     if labels is not None:
         return labels.split(",")
@@ -279,9 +289,7 @@ def align(
         modeconn align a.safetensors b.safetensors --method weight \
             --out b-aligned.safetensors
     """
-    for path in (out, permutation, report):
-        if path is not None:
-            checkpoint.check_writable(path)
+    _check_outputs(out, permutation, report)
     chosen = _under_attack(
         None if method is None else parse.method(method), options.adversary(adversary, eps, step_size, attack_steps)
     )
@@ -402,8 +410,8 @@ def fit(
     )
     opponent = options.adversary(adversary, eps, step_size, attack_steps)
     how, shape_of_curve, refinement = parse.alignment(align), parse.curve(curve), parse.refinement(refine)
-    checkpoint.check_writable(out)
     kept = checkpoint_file or out.with_name(out.name + ".checkpoint")
+    _check_outputs(out, kept)
     loader, _ = DataOptions(
         data, root, batch_size, augment, train_examples=train_examples, seed=data_seed, device=device
     ).load()
@@ -460,14 +468,13 @@ def evaluate(
     """
     base = connection.with_suffix("") if out is None else out
     files = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
-    for path in files:
-        checkpoint.check_writable(path)
+    _check_outputs(*files)
     loaders = DataOptions(data, root, batch_size, test_examples=test_examples, seed=data_seed, device=device).load()
     if on not in ("train", "test"):
         raise ValueError(f"--on must be train or test, got {on!r}.")
     measured = loaders[0].with_(augment=(), shuffle=False) if on == "train" else loaders[1]
     architecture = template(model, model_arg, loaders[0])
-    loaded = Connection.load(connection, None if architecture is None else architecture.to(device))
+    loaded = Connection.load(connection, architecture, device=device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=loaders[0], progress=_bars(progress))
     profile.to_json(files[0])
     profile.to_csv(files[1])
@@ -489,7 +496,10 @@ def robustness(
     eps: Annotated[
         str, typer.Option(metavar="8/255", help="Radius of every ball, in units of the pixel range.")
     ] = "8/255",
-    norm: Annotated[str, typer.Option(help="linf or l2.")] = "linf",
+    norm: Annotated[
+        str | None,
+        typer.Option(help="linf or l2; default: linf, or that of an attack in l2 alone.", show_default=False),
+    ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many networks to attack, both ends included.")] = 11,
     examples: Annotated[int | None, typer.Option(help="Attack the first so many test examples.")] = None,
     statistics: Annotated[
@@ -534,22 +544,21 @@ def robustness(
     """
     from matplotlib.figure import Figure
 
-    radius = parse.number(eps)
-    attacks = {text: build_attack(text, eps=radius, norm=parse.norm(norm)) for text in attack}
+    radius, ball = parse.number(eps), None if norm is None else parse.norm(norm)
+    attacks = {text: build_attack(text, eps=radius, norm=ball) for text in attack}
     if statistics not in ("clean", "adversarial"):
         raise ValueError(f"--statistics must be clean or adversarial, got {statistics!r}.")
+    bases = [(out or path.parent) / f"{path.stem}.robust" for path in connections]
+    results = [[base.with_name(f"{base.name}.{ending}") for ending in ("json", "csv", "png")] for base in bases]
+    _check_outputs(*(file for files in results for file in files))
     loaders = DataOptions(data, root, batch_size, seed=data_seed, device=device).load()
     architecture = template(model, model_arg, loaders[0])
     training: Any = loaders[0]
     if statistics == "adversarial":
-        training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=parse.norm(norm)))
-    for path in connections:
-        base = (out or path.parent) / path.stem
-        files = [base.with_name(f"{base.name}.robust.{ending}") for ending in ("json", "csv", "png")]
-        for file in files:
-            checkpoint.check_writable(file)
-        kept = checkpoint_file or base.with_name(f"{base.name}.robust.checkpoint")
-        loaded = Connection.load(path, None if architecture is None else architecture.to(device))
+        training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=ball))
+    for path, base, files in zip(connections, bases, results, strict=True):
+        kept = checkpoint_file or base.with_name(f"{base.name}.checkpoint")
+        loaded = Connection.load(path, architecture, device=device)
         try:
             found = loaded.robustness(
                 loaders[1],
@@ -630,9 +639,8 @@ def compare(
         )
     methods, shape_of_curve = {name: parse.method(name) for name in method}, parse.curve(curve)
     table = out.with_suffix(".csv")
-    for path in (out, table):
-        checkpoint.check_writable(path)
     kept = checkpoint_file or out.with_name(out.name + ".checkpoint")
+    _check_outputs(out, table, kept)
     loaders = DataOptions(
         data, root, batch_size, augment, train_examples, test_examples, seed=data_seed, device=device
     ).load()
@@ -727,9 +735,7 @@ def symmetry(
 
         modeconn symmetry torchvision.models:resnet18 --input-shape 2,3,224,224
     """
-    for path in (out, save_spec):
-        if path is not None:
-            checkpoint.check_writable(path)
+    _check_outputs(out, save_spec)
     if Path(model).is_file():
         network = models.load(model)
     else:

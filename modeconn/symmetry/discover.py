@@ -20,6 +20,7 @@ from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.rules.traced import Rule, Traced, traced_in
 from modeconn.symmetry.spec import PermutationSpec, Tap, Trace, UnknownOperator
 from modeconn.symmetry.structure import Structure, dependencies
+from modeconn.weights import device_of
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -101,7 +102,7 @@ def example_for(model: nn.Module, example_input: Any = None, batch: Any = None) 
             f"{type(model).__name__} has to be run once to see how its units connect: pass example_input=, a tensor "
             "(or tuple, or dict of keyword inputs) that the model accepts."
         )
-    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    device = device_of(model)
     return Example.of(example_input).to(device)
 
 
