@@ -159,6 +159,26 @@ def test_a_relabelled_copy_is_recovered_completely_even_by_an_untrained_encoder(
         assert (aligner.match(spec, a, p.apply(a)).permutation @ p).num_moved == 0
 
 
+def with_norm(tensors: dict[str, Tensor], seed: int) -> nn.Module:
+    """A network whose norm layer holds these tensors."""
+    model = network(convolutions, seed, torch.float32)
+    model[1].load_state_dict(tensors, strict=False)
+    return model
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_what_is_constant_in_the_population_may_vary_in_other_networks(value):
+    constant = {name: torch.full((4,), value) for name in ("weight", "bias", "running_mean", "running_var")}
+    population = [with_norm(constant, seed) for seed in range(4)]
+    aligner = replace(SMALL, steps=2, connectivity=0).fit(population, example_input=images())
+    torch.manual_seed(0)
+    spec = aligner.fitted.encoder.graph.spec
+    for scale in (0.0, 1.0, 100.0):
+        a = with_norm({name: tensor + scale * torch.rand(4) for name, tensor in constant.items()}, 9)
+        for p in (random(spec, seed) for seed in range(5)):
+            assert (aligner.match(spec, a, p.apply(a)).permutation @ p).num_moved == 0
+
+
 NAMES = [
     "plain", "conv flatten", "residual", "dense block", "inverted residuals", "u-net", "siamese", "lstm cells",
 ]  # fmt: skip
