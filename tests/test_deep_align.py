@@ -417,11 +417,26 @@ def test_it_is_saved_and_loaded_with_the_same_bits(digits, aligner, tmp_path):
     (a, b, *_), _ = digits
     aligner.save(tmp_path / "aligner.safetensors")
     again = DeepAlign.load(tmp_path / "aligner.safetensors")
-    assert repr(again) == repr(aligner) and again == aligner
+    assert repr(again) == repr(aligner)
+    ours, theirs = aligner.fitted.encoder.state_dict(), again.fitted.encoder.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert again.fitted.encoder.graph.spec == aligner.fitted.encoder.graph.spec
     assert again.fitted.history == aligner.fitted.history and again.fitted.validation == aligner.fitted.validation
     ours, theirs = aligner.similarities(a, b), again.similarities(a, b)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert again.match(discover(a), a, b).permutation == aligner.match(discover(a), a, b).permutation
+
+
+def test_aligners_that_answer_differently_are_written_differently():
+    """Untrained ones of one seed have the same weights, but read networks by statistics of their populations."""
+    wider = [network(perceptron, seed) for seed in range(4)]
+    for model in wider:
+        model.load_state_dict({name: 5 * x for name, x in model.state_dict().items()})
+    settings = replace(SMALL, steps=0, connectivity=0)
+    ours, theirs = untrained(perceptron), settings.fit(wider, example_input=images().double())
+    for mine, other in zip(ours.fitted.encoder.parameters(), theirs.fitted.encoder.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert repr(ours) != repr(theirs)
 
 
 # ---------------------------------------------------------------- bad input

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -45,9 +46,13 @@ class Fitted:
     validation: list[tuple[int, float]]
 
     def __repr__(self) -> str:
-        weights = b"".join(p.detach().cpu().double().numpy().tobytes() for p in self.encoder.parameters())
+        """Two that align differently are written differently: the text stands for all that they compute with."""
+        graph, state = self.encoder.graph, self.encoder.state_dict()
+        digest = hashlib.sha256(json.dumps([graph.spec.to_json(), graph.names]).encode())
+        for tensor in state.values():
+            digest.update(tensor.cpu().double().numpy().tobytes())
         count = sum(p.numel() for p in self.encoder.parameters())
-        return f"Fitted({count:,} weights, {hashlib.sha256(weights).hexdigest()[:12]})"
+        return f"Fitted({count:,} weights, {digest.hexdigest()[:12]})"
 
 
 @dataclass(frozen=True)
