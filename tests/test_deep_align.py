@@ -464,6 +464,36 @@ def test_networks_of_other_sizes_are_an_error_that_names_the_group(digits, align
         modeconn.align(*(models.mlp(64, (16, 16, 8), 10, seed=seed) for seed in range(2)), method=aligner)
 
 
+class Tied(nn.Module):
+    def __init__(self, tie: bool, bias: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3, bias=bias)
+        if tie:
+            self.c.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        ([(False, False), (False, True)], r"it has 'd\.bias', of shape \(3,\), besides"),
+        ([(False, True), (False, False)], r"it has no 'd\.bias'"),
+        ([(False, True), (True, True)], r"'c\.weight' is tied to 'b\.weight', not a tensor of its own"),
+        ([(True, True), (False, True)], r"'c\.weight' is a tensor of its own, not tied to 'b\.weight'"),
+    ],
+)
+def test_networks_that_differ_in_any_tensor_or_tie_are_an_error(kinds, found, tmp_path):
+    ours, theirs = (Tied(*kind) for kind in kinds)
+    one = replace(SMALL, steps=0, connectivity=0)
+    with pytest.raises(ValueError, match=rf"population\[1\] is of another architecture .*: {found}"):
+        one.fit([ours, theirs], example_input=torch.rand(2, 8))
+    one.fit([ours, Tied(*kinds[0])], example_input=torch.rand(2, 8)).save(tmp_path / "aligner")
+    with pytest.raises(ValueError, match=rf"a is of another architecture .*: {found}"):
+        DeepAlign.load(tmp_path / "aligner").similarities(theirs, theirs)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_population_needs_two_networks(digits, count):
     population, train = digits
@@ -504,8 +534,8 @@ def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
     path = tmp_path / "aligner.safetensors"
     aligner.save(path)
     tensors, about = checkpoint.read(path)
-    checkpoint.write(path, about.pop("kind"), tensors, {**about, "format": 2})
-    with pytest.raises(ValueError, match="has format 2; this version of modeconn reads 1"):
+    checkpoint.write(path, about.pop("kind"), tensors, {**about, "format": 1})
+    with pytest.raises(ValueError, match="has format 1; this version of modeconn reads 2"):
         DeepAlign.load(path)
     models.save(models.mlp(64, (8,), 10), path)
     with pytest.raises(ValueError, match="is a model, not a deep align"):

@@ -17,7 +17,7 @@ from modeconn import checkpoint
 from modeconn.deep_align.augmentation import Augmentation
 from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.training import Training
-from modeconn.deep_align.unit_graph import UnitGraph, difference, distinct_names, spec_difference
+from modeconn.deep_align.unit_graph import Entry, UnitGraph, difference, layout_of, spec_difference
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching import Match, match_groups
 from modeconn.matching.alignment import find_spec
@@ -26,7 +26,7 @@ from modeconn.rng import seeded
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
 
-_FORMAT = 1
+_FORMAT = 2
 _KIND = "deep align"
 _ENOUGH = 20  # networks of a population of which some can be spared for validation
 
@@ -48,7 +48,7 @@ class Fitted:
     def __repr__(self) -> str:
         """Two that align differently are written differently: the text stands for all that they compute with."""
         graph, state = self.encoder.graph, self.encoder.state_dict()
-        digest = hashlib.sha256(json.dumps([graph.spec.to_json(), graph.names]).encode())
+        digest = hashlib.sha256(json.dumps([graph.spec.to_json(), graph.layout]).encode())
         for tensor in state.values():
             digest.update(tensor.cpu().double().numpy().tobytes())
         count = sum(p.numel() for p in self.encoder.parameters())
@@ -167,7 +167,7 @@ class DeepAlign:
 
         Raises:
             ValueError: If there are not two networks, or not half of them finite; one differs from the first, in which
-                group; data is missing; units lie in blocks, such as heads; or rescaling does not fit the networks.
+                tensor or group; data is missing; units lie in blocks, such as heads; or rescaling does not fit.
             FloatingPointError: If the loss became infinite or NaN.
         """
         models = list(population)
@@ -181,7 +181,7 @@ class DeepAlign:
         space = WeightSpace(models[0])
         with seeded(self.seed, space.device):
             spec = find_spec(models[0], loader, spec, example_input, verify=True)
-            graph = UnitGraph(spec, distinct_names(spec, models[0]), space.device)
+            graph = UnitGraph(spec, layout_of(models[0]), space.device)
             states = self._read(graph, models, "population")
             if validation is not None:
                 held_out = self._read(graph, list(validation), "validation")
@@ -202,7 +202,7 @@ class DeepAlign:
     def _read(graph: UnitGraph, models: Sequence[nn.Module], what: str) -> Tensor:
         """Return the states of the networks that are finite."""
         for number, model in enumerate(models):
-            found = difference(graph.spec, model)
+            found = difference(graph, model)
             if found:
                 raise ValueError(f"{what}[{number}] is of another architecture than population[0]: {found}.")
         states = graph.read(models)
@@ -242,7 +242,7 @@ class DeepAlign:
         """
         encoder = self._encoder
         for end, model in (("a", model_a), ("b", model_b)):
-            found = difference(encoder.graph.spec, model)
+            found = difference(encoder.graph, model)
             if found:
                 raise ValueError(f"{end} is of another architecture than this DeepAlign was fitted on: {found}.")
         states = encoder.graph.read([model_a, model_b]).to(encoder.mean.dtype)
@@ -267,7 +267,7 @@ class DeepAlign:
             "format": _FORMAT,
             "settings": asdict(replace(self, fitted=None)),
             "spec": graph.spec.to_json(),
-            "names": graph.names,
+            "layout": graph.layout,
             "history": self.fitted.history,
             "validation": self.fitted.validation,
         }
@@ -288,7 +288,8 @@ class DeepAlign:
             )
         settings = about["settings"]
         aligner = cls(**{**settings, "augmentation": Augmentation(**settings["augmentation"])})
-        graph = UnitGraph(PermutationSpec.from_json(about["spec"]), about["names"], device)
+        layout = {name: Entry(tensor, tuple(shape), role) for name, (tensor, shape, role) in about["layout"].items()}
+        graph = UnitGraph(PermutationSpec.from_json(about["spec"]), layout, device)
         encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)
         encoder = encoder.to(device=device, dtype=tensors["scale"].dtype).requires_grad_(False)
         encoder.load_state_dict(tensors)
