@@ -25,6 +25,7 @@ from modeconn import (
     discover,
     models,
 )
+from modeconn.batch_norm import norm_layers
 from modeconn.cli.app import app
 from modeconn.deep_align import Augmentation
 from modeconn.deep_align.augmentation import rescale
@@ -312,6 +313,30 @@ def test_augmentations_change_what_they_say_and_nothing_else():
     gone = pruned[:, part] == 0
     largest = states[:, part].abs().masked_fill(~gone, 0).amax(1)
     assert bool((largest <= states[:, part].abs().masked_fill(gone, torch.inf).amin(1)).all())
+
+
+@pytest.mark.parametrize("make", [convolutions, Residual])
+def test_augmentations_leave_norm_layers_and_buffers(make):
+    graph = untrained(make).fitted.encoder.graph
+    states = graph.read([network(make, seed) for seed in range(20)])
+    torch.manual_seed(0)
+    changed = Augmentation(noise=0.1, dropout=0.3, prune=0.5)(graph, states)
+    model = network(make, 0)
+    norms = {f"{layer}.{name}" for layer in norm_layers(model) for name in model.get_submodule(layer).state_dict()}
+    for name, part in graph.slices.items():
+        assert torch.equal(changed[:, part], states[:, part]) == (name in norms)
+
+
+def test_the_scale_of_running_statistics_makes_no_difference_to_a_fit():
+    """They have the scale of their inputs, and are no weights: by a power of 2, every bit is the same."""
+    fits = []
+    for scale in (1, 64):
+        population = [network(convolutions, seed) for seed in range(4)]
+        for model in population:
+            model[1].running_mean.mul_(scale)
+            model[1].running_var.mul_(scale)
+        fits.append(replace(SMALL, steps=3, connectivity=0).fit(population, example_input=images().double()).fitted)
+    assert fits[0].history == fits[1].history and fits[0].validation == fits[1].validation
 
 
 def test_rescaling_networks_that_it_would_change_is_an_error():

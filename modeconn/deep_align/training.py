@@ -57,7 +57,8 @@ class Training:
     ) -> None:
         self.settings, self.encoder, self.graph = settings, encoder, encoder.graph
         self.states = states
-        self.distance = 2 * states.var(0, correction=0).sum().clamp(min=1e-12)  # of two networks, squared, on average
+        spread = states.var(0, correction=0).masked_fill(self.graph.is_buffer, 0).sum()
+        self.distance = 2 * spread.clamp(min=1e-12)  # of two networks, squared, on average
         self.network = _Network(model, loss_fn, settings.augmentation.rescale)
         self.batches = None if loader is None else endless_batches(loader, states.device)
         self.sample = None
@@ -121,7 +122,7 @@ class Training:
         if settings.alignment or settings.connectivity:
             mixed = graph.mix(b, _soft(self.encoder.similarities(of_a, of_b)))
         if settings.alignment:
-            losses["alignment"] = (a - mixed).square().sum(1).mean() / self.distance
+            losses["alignment"] = graph.distance(a, mixed).mean() / self.distance
         if settings.connectivity:
             t = torch.rand(count, 1, device=a.device, dtype=a.dtype)
             losses["connectivity"] = self.network.losses(
@@ -133,14 +134,14 @@ class Training:
     def _validate(self, step: int) -> tuple[float, dict[str, Tensor]]:
         """Return the loss in the middle between validation networks, really relabelled, and a copy of the weights.
 
-        Without data, it is their squared distance.
+        Without data, it is the squared distance of their parameters.
         """
         a, b = self.validation
         of_a, of_b = zip(*(x.chunk(2) for x in self.encoder(torch.cat([a, b]))), strict=True)
         perms = [torch.stack([match_units(x) for x in s]) for s in self.encoder.similarities(of_a, of_b)]
         moved = self.graph.permute(b, perms)
         if self.sample is None:
-            value = float((a - moved).square().sum(1).mean() / self.distance)
+            value = float(self.graph.distance(a, moved).mean() / self.distance)
         else:
             middle = self.graph.named(torch.lerp(a, moved, 0.5))
             losses = [self.network.losses(middle, x, y).mean() * len(y) for x, y in self.sample]

@@ -61,6 +61,7 @@ class UnitGraph:
         pieces: Those with units, in the order of the names.
         slices: Where each parameter or buffer lies.
         fixed: Positions of entries that no unit has.
+        is_buffer: Which entries are of buffers, ``(P,)``.
 
     Raises:
         ValueError: If there is no group, or one that is not relabelled unit by unit: its name and why.
@@ -85,6 +86,9 @@ class UnitGraph:
         is_fixed = torch.ones(start, dtype=torch.bool, device=device)
         is_fixed[read] = False
         self.fixed = is_fixed.nonzero()[:, 0]
+        self.is_buffer = torch.zeros(start, dtype=torch.bool, device=device)
+        for name, part in self.slices.items():
+            self.is_buffer[part] = self.layout[name].role == "buffer"
         self._order = torch.cat([self.fixed, read]).argsort()
 
     def read(self, models: Sequence[nn.Module]) -> Tensor:
@@ -99,6 +103,10 @@ class UnitGraph:
     def named(self, states: Tensor) -> dict[str, Tensor]:
         """Return states ``(B, P)`` as named tensors ``(B, *shape)``, views."""
         return {name: states[:, part].view(-1, *self.spec.shapes[name]) for name, part in self.slices.items()}
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the squared distances between the parameters of states ``(B, P)``, ``(B,)``; buffers do not count."""
+        return (a - b).masked_fill(self.is_buffer, 0).square().sum(1)
 
     def permute(self, states: Tensor, perms: Sequence[Tensor]) -> Tensor:
         """Relabel the units of states ``(B, P)``, each state by its own ``perms``, ``(B, n)`` for each group."""
