@@ -30,7 +30,7 @@ from modeconn.cli.app import app
 from modeconn.deep_align import Augmentation
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Block
-from modeconn.deep_align.training import supervised_loss
+from modeconn.deep_align.training import Training, supervised_loss
 from modeconn.matching import match_units
 from modeconn.matching.soft import SoftPermutation
 from modeconn.recipe import Recipe
@@ -337,6 +337,16 @@ def test_the_scale_of_running_statistics_makes_no_difference_to_a_fit():
             model[1].running_var.mul_(scale)
         fits.append(replace(SMALL, steps=3, connectivity=0).fit(population, example_input=images().double()).fitted)
     assert fits[0].history == fits[1].history and fits[0].validation == fits[1].validation
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_the_unit_of_distance_is_that_of_two_different_networks(count):
+    encoder = untrained(perceptron).fitted.encoder
+    states = encoder.graph.read([network(perceptron, seed) for seed in range(count)])
+    training = Training(replace(SMALL, connectivity=0), encoder, perceptron(), states, states, None, F.cross_entropy)
+    pairs = torch.tensor([(i, j) for i in range(count) for j in range(count) if i != j])
+    expected = encoder.graph.distance(states[pairs[:, 0]], states[pairs[:, 1]]).mean()
+    torch.testing.assert_close(training.distance, expected)
 
 
 def test_rescaling_networks_that_it_would_change_is_an_error():

@@ -57,7 +57,7 @@ class Training:
     ) -> None:
         self.settings, self.encoder, self.graph = settings, encoder, encoder.graph
         self.states = states
-        spread = states.var(0, correction=0).masked_fill(self.graph.is_buffer, 0).sum()
+        spread = states.var(0).masked_fill(self.graph.is_buffer, 0).sum()
         self.distance = 2 * spread.clamp(min=1e-12)  # of two networks, squared, on average
         self.network = _Network(model, loss_fn, settings.augmentation.rescale)
         self.batches = None if loader is None else endless_batches(loader, states.device)
