@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -349,11 +350,25 @@ def test_the_unit_of_distance_is_that_of_two_different_networks(count):
     torch.testing.assert_close(training.distance, expected)
 
 
-def test_rescaling_networks_that_it_would_change_is_an_error():
-    population = [network(Residual, seed) for seed in range(3)]
-    wrong = replace(SMALL, augmentation=Augmentation(rescale=0.1))
-    with pytest.raises(ValueError, match=r"rescale=0\.1 changes what these networks compute"):
-        wrong.fit(population, batches(dtype=torch.float64))
+def transposed() -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(60, 3))
+
+
+@pytest.mark.parametrize("make", [Residual, Recurrent, transposed])
+@pytest.mark.parametrize("connectivity", [0, 1])
+def test_rescaling_networks_that_it_would_change_is_an_error(make, connectivity):
+    population = [network(make, seed) for seed in range(3)]
+    wrong = replace(SMALL, connectivity=connectivity, augmentation=Augmentation(rescale=0.1))
+    data = {"loader": batches(dtype=torch.float64)} if connectivity else {"example_input": images().double()}
+    with pytest.raises(ValueError, match=r"rescale=0\.1 changes what these networks compute: .* along axis 0"):
+        wrong.fit(population, **data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rescaling_relu_networks_is_none_whatever_their_precision(dtype):
+    population = [network(perceptron, seed, dtype) for seed in range(3)]
+    right = replace(SMALL, steps=1, augmentation=Augmentation(rescale=0.1))
+    assert right.fit(population, batches(dtype=dtype)).fitted.history["connectivity"][0] > 0
 
 
 @pytest.mark.parametrize(
@@ -412,6 +427,66 @@ def test_batch_norm_and_tied_networks_learn_from_the_loss_on_the_line():
         assert (fitted.match(spec, population[0], p.apply(population[0])).permutation @ p).num_moved == 0
 
 
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.c((self.a(x) + self.b(y)).relu())
+
+
+@pytest.mark.parametrize("connectivity", [0, 1])
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_networks_of_several_inputs_learn(connectivity, kind):
+    inputs = kind(x=torch.rand(8, 4), y=torch.rand(8, 4)) if kind is dict else (torch.rand(8, 4), torch.rand(8, 4))
+    loader = [(inputs, torch.arange(8) % 3)]
+    fitted = replace(SMALL, steps=2, connectivity=connectivity).fit([TwoInputs() for _ in range(3)], loader).fitted
+    assert (fitted.history["connectivity"][0] > 0) == bool(connectivity)
+
+
+class Sequence(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.memory, self.head = kind(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.memory(x.view(len(x), 2, 4))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_layer_that_cannot_be_run_for_many_networks_is_named(kind):
+    population = [Sequence(kind) for _ in range(2)]
+    loader = [(torch.rand(8, 8), torch.arange(8) % 3)]
+    message = rf"'memory' \({kind.__name__}\) cannot be run for many networks at once .* DeepAlign\(connectivity=0\)"
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, steps=1).fit(population, loader)
+    replace(SMALL, steps=1, connectivity=0).fit(population, loader)
+
+
+class Masked(nn.Module):
+    """A class is never chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, 0.0, -torch.inf]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.flatten(1)).relu()) + self.mask
+
+
+def test_a_mask_of_infinite_entries_is_no_sign_of_a_bad_network():
+    population = [network(Masked, seed, torch.float32) for seed in range(4)]
+    fitted = replace(SMALL, steps=3).fit(population, batches()).fitted
+    values = [*fitted.history["connectivity"], *fitted.history["alignment"], *(value for _, value in fitted.validation)]
+    assert torch.tensor(values).isfinite().all()
+    for model, wrong in zip(population, (torch.nan, torch.inf), strict=False):
+        model.b.bias.data[3] = wrong
+    with pytest.warns(UserWarning, match="2 of the 4 networks in population hold NaN"):
+        replace(SMALL, steps=1).fit(population, batches())
+
+
 def test_no_data_is_needed_without_the_loss_on_the_line(digits):
     population, _ = digits
     fitted = replace(SMALL, connectivity=0).fit(population)
@@ -425,6 +500,62 @@ def test_validation_networks_may_be_given_or_are_held_out(digits):
     given = replace(SMALL, steps=1).fit(population[:6], train, validation=population[6:])
     other = replace(SMALL, steps=1).fit(population[:6], train)
     assert given.fitted.history == other.fitted.history and given.fitted.validation != other.fitted.validation
+
+
+@pytest.mark.parametrize("given", [[], [torch.float64]])
+def test_validation_needs_two_networks(digits, given):
+    population, train = digits
+    with pytest.raises(ValueError, match=f"validation must hold at least two networks to be aligned, got {len(given)}"):
+        SMALL.fit(population, train, validation=population[: len(given)])
+
+
+def test_validation_networks_of_another_precision_are_converted():
+    population = [network(perceptron, seed) for seed in range(4)]
+    held_out = [network(perceptron, seed, torch.float32) for seed in (8, 9)]
+    both = [
+        replace(SMALL, steps=2, connectivity=0).fit(
+            population, validation=[model.to(dtype) for model in held_out], example_input=images().double()
+        )
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert both[0].fitted.validation == both[1].fitted.validation
+
+
+def test_half_precision_is_refused_by_its_name():
+    population = [network(perceptron, seed, torch.float16) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"torch\.float16, in which an encoder cannot be trained.*model\.float\(\)"):
+        replace(SMALL, connectivity=0).fit(population, example_input=images().half())
+
+
+def sometimes_nan(bad: set[int]):
+    """A loss that is NaN for some of the calls of validation, of which SMALL's makes one at each look."""
+    calls = iter(range(1000))
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, targets)
+        return loss if torch.is_grad_enabled() or next(calls) not in bad else loss * torch.nan
+
+    return loss_fn
+
+
+def test_a_validation_that_is_not_finite_never_wins(tmp_path):
+    population = [network(perceptron, seed, torch.float32) for seed in range(4)]
+    often = replace(SMALL, steps=2, validate_every=1)
+    fitted = often.fit(population, batches(), loss_fn=sometimes_nan({0}))
+    assert fitted.fitted.validation[0] == (0, torch.inf)
+    fitted.save(tmp_path / "aligner")
+    assert DeepAlign.load(tmp_path / "aligner").fitted.validation == fitted.fitted.validation
+    start = replace(often, steps=0).fit(population, batches()).fitted.encoder
+    assert not torch.equal(fitted.fitted.encoder.embeddings[0].weight, start.embeddings[0].weight)
+    with pytest.raises(FloatingPointError, match="validation networks is not finite after any of 2 steps"):
+        often.fit(population, batches(), loss_fn=sometimes_nan(set(range(1000))))
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    population = [network(perceptron, seed) for seed in range(2)]
+    one = replace(SMALL, seed=np.int64(3), steps=np.int32(1), connectivity=0)
+    one.fit(population, example_input=images().double()).save(tmp_path / "aligner")
+    assert DeepAlign.load(tmp_path / "aligner").seed == 3 and "seed=3," in repr(one)
 
 
 # ---------------------------------------------------------------- use
@@ -584,6 +715,10 @@ def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
         ({"steps": -1}, "steps must be 0 or more, got steps=-1"),
         ({"alignment": float("nan")}, "alignment must be 0 or more"),
         ({"supervised": 0, "alignment": 0, "connectivity": 0}, "all of them are 0"),
+        ({"steps": 2.5}, r"steps must be an integer, got steps=2\.5"),
+        ({"seed": "abc"}, "seed must be an integer, got seed='abc'"),
+        ({"learning_rate": "abc"}, "learning_rate must be positive, got learning_rate='abc'"),
+        ({"supervised": "abc"}, "supervised must be 0 or more, got supervised='abc'"),
         ({"features": 10}, "features must be a multiple of edge_features=4, got features=10"),
     ],
 )

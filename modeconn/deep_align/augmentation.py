@@ -23,8 +23,8 @@ class Augmentation:
         noise: Deviation of Gaussian noise, in units of the deviation of the tensor it is added to.
         dropout: Share of entries that become 0.
         rescale: Each unit's inputs are multiplied, and its outputs divided, by a factor from
-            ``[1 - rescale, 1 + rescale]``: the same function for ReLU networks without norm layers, and an error
-            for others.
+            ``[1 - rescale, 1 + rescale]``: the same function for ReLU networks without norm layers or transposed
+            convolutions, and an error for others.
         prune: Entries of a tensor below a quantile of their size become 0, the quantile drawn from ``[0, prune]``.
 
     Raises:

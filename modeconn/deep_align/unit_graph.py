@@ -91,13 +91,14 @@ class UnitGraph:
             self.is_buffer[part] = self.layout[name].role == "buffer"
         self._order = torch.cat([self.fixed, read]).argsort()
 
-    def read(self, models: Sequence[nn.Module]) -> Tensor:
-        """Return the states of networks, ``(N, P)``, in the dtype of the first."""
+    def read(self, models: Sequence[nn.Module], dtype: torch.dtype | None = None) -> Tensor:
+        """Return the states of networks, ``(N, P)``, in the dtype given or that of the first."""
         states: list[Tensor] = []
         for model in models:
             tensors = dict(model.named_parameters()) | dict(model.named_buffers())
             state = torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
-            states.append(state.to(device=self.fixed.device, dtype=states[0].dtype if states else None))
+            dtype = dtype or state.dtype
+            states.append(state.to(device=self.fixed.device, dtype=dtype))
         return torch.stack(states)
 
     def named(self, states: Tensor) -> dict[str, Tensor]:
@@ -107,6 +108,11 @@ class UnitGraph:
     def distance(self, a: Tensor, b: Tensor) -> Tensor:
         """Return the squared distances between the parameters of states ``(B, P)``, ``(B,)``; buffers do not count."""
         return (a - b).masked_fill(self.is_buffer, 0).square().sum(1)
+
+    @staticmethod
+    def between(a: Tensor, b: Tensor, t: Tensor | float) -> Tensor:
+        """Return states on the line from a to b; what is infinite and the same in both, as in masks, stays."""
+        return torch.where((a == b) & a.isinf(), a, torch.lerp(a, b, t))
 
     def permute(self, states: Tensor, perms: Sequence[Tensor]) -> Tensor:
         """Relabel the units of states ``(B, P)``, each state by its own ``perms``, ``(B, n)`` for each group."""
