@@ -44,14 +44,14 @@ def _innermost(model: nn.Module, function: Callable[..., Any], args: tuple[Any, 
     """Return the layer in which a function fails."""
     running: list[str] = []
 
-    def watch(name: str, module: nn.Module) -> list[Any]:
-        entry = f"{name!r} ({type(module).__name__})" if name else type(module).__name__
-        return [
-            module.register_forward_pre_hook(lambda *_: running.append(entry)),
-            module.register_forward_hook(lambda *_: running.pop()),
-        ]
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(names[module])
 
-    hooks = [hook for name, module in model.named_modules() for hook in watch(name, module)]
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    names = {m: f"{name!r} ({type(m).__name__})" if name else type(m).__name__ for name, m in model.named_modules()}
+    hooks = [hook for m in names for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
     try:
         function(*args)
     except RuntimeError:
