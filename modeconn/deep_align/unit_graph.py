@@ -160,9 +160,10 @@ def _check_groups(spec: PermutationSpec) -> None:
         raise ValueError("the networks have no group of units that may be relabelled, so there is nothing to align.")
     for group in spec.groups:
         if group.parents:
+            names = sorted({name for name, _ in group.places})
             raise ValueError(
                 f"DeepAlign moves units one by one, but those of group {group.name!r} lie in blocks ({group}); use "
-                f"WeightMatching or ActivationMatching, or leave the group fixed by discover(..., freeze=...)."
+                f"WeightMatching or ActivationMatching, or leave them fixed by a spec of discover(..., freeze={names})."
             )
 
 
