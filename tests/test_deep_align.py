@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 from functools import cache
 
@@ -25,6 +26,7 @@ from modeconn import (
     data,
     discover,
     models,
+    refinement,
 )
 from modeconn.batch_norm import norm_layers
 from modeconn.cli.app import app
@@ -683,11 +685,20 @@ def test_networks_that_hold_nan_are_counted_and_left_out(digits, aligner):
 
 
 @pytest.mark.parametrize("name", ["attention 3hd", "grouped"])
-def test_units_in_blocks_are_refused_by_the_name_of_their_group(name):
+def test_units_in_blocks_are_refused_by_the_name_of_their_group_and_may_be_frozen(name):
     torch.manual_seed(0)
     population, inputs = [BY_NAME[name].build() for _ in range(2)], BY_NAME[name].inputs()
+    aligner = replace(SMALL, steps=0, connectivity=0)
+    spec, frozen = discover(population[0], inputs), []
     with pytest.raises(ValueError, match=r"those of group '.*' lie in blocks \(.* in each of "):
-        replace(SMALL, connectivity=0).fit(population, example_input=inputs)
+        aligner.fit(population, example_input=inputs)
+    while any(group.parents for group in spec.groups):  # as a reader of the message would, one group after another
+        with pytest.raises(ValueError, match=r"discover\(\.\.\., freeze=") as refused:
+            aligner.fit(population, example_input=inputs, spec=spec)
+        frozen += ast.literal_eval(str(refused.value).partition("freeze=")[2].removesuffix(")."))
+        spec = discover(population[0], inputs, freeze=frozen)
+    found = aligner.fit(population, example_input=inputs, spec=spec).similarities(*population)
+    assert list(found) == [group.name for group in spec.groups]
 
 
 def test_nothing_to_relabel_is_an_error():
@@ -725,6 +736,28 @@ def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
 def test_settings_out_of_range_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         DeepAlign(**changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (WeightMatching, "starts"),
+        (modeconn.ActivationMatching, "num_examples"),
+        (modeconn.TransportMatching, "num_examples"),
+        (Sinkhorn, "steps"),
+        (modeconn.StraightThrough, "rounds"),
+        (modeconn.PAM, "iterations"),
+        (refinement.ProximalLinear, "max_tries"),
+        (refinement.RelaxedStep, "halvings"),
+        (refinement.SinkhornStep, "rounds"),
+    ],
+)
+def test_numbers_of_things_are_integers_for_every_method(method, name):
+    for value in (2.5, "abc", torch.tensor(2.5)):
+        with pytest.raises(ValueError, match=f"{name} must be an integer, got {name}="):
+            method(**{name: value})
+    made = getattr(method(**{name: np.int64(2)}), name)
+    assert made == 2 and type(made) is int
 
 
 def test_a_target_that_is_no_class_is_an_error(digits):
@@ -780,4 +813,13 @@ def test_the_command_line_trains_a_population(tmp_path):
     )  # fmt: skip
     assert len(list(kept.glob("*.safetensors"))) == 4 and DeepAlign.load(out).steps == 2
     wrong = run("deepalign", "fit", "--data", "digits", "--out", out, code=1)
-    assert "needs networks: name their files, or train some with --networks and --model" in wrong.output
+    needs = "needs networks: name their files, or train some with --networks and --model"
+    assert needs in wrong.output
+    files = sorted(kept.glob("*.safetensors"))
+    assert needs in run("deepalign", "fit", *files[:2], "--networks", 2, "--out", out, code=1).output
+    for wrong, message in (
+        ("steps=1e3", "steps must be an integer, got steps=1000.0"),
+        ("features=abc", "features must be an integer, got features='abc'"),
+        ("noise=abc", "noise must lie in [0, inf), got noise='abc'"),
+    ):
+        assert message in run("deepalign", "fit", *files, "--out", out, "--settings", wrong, code=1).output

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from math import inf
+from numbers import Real
 
 import torch
 from torch import Tensor
@@ -39,8 +41,8 @@ class Augmentation:
     def __post_init__(self) -> None:
         for name in ("noise", "dropout", "rescale", "prune"):
             value = getattr(self, name)
-            if not 0 <= value < (float("inf") if name == "noise" else 1):
-                raise ValueError(f"{name} must lie in [0, {'inf' if name == 'noise' else 1}), got {name}={value}.")
+            if not (isinstance(value, Real) and 0 <= value < (inf if name == "noise" else 1)):
+                raise ValueError(f"{name} must lie in [0, {'inf' if name == 'noise' else 1}), got {name}={value!r}.")
 
     def __call__(self, graph: UnitGraph, states: Tensor) -> Tensor:
         """Return changed copies of states ``(B, P)``, drawn from the global generator."""
