@@ -5,6 +5,8 @@ from __future__ import annotations
 import ast
 from dataclasses import replace
 from functools import cache
+from itertools import permutations, product
+from math import prod
 
 import numpy as np
 import pytest
@@ -38,7 +40,7 @@ from modeconn.matching import match_units
 from modeconn.matching.soft import SoftPermutation
 from modeconn.recipe import Recipe
 from tests.cases import Residual, batches, same_bits
-from tests.deep_align_reference import DWSLayer, block_by_loops
+from tests.deep_align_reference import UNITS, DWSLayer, block_by_loops, relabel, weight_features
 from tests.symmetry_cases import CASES
 
 BY_NAME = {case.name: case for case in CASES}
@@ -201,23 +203,72 @@ def test_any_network_whose_units_move_one_by_one_can_be_read(name):
     assert all(torch.allclose(after[name], before[name][p.perms[name]][:, q.perms[name]], atol=1e-3) for name in before)
 
 
-def test_the_literal_layer_of_the_paper_is_equivariant_and_so_is_our_reading_of_it():
-    """With the paper's own layer in the encoder's place the same law holds: it is one of weight spaces, not of ours."""
+CHANNELS = {"W1": 2, "W2": 1, "W3": 2, "b1": 1, "b2": 1}
+
+
+def relabellings(first: int, second: int):
+    for p, q in product(permutations(range(first)), permutations(range(second))):
+        yield {1: torch.tensor(p), 2: torch.tensor(q)}
+
+
+def unit_features(sizes: dict[int, int]) -> list[dict[str, Tensor]]:
+    """A basis of all weights and biases."""
+    shapes = {name: (*(sizes[g] for g in groups), CHANNELS[name]) for name, groups in UNITS.items()}
+    flat = torch.eye(sum(prod(shape) for shape in shapes.values()), dtype=torch.float64)
+    parts = flat.split([prod(shape) for shape in shapes.values()], 1)
+    return [{n: x[k].view(shapes[n]) for n, x in zip(shapes, parts, strict=True)} for k in range(len(flat))]
+
+
+def flat(x: dict[str, Tensor], names=UNITS) -> Tensor:
+    return torch.cat([x[name].flatten() for name in names])
+
+
+@pytest.mark.parametrize(("targets", "number"), [(("b1", "b2"), 22), (tuple(UNITS), None)])
+def test_the_literal_layer_of_the_paper_is_every_linear_map_that_commutes_with_relabelling(targets, number):
+    """Their dimension is the mean, over all relabellings, of the product of the traces by which they act on both."""
+    basis = unit_features({1: 2, 2: 3})
+    traces = [
+        [sum(float(flat(x, n) @ flat(relabel(x, perms), n)) for x in basis) for n in (UNITS, targets)]
+        for perms in relabellings(2, 3)
+    ]
+    dimension = round(sum(a * b for a, b in traces) / len(traces))
+    assert number in (None, dimension)
+    layer = DWSLayer(CHANNELS, CHANNELS, torch.mean).double()
+    weights = [linear.weight for key, linear in layer.maps.items() if key.split()[1] in targets]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        spanned = []
+        for entry in (weight.view(-1)[k : k + 1] for weight in weights for k in range(weight.numel())):
+            entry.fill_(1)
+            spanned.append(torch.cat([flat(layer(x), targets) for x in basis]))
+            entry.zero_()
+    assert len(spanned) == dimension == torch.linalg.matrix_rank(torch.stack(spanned))
+
+
+@pytest.mark.parametrize("pool", [torch.mean, torch.amax])
+def test_layers_of_the_paper_are_equivariant_and_so_is_our_reading_of_them(pool):
+    """With the paper's own encoder in ours' place the same law holds: it is one of weight spaces, not of ours."""
     torch.manual_seed(0)
-    layer = DWSLayer(8, 3, 4).double()
     made = nn.Sequential(nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     spec = discover(made, images().double())
+    between = dict.fromkeys(UNITS, 4)
+    layers = DWSLayer({**CHANNELS, "W1": 8, "W3": 3}, between, pool), DWSLayer(between, between, pool)
+    for layer in layers:
+        for parameter in layer.double().parameters():
+            nn.init.normal_(parameter)
 
-    def features(model: nn.Module) -> dict[str, Tensor]:
-        first, second = layer(model[1].weight, model[3].weight, model[5].weight, model[1].bias, model[3].bias)
-        return {"1": first, "3": second}
+    def encoded(model: nn.Module) -> dict[str, Tensor]:
+        x = weight_features(model[1].weight, model[3].weight, model[5].weight, model[1].bias, model[3].bias)
+        return layers[1]({name: value.relu() for name, value in layers[0](x).items()})
 
     with torch.no_grad():
         for seed in range(5):
             p = random(spec, seed)
-            before, after = features(made), features(p.apply(made))
-            for name in ("1", "3"):
-                assert float((after[name] - before[name][p.perms[name]]).abs().max()) < 1e-12
+            expected = relabel(encoded(made), {1: p.perms["1"], 2: p.perms["3"]})
+            for name, found in encoded(p.apply(made)).items():
+                torch.testing.assert_close(found, expected[name])
+                assert float(found.std()) > 0.1
 
 
 # ---------------------------------------------------------------- what is fast against what is obvious
