@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import statistics
 import time
 from pathlib import Path
 from typing import Any
@@ -21,10 +22,12 @@ from compare_digits import HIDDEN, SHIFT, population
 from pam_digits import OnTheLine
 from timing import environment
 from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 import modeconn
-from modeconn import PAM, ActivationMatching, Comparison, DeepAlign, Sinkhorn, WeightMatching, data
+from modeconn import PAM, ActivationMatching, Comparison, DeepAlign, Sinkhorn, WeightMatching, data, models
 from modeconn.matching import Method
+from modeconn.memory import peak_memory
 from modeconn.refinement import ProximalLinear
 
 TRAIN, VALIDATION = 10, 11  # in place of a split: networks 10,000 to 10,999 and 11,000 to 11,099
@@ -58,22 +61,23 @@ def one_pass(aligners: dict[int, DeepAlign], untrained: DeepAlign) -> dict[str, 
     }
 
 
-def starts(aligner: DeepAlign) -> dict[str, Method | None]:
-    return {"identity": None, "weights": WeightMatching(), "activations": ActivationMatching(), "Deep-Align": aligner}
+def starts(aligners: dict[int, DeepAlign]) -> dict[str, Method | None]:
+    learned = {f"Deep-Align {seed}": aligner for seed, aligner in aligners.items()}
+    return {"identity": None, "weights": WeightMatching(), "activations": ActivationMatching(), **learned}
 
 
-def short(aligner: DeepAlign) -> dict[str, Method]:
+def short(aligners: dict[int, DeepAlign]) -> dict[str, Method]:
     return {
         f"{name} x{strength}, Sinkhorn 50": Sinkhorn(start=start, strength=strength, steps=50)
-        for name, start in starts(aligner).items()
+        for name, start in starts(aligners).items()
         for strength in STRENGTHS
     }
 
 
-def refined(aligner: DeepAlign) -> dict[str, Method]:
+def refined(aligners: dict[int, DeepAlign]) -> dict[str, Method]:
     pam = PAM(iterations=1, step=ProximalLinear())
-    found: dict[str, Method] = {f"{name}, PAM": OnTheLine(pam, start) for name, start in starts(aligner).items()}
-    return found | {f"{name} x1, Sinkhorn 300": Sinkhorn(start=start) for name, start in starts(aligner).items()}
+    found: dict[str, Method] = {f"{name}, PAM": OnTheLine(pam, start) for name, start in starts(aligners).items()}
+    return found | {f"{name} x1, Sinkhorn 300": Sinkhorn(start=start) for name, start in starts(aligners).items()}
 
 
 def throughput(aligner: DeepAlign, tests: Networks, work: Path) -> dict[str, Any]:
@@ -93,10 +97,32 @@ def throughput(aligner: DeepAlign, tests: Networks, work: Path) -> dict[str, Any
         batched = time.perf_counter() - start
     return {
         "seconds of each fit": fits,
-        "training pairs a second": aligner.steps * aligner.batch_size / min(fits),
-        "ms a pair, alone": 1e3 * sorted(seconds["Deep-Align"])[25],
-        "ms a pair, weight matching": 1e3 * sorted(seconds["weights"])[25],
+        "training pairs a second, median fit": aligner.steps * aligner.batch_size / statistics.median(fits),
+        "ms a pair, alone": 1e3 * statistics.median(seconds["Deep-Align"]),
+        "ms a pair, weight matching": 1e3 * statistics.median(seconds["weights"]),
         "ms a network, encoded 100 at once": 1e3 * batched / len(tests),
+        "one pair of MLPs 784-128-128-128-10, untrained": {f"features={f}": wide(f) for f in (64, 128)},
+    }
+
+
+def wide(features: int, rounds: int = 5) -> dict[str, float | None]:
+    """What it takes to compare two networks of the size that is usual for MNIST."""
+    pair = [models.mlp(784, (128, 128, 128), 10, seed=seed) for seed in range(2)]
+    untrained = DeepAlign(features=features, steps=0, connectivity=0, validation_pairs=1)
+    aligner = untrained.fit(pair, example_input=torch.rand(2, 784))
+    seconds = []
+    for _ in range(rounds):
+        start = time.perf_counter()
+        aligner.similarities(*pair)
+        seconds.append(time.perf_counter() - start)
+    with FlopCounterMode(display=False) as counter:
+        aligner.similarities(*pair)
+    with peak_memory(torch.device("cpu")) as peak:
+        aligner.similarities(*pair)
+    return {
+        "seconds": statistics.median(seconds),
+        "multiply-adds, millions": counter.get_total_flops() / 2e6,
+        "peak memory, MB": None if peak.num_bytes is None else peak.num_bytes / 1e6,
     }
 
 
@@ -174,8 +200,8 @@ def main() -> None:
     tables: dict[str, Comparison] = {}
     for title, methods, count in (
         ("One pass", one_pass(aligners, untrained), args.pairs),
-        ("50 steps of Sinkhorn, by start and its strength", short(first), args.pairs),
-        ("Refined", refined(first), args.refined_pairs),
+        ("50 steps of Sinkhorn, by start and its strength", short(aligners), args.pairs),
+        ("Refined", refined(aligners), args.refined_pairs),
     ):
         tables[title] = modeconn.compare(
             [(tests[i], tests[(i + SHIFT) % 100]) for i in range(count)],

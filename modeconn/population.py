@@ -10,7 +10,7 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from torch.func import functional_call, stack_module_state, vmap
+from torch.func import functional_call, stack_module_state
 
 from modeconn.copies import copy_of
 from modeconn.identity import identify
@@ -20,6 +20,7 @@ from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe
 from modeconn.rng import rng_state, seeded, set_rng_state
 from modeconn.train import count_batches
+from modeconn.vectorised import over_networks
 from modeconn.weights import WeightSpace, named_places
 
 logger = logging.getLogger(__name__)
@@ -53,7 +54,8 @@ def train_population(
         loader: Re-iterable of ``(inputs, targets)`` batches, read once an epoch for every network.
         recipe: As for `modeconn.models.train`; the optimizer must act on every weight by itself, as SGD and Adam do.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the examples of the batch, of operations that
-            `torch.func.vmap` knows; so must the networks be.
+            `torch.func.vmap` knows; so must the networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, and
+            batch norm with ``momentum=None``.
         seeds: Of batch order and augmentation, one for each network. Default: 0, 1, 2, ...
         progress: Whether to show a progress bar.
 
@@ -61,8 +63,8 @@ def train_population(
         The trained copies, ordinary modules, in the order of ``models``.
 
     Raises:
-        ValueError: If the networks differ in architecture, the seeds are not as many, the optimizer mixes weights, or
-            the data is not as `modeconn.models.train` needs it.
+        ValueError: If the networks differ in architecture, the seeds are not as many, the optimizer mixes weights or
+            needs a closure, a layer is none that vmap knows, or the data is not as `modeconn.models.train` needs it.
         FloatingPointError: If a loss became infinite or NaN; noticed at the end of the epoch.
 
     Example:
@@ -160,8 +162,9 @@ class _Training:
             tensors = {place: state[name] for place, name in places.items()}
             return loss_fn(functional_call(network, tensors, (inputs,), tie_weights=False), targets)
 
-        losses = vmap(loss, randomness="different")
-        self.losses = torch.compile(losses) if recipe.compile else losses
+        self.losses = over_networks(
+            loss, network, randomness="different", way_out="Train such networks one by one.", compile=recipe.compile
+        )
 
     def run(self, steps: Iterable[_Batch], num_batches: int, *, progress: bool) -> None:
         bar = progress_bar(range(self.recipe.epochs), show=progress, desc="train", unit="epoch")
@@ -259,5 +262,11 @@ def _two_steps(recipe: Recipe, start: list[Tensor], slopes: list[Tensor]) -> lis
     for _ in range(2):
         for weight, slope in zip(weights, slopes, strict=True):
             weight.grad = slope.clone()
-        optimizer.step()
+        try:
+            optimizer.step()
+        except TypeError as error:
+            raise ValueError(
+                f"the recipe's optimizer ({identify(recipe.optimizer)}) makes no step along gradients alone ({error}). "
+                f"Use one that does, such as Adam or SGD, or train the networks one by one."
+            ) from error
     return [weight.detach() for weight in weights]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import combinations, product
+
 import torch
 from torch import Tensor, nn
 
@@ -37,27 +39,67 @@ def block_by_loops(block: Block, units: list[Tensor], edges: list[Tensor]) -> li
     return new
 
 
-class DWSLayer(nn.Module):
-    """One equivariant layer of Navon et al. (arXiv 2301.12780), to biases, for a perceptron of two hidden layers.
+Features = dict[str, Tensor]
 
-    From weights ``W_1 (d_1, d_0)``, ``W_2 (d_2, d_1)``, ``W_3 (d_3, d_2)`` and biases ``b_1 (d_1)``, ``b_2 (d_2)`` to
-    features ``(d_1, f)``, ``(d_2, f)``: every linear map that commutes with relabelling, with maximum for its pools.
+UNITS = {"W1": (1,), "W2": (2, 1), "W3": (2,), "b1": (1,), "b2": (2,)}
+"""Of a perceptron of two hidden layers: whose units lie along the first axes of its tensors, before the channels."""
+
+
+def weight_features(w1: Tensor, w2: Tensor, w3: Tensor, b1: Tensor, b2: Tensor) -> Features:
+    """Weights ``(d_1, d_0)``, ``(d_2, d_1)``, ``(d_3, d_2)`` and biases, with inputs and outputs as channels."""
+    return {"W1": w1, "W2": w2[..., None], "W3": w3.T, "b1": b1[:, None], "b2": b2[:, None]}
+
+
+class DWSLayer(nn.Module):
+    """One equivariant layer of Navon et al. (arXiv 2301.12780) for a perceptron of two hidden layers.
+
+    Every linear map, from weights and biases to weights and biases, that commutes with relabelling: between two tensors
+    there is one, with a matrix of channels, for each choice of the units that both have whose axis is kept; all other
+    axes of the input are pooled, all other axes of the output repeat.
+
+    Args:
+        channels: Of every input, as in `UNITS`.
+        out: Of every output.
+        pool: ``pool(x, dim)``; a mean makes the layer linear, the paper offers a maximum too.
     """
 
-    def __init__(self, inputs: int, outputs: int, features: int) -> None:
+    def __init__(self, channels: dict[str, int], out: dict[str, int], pool=torch.amax) -> None:
         super().__init__()
-        self.rows = nn.Linear(inputs, features)  # W_1 -> b_1
-        self.columns = nn.Linear(outputs, features)  # W_3 -> b_2
-        self.into = nn.Linear(1, features)  # W_2 -> b_2, pooled over d_1
-        self.out_of = nn.Linear(1, features)  # W_2 -> b_1, pooled over d_2
-        self.own = nn.ModuleList(nn.Linear(1, features) for _ in range(2))  # b_m -> b_m
-        self.all = nn.ModuleList(nn.Linear(1, features) for _ in range(2))  # the same, pooled
-        self.across = nn.ModuleList(nn.Linear(1, features) for _ in range(2))  # b_m -> the other, pooled
+        self.pool, self.out = pool, out
+        self.maps = nn.ModuleDict(
+            {
+                f"{source} {target} {kept}": nn.Linear(channels[source], out[target], bias=False)
+                for source, target in product(UNITS, UNITS)
+                for kept in _subsets([group for group in UNITS[source] if group in UNITS[target]])
+            }
+        )
+        self.offsets = nn.ParameterDict({name: nn.Parameter(torch.zeros(size)) for name, size in out.items()})
 
-    def forward(self, w1: Tensor, w2: Tensor, w3: Tensor, b1: Tensor, b2: Tensor) -> tuple[Tensor, Tensor]:
-        first = self.rows(w1) + self.out_of(w2.amax(0)[:, None])
-        second = self.columns(w3.T) + self.into(w2.amax(1)[:, None])
-        sums = []
-        for k, (b, other) in enumerate(((b1, b2), (b2, b1))):
-            sums.append(self.own[k](b[:, None]) + self.all[k](b.amax()[None]) + self.across[k](other.amax()[None]))
-        return (first + sums[0]) / 4, (second + sums[1]) / 4
+    def forward(self, x: Features) -> Features:
+        """Return features ``(units of the target, channels)`` from features ``(units of the source, channels)``."""
+        sizes = {1: len(x["W1"]), 2: len(x["W3"])}
+        made = {
+            name: offset.expand(*(sizes[group] for group in UNITS[name]), -1) for name, offset in self.offsets.items()
+        }
+        for key, linear in self.maps.items():
+            source, target, kept = key.split()
+            values = x[source]
+            for dim, group in reversed(list(enumerate(UNITS[source]))):
+                if str(group) not in kept:
+                    values = self.pool(values, dim)
+            shape = [sizes[group] if str(group) in kept else 1 for group in UNITS[target]]
+            made[target] = made[target] + linear(values).view(*shape, -1)
+        return made
+
+
+def _subsets(groups: list[int]) -> list[str]:
+    """Return all subsets of groups, in words: "none", "1", "21"."""
+    return ["".join(map(str, chosen)) or "none" for k in range(len(groups) + 1) for chosen in combinations(groups, k)]
+
+
+def relabel(x: Features, perms: dict[int, Tensor]) -> Features:
+    """Relabel the units of features."""
+    for name, groups in UNITS.items():
+        for dim, group in enumerate(groups):
+            x = {**x, name: x[name].index_select(dim, perms[group])}
+    return x

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import ast
 from dataclasses import replace
 from functools import cache
+from itertools import permutations, product
+from math import prod
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -24,17 +28,19 @@ from modeconn import (
     data,
     discover,
     models,
+    refinement,
 )
+from modeconn.batch_norm import norm_layers
 from modeconn.cli.app import app
 from modeconn.deep_align import Augmentation
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Block
-from modeconn.deep_align.training import supervised_loss
+from modeconn.deep_align.training import Training, supervised_loss
 from modeconn.matching import match_units
 from modeconn.matching.soft import SoftPermutation
 from modeconn.recipe import Recipe
 from tests.cases import Residual, batches, same_bits
-from tests.deep_align_reference import DWSLayer, block_by_loops
+from tests.deep_align_reference import UNITS, DWSLayer, block_by_loops, relabel, weight_features
 from tests.symmetry_cases import CASES
 
 BY_NAME = {case.name: case for case in CASES}
@@ -159,6 +165,26 @@ def test_a_relabelled_copy_is_recovered_completely_even_by_an_untrained_encoder(
         assert (aligner.match(spec, a, p.apply(a)).permutation @ p).num_moved == 0
 
 
+def with_norm(tensors: dict[str, Tensor], seed: int) -> nn.Module:
+    """A network whose norm layer holds these tensors."""
+    model = network(convolutions, seed, torch.float32)
+    model[1].load_state_dict(tensors, strict=False)
+    return model
+
+
+@pytest.mark.parametrize("value", [0.0, 1.0])
+def test_what_is_constant_in_the_population_may_vary_in_other_networks(value):
+    constant = {name: torch.full((4,), value) for name in ("weight", "bias", "running_mean", "running_var")}
+    population = [with_norm(constant, seed) for seed in range(4)]
+    aligner = replace(SMALL, steps=2, connectivity=0).fit(population, example_input=images())
+    torch.manual_seed(0)
+    spec = aligner.fitted.encoder.graph.spec
+    for scale in (0.0, 1.0, 100.0):
+        a = with_norm({name: tensor + scale * torch.rand(4) for name, tensor in constant.items()}, 9)
+        for p in (random(spec, seed) for seed in range(5)):
+            assert (aligner.match(spec, a, p.apply(a)).permutation @ p).num_moved == 0
+
+
 NAMES = [
     "plain", "conv flatten", "residual", "dense block", "inverted residuals", "u-net", "siamese", "lstm cells",
 ]  # fmt: skip
@@ -177,23 +203,72 @@ def test_any_network_whose_units_move_one_by_one_can_be_read(name):
     assert all(torch.allclose(after[name], before[name][p.perms[name]][:, q.perms[name]], atol=1e-3) for name in before)
 
 
-def test_the_literal_layer_of_the_paper_is_equivariant_and_so_is_our_reading_of_it():
-    """With the paper's own layer in the encoder's place the same law holds: it is one of weight spaces, not of ours."""
+CHANNELS = {"W1": 2, "W2": 1, "W3": 2, "b1": 1, "b2": 1}
+
+
+def relabellings(first: int, second: int):
+    for p, q in product(permutations(range(first)), permutations(range(second))):
+        yield {1: torch.tensor(p), 2: torch.tensor(q)}
+
+
+def unit_features(sizes: dict[int, int]) -> list[dict[str, Tensor]]:
+    """A basis of all weights and biases."""
+    shapes = {name: (*(sizes[g] for g in groups), CHANNELS[name]) for name, groups in UNITS.items()}
+    flat = torch.eye(sum(prod(shape) for shape in shapes.values()), dtype=torch.float64)
+    parts = flat.split([prod(shape) for shape in shapes.values()], 1)
+    return [{n: x[k].view(shapes[n]) for n, x in zip(shapes, parts, strict=True)} for k in range(len(flat))]
+
+
+def flat(x: dict[str, Tensor], names=UNITS) -> Tensor:
+    return torch.cat([x[name].flatten() for name in names])
+
+
+@pytest.mark.parametrize(("targets", "number"), [(("b1", "b2"), 22), (tuple(UNITS), None)])
+def test_the_literal_layer_of_the_paper_is_every_linear_map_that_commutes_with_relabelling(targets, number):
+    """Their dimension is the mean, over all relabellings, of the product of the traces by which they act on both."""
+    basis = unit_features({1: 2, 2: 3})
+    traces = [
+        [sum(float(flat(x, n) @ flat(relabel(x, perms), n)) for x in basis) for n in (UNITS, targets)]
+        for perms in relabellings(2, 3)
+    ]
+    dimension = round(sum(a * b for a, b in traces) / len(traces))
+    assert number in (None, dimension)
+    layer = DWSLayer(CHANNELS, CHANNELS, torch.mean).double()
+    weights = [linear.weight for key, linear in layer.maps.items() if key.split()[1] in targets]
+    with torch.no_grad():
+        for parameter in layer.parameters():
+            parameter.zero_()
+        spanned = []
+        for entry in (weight.view(-1)[k : k + 1] for weight in weights for k in range(weight.numel())):
+            entry.fill_(1)
+            spanned.append(torch.cat([flat(layer(x), targets) for x in basis]))
+            entry.zero_()
+    assert len(spanned) == dimension == torch.linalg.matrix_rank(torch.stack(spanned))
+
+
+@pytest.mark.parametrize("pool", [torch.mean, torch.amax])
+def test_layers_of_the_paper_are_equivariant_and_so_is_our_reading_of_them(pool):
+    """With the paper's own encoder in ours' place the same law holds: it is one of weight spaces, not of ours."""
     torch.manual_seed(0)
-    layer = DWSLayer(8, 3, 4).double()
     made = nn.Sequential(nn.Flatten(), nn.Linear(8, 5), nn.ReLU(), nn.Linear(5, 6), nn.ReLU(), nn.Linear(6, 3)).double()
     spec = discover(made, images().double())
+    between = dict.fromkeys(UNITS, 4)
+    layers = DWSLayer({**CHANNELS, "W1": 8, "W3": 3}, between, pool), DWSLayer(between, between, pool)
+    for layer in layers:
+        for parameter in layer.double().parameters():
+            nn.init.normal_(parameter)
 
-    def features(model: nn.Module) -> dict[str, Tensor]:
-        first, second = layer(model[1].weight, model[3].weight, model[5].weight, model[1].bias, model[3].bias)
-        return {"1": first, "3": second}
+    def encoded(model: nn.Module) -> dict[str, Tensor]:
+        x = weight_features(model[1].weight, model[3].weight, model[5].weight, model[1].bias, model[3].bias)
+        return layers[1]({name: value.relu() for name, value in layers[0](x).items()})
 
     with torch.no_grad():
         for seed in range(5):
             p = random(spec, seed)
-            before, after = features(made), features(p.apply(made))
-            for name in ("1", "3"):
-                assert float((after[name] - before[name][p.perms[name]]).abs().max()) < 1e-12
+            expected = relabel(encoded(made), {1: p.perms["1"], 2: p.perms["3"]})
+            for name, found in encoded(p.apply(made)).items():
+                torch.testing.assert_close(found, expected[name])
+                assert float(found.std()) > 0.1
 
 
 # ---------------------------------------------------------------- what is fast against what is obvious
@@ -294,11 +369,59 @@ def test_augmentations_change_what_they_say_and_nothing_else():
     assert bool((largest <= states[:, part].abs().masked_fill(gone, torch.inf).amin(1)).all())
 
 
-def test_rescaling_networks_that_it_would_change_is_an_error():
-    population = [network(Residual, seed) for seed in range(3)]
-    wrong = replace(SMALL, augmentation=Augmentation(rescale=0.1))
-    with pytest.raises(ValueError, match=r"rescale=0\.1 changes what these networks compute"):
-        wrong.fit(population, batches(dtype=torch.float64))
+@pytest.mark.parametrize("make", [convolutions, Residual])
+def test_augmentations_leave_norm_layers_and_buffers(make):
+    graph = untrained(make).fitted.encoder.graph
+    states = graph.read([network(make, seed) for seed in range(20)])
+    torch.manual_seed(0)
+    changed = Augmentation(noise=0.1, dropout=0.3, prune=0.5)(graph, states)
+    model = network(make, 0)
+    norms = {f"{layer}.{name}" for layer in norm_layers(model) for name in model.get_submodule(layer).state_dict()}
+    for name, part in graph.slices.items():
+        assert torch.equal(changed[:, part], states[:, part]) == (name in norms)
+
+
+def test_the_scale_of_running_statistics_makes_no_difference_to_a_fit():
+    """They have the scale of their inputs, and are no weights: by a power of 2, every bit is the same."""
+    fits = []
+    for scale in (1, 64):
+        population = [network(convolutions, seed) for seed in range(4)]
+        for model in population:
+            model[1].running_mean.mul_(scale)
+            model[1].running_var.mul_(scale)
+        fits.append(replace(SMALL, steps=3, connectivity=0).fit(population, example_input=images().double()).fitted)
+    assert fits[0].history == fits[1].history and fits[0].validation == fits[1].validation
+
+
+@pytest.mark.parametrize("count", [2, 3, 10])
+def test_the_unit_of_distance_is_that_of_two_different_networks(count):
+    encoder = untrained(perceptron).fitted.encoder
+    states = encoder.graph.read([network(perceptron, seed) for seed in range(count)])
+    training = Training(replace(SMALL, connectivity=0), encoder, perceptron(), states, states, None, F.cross_entropy)
+    pairs = torch.tensor([(i, j) for i in range(count) for j in range(count) if i != j])
+    expected = encoder.graph.distance(states[pairs[:, 0]], states[pairs[:, 1]]).mean()
+    torch.testing.assert_close(training.distance, expected)
+
+
+def transposed() -> nn.Module:
+    return nn.Sequential(nn.ConvTranspose2d(1, 4, 2), nn.ReLU(), nn.Flatten(), nn.Linear(60, 3))
+
+
+@pytest.mark.parametrize("make", [Residual, Recurrent, transposed])
+@pytest.mark.parametrize("connectivity", [0, 1])
+def test_rescaling_networks_that_it_would_change_is_an_error(make, connectivity):
+    population = [network(make, seed) for seed in range(3)]
+    wrong = replace(SMALL, connectivity=connectivity, augmentation=Augmentation(rescale=0.1))
+    data = {"loader": batches(dtype=torch.float64)} if connectivity else {"example_input": images().double()}
+    with pytest.raises(ValueError, match=r"rescale=0\.1 changes what these networks compute: .* along axis 0"):
+        wrong.fit(population, **data)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
+def test_rescaling_relu_networks_is_none_whatever_their_precision(dtype):
+    population = [network(perceptron, seed, dtype) for seed in range(3)]
+    right = replace(SMALL, steps=1, augmentation=Augmentation(rescale=0.1))
+    assert right.fit(population, batches(dtype=dtype)).fitted.history["connectivity"][0] > 0
 
 
 @pytest.mark.parametrize(
@@ -357,6 +480,66 @@ def test_batch_norm_and_tied_networks_learn_from_the_loss_on_the_line():
         assert (fitted.match(spec, population[0], p.apply(population[0])).permutation @ p).num_moved == 0
 
 
+class TwoInputs(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = nn.Linear(4, 6), nn.Linear(4, 6), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.c((self.a(x) + self.b(y)).relu())
+
+
+@pytest.mark.parametrize("connectivity", [0, 1])
+@pytest.mark.parametrize("kind", [tuple, dict])
+def test_networks_of_several_inputs_learn(connectivity, kind):
+    inputs = kind(x=torch.rand(8, 4), y=torch.rand(8, 4)) if kind is dict else (torch.rand(8, 4), torch.rand(8, 4))
+    loader = [(inputs, torch.arange(8) % 3)]
+    fitted = replace(SMALL, steps=2, connectivity=connectivity).fit([TwoInputs() for _ in range(3)], loader).fitted
+    assert (fitted.history["connectivity"][0] > 0) == bool(connectivity)
+
+
+class Sequence(nn.Module):
+    def __init__(self, kind: type[nn.RNNBase]) -> None:
+        super().__init__()
+        self.memory, self.head = kind(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.memory(x.view(len(x), 2, 4))[0][:, -1])
+
+
+@pytest.mark.parametrize("kind", [nn.RNN, nn.GRU, nn.LSTM])
+def test_a_layer_that_cannot_be_run_for_many_networks_is_named(kind):
+    population = [Sequence(kind) for _ in range(2)]
+    loader = [(torch.rand(8, 8), torch.arange(8) % 3)]
+    message = rf"'memory' \({kind.__name__}\) cannot be run for many networks at once .* DeepAlign\(connectivity=0\)"
+    with pytest.raises(ValueError, match=message):
+        replace(SMALL, steps=1).fit(population, loader)
+    replace(SMALL, steps=1, connectivity=0).fit(population, loader)
+
+
+class Masked(nn.Module):
+    """A class is never chosen."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(6, 4)
+        self.register_buffer("mask", torch.tensor([0.0, 0.0, 0.0, -torch.inf]))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.b(self.a(x.flatten(1)).relu()) + self.mask
+
+
+def test_a_mask_of_infinite_entries_is_no_sign_of_a_bad_network():
+    population = [network(Masked, seed, torch.float32) for seed in range(4)]
+    fitted = replace(SMALL, steps=3).fit(population, batches()).fitted
+    values = [*fitted.history["connectivity"], *fitted.history["alignment"], *(value for _, value in fitted.validation)]
+    assert torch.tensor(values).isfinite().all()
+    for model, wrong in zip(population, (torch.nan, torch.inf), strict=False):
+        model.b.bias.data[3] = wrong
+    with pytest.warns(UserWarning, match="2 of the 4 networks in population hold NaN"):
+        replace(SMALL, steps=1).fit(population, batches())
+
+
 def test_no_data_is_needed_without_the_loss_on_the_line(digits):
     population, _ = digits
     fitted = replace(SMALL, connectivity=0).fit(population)
@@ -370,6 +553,62 @@ def test_validation_networks_may_be_given_or_are_held_out(digits):
     given = replace(SMALL, steps=1).fit(population[:6], train, validation=population[6:])
     other = replace(SMALL, steps=1).fit(population[:6], train)
     assert given.fitted.history == other.fitted.history and given.fitted.validation != other.fitted.validation
+
+
+@pytest.mark.parametrize("given", [[], [torch.float64]])
+def test_validation_needs_two_networks(digits, given):
+    population, train = digits
+    with pytest.raises(ValueError, match=f"validation must hold at least two networks to be aligned, got {len(given)}"):
+        SMALL.fit(population, train, validation=population[: len(given)])
+
+
+def test_validation_networks_of_another_precision_are_converted():
+    population = [network(perceptron, seed) for seed in range(4)]
+    held_out = [network(perceptron, seed, torch.float32) for seed in (8, 9)]
+    both = [
+        replace(SMALL, steps=2, connectivity=0).fit(
+            population, validation=[model.to(dtype) for model in held_out], example_input=images().double()
+        )
+        for dtype in (torch.float32, torch.float64)
+    ]
+    assert both[0].fitted.validation == both[1].fitted.validation
+
+
+def test_half_precision_is_refused_by_its_name():
+    population = [network(perceptron, seed, torch.float16) for seed in range(2)]
+    with pytest.raises(ValueError, match=r"torch\.float16, in which an encoder cannot be trained.*model\.float\(\)"):
+        replace(SMALL, connectivity=0).fit(population, example_input=images().half())
+
+
+def sometimes_nan(bad: set[int]):
+    """A loss that is NaN for some of the calls of validation, of which SMALL's makes one at each look."""
+    calls = iter(range(1000))
+
+    def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+        loss = F.cross_entropy(outputs, targets)
+        return loss if torch.is_grad_enabled() or next(calls) not in bad else loss * torch.nan
+
+    return loss_fn
+
+
+def test_a_validation_that_is_not_finite_never_wins(tmp_path):
+    population = [network(perceptron, seed, torch.float32) for seed in range(4)]
+    often = replace(SMALL, steps=2, validate_every=1)
+    fitted = often.fit(population, batches(), loss_fn=sometimes_nan({0}))
+    assert fitted.fitted.validation[0] == (0, torch.inf)
+    fitted.save(tmp_path / "aligner")
+    assert DeepAlign.load(tmp_path / "aligner").fitted.validation == fitted.fitted.validation
+    start = replace(often, steps=0).fit(population, batches()).fitted.encoder
+    assert not torch.equal(fitted.fitted.encoder.embeddings[0].weight, start.embeddings[0].weight)
+    with pytest.raises(FloatingPointError, match="validation networks is not finite after any of 2 steps"):
+        often.fit(population, batches(), loss_fn=sometimes_nan(set(range(1000))))
+
+
+def test_integers_of_numpy_are_integers(tmp_path):
+    population = [network(perceptron, seed) for seed in range(2)]
+    one = replace(SMALL, seed=np.int64(3), steps=np.int32(1), connectivity=0)
+    one.fit(population, example_input=images().double()).save(tmp_path / "aligner")
+    assert DeepAlign.load(tmp_path / "aligner").seed == 3 and "seed=3," in repr(one)
 
 
 # ---------------------------------------------------------------- use
@@ -397,11 +636,26 @@ def test_it_is_saved_and_loaded_with_the_same_bits(digits, aligner, tmp_path):
     (a, b, *_), _ = digits
     aligner.save(tmp_path / "aligner.safetensors")
     again = DeepAlign.load(tmp_path / "aligner.safetensors")
-    assert repr(again) == repr(aligner) and again == aligner
+    assert repr(again) == repr(aligner)
+    ours, theirs = aligner.fitted.encoder.state_dict(), again.fitted.encoder.state_dict()
+    assert ours.keys() == theirs.keys() and all(torch.equal(ours[key], theirs[key]) for key in ours)
+    assert again.fitted.encoder.graph.spec == aligner.fitted.encoder.graph.spec
     assert again.fitted.history == aligner.fitted.history and again.fitted.validation == aligner.fitted.validation
     ours, theirs = aligner.similarities(a, b), again.similarities(a, b)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert again.match(discover(a), a, b).permutation == aligner.match(discover(a), a, b).permutation
+
+
+def test_aligners_that_answer_differently_are_written_differently():
+    """Untrained ones of one seed have the same weights, but read networks by statistics of their populations."""
+    wider = [network(perceptron, seed) for seed in range(4)]
+    for model in wider:
+        model.load_state_dict({name: 5 * x for name, x in model.state_dict().items()})
+    settings = replace(SMALL, steps=0, connectivity=0)
+    ours, theirs = untrained(perceptron), settings.fit(wider, example_input=images().double())
+    for mine, other in zip(ours.fitted.encoder.parameters(), theirs.fitted.encoder.parameters(), strict=True):
+        assert torch.equal(mine, other)
+    assert repr(ours) != repr(theirs)
 
 
 # ---------------------------------------------------------------- bad input
@@ -429,6 +683,36 @@ def test_networks_of_other_sizes_are_an_error_that_names_the_group(digits, align
         modeconn.align(*(models.mlp(64, (16, 16, 8), 10, seed=seed) for seed in range(2)), method=aligner)
 
 
+class Tied(nn.Module):
+    def __init__(self, tie: bool, bias: bool = True) -> None:
+        super().__init__()
+        self.a, self.b, self.c, self.d = nn.Linear(8, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3, bias=bias)
+        if tie:
+            self.c.weight = self.b.weight
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.d(self.c(self.b(self.a(x).relu()).relu()).relu())
+
+
+@pytest.mark.parametrize(
+    ("kinds", "found"),
+    [
+        ([(False, False), (False, True)], r"it has 'd\.bias', of shape \(3,\), besides"),
+        ([(False, True), (False, False)], r"it has no 'd\.bias'"),
+        ([(False, True), (True, True)], r"'c\.weight' is tied to 'b\.weight', not a tensor of its own"),
+        ([(True, True), (False, True)], r"'c\.weight' is a tensor of its own, not tied to 'b\.weight'"),
+    ],
+)
+def test_networks_that_differ_in_any_tensor_or_tie_are_an_error(kinds, found, tmp_path):
+    ours, theirs = (Tied(*kind) for kind in kinds)
+    one = replace(SMALL, steps=0, connectivity=0)
+    with pytest.raises(ValueError, match=rf"population\[1\] is of another architecture .*: {found}"):
+        one.fit([ours, theirs], example_input=torch.rand(2, 8))
+    one.fit([ours, Tied(*kinds[0])], example_input=torch.rand(2, 8)).save(tmp_path / "aligner")
+    with pytest.raises(ValueError, match=rf"a is of another architecture .*: {found}"):
+        DeepAlign.load(tmp_path / "aligner").similarities(theirs, theirs)
+
+
 @pytest.mark.parametrize("count", [0, 1])
 def test_a_population_needs_two_networks(digits, count):
     population, train = digits
@@ -452,11 +736,20 @@ def test_networks_that_hold_nan_are_counted_and_left_out(digits, aligner):
 
 
 @pytest.mark.parametrize("name", ["attention 3hd", "grouped"])
-def test_units_in_blocks_are_refused_by_the_name_of_their_group(name):
+def test_units_in_blocks_are_refused_by_the_name_of_their_group_and_may_be_frozen(name):
     torch.manual_seed(0)
     population, inputs = [BY_NAME[name].build() for _ in range(2)], BY_NAME[name].inputs()
+    aligner = replace(SMALL, steps=0, connectivity=0)
+    spec, frozen = discover(population[0], inputs), []
     with pytest.raises(ValueError, match=r"those of group '.*' lie in blocks \(.* in each of "):
-        replace(SMALL, connectivity=0).fit(population, example_input=inputs)
+        aligner.fit(population, example_input=inputs)
+    while any(group.parents for group in spec.groups):  # as a reader of the message would, one group after another
+        with pytest.raises(ValueError, match=r"discover\(\.\.\., freeze=") as refused:
+            aligner.fit(population, example_input=inputs, spec=spec)
+        frozen += ast.literal_eval(str(refused.value).partition("freeze=")[2].removesuffix(")."))
+        spec = discover(population[0], inputs, freeze=frozen)
+    found = aligner.fit(population, example_input=inputs, spec=spec).similarities(*population)
+    assert list(found) == [group.name for group in spec.groups]
 
 
 def test_nothing_to_relabel_is_an_error():
@@ -469,8 +762,8 @@ def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
     path = tmp_path / "aligner.safetensors"
     aligner.save(path)
     tensors, about = checkpoint.read(path)
-    checkpoint.write(path, about.pop("kind"), tensors, {**about, "format": 2})
-    with pytest.raises(ValueError, match="has format 2; this version of modeconn reads 1"):
+    checkpoint.write(path, about.pop("kind"), tensors, {**about, "format": 1})
+    with pytest.raises(ValueError, match="has format 1; this version of modeconn reads 2"):
         DeepAlign.load(path)
     models.save(models.mlp(64, (8,), 10), path)
     with pytest.raises(ValueError, match="is a model, not a deep align"):
@@ -484,12 +777,38 @@ def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
         ({"steps": -1}, "steps must be 0 or more, got steps=-1"),
         ({"alignment": float("nan")}, "alignment must be 0 or more"),
         ({"supervised": 0, "alignment": 0, "connectivity": 0}, "all of them are 0"),
+        ({"steps": 2.5}, r"steps must be an integer, got steps=2\.5"),
+        ({"seed": "abc"}, "seed must be an integer, got seed='abc'"),
+        ({"learning_rate": "abc"}, "learning_rate must be positive, got learning_rate='abc'"),
+        ({"supervised": "abc"}, "supervised must be 0 or more, got supervised='abc'"),
         ({"features": 10}, "features must be a multiple of edge_features=4, got features=10"),
     ],
 )
 def test_settings_out_of_range_are_errors(changes, message):
     with pytest.raises(ValueError, match=message):
         DeepAlign(**changes)
+
+
+@pytest.mark.parametrize(
+    ("method", "name"),
+    [
+        (WeightMatching, "starts"),
+        (modeconn.ActivationMatching, "num_examples"),
+        (modeconn.TransportMatching, "num_examples"),
+        (Sinkhorn, "steps"),
+        (modeconn.StraightThrough, "rounds"),
+        (modeconn.PAM, "iterations"),
+        (refinement.ProximalLinear, "max_tries"),
+        (refinement.RelaxedStep, "halvings"),
+        (refinement.SinkhornStep, "rounds"),
+    ],
+)
+def test_numbers_of_things_are_integers_for_every_method(method, name):
+    for value in (2.5, "abc", torch.tensor(2.5)):
+        with pytest.raises(ValueError, match=f"{name} must be an integer, got {name}="):
+            method(**{name: value})
+    made = getattr(method(**{name: np.int64(2)}), name)
+    assert made == 2 and type(made) is int
 
 
 def test_a_target_that_is_no_class_is_an_error(digits):
@@ -545,4 +864,13 @@ def test_the_command_line_trains_a_population(tmp_path):
     )  # fmt: skip
     assert len(list(kept.glob("*.safetensors"))) == 4 and DeepAlign.load(out).steps == 2
     wrong = run("deepalign", "fit", "--data", "digits", "--out", out, code=1)
-    assert "needs networks: name their files, or train some with --networks and --model" in wrong.output
+    needs = "needs networks: name their files, or train some with --networks and --model"
+    assert needs in wrong.output
+    files = sorted(kept.glob("*.safetensors"))
+    assert needs in run("deepalign", "fit", *files[:2], "--networks", 2, "--out", out, code=1).output
+    for wrong, message in (
+        ("steps=1e3", "steps must be an integer, got steps=1000.0"),
+        ("features=abc", "features must be an integer, got features='abc'"),
+        ("noise=abc", "noise must lie in [0, inf), got noise='abc'"),
+    ):
+        assert message in run("deepalign", "fit", *files, "--out", out, "--settings", wrong, code=1).output

@@ -188,6 +188,31 @@ def test_an_optimizer_that_mixes_networks_is_an_error(optimizer):
         train_population(networks(mlp), loader(8), recipe=Recipe(1, optimizer))
 
 
+def test_an_optimizer_that_needs_a_closure_is_an_error():
+    recipe = Recipe(1, lambda weights, **_: torch.optim.LBFGS(weights))
+    with pytest.raises(ValueError, match=r"makes no step along gradients alone \(.*closure"):
+        train_population(networks(mlp), loader(8), recipe=recipe)
+
+
+class Sequence(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.memory, self.head = nn.GRU(4, 6, batch_first=True), nn.Linear(6, 3)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.memory(x.view(len(x), 2, 4))[0][:, -1])
+
+
+def cumulative() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 6), nn.BatchNorm1d(6, momentum=None), nn.Linear(6, 3))
+
+
+@pytest.mark.parametrize(("make", "layer"), [(Sequence, r"'memory' \(GRU\)"), (cumulative, r"'1' \(BatchNorm1d\)")])
+def test_a_layer_that_vmap_does_not_know_is_named(make, layer):
+    with pytest.raises(ValueError, match=rf"{layer} cannot be run for many networks at once .* one by one"):
+        train_population(networks(make), loader(8), recipe=ADAM)
+
+
 def test_one_loss_scale_for_all_networks_is_an_error():
     with pytest.raises(ValueError, match="float16"):
         train_population(networks(mlp), loader(8), recipe=Recipe(1, autocast=torch.float16))

@@ -268,14 +268,8 @@ def test_turns_end_when_nothing_is_accepted_and_the_loss_stands_still():
 def test_a_run_with_pam_goes_on_with_the_same_bits(tmp_path):
     path, refine = tmp_path / "run.safetensors", PAM(iterations=2)
     whole = fit(refine=refine)
-    for count in (
-        12,
-        15,
-        25,
-        32,
-        39,
-        44,
-    ):  # after the first turn, in the first epoch, the second, the second turn, after it, the last epoch
+    stops = (12, 15, 25, 32, 39, 44)  # after the first turn, in both epochs, in the second turn, after it, at the end
+    for count in stops:
         path.unlink(missing_ok=True)
         with pytest.raises(KeyboardInterrupt):
             fit(modeconn.checkpoint.Checkpoint(path, every_batches=3), Breaking(loader(), count), refine=refine)

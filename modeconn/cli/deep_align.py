@@ -61,7 +61,7 @@ def fit(
     checkpoint.check_writable(out)
     loader, _ = DataOptions(data, root, batch_size, augment, seed=data_seed, device=device).load()
     shape = template(model, model_arg, loader)
-    if not files and not (networks and model):
+    if not (files or networks) or (networks and not model):
         raise ValueError("a fit needs networks: name their files, or train some with --networks and --model.")
     population = [models.load(path, shape).to(device) for path in files or ()]
     if networks:
@@ -99,7 +99,7 @@ def evaluate(
 ) -> None:
     r"""Measure the barriers that an aligner leaves on pairs of networks: the first and second, third and fourth file.
 
-    Beside it are those that weight matching and activation matching leave, alone and with the aligner as start.
+    Beside it are those that weight matching and activation matching leave, and weight matching with it as start.
 
     For example:
 

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, replace
+from math import inf, isfinite
 from typing import Any
 
 import torch
@@ -16,16 +18,18 @@ from modeconn import checkpoint
 from modeconn.deep_align.augmentation import Augmentation
 from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.training import Training
-from modeconn.deep_align.unit_graph import UnitGraph, difference, distinct_names, spec_difference
+from modeconn.deep_align.unit_graph import Entry, UnitGraph, difference, layout_of, spec_difference
+from modeconn.loaders import first_batch
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching import Match, match_groups
 from modeconn.matching.alignment import find_spec
-from modeconn.matching.objective import check_positive
+from modeconn.matching.objective import check_integers, check_not_negative, check_positive
+from modeconn.matching.statistics import inputs_of
 from modeconn.rng import seeded
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
 
-_FORMAT = 1
+_FORMAT = 2
 _KIND = "deep align"
 _ENOUGH = 20  # networks of a population of which some can be spared for validation
 
@@ -37,7 +41,8 @@ class Fitted:
     Args:
         encoder: The network that reads networks.
         history: By loss, its value at every step; 0 where its weight is 0.
-        validation: ``(step, value)``: the loss in the middle between relabelled validation networks.
+        validation: ``(step, value)``: the loss in the middle between relabelled validation networks,
+            infinite where it is not finite.
     """
 
     encoder: Encoder
@@ -45,9 +50,13 @@ class Fitted:
     validation: list[tuple[int, float]]
 
     def __repr__(self) -> str:
-        weights = b"".join(p.detach().cpu().double().numpy().tobytes() for p in self.encoder.parameters())
+        """Two that align differently are written differently: the text stands for all that they compute with."""
+        graph, state = self.encoder.graph, self.encoder.state_dict()
+        digest = hashlib.sha256(json.dumps([graph.spec.to_json(), graph.layout]).encode())
+        for tensor in state.values():
+            digest.update(tensor.cpu().double().numpy().tobytes())
         count = sum(p.numel() for p in self.encoder.parameters())
-        return f"Fitted({count:,} weights, {hashlib.sha256(weights).hexdigest()[:12]})"
+        return f"Fitted({count:,} weights, {digest.hexdigest()[:12]})"
 
 
 @dataclass(frozen=True)
@@ -67,7 +76,8 @@ class DeepAlign:
     It pays where many pairs of one architecture are to be aligned: the fit takes minutes to hours, aligning a pair as
     long as a look at its weights. Networks it was not fitted for are not aligned: their groups must be those of the
     population, and what it learned is for networks trained likewise. (MLP 64-32-32-32-10 on digits, 1,000 networks: a
-    fit of 93 s on one core leaves a barrier of 0.035 on other pairs, activation matching 0.067, weight matching 0.078.)
+    fit of 93 to 207 s on one core leaves a barrier of 0.035 on other pairs, activation matching 0.067, weight matching
+    0.078.)
 
     Args:
         features: Channels of a unit; a multiple of ``edge_features``.
@@ -120,13 +130,15 @@ class DeepAlign:
     fitted: Fitted | None = field(default=None, compare=False)
 
     def __post_init__(self) -> None:
+        check_integers(
+            self, "features", "edge_features", "depth", "steps", "batch_size", "validation_pairs", "validate_every",
+            "seed",
+        )  # fmt: skip
         check_positive(
             self, "features", "edge_features", "depth", "scale", "batch_size", "learning_rate", "validation_pairs",
             "validate_every",
         )  # fmt: skip
-        for name in ("steps", "weight_decay", "supervised", "alignment", "connectivity"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be 0 or more, got {name}={getattr(self, name)}.")
+        check_not_negative(self, "steps", "weight_decay", "supervised", "alignment", "connectivity")
         if self.supervised == self.alignment == self.connectivity == 0:
             raise ValueError("one of supervised, alignment and connectivity must be positive, all of them are 0.")
         if self.features % self.edge_features:
@@ -152,34 +164,42 @@ class DeepAlign:
 
         Args:
             population: Two or more networks of one architecture, of any origin; `models.train_population` makes many.
-            loader: Training data ``(inputs, targets)`` for the loss on the line, not needed if ``connectivity`` is 0.
+            loader: Training data ``(inputs, targets)`` for the loss on the line, which also chooses the best state; not
+                needed if ``connectivity`` is 0: then the nearest parameters choose it, and networks are not run.
             validation: Other networks, for choosing the best state. Default: a tenth of a population of 20 or more,
                 drawn with the seed; a smaller one's own networks.
-            loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, of what `torch.func.vmap` knows.
+            loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, of what `torch.func.vmap` knows; so must the
+                networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, unless ``connectivity`` is 0.
             spec: What `discover` found for this architecture. Default: it is discovered and proved here.
             example_input: For discovery; default the first inputs of the loader.
             progress: Whether to show a progress bar.
 
         Raises:
             ValueError: If there are not two networks, or not half of them finite; one differs from the first, in which
-                group; data is missing; units lie in blocks, such as heads; or rescaling does not fit the networks.
-            FloatingPointError: If the loss became infinite or NaN.
+                tensor or group; data is missing; units lie in blocks, such as heads; or rescaling does not fit.
+            FloatingPointError: If the loss became infinite or NaN, or never was finite between validation networks.
         """
-        models = list(population)
-        if len(models) < 2:
-            raise ValueError(f"population must hold at least two networks to be aligned, got {len(models)}.")
+        models = _at_least_two(population, "population")
         if loader is None and self.connectivity:
             raise ValueError(
                 f"DeepAlign(connectivity={self.connectivity}) learns through the task's loss, so it needs data: pass "
                 f"loader=, or use DeepAlign(connectivity=0)."
             )
+        others = None if validation is None else _at_least_two(validation, "validation")
         space = WeightSpace(models[0])
+        if space.dtype is torch.float16:
+            raise ValueError(
+                "the networks are in torch.float16, in which an encoder cannot be trained: convert them with "
+                "model.float() or model.bfloat16()."
+            )
         with seeded(self.seed, space.device):
-            spec = find_spec(models[0], loader, spec, example_input, verify=True)
-            graph = UnitGraph(spec, distinct_names(spec, models[0]), space.device)
-            states = self._read(graph, models, "population")
-            if validation is not None:
-                held_out = self._read(graph, list(validation), "validation")
+            first = None if loader is None else inputs_of(first_batch(loader))
+            example = first if example_input is None else example_input
+            spec = find_spec(models[0], None, spec, example, verify=True)
+            graph = UnitGraph(spec, layout_of(models[0]), space.device)
+            states = _read(graph, models, "population", space.dtype)
+            if others is not None:
+                held_out = _read(graph, others, "validation", space.dtype)
             elif len(states) >= _ENOUGH:
                 order = torch.randperm(len(states))
                 held_out, states = (states[part] for part in order.tensor_split([len(states) // 10]))
@@ -188,31 +208,10 @@ class DeepAlign:
             encoder = Encoder(graph, self.features, self.edge_features, self.depth, self.scale)
             encoder = encoder.to(device=states.device, dtype=states.dtype)
             encoder.standardise(states)
-            training = Training(self, encoder, models[0], states, held_out, loader, loss_fn)
+            training = Training(self, encoder, models[0], states, held_out, loader, loss_fn, example)
             training.run(progress=progress)
         fitted = Fitted(encoder.requires_grad_(False), training.history, training.validations)
         return replace(self, fitted=fitted)
-
-    @staticmethod
-    def _read(graph: UnitGraph, models: Sequence[nn.Module], what: str) -> Tensor:
-        """Return the states of the networks that are finite."""
-        for number, model in enumerate(models):
-            found = difference(graph.spec, model)
-            if found:
-                raise ValueError(f"{what}[{number}] is of another architecture than population[0]: {found}.")
-        states = graph.read(models)
-        finite = states.isfinite().all(1)
-        lost, total = int((~finite).sum()), len(models)
-        if lost > total / 2 or total - lost < 2:
-            raise ValueError(
-                f"{what} must hold two or more networks, most of them finite, but {lost} of its {total} hold NaN or "
-                f"infinite weights."
-            )
-        if lost:
-            warnings.warn(
-                f"{lost} of the {total} networks in {what} hold NaN or infinite weights and are left out.", stacklevel=3
-            )
-        return states[finite]
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
@@ -237,10 +236,10 @@ class DeepAlign:
         """
         encoder = self._encoder
         for end, model in (("a", model_a), ("b", model_b)):
-            found = difference(encoder.graph.spec, model)
+            found = difference(encoder.graph, model)
             if found:
                 raise ValueError(f"{end} is of another architecture than this DeepAlign was fitted on: {found}.")
-        states = encoder.graph.read([model_a, model_b]).to(encoder.mean.dtype)
+        states = encoder.graph.read([model_a, model_b], encoder.mean.dtype)
         a, b = zip(*(x.split(1) for x in encoder(states)), strict=True)
         groups = encoder.graph.spec.groups
         return {group.name: x[0] for group, x in zip(groups, encoder.similarities(a, b), strict=True)}
@@ -262,9 +261,9 @@ class DeepAlign:
             "format": _FORMAT,
             "settings": asdict(replace(self, fitted=None)),
             "spec": graph.spec.to_json(),
-            "names": graph.names,
+            "layout": graph.layout,
             "history": self.fitted.history,
-            "validation": self.fitted.validation,
+            "validation": [(step, value if isfinite(value) else None) for step, value in self.fitted.validation],
         }
         checkpoint.write(path, _KIND, self._encoder.state_dict(), about)
 
@@ -283,9 +282,40 @@ class DeepAlign:
             )
         settings = about["settings"]
         aligner = cls(**{**settings, "augmentation": Augmentation(**settings["augmentation"])})
-        graph = UnitGraph(PermutationSpec.from_json(about["spec"]), about["names"], device)
+        layout = {name: Entry(tensor, tuple(shape), role) for name, (tensor, shape, role) in about["layout"].items()}
+        graph = UnitGraph(PermutationSpec.from_json(about["spec"]), layout, device)
         encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)
         encoder = encoder.to(device=device, dtype=tensors["scale"].dtype).requires_grad_(False)
         encoder.load_state_dict(tensors)
-        validation = [tuple(one) for one in about["validation"]]
+        validation = [(step, inf if value is None else value) for step, value in about["validation"]]
         return replace(aligner, fitted=Fitted(encoder, about["history"], validation))
+
+
+def _at_least_two(models: Iterable[nn.Module], what: str) -> list[nn.Module]:
+    found = list(models)
+    if len(found) < 2:
+        raise ValueError(f"{what} must hold at least two networks to be aligned, got {len(found)}.")
+    return found
+
+
+def _read(graph: UnitGraph, models: Sequence[nn.Module], what: str, dtype: torch.dtype) -> Tensor:
+    """Return the states of the networks that are finite, but for what is the same in all of them and of no unit."""
+    for number, model in enumerate(models):
+        found = difference(graph, model)
+        if found:
+            raise ValueError(f"{what}[{number}] is of another architecture than population[0]: {found}.")
+    states = graph.read(models, dtype)
+    constant = torch.zeros_like(graph.is_buffer)
+    constant[graph.fixed] = (states[:, graph.fixed] == states[0, graph.fixed]).all(0)
+    finite = (states.isfinite() | constant).all(1)
+    lost, total = int((~finite).sum()), len(models)
+    if lost > total / 2 or total - lost < 2:
+        raise ValueError(
+            f"{what} must hold two or more networks, most of them finite, but {lost} of its {total} hold NaN or "
+            f"infinite weights."
+        )
+    if lost:
+        warnings.warn(
+            f"{lost} of the {total} networks in {what} hold NaN or infinite weights and are left out.", stacklevel=3
+        )
+    return states[finite]

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 from modeconn.deep_align.unit_graph import UnitGraph
 
 _EDGE_WIDTH = 16  # hidden channels of the function that embeds an edge
+_CONSTANT = 1e-3  # of its size, the deviation up to which a piece is constant
 
 
 class Encoder(nn.Module):
@@ -53,11 +54,16 @@ class Encoder(nn.Module):
 
     @torch.no_grad()
     def standardise(self, states: Tensor) -> None:
-        """Measure mean and deviation of each piece, over networks, units and channels, on a population ``(N, P)``."""
+        """Measure mean and deviation of each piece, over networks, units and channels, on a population ``(N, P)``.
+
+        A piece that is constant there, as norm layers are before training, may not be in the networks to come: its
+        scale is its own size, or 1 if it is 0.
+        """
         for number, piece in enumerate(self.graph.pieces):
             values = states[:, piece.index.flatten()]
+            std, size = values.std(correction=0), values.abs().mean()
             self.mean[number] = values.mean()
-            self.std[number] = values.std(correction=0).clamp(min=torch.finfo(values.dtype).tiny ** 0.5)
+            self.std[number] = std if std > _CONSTANT * size else size if size > 0 else 1.0
 
     def forward(self, states: Tensor) -> list[Tensor]:
         """Return features of unit length, ``(B, n, features)`` for each group, of the networks ``states (B, P)``."""

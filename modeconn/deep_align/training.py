@@ -5,23 +5,27 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable
+from math import inf, isfinite
 from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import functional_call
 
 from modeconn.batch_norm import calibration_batches, norm_layers
 from modeconn.copies import copy_of
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Encoder
-from modeconn.loaders import check_loader, endless_batches
+from modeconn.loaders import check_loader, endless_batches, to_device
 from modeconn.loss import LossFn, check_targets, main_output
 from modeconn.matching import match_units
 from modeconn.matching.sinkhorn import soft_matrices
 from modeconn.progress import progress_bar
 from modeconn.recipe import one_cycle
+from modeconn.symmetry.discover import example_for
+from modeconn.symmetry.graph import Example
+from modeconn.vectorised import over_networks
 from modeconn.weights import named_places
 
 if TYPE_CHECKING:
@@ -41,8 +45,9 @@ class Training:
         model: Any network of the population, for its architecture.
         states: The population ``(N, P)``.
         validation: Networks ``(V, P)`` of which fixed pairs choose the best step.
-        loader: Training data, or None if the loss of the networks is not needed.
+        loader: Training data, not read if the loss of the networks is not needed.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
+        example: Inputs of a network, by which rescaling is checked; None where the networks have some themselves.
     """
 
     def __init__(
@@ -54,18 +59,21 @@ class Training:
         validation: Tensor,
         loader: Iterable[Any] | None,
         loss_fn: LossFn,
+        example: Any = None,
     ) -> None:
         self.settings, self.encoder, self.graph = settings, encoder, encoder.graph
         self.states = states
-        self.distance = 2 * states.var(0, correction=0).sum().clamp(min=1e-12)  # of two networks, squared, on average
-        self.network = _Network(model, loss_fn, settings.augmentation.rescale)
-        self.batches = None if loader is None else endless_batches(loader, states.device)
-        self.sample = None
-        if loader is not None:
+        spread = states.var(0).masked_fill(self.graph.is_buffer, 0).sum()
+        self.distance = 2 * spread.clamp(min=1e-12)  # of two networks, squared, on average
+        self.network = _Network(model, loss_fn)
+        if settings.connectivity:
+            self.batches = endless_batches(loader, states.device)
             self.sample = list(
                 calibration_batches(loader, states.device, limit=_VALIDATION_EXAMPLES, seed=settings.seed)
             )
-            self.network.check(self.graph, states[:2], *check_loader(loader))
+            self.network.check_targets(*to_device(check_loader(loader), states.device))
+        if settings.augmentation.rescale:
+            self._check_rescaling(example_for(model, example))
         generator = torch.Generator().manual_seed(settings.seed)
         first, second = _pairs(len(validation), settings.validation_pairs, generator)
         self.validation = validation[first], validation[second]
@@ -88,6 +96,11 @@ class Training:
                 found = self._validate(step)
                 best = min(best, found, key=lambda one: one[0])
                 bar.set_postfix(validation=f"{found[0]:.4f}")
+        if best[0] == inf:
+            raise FloatingPointError(
+                f"the loss in the middle between validation networks is not finite after any of {settings.steps} "
+                f"steps; look for values in networks or data that are too large."
+            )
         self.encoder.load_state_dict(best[1])
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
@@ -121,30 +134,47 @@ class Training:
         if settings.alignment or settings.connectivity:
             mixed = graph.mix(b, _soft(self.encoder.similarities(of_a, of_b)))
         if settings.alignment:
-            losses["alignment"] = (a - mixed).square().sum(1).mean() / self.distance
+            losses["alignment"] = graph.distance(a, mixed).mean() / self.distance
         if settings.connectivity:
             t = torch.rand(count, 1, device=a.device, dtype=a.dtype)
             losses["connectivity"] = self.network.losses(
-                graph.named(torch.lerp(a, mixed, t)), *next(self.batches)
+                graph.named(graph.between(a, mixed, t)), *next(self.batches)
             ).mean()
         return losses
+
+    @torch.no_grad()
+    def _check_rescaling(self, example: Example) -> None:
+        """Raise a ValueError if rescaling changes what a network computes."""
+        state, groups = self.states[:1], self.graph.spec.groups
+        factors = [1.5 + torch.rand(1, g.size, device=state.device, dtype=state.dtype) for g in groups]
+        before, after = (
+            self.network.outputs({name: x[0].clone() for name, x in self.graph.named(one).items()}, example)
+            for one in (state, rescale(self.graph, state, factors))
+        )
+        if not (after - before).norm() <= torch.finfo(state.dtype).eps ** 0.5 * before.norm():
+            raise ValueError(
+                f"augmentation.rescale={self.settings.augmentation.rescale} changes what these networks compute: it is "
+                f"for ReLU networks without norm layers, whose weights have the units that they make along axis 0, as "
+                f"those of nn.Linear and nn.Conv2d, not nn.ConvTranspose2d. Pass Augmentation(rescale=0)."
+            )
 
     @torch.no_grad()
     def _validate(self, step: int) -> tuple[float, dict[str, Tensor]]:
         """Return the loss in the middle between validation networks, really relabelled, and a copy of the weights.
 
-        Without data, it is their squared distance.
+        Without data, or use for it, it is the squared distance of their parameters.
         """
         a, b = self.validation
         of_a, of_b = zip(*(x.chunk(2) for x in self.encoder(torch.cat([a, b]))), strict=True)
         perms = [torch.stack([match_units(x) for x in s]) for s in self.encoder.similarities(of_a, of_b)]
         moved = self.graph.permute(b, perms)
-        if self.sample is None:
-            value = float((a - moved).square().sum(1).mean() / self.distance)
+        if not self.settings.connectivity:
+            value = float(self.graph.distance(a, moved).mean() / self.distance)
         else:
-            middle = self.graph.named(torch.lerp(a, moved, 0.5))
+            middle = self.graph.named(self.graph.between(a, moved, 0.5))
             losses = [self.network.losses(middle, x, y).mean() * len(y) for x, y in self.sample]
             value = float(sum(losses)) / sum(len(y) for _, y in self.sample)
+        value = value if isfinite(value) else inf
         self.validations.append((step, value))
         _LOGGER.info("step %d of %d: validation %.4f", step, self.settings.steps, value)
         return value, copy.deepcopy(self.encoder.state_dict())
@@ -153,44 +183,39 @@ class Training:
 class _Network:
     """The architecture of the population as a function of stacked weights; norm layers use the batch's statistics."""
 
-    def __init__(self, model: nn.Module, loss_fn: LossFn, rescaling: float) -> None:
+    def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
         self._model = copy_of(model).requires_grad_(False).eval()
         self._norms = [self._model.get_submodule(layer) for layer in norm_layers(self._model)]
         self._places = named_places(self._model)
         self._buffers = {name for name, _ in self._model.named_buffers()}
-        self._loss_fn, self._rescaling = loss_fn, rescaling
+        self._loss_fn = loss_fn
 
     def _call(self, state: dict[str, Tensor], inputs: Any) -> Any:
         tensors = {place: state[name] for place, name in self._places.items() if name in state}
-        return functional_call(self._model, tensors, (inputs,), tie_weights=False)
+        given = Example.of(inputs)
+        return functional_call(self._model, tensors, given.args, given.kwargs, tie_weights=False)
 
     def losses(self, states: dict[str, Tensor], inputs: Any, targets: Tensor) -> Tensor:
         """Return the loss of each of a stack of networks ``(B, ...)`` on the same examples, ``(B,)``."""
         for norm in self._norms:
             norm.train()
         own = {name: x.detach().clone() if name in self._buffers else x for name, x in states.items()}
-        return vmap(lambda state: self._loss_fn(self._call(state, inputs), targets), randomness="same")(own)
+        loss = over_networks(
+            lambda state: self._loss_fn(self._call(state, inputs), targets),
+            self._model,
+            randomness="same",
+            way_out="Use DeepAlign(connectivity=0), which does not run the networks.",
+        )
+        return loss(own)
 
     @torch.no_grad()
-    def check(self, graph: Any, states: Tensor, inputs: Any, targets: Tensor) -> None:
-        """Raise a ValueError if a target is no class, or rescaling changes what the network computes."""
-        inputs, targets = inputs.to(states.device), targets.to(states.device)
-        outputs = main_output(self._model(inputs))
-        check_targets(outputs, targets)
-        if not self._rescaling:
-            return
-        factors = [
-            1.5 + torch.rand(len(states), g.size, device=states.device, dtype=states.dtype) for g in graph.spec.groups
-        ]
-        before, after = (
-            main_output(self._call({n: x[0].clone() for n, x in graph.named(one).items()}, inputs))
-            for one in (states, rescale(graph, states, factors))
-        )
-        if not (after - before).norm() <= 1e-3 * before.norm():
-            raise ValueError(
-                f"augmentation.rescale={self._rescaling} changes what these networks compute: it is for ReLU networks "
-                f"without norm layers. Pass Augmentation(rescale=0)."
-            )
+    def outputs(self, state: dict[str, Tensor], inputs: Any) -> Tensor:
+        """Return the main output of one network."""
+        return main_output(self._call(state, inputs))
+
+    def check_targets(self, inputs: Any, targets: Tensor) -> None:
+        """Raise a ValueError if a target is no class."""
+        check_targets(self.outputs({}, inputs), targets)
 
 
 def supervised_loss(similarities: list[Tensor], perms: list[Tensor]) -> Tensor:

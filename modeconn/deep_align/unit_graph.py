@@ -5,11 +5,26 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
+from typing import Literal, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from modeconn.symmetry.spec import PermutationSpec
+
+
+class Entry(NamedTuple):
+    """What networks have under one name of a parameter or floating buffer.
+
+    Args:
+        tensor: The tensor's first name: another than this one where tensors are tied.
+        shape: Its shape.
+        role: "norm" is a parameter of a module that has none with two axes, as norm layers have none.
+    """
+
+    tensor: str
+    shape: tuple[int, ...]
+    role: Literal["weight", "norm", "buffer"]
 
 
 @dataclass(frozen=True, eq=False)
@@ -38,25 +53,30 @@ class UnitGraph:
 
     Args:
         spec: The groups; none may lie in blocks.
-        names: The parameters and buffers of a state, tied ones once; see `distinct_names`.
+        layout: All that the networks have, by every name; see `layout_of`.
         device: Where states are.
 
     Attributes:
+        names: The parameters and buffers of a state, tied ones once.
         pieces: Those with units, in the order of the names.
         slices: Where each parameter or buffer lies.
         fixed: Positions of entries that no unit has.
+        is_buffer: Which entries are of buffers, ``(P,)``.
 
     Raises:
         ValueError: If there is no group, or one that is not relabelled unit by unit: its name and why.
     """
 
-    def __init__(self, spec: PermutationSpec, names: Sequence[str], device: torch.device | str | None = None) -> None:
+    def __init__(
+        self, spec: PermutationSpec, layout: Mapping[str, Entry], device: torch.device | str | None = None
+    ) -> None:
         _check_groups(spec)
-        self.spec, self.names = spec, tuple(names)
+        self.spec, self.layout = spec, dict(layout)
+        self.names = tuple(name for name in spec.state if name in layout and layout[name].tensor == name)
         self.slices: dict[str, slice] = {}
         self.pieces: list[Piece] = []
         start = 0
-        for name in names:
+        for name in self.names:
             shape = spec.shapes[name]
             positions = torch.arange(start, start + prod(shape), device=device).view(shape)
             self.slices[name] = slice(start, start + positions.numel())
@@ -66,20 +86,33 @@ class UnitGraph:
         is_fixed = torch.ones(start, dtype=torch.bool, device=device)
         is_fixed[read] = False
         self.fixed = is_fixed.nonzero()[:, 0]
+        self.is_buffer = torch.zeros(start, dtype=torch.bool, device=device)
+        for name, part in self.slices.items():
+            self.is_buffer[part] = self.layout[name].role == "buffer"
         self._order = torch.cat([self.fixed, read]).argsort()
 
-    def read(self, models: Sequence[nn.Module]) -> Tensor:
-        """Return the states of networks, ``(N, P)``, in the dtype of the first."""
+    def read(self, models: Sequence[nn.Module], dtype: torch.dtype | None = None) -> Tensor:
+        """Return the states of networks, ``(N, P)``, in the dtype given or that of the first."""
         states: list[Tensor] = []
         for model in models:
             tensors = dict(model.named_parameters()) | dict(model.named_buffers())
             state = torch.cat([tensors[name].detach().reshape(-1) for name in self.names])
-            states.append(state.to(device=self.fixed.device, dtype=states[0].dtype if states else None))
+            dtype = dtype or state.dtype
+            states.append(state.to(device=self.fixed.device, dtype=dtype))
         return torch.stack(states)
 
     def named(self, states: Tensor) -> dict[str, Tensor]:
         """Return states ``(B, P)`` as named tensors ``(B, *shape)``, views."""
         return {name: states[:, part].view(-1, *self.spec.shapes[name]) for name, part in self.slices.items()}
+
+    def distance(self, a: Tensor, b: Tensor) -> Tensor:
+        """Return the squared distances between the parameters of states ``(B, P)``, ``(B,)``; buffers do not count."""
+        return (a - b).masked_fill(self.is_buffer, 0).square().sum(1)
+
+    @staticmethod
+    def between(a: Tensor, b: Tensor, t: Tensor | float) -> Tensor:
+        """Return states on the line from a to b; what is infinite and the same in both, as in masks, stays."""
+        return torch.where((a == b) & a.isinf(), a, torch.lerp(a, b, t))
 
     def permute(self, states: Tensor, perms: Sequence[Tensor]) -> Tensor:
         """Relabel the units of states ``(B, P)``, each state by its own ``perms``, ``(B, n)`` for each group."""
@@ -127,33 +160,60 @@ def _check_groups(spec: PermutationSpec) -> None:
         raise ValueError("the networks have no group of units that may be relabelled, so there is nothing to align.")
     for group in spec.groups:
         if group.parents:
+            names = sorted({name for name, _ in group.places})
             raise ValueError(
                 f"DeepAlign moves units one by one, but those of group {group.name!r} lie in blocks ({group}); use "
-                f"WeightMatching or ActivationMatching, or leave the group fixed by discover(..., freeze=...)."
+                f"WeightMatching or ActivationMatching, or leave them fixed by a spec of discover(..., freeze={names})."
             )
 
 
-def distinct_names(spec: PermutationSpec, model: nn.Module) -> tuple[str, ...]:
-    """Return the names of the parameters and buffers that the spec knows, tied ones once."""
-    own = {name for name, _ in (*model.named_parameters(), *model.named_buffers())}
-    return tuple(name for name in spec.state if name in own)
+def layout_of(model: nn.Module) -> dict[str, Entry]:
+    """Return what a model has under each name of a parameter or floating buffer."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    buffers = {name: x for name, x in model.named_buffers(remove_duplicate=False) if x.is_floating_point()}
+    linear = {_module_of(name) for name, x in parameters.items() if x.dim() > 1}
+    first: dict[int, str] = {}
+    layout = {}
+    for name, tensor in {**parameters, **buffers}.items():
+        role = "buffer" if name in buffers else "weight" if _module_of(name) in linear else "norm"
+        layout[name] = Entry(first.setdefault(id(tensor), name), tuple(tensor.shape), role)
+    return layout
 
 
-def difference(spec: PermutationSpec, model: nn.Module) -> str | None:
-    """Return in which group, and by which size, a model is none of this spec, or None."""
-    tensors = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers(remove_duplicate=False))
-    shapes = {name: tuple(tensor.shape) for name, tensor in tensors.items()}
-    places = {place: group for group in spec.groups for place in group.places}
-    for name, expected in spec.shapes.items():
-        found = shapes.get(name)
-        if found is None or len(found) != len(expected):
-            return f"{name!r} is {found or 'missing'}, not {expected}"
-        for dim, (size, wanted) in enumerate(zip(found, expected, strict=True)):
-            if size != wanted:
-                group = places.get((name, dim))
-                where = f"{name!r} along axis {dim}" if group is None else f"group {group.name!r} ({name!r})"
-                return f"{where} has size {size}, not {wanted}"
+def _module_of(name: str) -> str:
+    return name.rpartition(".")[0]
+
+
+def difference(graph: UnitGraph, model: nn.Module) -> str | None:
+    """Return in which parameter or buffer, and how, a model is none of this graph, or None."""
+    found = layout_of(model)
+    for name in [*graph.layout, *found]:
+        ours, theirs = graph.layout.get(name), found.get(name)
+        if ours == theirs:
+            continue
+        if theirs is None:
+            return f"it has no {name!r}"
+        if ours is None:
+            return f"it has {name!r}, of shape {theirs.shape}, besides"
+        if ours.shape != theirs.shape:
+            return _size_difference(graph.spec, name, ours.shape, theirs.shape)
+        if ours.tensor != theirs.tensor:
+            return f"{name!r} is {_tied(name, theirs)}, not {_tied(name, ours)}"
+        return f"{name!r} is a {theirs.role} of its module, not a {ours.role}"
     return None
+
+
+def _size_difference(spec: PermutationSpec, name: str, wanted: tuple[int, ...], found: tuple[int, ...]) -> str:
+    if len(found) != len(wanted):
+        return f"{name!r} has shape {found}, not {wanted}"
+    dim = next(dim for dim in range(len(found)) if found[dim] != wanted[dim])
+    group = next((group for group in spec.groups if (name, dim) in group.places), None)
+    where = f"{name!r} along axis {dim}" if group is None else f"group {group.name!r} ({name!r})"
+    return f"{where} has size {found[dim]}, not {wanted[dim]}"
+
+
+def _tied(name: str, entry: Entry) -> str:
+    return "a tensor of its own" if entry.tensor == name else f"tied to {entry.tensor!r}"
 
 
 def spec_difference(ours: PermutationSpec, theirs: Mapping[str, int]) -> str | None:

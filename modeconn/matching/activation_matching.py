@@ -13,6 +13,7 @@ from modeconn.adversarial import Attack
 from modeconn.loaders import check_loader
 from modeconn.matching.assignment import match_groups
 from modeconn.matching.method import Match, correlations
+from modeconn.matching.objective import check_integers
 from modeconn.matching.statistics import Moments, collect
 from modeconn.symmetry.spec import PermutationSpec
 
@@ -46,6 +47,7 @@ class ActivationMatching:
     adversary: Attack | None = None
 
     def __post_init__(self) -> None:
+        check_integers(self, "num_examples")
         if self.num_examples is not None and self.num_examples < 2:
             raise ValueError(f"num_examples must be at least 2, or None, got num_examples={self.num_examples}.")
         if self.statistic not in ("correlation", "cosine", "inner_product"):

@@ -17,6 +17,7 @@ from modeconn.matching.objective import (
     Incumbent,
     Objective,
     PathLoss,
+    check_integers,
     check_objective,
     check_positive,
     evenly,
@@ -80,6 +81,7 @@ class Sinkhorn:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_integers(self, "steps", "batches_per_step", "num_examples", "rounds", "seed")
         check_objective(self.objective, "midpoint", "line", "weights")
         positive = ["steps", "learning_rate", "temperature", "curve_learning_rate", "batches_per_step", "num_examples"]
         check_positive(self, *positive, "rounds", *["final_temperature"] * (self.final_temperature is not None))

@@ -12,7 +12,15 @@ from torch import nn
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching.method import Match, Start, starting_permutation
-from modeconn.matching.objective import Incumbent, PathLoss, check_objective, check_positive, evenly, write
+from modeconn.matching.objective import (
+    Incumbent,
+    PathLoss,
+    check_integers,
+    check_objective,
+    check_positive,
+    evenly,
+    write,
+)
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.rng import seeded
 from modeconn.symmetry.spec import PermutationSpec
@@ -61,6 +69,7 @@ class StraightThrough:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_integers(self, "steps", "batches_per_step", "num_examples", "rounds", "seed")
         check_objective(self.objective, "line", "midpoint")
         check_positive(
             self, "steps", "learning_rate", "curve_learning_rate", "batches_per_step", "num_examples", "rounds"

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modeconn.matching.activation_matching import break_ties, constant_units
 from modeconn.matching.assignment import match_tree
 from modeconn.matching.method import Match, correlations
+from modeconn.matching.objective import check_integers
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
 from modeconn.matching.statistics import Moments, collect
@@ -51,6 +52,7 @@ class TransportMatching:
     num_examples: int | None = 10_000
 
     def __post_init__(self) -> None:
+        check_integers(self, "num_examples")
         if self.cost not in ("activations", "weights"):
             raise ValueError(f"cost must be 'activations' or 'weights', got cost={self.cost!r}.")
         if not self.regularization >= 0:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_tree
 from modeconn.matching.method import Match, Start, starting_permutation
+from modeconn.matching.objective import check_integers
 from modeconn.matching.trees import trees
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec
@@ -51,6 +52,7 @@ class WeightMatching:
     start: Start = None
 
     def __post_init__(self) -> None:
+        check_integers(self, "max_sweeps", "seed", "starts")
         for name in ("max_sweeps", "starts"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")

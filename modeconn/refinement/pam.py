@@ -21,6 +21,7 @@ from modeconn.curve_step import CurveStep
 from modeconn.curves import Curve
 from modeconn.evaluate import Objective
 from modeconn.loaders import batches
+from modeconn.matching.objective import check_integers
 from modeconn.objective import supervised
 from modeconn.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
@@ -86,6 +87,7 @@ class PAM:
     num_points: int = 11
 
     def __post_init__(self) -> None:
+        check_integers(self, "iterations", "num_batches", "num_points")
         for name in ("iterations", "num_batches", "num_points"):
             value = getattr(self, name)
             if value is not None and value < 1:

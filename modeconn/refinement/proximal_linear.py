@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from modeconn.matching.objective import check_integers
 from modeconn.matching.trees import trees
 from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
 from modeconn.refinement.state import Relabelled
@@ -36,6 +37,7 @@ class ProximalLinear:
     weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
 
     def __post_init__(self) -> None:
+        check_integers(self, "max_rounds", "max_tries")
         for name in ("max_rounds", "max_tries"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")

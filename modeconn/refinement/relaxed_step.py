@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_units
-from modeconn.matching.objective import check_positive
+from modeconn.matching.objective import check_integers, check_positive
 from modeconn.matching.soft import SoftPermutation
 from modeconn.refinement.sinkhorn_step import SoftPath
 from modeconn.refinement.state import Relabelled
@@ -57,6 +57,7 @@ class RelaxedStep:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_integers(self, "steps", "halvings", "num_samples", "num_parts", "seed")
         check_positive(self, "steps", "learning_rate", "nu", "num_samples", "num_parts")
 
     def __call__(self, b: Relabelled) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modeconn.matching.objective import check_positive, evenly, write
+from modeconn.matching.objective import check_integers, check_positive, evenly, write
 from modeconn.matching.sinkhorn import soft_matrices
 from modeconn.matching.soft import SoftPermutation
 from modeconn.refinement.state import Relabelled
@@ -40,6 +40,7 @@ class SinkhornStep:
     rounds: int = 30
 
     def __post_init__(self) -> None:
+        check_integers(self, "steps", "rounds")
         check_positive(self, "steps", "strength", "learning_rate", "rounds")
 
     def __call__(self, b: Relabelled) -> None:

@@ -1,0 +1,62 @@
+"""Many networks of one architecture run as one, and what to say where that is impossible."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import nn
+from torch.func import vmap
+
+
+def over_networks(
+    function: Callable[..., Any], model: nn.Module, *, randomness: str, way_out: str, compile: bool = False
+) -> Callable[..., Any]:
+    """Return `torch.func.vmap` of a function that runs a model, with errors that name the layer it cannot vectorise.
+
+    Args:
+        function: What to vectorise over the first dimension of its arguments.
+        model: The module that it runs; it may have hooks for the time of an error.
+        randomness: As for `torch.func.vmap`.
+        way_out: What an error advises, a sentence.
+        compile: Whether to compile it.
+
+    Raises:
+        ValueError: When called, if a layer is none that `torch.func.vmap` knows.
+    """
+    vectorised = vmap(function, randomness=randomness)
+    fast = torch.compile(vectorised) if compile else vectorised
+
+    def call(*args: Any) -> Any:
+        try:
+            return fast(*args)
+        except RuntimeError as error:
+            if "vmap" not in str(error) and "Batching rule" not in str(error):
+                raise
+            where, reason = _innermost(model, vectorised, args), str(error).partition(". ")[0]
+            raise ValueError(f"{where} cannot be run for many networks at once ({reason}). {way_out}") from error
+
+    return call
+
+
+def _innermost(model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...]) -> str:
+    """Return the layer in which a function fails."""
+    running: list[str] = []
+
+    def enter(module: nn.Module, _: Any) -> None:
+        running.append(names[module])
+
+    def leave(*_: Any) -> None:
+        running.pop()
+
+    names = {m: f"{name!r} ({type(m).__name__})" if name else type(m).__name__ for name, m in model.named_modules()}
+    hooks = [hook for m in names for hook in (m.register_forward_pre_hook(enter), m.register_forward_hook(leave))]
+    try:
+        function(*args)
+    except RuntimeError:
+        return running[-1] if running else "the loss"
+    finally:
+        for hook in hooks:
+            hook.remove()
+    return "the model"
