@@ -94,7 +94,7 @@ def test_different_values_are_told_apart_whatever_holds_them(holder):
         (Sinkhorn(start=WeightMatching(seed=1)), Sinkhorn(start=WeightMatching(seed=2))),
         (DeepAlign(seed=1), DeepAlign(seed=2)),
     ],
-    ids=str,
+    ids=[f"pair {number}" for number in range(15)],
 )
 def test_what_acts_differently_is_told_apart(pair):
     assert identify(pair[0]) != identify(pair[1])
