@@ -171,12 +171,13 @@ class DeepAlign:
             loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, of what `torch.func.vmap` knows; so must the
                 networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, unless ``connectivity`` is 0.
             spec: What `discover` found for this architecture. Default: it is discovered and proved here.
-            example_input: For discovery; default the first inputs of the loader.
+            example_input: For discovery, and to check rescaling; default the first inputs of the loader.
             progress: Whether to show a progress bar.
 
         Raises:
             ValueError: If there are not two networks, or not half of them finite; one differs from the first, in which
-                tensor or group; data is missing; units lie in blocks, such as heads; or rescaling does not fit.
+                tensor or group; they are in float16; data is missing; units lie in blocks, such as heads; a layer
+                cannot be run for many networks at once; or rescaling does not fit.
             FloatingPointError: If the loss became infinite or NaN, or never was finite between validation networks.
         """
         models = _at_least_two(population, "population")
@@ -219,7 +220,8 @@ class DeepAlign:
         """Return the relabelling of b; ``loader`` is not read.
 
         Raises:
-            ValueError: If the aligner is not fitted, or was fitted on networks of other groups: which, and their sizes.
+            ValueError: If the aligner is not fitted, or was fitted on networks of other groups or tensors: which, and
+                their sizes.
         """
         found = spec_difference(self._encoder.graph.spec, {group.name: group.size for group in spec.groups})
         if found:
