@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.adversarial import AdversarialExamples
-from modeconn.loaders import batches, num_examples
+from modeconn.loaders import batches, first_examples, num_examples
 from modeconn.rng import seeded
 
 NUM_EXAMPLES = 2048
@@ -66,15 +66,10 @@ def calibration_batches(
     if hasattr(loader, "with_"):  # a TensorLoader
         loader = loader.with_(shuffle=True)
     kept: list[Any] = []
-    room = float("inf") if limit is None else limit
     with seeded(seed, device):
-        for batch in batches(loader, device, name=name):
-            size = min(num_examples(batch), room)
-            if size > 1 or not kept:
-                kept.append(_first(batch, int(size)))
-            room -= size
-            if room <= 0:
-                break
+        for batch in first_examples(batches(loader, device, name=name), limit):
+            if num_examples(batch) > 1 or not kept:
+                kept.append(batch)
     return kept
 
 
@@ -151,15 +146,3 @@ def pool(calls: _Calls) -> tuple[Tensor, Tensor]:
     mean = (counts * means).sum(0) / total
     squares = (counts - 1) * variances + counts * (means - mean) ** 2  # each row's variance is unbiased: n - 1
     return mean, squares.sum(0) / (total - 1)
-
-
-def _first(batch: Any, size: int) -> Any:
-    """Return the first ``size`` examples of a batch (nested tuples, lists, dicts of tensors)."""
-    if isinstance(batch, Tensor):
-        return batch[:size]
-    if isinstance(batch, dict):
-        return {key: _first(value, size) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        cut = [_first(value, size) for value in batch]
-        return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
-    return batch

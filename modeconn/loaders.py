@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -19,11 +20,15 @@ def check_loader(loader: Any, *, name: str = "loader") -> Any:
     Raises:
         ValueError: If it is a one-shot iterator, is empty, or yields something other than ``(inputs, targets)``.
     """
-    first = first_batch(loader, name=name)
-    if not (isinstance(first, (tuple, list)) and len(first) == 2):
-        what = f"one {type(first).__name__}" if not isinstance(first, (tuple, list)) else f"{len(first)} things"
+    return check_pair(first_batch(loader, name=name), name=name)
+
+
+def check_pair(batch: Any, *, name: str = "loader") -> Any:
+    """Raise unless a loader's first batch is a pair; return it."""
+    if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
+        what = f"one {type(batch).__name__}" if not isinstance(batch, (tuple, list)) else f"{len(batch)} things"
         raise ValueError(f"{name} must yield (inputs, targets) pairs, but its first batch is {what}. {_WAY_OUT}")
-    return first
+    return batch
 
 
 def first_batch(loader: Any, *, name: str = "loader") -> Any:
@@ -75,3 +80,26 @@ def num_examples(inputs: Any) -> int:
         return inputs.shape[0]
     values = inputs.values() if isinstance(inputs, dict) else inputs
     return num_examples(next(iter(values)))
+
+
+def first_examples(data: Iterable[Any], limit: int | None) -> Iterator[Any]:
+    """Yield the first batches, together no more than ``limit`` examples: the last one may be cut. None: all."""
+    room = math.inf if limit is None else limit
+    for batch in data:
+        size = num_examples(batch)
+        yield batch if size <= room else _first(batch, int(room))
+        room -= size
+        if room <= 0:
+            return
+
+
+def _first(batch: Any, size: int) -> Any:
+    """Return the first ``size`` examples of a batch (nested tuples, lists, dicts of tensors)."""
+    if isinstance(batch, Tensor):
+        return batch[:size]
+    if isinstance(batch, dict):
+        return {key: _first(value, size) for key, value in batch.items()}
+    if isinstance(batch, (tuple, list)):
+        cut = [_first(value, size) for value in batch]
+        return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
+    return batch

@@ -16,6 +16,7 @@ from modeconn.matching.alignment import find_spec
 from modeconn.matching.method import Method
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.pre_activations import repair as repair_model
+from modeconn.rng import seeded
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
@@ -115,7 +116,7 @@ def merge_many(
         spec: What `discover` found for this architecture. Default: it is discovered here.
         example_input: For discovery, where there is neither a loader nor ``models[0].example_input()``.
         verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
-        seed: For the order of the networks.
+        seed: For the order of the networks and of a loader that shuffles; the caller's random state stays.
 
     Raises:
         ValueError: If there are fewer than two networks, they differ in architecture or hold NaN, or data is missing.
@@ -136,10 +137,11 @@ def merge_many(
         raise ValueError(f"max_rounds must be at least 0, got max_rounds={max_rounds}.")
     names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
     history = [names.spread()]
-    if start is not None:
-        names.follow_the_first(start, loader)
-        history.append(names.spread())
-    history += names.follow_the_others(method or WeightMatching(), loader, max_rounds, seed)
+    with seeded(seed, space.device):
+        if start is not None:
+            names.follow_the_first(start, loader)
+            history.append(names.spread())
+        history += names.follow_the_others(method or WeightMatching(), loader, max_rounds, seed)
     back = names.permutations[0].inverse()
     permutations = tuple(back @ permutation for permutation in names.permutations)
     merged = back.apply(names.mean())

@@ -7,11 +7,23 @@ from itertools import permutations, product
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import modeconn
-from modeconn import ActivationMatching, Permutation, align, discover, models
+from modeconn import (
+    PGD,
+    ActivationMatching,
+    Permutation,
+    Sinkhorn,
+    StraightThrough,
+    TransportMatching,
+    WeightMatching,
+    align,
+    discover,
+    models,
+)
 from modeconn.batch_norm import recalibrate
-from modeconn.matching import match_groups, match_units
+from modeconn.matching import Method, match_groups, match_units
 from modeconn.matching.statistics import Moments, collect, readings
 from tests.symmetry_cases import CASES
 
@@ -322,3 +334,35 @@ def test_heads_are_compared_by_their_units_and_not_mixed_over_them() -> None:
     spec = discover(case.build(), case.inputs())
     read = {r.group.shape for r in readings(spec, spec.traces[0], before_activation=False)}
     assert read == {(8,), (4, 2)}
+
+
+# ---------------------------------------------------------------- random state
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ActivationMatching(num_examples=16),
+        ActivationMatching(num_examples=16, adversary=PGD(0.1, 0.1, 1)),
+        WeightMatching(),
+        WeightMatching(start=ActivationMatching(num_examples=16)),
+        TransportMatching(num_examples=16),
+        TransportMatching(cost="weights"),
+        Sinkhorn(steps=2, rounds=1),
+        StraightThrough(steps=2, rounds=1),
+    ],
+    ids=str,
+)
+def test_a_loader_that_shuffles_leaves_result_and_random_state_to_themselves(method: Method) -> None:
+    a, b = (models.mlp(6, (16,), 3, seed=seed) for seed in (1, 2))
+    inputs = torch.rand(400, 6, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(inputs, torch.arange(400) % 3), batch_size=8, shuffle=True)
+    spec, found = discover(a), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append((align(a, b, loader, method=method), method.match(spec, a, b, loader).permutation))
+        assert torch.equal(torch.get_rng_state(), before)
+    (first, alone), (again, alone_again) = found
+    assert first.permutation == again.permutation == alone == alone_again
+    assert first.correlation == again.correlation and first.history == again.history

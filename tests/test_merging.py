@@ -9,9 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, TensorDataset
 
 import modeconn
-from modeconn import ActivationMatching, Bezier, Connection, WeightMatching, data, interpolate, merge_many, models
+from modeconn import (
+    ActivationMatching,
+    Bezier,
+    Connection,
+    StraightThrough,
+    WeightMatching,
+    data,
+    interpolate,
+    merge_many,
+    models,
+)
 from modeconn.batch_norm import calibration_batches, recalibrate
 from modeconn.connection import TrainingData
 from modeconn.pre_activations import measure, mix
@@ -179,6 +190,19 @@ def test_the_order_is_drawn_from_the_seed_and_the_random_state_stays():
     first, again = (merge_many(networks, spec=spec, seed=1) for _ in range(2))
     assert same_bits(first.model, again.model) and first.history == again.history
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize("method", [ActivationMatching(num_examples=16), StraightThrough(steps=2, rounds=1)], ids=str)
+def test_a_loader_that_shuffles_leaves_the_mean_and_the_random_state_to_themselves(method):
+    networks = [models.mlp(6, (16,), 3, seed=seed) for seed in range(3)]
+    inputs = torch.rand(400, 6, generator=torch.Generator().manual_seed(0))
+    data, found = DataLoader(TensorDataset(inputs, torch.arange(400) % 3), batch_size=8, shuffle=True), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(merge_many(networks, data, method=method, start=method, max_rounds=2, repair=True))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert same_bits(*(merged.model for merged in found)) and found[0].history == found[1].history
 
 
 @pytest.mark.parametrize("rounds", [0, 100], ids=["start", "rounds"])

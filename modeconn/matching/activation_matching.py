@@ -10,7 +10,6 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.adversarial import Attack
-from modeconn.loaders import check_loader
 from modeconn.matching.assignment import match_groups
 from modeconn.matching.method import Match, correlations
 from modeconn.matching.statistics import Moments, collect
@@ -63,8 +62,6 @@ class ActivationMatching:
             raise ValueError(
                 "ActivationMatching compares activations, so it needs data: pass loader=, or use WeightMatching()."
             )
-        if self.adversary is not None:
-            check_loader(loader)
         moments = collect(
             spec,
             model_a,

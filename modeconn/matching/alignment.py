@@ -14,6 +14,7 @@ from modeconn.matching.activation_matching import ActivationMatching
 from modeconn.matching.method import Method, correlations
 from modeconn.matching.statistics import collect, inputs_of
 from modeconn.matching.weight_matching import WeightMatching
+from modeconn.rng import seeded
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
@@ -68,6 +69,8 @@ def align(
 ) -> Alignment:
     """Relabel the units of b so that it agrees with a; a stays, b is copied.
 
+    The caller's random state has no part in the result, also where the loader draws from it to shuffle, and stays.
+
     Args:
         model_a: The reference.
         model_b: A network of the same architecture.
@@ -96,7 +99,8 @@ def align(
     spec = find_spec(model_a, loader, spec, example_input, verify=verify)
     if method is None:
         method = WeightMatching() if loader is None else ActivationMatching()
-    match = method.match(spec, model_a, model_b, loader)
+    with seeded(0, space.device):
+        match = method.match(spec, model_a, model_b, loader)
     correlation = match.correlation
     if not correlation and loader is not None:
         moments = collect(spec, model_a, model_b, loader, num_examples_at_most=2_048, before_activation=False)
@@ -120,8 +124,10 @@ def find_spec(
 ) -> PermutationSpec:
     """Return ``spec``, checked, or discover and prove one on the first example at hand; arguments as for `align`."""
     if spec is None:
-        first = None if loader is None else inputs_of(first_batch(loader))
-        example = example_input if example_input is not None else first
+        example = example_input
+        if example is None and loader is not None:
+            with seeded(0, next(model.parameters()).device):
+                example = inputs_of(first_batch(loader))
         spec = discover(model, example)
         if verify:
             spec.verify(model, example)
