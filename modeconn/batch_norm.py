@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.adversarial import AdversarialExamples
-from modeconn.loaders import batches, first_examples, num_examples
+from modeconn.loaders import batches, first_examples, without_singles
 from modeconn.rng import seeded
 
 NUM_EXAMPLES = 2048
@@ -59,18 +59,15 @@ def calibration_batches(
         name: What an error message calls the loader.
 
     Returns:
-        Batches, or adversarial examples of them. A rest of one example is left out: it has no variance.
+        Batches, or adversarial examples of them. One of a single example, which has no variance, comes joined to a
+        neighbour, see `modeconn.loaders.without_singles`.
     """
     if isinstance(loader, AdversarialExamples):
         return replace(loader, loader=calibration_batches(loader.loader, device, limit=limit, seed=seed, name=name))
     if hasattr(loader, "with_"):  # a TensorLoader
         loader = loader.with_(shuffle=True)
-    kept: list[Any] = []
     with seeded(seed, device):
-        for batch in first_examples(batches(loader, device, name=name), limit):
-            if num_examples(batch) > 1 or not kept:
-                kept.append(batch)
-    return kept
+        return list(without_singles(first_examples(batches(loader, device, name=name), limit)))
 
 
 @torch.no_grad()

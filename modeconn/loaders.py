@@ -69,9 +69,9 @@ def batches(loader: Any, device: torch.device, *, name: str = "loader") -> Itera
 
 
 def endless_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Yield batches on ``device``, pass after pass."""
+    """Yield batches on ``device``, pass after pass, none of a single example where it can be joined to another."""
     while True:
-        yield from batches(loader, device)
+        yield from without_singles(batches(loader, device))
 
 
 def num_examples(inputs: Any) -> int:
@@ -91,6 +91,44 @@ def first_examples(data: Iterable[Any], limit: int | None) -> Iterator[Any]:
         room -= size
         if room <= 0:
             return
+
+
+def without_singles(data: Iterable[Any]) -> Iterator[Any]:
+    """Join each batch of one example, which has no variance, to the next one, and the last to the one before.
+
+    Where the shapes of their inputs differ, it stays alone. Batches of one throughout become pairs.
+
+    Example:
+        >>> [x.tolist() for x in without_singles([torch.tensor([1]), torch.tensor([2, 3]), torch.tensor([4])])]
+        [[1, 2, 3, 4]]
+    """
+    waiting: list[Any] = []  # a batch that may have to take in a last one, and a single one behind it
+    for batch in data:
+        is_joined = bool(waiting) and num_examples(waiting[-1]) == 1
+        waiting[-1:] = _joined(waiting[-1], batch) if is_joined else [*waiting[-1:], batch]
+        while len(waiting) > 1 + (num_examples(waiting[-1]) == 1):
+            yield waiting.pop(0)
+    yield from _joined(*waiting) if len(waiting) == 2 else waiting
+
+
+def _joined(first: Any, second: Any) -> list[Any]:
+    """Return one batch of two, or both as they are where their shapes do not fit."""
+    try:
+        return [_concatenated(first, second)]
+    except (RuntimeError, ValueError):
+        return [first, second]
+
+
+def _concatenated(first: Any, second: Any) -> Any:
+    """Concatenate the tensors of two batches (nested tuples, lists, dicts)."""
+    if isinstance(first, Tensor):
+        return torch.cat([first, second])
+    if isinstance(first, dict):
+        return {key: _concatenated(value, second[key]) for key, value in first.items()}
+    if isinstance(first, (tuple, list)):
+        both = [_concatenated(*pair) for pair in zip(first, second, strict=True)]
+        return type(first)(*both) if hasattr(first, "_fields") else type(first)(both)
+    return first
 
 
 def _first(batch: Any, size: int) -> Any:

@@ -351,7 +351,7 @@ def test_heads_are_compared_by_their_units_and_not_mixed_over_them() -> None:
         Sinkhorn(steps=2, rounds=1),
         StraightThrough(steps=2, rounds=1),
     ],
-    ids=str,
+    ids=lambda method: type(method).__name__,
 )
 def test_a_loader_that_shuffles_leaves_result_and_random_state_to_themselves(method: Method) -> None:
     a, b = (models.mlp(6, (16,), 3, seed=seed) for seed in (1, 2))

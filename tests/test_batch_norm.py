@@ -116,10 +116,34 @@ def test_calibration_reads_the_first_examples_and_cuts_the_last_batch():
     assert torch.equal(taken[2][0], data[2][0][:6]) and torch.equal(taken[2][1], data[2][1][:6])
 
 
-def test_calibration_leaves_out_a_rest_of_one_and_reads_everything_on_request():
-    assert sizes(calibration_batches(batches(3, 12), CPU, limit=25)) == [12, 12]
-    assert sizes(calibration_batches(batches(3, 12, last=1), CPU, limit=None)) == [12, 12]
+def test_calibration_joins_a_rest_of_one_and_reads_everything_on_request():
+    assert sizes(calibration_batches(batches(3, 12), CPU, limit=25)) == [12, 13]
+    assert sizes(calibration_batches(batches(3, 12, last=1), CPU, limit=None)) == [12, 13]
     assert sizes(calibration_batches(batches(3, 12, last=2), CPU, limit=None)) == [12, 12, 2]
+
+
+@pytest.mark.parametrize("lengths", [[1] * 7, [1, 5], [5, 1, 1], [4, 1, 3, 1], [1], [1, 1, 4, 4, 1]], ids=str)
+def test_no_example_is_lost_where_batches_are_of_one(lengths):
+    values, labels = torch.arange(2.0 * sum(lengths)).view(-1, 2), torch.arange(sum(lengths))
+    data = [{"x": x, "rest": (y, None)} for x, y in zip(values.split(lengths), labels.split(lengths), strict=True)]
+    taken = calibration_batches(data, CPU)
+    assert torch.equal(torch.cat([batch["x"] for batch in taken]), values)
+    assert torch.equal(torch.cat([batch["rest"][0] for batch in taken]), labels)
+    assert all(len(batch["x"]) > 1 for batch in taken) or lengths == [1]
+
+
+def test_statistics_do_not_depend_on_how_examples_are_batched():
+    norm, inputs = nn.BatchNorm2d(3).double(), torch.randn(9, 3, 4, 4, dtype=torch.float64)
+    found = []
+    for size in (9, 4, 1):
+        recalibrate(norm, calibration_batches([(x, None) for x in inputs.split(size)], CPU))
+        found.append((norm.running_mean.clone(), norm.running_var.clone()))
+    torch.testing.assert_close(found[1:], [found[0]] * 2)
+
+
+def test_single_examples_of_other_shapes_stay_alone():
+    images = [torch.rand(1, 3, size, size) for size in (4, 6, 6, 8)]
+    assert [len(x) for x in calibration_batches(images, CPU)] == [1, 2, 1]
 
 
 def test_calibration_data_is_fixed_by_its_seed_and_leaves_the_callers_randomness():

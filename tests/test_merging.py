@@ -192,7 +192,11 @@ def test_the_order_is_drawn_from_the_seed_and_the_random_state_stays():
     assert torch.equal(torch.get_rng_state(), state)
 
 
-@pytest.mark.parametrize("method", [ActivationMatching(num_examples=16), StraightThrough(steps=2, rounds=1)], ids=str)
+@pytest.mark.parametrize(
+    "method",
+    [ActivationMatching(num_examples=16), StraightThrough(steps=2, rounds=1)],
+    ids=["activations", "straight-through"],
+)
 def test_a_loader_that_shuffles_leaves_the_mean_and_the_random_state_to_themselves(method):
     networks = [models.mlp(6, (16,), 3, seed=seed) for seed in range(3)]
     inputs = torch.rand(400, 6, generator=torch.Generator().manual_seed(0))

@@ -297,6 +297,13 @@ def test_a_step_that_gains_nothing_returns_the_start(generator: torch.Generator)
         assert method.match(spec, model, planted.apply(model), loader).permutation @ planted == spec.identity()
 
 
+@pytest.mark.parametrize("method", [LEARNED[0], LEARNED[3], LEARNED[4]], ids=["midpoint", "curve", "straight-through"])
+def test_batch_norm_is_learned_through_though_the_last_batch_has_one_example(method: Any) -> None:
+    a, b = (CASE["batch_norm"].make(seed) for seed in (1, 2))
+    result = align(a, b, batches(3, last=1), method=method)
+    assert len(result.history) == 5
+
+
 @pytest.mark.parametrize("strength", [0.5, 2.0])
 def test_weights_alone_recover_a_planted_permutation(strength: float, generator: torch.Generator) -> None:
     model = models.mlp(12, (10, 9), 5, seed=1)
