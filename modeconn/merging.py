@@ -19,7 +19,7 @@ from modeconn.pre_activations import repair as repair_model
 from modeconn.rng import seeded
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.weights import WeightSpace
+from modeconn.weights import WeightSpace, load_buffers
 
 
 def interpolate(
@@ -187,7 +187,10 @@ class _CommonNames:
     def follow_the_others(
         self, method: Method, loader: Iterable[Any] | None, max_rounds: int, seed: int
     ) -> Iterator[float]:
-        """Align every network with the mean of the others, round after round; yield the spread after each step."""
+        """Align every network with the mean of the others, round after round; yield the spread after each step.
+
+        That mean has the buffers of the first of the others as it is relabelled now.
+        """
         generator = torch.Generator().manual_seed(seed)
         others = copy_of(self.models[0]).eval()
         calibration = []
@@ -198,6 +201,7 @@ class _CommonNames:
             for i in torch.randperm(len(self.models), generator=generator).tolist():
                 rest = torch.cat([self._thetas[:i], self._thetas[i + 1 :]])
                 self._space.load(rest.mean(0), others)
+                load_buffers(dict(self.models[0 if i else 1].named_buffers()), others)
                 recalibrate(others, calibration)
                 step = method.match(self._spec, others, self.models[i], loader).permutation
                 moved = step.apply(self.models[i])

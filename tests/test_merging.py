@@ -158,6 +158,33 @@ def test_a_method_sees_means_with_recalibrated_batch_norm():
     assert len(means) >= 6
 
 
+class Shifted(nn.Module):
+    """A layer whose units differ by a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 10, bias=False), nn.Linear(10, 3)
+        self.register_buffer("shift", torch.linspace(-3, 3, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.inner(x) + self.shift))
+
+
+def test_the_mean_of_the_others_has_their_buffers_under_their_names():
+    class Watching:
+        def match(self, spec, model_a, model_b, loader):
+            if torch.allclose(model_a.inner.weight, model_b.inner.weight):
+                shifts.append((model_a.shift.clone(), model_b.shift))
+            return WeightMatching().match(spec, model_a, model_b)
+
+    torch.manual_seed(0)
+    a, shifts = Shifted(), []
+    spec = modeconn.discover(a, torch.rand(2, 6))
+    b = spec.random(torch.Generator().manual_seed(9)).apply(a)
+    merge_many([a, b, b, b], method=Watching(), spec=spec, seed=3)
+    assert shifts and all(torch.equal(*pair) for pair in shifts)
+
+
 @pytest.mark.parametrize("start", [None, WeightMatching()], ids=["from where they are", "from the first"])
 @pytest.mark.parametrize("method", [WeightMatching(), ActivationMatching()], ids=["weights", "activations"])
 def test_the_networks_come_closer_with_every_step_and_the_mean_is_theirs(method, start):
