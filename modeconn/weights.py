@@ -78,6 +78,11 @@ class WeightSpace:
         )
 
     @property
+    def wide_dtype(self) -> torch.dtype:
+        """The dtype for what small steps are added to: that of the parameters, at least single precision."""
+        return torch.promote_types(self.dtype, torch.float32)
+
+    @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """The shape of every parameter, by name, in the order of the flat vector."""
         return {slot.name: slot.shape for slot in self._slots}

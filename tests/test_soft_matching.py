@@ -304,6 +304,41 @@ def test_batch_norm_is_learned_through_though_the_last_batch_has_one_example(met
     assert len(result.history) == 5
 
 
+@pytest.mark.parametrize(
+    "method",
+    [
+        Sinkhorn(steps=20, rounds=2, final_temperature=0.05),
+        Sinkhorn(steps=20, rounds=2, objective="weights", start=WeightMatching()),
+        Sinkhorn(steps=20, rounds=2, objective=Bezier(2)),
+        StraightThrough(steps=5, rounds=1, objective=Bezier(2)),
+        TransportMatching(cost="weights"),
+        TransportMatching(cost="weights", regularization=0.05),
+        TransportMatching(regularization=0.05),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_methods_learn_in_single_precision_what_networks_of_half_take(method: Any, dtype: torch.dtype) -> None:
+    a, b = (models.mlp(8, (40, 24), 3, seed=seed).to(dtype) for seed in (1, 2))
+    loader = [(torch.rand(12, 8, generator=torch.Generator().manual_seed(0)).to(dtype), torch.arange(12) % 3)]
+    found = align(a, b, loader, method=method)
+    assert found.model_b.layers[0].weight.dtype == dtype
+    assert same_bits(found.permutation.inverse().apply(found.model_b), b)
+
+
+def test_free_weights_take_steps_that_are_too_small_for_half_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen, match = [], WeightMatching.match
+
+    def watching(self: WeightMatching, spec: Any, model_a: nn.Module, *args: Any) -> Any:
+        seen.append(model_a.layers[2].weight.detach().clone())
+        return match(self, spec, model_a, *args)
+
+    monkeypatch.setattr(WeightMatching, "match", watching)
+    a, b = (models.mlp(8, (6,), 3, seed=seed).bfloat16() for seed in (1, 2))
+    StraightThrough(steps=4, learning_rate=1e-6).match(discover(a), a, b, batches(dtype=torch.bfloat16))
+    assert not torch.equal(seen[0], seen[-1])
+
+
 @pytest.mark.parametrize("strength", [0.5, 2.0])
 def test_weights_alone_recover_a_planted_permutation(strength: float, generator: torch.Generator) -> None:
     model = models.mlp(12, (10, 9), 5, seed=1)

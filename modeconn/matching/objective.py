@@ -91,7 +91,8 @@ class PathLoss:
         workspace.model.requires_grad_(True)
         device, theta_a = workspace.space.device, workspace.theta.clone()
         curve, middle_only = path if isinstance(path, Curve) else Line(), path == "midpoint"
-        self.offsets = nn.Parameter(theta_a.new_zeros(curve.num_control_points - 2, len(theta_a)))
+        shape = curve.num_control_points - 2, len(theta_a)
+        self.offsets = nn.Parameter(theta_a.new_zeros(shape, dtype=workspace.space.wide_dtype))
         self._along = partial(CurveLoss, workspace, curve, theta_a)
         self._forward = supervised(loss_fn)
         self._batches = endless_batches(loader, device)

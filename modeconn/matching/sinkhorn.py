@@ -125,7 +125,10 @@ class Sinkhorn:
         self, spec: PermutationSpec, space: WeightSpace, theta_b: Tensor, objective: Objective, incumbent: Incumbent
     ) -> None:
         hard = SoftPermutation.of(incumbent.permutation).matrices
-        logits = {name: nn.Parameter(self.strength * matrix.to(theta_b)) for name, matrix in hard.items()}
+        logits = {
+            name: nn.Parameter(self.strength * matrix.to(space.device, space.wide_dtype))
+            for name, matrix in hard.items()
+        }
         optimizer = torch.optim.Adam(logits.values(), lr=self.learning_rate)
         optimizer.add_param_group({"params": [objective.offsets], "lr": self.curve_learning_rate})
         weights_b, theta = space.unflatten(theta_b), torch.empty_like(theta_b)

@@ -9,6 +9,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from modeconn.copies import copy_of
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching.method import Match, Start, starting_permutation
@@ -81,7 +82,7 @@ class StraightThrough:
             )
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
-        free = Workspace(model_a, space)
+        free, wide_b = Workspace(_in_single_precision(model_a)), _in_single_precision(model_b)
         with seeded(self.seed, space.device):
             loss = PathLoss(
                 model_a,
@@ -99,10 +100,18 @@ class StraightThrough:
             looks, theta = evenly(self.rounds, self.steps), torch.empty_like(theta_b)
             for step in range(1, self.steps + 1):
                 one_sweep = WeightMatching(start=permutation, max_sweeps=1, seed=self.seed + step)
-                permutation = one_sweep.match(spec, free.model, model_b).permutation
+                permutation = one_sweep.match(spec, free.model, wide_b).permutation
                 if step in looks:
                     incumbent.offer(permutation)
                 write(permutation.relabel(space.unflatten(theta_b)), theta, space)
-                free.theta.grad = loss.gradient(theta)
+                free.theta.grad = loss.gradient(theta).to(free.theta)
                 optimizer.step()
         return Match(incumbent.permutation, history=tuple(incumbent.history))
+
+
+def _in_single_precision(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are of at least single precision: others do not take in small steps."""
+    wide = copy_of(model)
+    for parameter in wide.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return wide

@@ -96,7 +96,9 @@ class TransportMatching:
     def _by_weights(self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module) -> SoftPermutation:
         spec.check_model(model_a)
         space = WeightSpace(model_a)
-        a, b = (space.unflatten(space.flatten(m, name=n)) for m, n in ((model_a, "a"), (model_b, "b")))
+        a, b = (
+            space.unflatten(space.flatten(m, name=n).to(space.wide_dtype)) for m, n in ((model_a, "a"), (model_b, "b"))
+        )
         plan = SoftPermutation.of(spec.identity())
         carried: set[int] = set()
         for tree in sorted(trees(spec), key=lambda tree: min(map(spec.groups.index, tree))):
