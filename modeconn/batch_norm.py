@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.adversarial import AdversarialExamples
-from modeconn.loaders import batches, first_examples, without_singles
+from modeconn.loaders import batches, first_examples, inputs_of, without_singles
 from modeconn.rng import seeded
 
 NUM_EXAMPLES = 2048
@@ -88,7 +88,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
     Args:
         model: Its statistics change; parameters, the ``training`` flags, momenta and batch counters do not.
         data: Batches on the model's device, each of more than one value per channel; or `AdversarialExamples` of them.
-        forward: Called with the model and a batch; default ``model(batch[0])``.
+        forward: Called with the model and a batch; default ``model(inputs)``, see `modeconn.loaders.inputs_of`.
     """
     layers = list(norm_layers(model).values())
     if not layers:
@@ -98,7 +98,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
         data = data.of(model)
     with _batch_statistics(model, layers) as calls:
         for batch in data:
-            model(batch[0]) if forward is None else forward(model, batch)
+            model(inputs_of(batch)) if forward is None else forward(model, batch)
     for layer, seen in calls.items():
         if seen:
             mean, variance = pool(seen)

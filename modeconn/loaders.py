@@ -31,19 +31,27 @@ def check_pair(batch: Any, *, name: str = "loader") -> Any:
     return batch
 
 
-def first_batch(loader: Any, *, name: str = "loader") -> Any:
-    """Return the first batch of a re-iterable, whatever it holds."""
+def check_rereadable(loader: Any, *, name: str = "loader") -> None:
+    """Raise unless ``loader`` can be read more than once; nothing is read."""
     if isinstance(loader, Tensor):
         raise ValueError(f"{name} must yield (inputs, targets) batches, got one tensor. {_WAY_OUT}")
-    try:
-        iterator = iter(loader)
-    except TypeError:
-        raise ValueError(f"{name} is no iterable of batches, got {type(loader).__name__}. {_WAY_OUT}") from None
-    if iterator is loader:
+    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+        raise ValueError(f"{name} is no iterable of batches, got {type(loader).__name__}. {_WAY_OUT}")
+    if isinstance(loader, Iterator):
         raise ValueError(f"{name} can be read only once (it is its own iterator). {_WAY_OUT}")
-    for batch in iterator:
+
+
+def first_batch(loader: Any, *, name: str = "loader") -> Any:
+    """Return the first batch of a re-iterable, whatever it holds."""
+    check_rereadable(loader, name=name)
+    for batch in loader:
         return batch
     raise ValueError(f"{name} is empty: it yields no batch.")
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return what the model reads of a batch: the inputs of a pair, what is alone in a tuple, or the whole."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) else batch
 
 
 def to_device(batch: Any, device: torch.device) -> Any:
@@ -59,7 +67,8 @@ def to_device(batch: Any, device: torch.device) -> Any:
 
 
 def batches(loader: Any, device: torch.device, *, name: str = "loader") -> Iterator[Any]:
-    """Yield the batches of one pass on ``device``; an empty pass is an error (a generator behind a re-iterable)."""
+    """Yield the batches of one pass on ``device``; what can be read only once, and an empty pass, is an error."""
+    check_rereadable(loader, name=name)
     count = 0
     for batch in loader:
         count += 1

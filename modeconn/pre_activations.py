@@ -17,6 +17,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from modeconn.batch_norm import NUM_EXAMPLES, Forward, calibration_batches, norm_layers, pool, recalibrate
 from modeconn.copies import copy_of
+from modeconn.loaders import inputs_of
 from modeconn.weights import WeightSpace
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -88,7 +89,7 @@ def measure(
     Args:
         model: It is run as it is.
         data: Batches on the model's device.
-        forward: Called with the model and a batch; default ``model(batch[0])``.
+        forward: Called with the model and a batch; default ``model(inputs)``, see `modeconn.loaders.inputs_of`.
         layer: The only layer to look at; default all that the model calls.
 
     Raises:
@@ -102,7 +103,7 @@ def measure(
     ]
     try:
         for batch in data:
-            model(batch[0]) if forward is None else forward(model, batch)
+            model(inputs_of(batch)) if forward is None else forward(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

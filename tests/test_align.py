@@ -295,6 +295,24 @@ def test_loaders_that_cannot_serve_are_refused(loader: object) -> None:
         align(models.mlp(8, (5,), 2), models.mlp(8, (5,), 2, seed=1), loader)
 
 
+def test_an_iterator_is_refused_also_where_the_spec_is_known() -> None:
+    a, b = (models.mlp(8, (5,), 2, seed=seed) for seed in (1, 2))
+    spec, batch = discover(a), (torch.rand(4, 8), torch.zeros(4, dtype=torch.int64))
+    for call in (
+        lambda data: align(a, b, data, spec=spec),
+        lambda data: align(a, b, data, spec=spec, method=WeightMatching()),
+        lambda data: modeconn.merge_many([a, b], data, spec=spec),
+        lambda data: modeconn.interpolate(a, b, recalibrate=data, repair=True),
+        lambda data: modeconn.repair(a, [a, b], data),
+        lambda data: TransportMatching().transport(spec, a, b, data),
+        lambda data: ActivationMatching().match(spec, a, b, data),
+    ):
+        data = iter([batch, batch])
+        with pytest.raises(ValueError, match="can be read only once"):
+            call(data)
+        assert len(list(data)) == 2  # nothing was read
+
+
 @pytest.mark.parametrize(
     ("settings", "message"),
     [

@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import modeconn
 from modeconn.batch_norm import calibration_batches, norm_layers, recalibrate
 from modeconn.data import Flip, TensorLoader
 from tests.cases import CASE, batches, clone, same_bits
@@ -164,3 +165,25 @@ def test_built_in_data_is_a_random_subset_augmented_as_in_training():
     flipped = (taken != inputs[index]).flatten(1).any(1)
     assert torch.equal(taken, torch.where(flipped[:, None, None, None], inputs[index].flip(-1), inputs[index]))
     assert 0 < int(flipped.sum()) < 16
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_batches_of_inputs_alone_are_read_as_those_with_targets(repair):
+    class Tokens(nn.Module):
+        """Tokens of five values; one alone would do as well as several examples of several tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.norm = nn.Identity() if repair else nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.norm(self.inner(x).flatten(0, -2))))
+
+    inputs = torch.randn(6, 4, 5) * torch.linspace(0.1, 3, 6)[:, None, None]
+    a, b = Tokens(), Tokens()
+    pairs, alone, ones = (
+        [wrap(x) for x in inputs.split(3)] for wrap in (lambda x: (x, None), lambda x: x, lambda x: [x])
+    )
+    expected, *found = (modeconn.repair(modeconn.interpolate(a, b, 0.0), [a, b], data) for data in (pairs, alone, ones))
+    assert all(same_bits(one, expected) for one in found)

@@ -9,10 +9,10 @@ from typing import Any
 
 from torch import nn
 
-from modeconn.loaders import first_batch
+from modeconn.loaders import check_rereadable, first_batch, inputs_of
 from modeconn.matching.activation_matching import ActivationMatching
 from modeconn.matching.method import Method, correlations
-from modeconn.matching.statistics import collect, inputs_of
+from modeconn.matching.statistics import collect
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.rng import seeded
 from modeconn.symmetry.discover import discover
@@ -122,7 +122,12 @@ def find_spec(
     *,
     verify: bool,
 ) -> PermutationSpec:
-    """Return ``spec``, checked, or discover and prove one on the first example at hand; arguments as for `align`."""
+    """Return ``spec``, checked, or discover and prove one on the first example at hand; arguments as for `align`.
+
+    The loader is checked in any case.
+    """
+    if loader is not None:
+        check_rereadable(loader)
     if spec is None:
         example = example_input
         if example is None and loader is not None:

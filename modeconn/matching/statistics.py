@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.adversarial import Attack, attacked_in_eval_mode
-from modeconn.loaders import batches, check_pair, first_examples
+from modeconn.loaders import batches, check_pair, first_examples, inputs_of
 from modeconn.rng import seeded
 from modeconn.symmetry.discover import traces_of
 from modeconn.symmetry.graph import Example
@@ -248,11 +248,6 @@ def _where_to_read(
             chosen.setdefault(reading.node, []).append(reading.group)
         plans.append((trace, chosen))
     return max(plans, key=lambda plan: len({group.name for groups in plan[1].values() for group in groups}))
-
-
-def inputs_of(batch: Any) -> Any:
-    """Return what the model reads of a batch: the inputs of a pair, or the whole of anything else."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
 
 
 def _in_step(
