@@ -13,7 +13,7 @@ from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, 
 from modeconn.connection import Connection, warn_about_buffers
 from modeconn.copies import copy_of
 from modeconn.matching.alignment import find_spec
-from modeconn.matching.method import Method
+from modeconn.matching.method import Method, check_data
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.pre_activations import repair as repair_model
 from modeconn.rng import seeded
@@ -135,13 +135,16 @@ def merge_many(
     space = _check(models, loader, repair=repair)
     if max_rounds < 0:
         raise ValueError(f"max_rounds must be at least 0, got max_rounds={max_rounds}.")
+    method = method or WeightMatching()
+    for one in (start, method):
+        check_data(one, loader)
     names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
     history = [names.spread()]
     with seeded(seed, space.device):
         if start is not None:
             names.follow_the_first(start, loader)
             history.append(names.spread())
-        history += names.follow_the_others(method or WeightMatching(), loader, max_rounds, seed)
+        history += names.follow_the_others(method, loader, max_rounds, seed)
     back = names.permutations[0].inverse()
     permutations = tuple(back @ permutation for permutation in names.permutations)
     merged = back.apply(names.mean())

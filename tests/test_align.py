@@ -288,6 +288,22 @@ def test_matching_by_activations_needs_data() -> None:
 
 
 @pytest.mark.parametrize(
+    "method",
+    [ActivationMatching(), StraightThrough(), Sinkhorn(), TransportMatching(), WeightMatching(start=Sinkhorn())],
+    ids=lambda method: type(method).__name__,
+)
+def test_missing_data_is_named_before_a_missing_example_input(method: Method) -> None:
+    a, b = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+    for call in (
+        lambda: align(a, b, method=method),
+        lambda: modeconn.merge_many([a, b], method=method),
+        lambda: modeconn.merge_many([a, b], start=method),
+    ):
+        with pytest.raises(ValueError, match="needs data: pass loader="):
+            call()
+
+
+@pytest.mark.parametrize(
     "loader", [[], iter([(torch.rand(2, 8), torch.zeros(2))]), torch.rand(2, 8)], ids=["empty", "one-shot", "tensor"]
 )
 def test_loaders_that_cannot_serve_are_refused(loader: object) -> None:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.adversarial import Attack
 from modeconn.matching.assignment import match_groups
-from modeconn.matching.method import Match, correlations
+from modeconn.matching.method import Match, check_data, correlations
 from modeconn.matching.statistics import Moments, collect
 from modeconn.symmetry.spec import PermutationSpec
 
@@ -54,14 +54,16 @@ class ActivationMatching:
         if self.adversary is not None and not callable(self.adversary):
             raise ValueError(f"adversary must be an attack, such as PGD(...), got {self.adversary!r}.")
 
+    @property
+    def needs_data(self) -> str:
+        """Why."""
+        return "ActivationMatching compares activations, so it needs data: pass loader=, or use WeightMatching()."
+
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
     ) -> Match:
         """Return the relabelling of b; ``loader`` yields training data."""
-        if loader is None:
-            raise ValueError(
-                "ActivationMatching compares activations, so it needs data: pass loader=, or use WeightMatching()."
-            )
+        check_data(self, loader)
         moments = collect(
             spec,
             model_a,

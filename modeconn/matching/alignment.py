@@ -11,7 +11,7 @@ from torch import nn
 
 from modeconn.loaders import check_rereadable, first_batch, inputs_of
 from modeconn.matching.activation_matching import ActivationMatching
-from modeconn.matching.method import Method, correlations
+from modeconn.matching.method import Method, check_data, correlations
 from modeconn.matching.statistics import collect
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.rng import seeded
@@ -96,9 +96,10 @@ def align(
     space = WeightSpace(model_a)
     space.check(model_a, name="a")
     space.check(model_b, name="b")
-    spec = find_spec(model_a, loader, spec, example_input, verify=verify)
     if method is None:
         method = WeightMatching() if loader is None else ActivationMatching()
+    check_data(method, loader)
+    spec = find_spec(model_a, loader, spec, example_input, verify=verify)
     with seeded(0, space.device):
         match = method.match(spec, model_a, model_b, loader)
     correlation = match.correlation

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.matching.method import Match, Start, starting_permutation
+from modeconn.matching.method import Match, Start, check_data, starting_permutation
 from modeconn.matching.objective import (
     Distance,
     Incumbent,
@@ -84,6 +84,16 @@ class Sinkhorn:
         positive = ["steps", "learning_rate", "temperature", "curve_learning_rate", "batches_per_step", "num_examples"]
         check_positive(self, *positive, "rounds", *["final_temperature"] * (self.final_temperature is not None))
 
+    @property
+    def needs_data(self) -> str | None:
+        """Why, or None if it does not."""
+        if self.objective == "weights":
+            return None
+        return (
+            f"Sinkhorn(objective={self.objective!r}) learns through the task's loss, so it needs data: pass loader=, "
+            f"or use Sinkhorn(objective='weights')."
+        )
+
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
     ) -> Match:
@@ -92,6 +102,7 @@ class Sinkhorn:
         Raises:
             ValueError: If data is missing, or the loss at the start is not finite.
         """
+        check_data(self, loader)
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
         with seeded(self.seed, space.device):
@@ -106,11 +117,6 @@ class Sinkhorn:
     def _objective(self, space: WeightSpace, model_a: nn.Module, loader: Iterable[Any] | None) -> Objective:
         if self.objective == "weights":
             return Distance(space.flatten(model_a))
-        if loader is None:
-            raise ValueError(
-                f"Sinkhorn(objective={self.objective!r}) learns through the task's loss, so it needs data: pass "
-                f"loader=, or use Sinkhorn(objective='weights')."
-            )
         return PathLoss(
             model_a,
             loader,

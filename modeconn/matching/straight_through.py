@@ -12,7 +12,7 @@ from torch import nn
 from modeconn.copies import copy_of
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.matching.method import Match, Start, starting_permutation
+from modeconn.matching.method import Match, Start, check_data, starting_permutation
 from modeconn.matching.objective import Incumbent, PathLoss, check_objective, check_positive, evenly, write
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.rng import seeded
@@ -67,6 +67,13 @@ class StraightThrough:
             self, "steps", "learning_rate", "curve_learning_rate", "batches_per_step", "num_examples", "rounds"
         )
 
+    @property
+    def needs_data(self) -> str:
+        """Why."""
+        return (
+            "StraightThrough learns through the task's loss, so it needs data: pass loader=, or use WeightMatching()."
+        )
+
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
     ) -> Match:
@@ -75,11 +82,7 @@ class StraightThrough:
         Raises:
             ValueError: If data is missing, or the loss at the start is not finite.
         """
-        if loader is None:
-            raise ValueError(
-                "StraightThrough learns through the task's loss, so it needs data: pass loader=, or use "
-                "WeightMatching()."
-            )
+        check_data(self, loader)
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
         free, wide_b = Workspace(_in_single_precision(model_a)), _in_single_precision(model_b)

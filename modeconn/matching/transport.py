@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.matching.activation_matching import break_ties, constant_units
 from modeconn.matching.assignment import match_tree
-from modeconn.matching.method import Match, correlations
+from modeconn.matching.method import Match, check_data, correlations
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
 from modeconn.matching.statistics import Moments, collect
@@ -58,6 +58,16 @@ class TransportMatching:
         if self.num_examples is not None and self.num_examples < 2:
             raise ValueError(f"num_examples must be at least 2, or None, got num_examples={self.num_examples}.")
 
+    @property
+    def needs_data(self) -> str | None:
+        """Why, or None if it does not."""
+        if self.cost == "weights":
+            return None
+        return (
+            "TransportMatching(cost='activations') compares activations, so it needs data: pass loader=, or use "
+            "TransportMatching(cost='weights')."
+        )
+
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
     ) -> Match:
@@ -83,11 +93,7 @@ class TransportMatching:
     def _moments(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
     ) -> dict[str, Moments]:
-        if loader is None:
-            raise ValueError(
-                "TransportMatching(cost='activations') compares activations, so it needs data: pass loader=, or use "
-                "TransportMatching(cost='weights')."
-            )
+        check_data(self, loader)
         return collect(spec, model_a, model_b, loader, num_examples_at_most=self.num_examples, before_activation=False)
 
     def _by_activations(self, spec: PermutationSpec, moments: Mapping[str, Moments]) -> SoftPermutation:
