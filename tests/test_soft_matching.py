@@ -475,6 +475,32 @@ def test_transport_over_layers_written_out(generator: torch.Generator) -> None:
     torch.testing.assert_close(fused.layers[4].weight, b.layers[4].weight @ below.T)
 
 
+@pytest.mark.parametrize("regularization", [0.0, 0.05])
+@pytest.mark.parametrize("cost", ["activations", "weights"])
+def test_units_of_which_the_data_says_nothing_stay(cost: str, regularization: float) -> None:
+    class Product(nn.Module):
+        """A layer whose weight is a product, the units between its factors in no activation."""
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.last = nn.Linear(5, 6), nn.Linear(6, 3)
+            self.left, self.right = nn.Parameter(torch.randn(6, 4)), nn.Parameter(torch.randn(4, 6))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.last(torch.relu(self.first(x).relu() @ (self.left @ self.right).T))
+
+    torch.manual_seed(0)
+    a, b, inputs = Product(), Product(), torch.rand(30, 5)
+    spec = discover(a, inputs[:2])
+    between = next(group for group in spec.groups if group.size == 4)
+    plan = TransportMatching(cost=cost, regularization=regularization).transport(spec, a, b, [(inputs, None)])
+    if cost == "activations":
+        assert torch.equal(plan.matrix(between.name), torch.eye(4))
+    nothing = match_softly(spec.groups, {})
+    assert SoftPermutation(spec, nothing).round() == spec.identity()
+    assert all(torch.equal(SoftPermutation(spec, nothing).matrix(g.name), torch.eye(g.size)) for g in spec.groups)
+
+
 @pytest.mark.parametrize("name", ["gpt, tied", "expert bank", "ordered heads"])
 def test_soft_matching_of_blocks_becomes_hard_at_temperature_zero(name: str, generator: torch.Generator) -> None:
     _, _, spec = built(name)

@@ -132,27 +132,26 @@ def match_softly(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[
 
     Args:
         groups: Some of the groups of a spec, among them every parent of each.
-        scores: By group name, ``(N, N)``, units numbered row-major; a group left out has no evidence of its own.
+        scores: By group name, ``(N, N)``, units numbered row-major; a group left out has no evidence of its own. If it
+            has none of blocks inside it either, its units stay.
 
     Returns:
         The matrices of a `SoftPermutation`, by name.
     """
-    total = {g.name: scores[g.name] if g.name in scores else _nothing(g, scores) for g in groups}
+    total, sizes = dict(scores), {group.name: prod(group.shape) for group in groups}
     matrices: dict[str, Tensor] = {}
     for group in sorted(groups, key=lambda g: len(g.parents), reverse=True):
         n, count = group.size, prod(group.shape[:-1])
+        if group.name not in total:
+            matrices[group.name] = hard_matrices(group, torch.arange(n).expand(group.shape))
+            continue
         blocks = total[group.name].view(count, n, count, n).transpose(1, 2)
         plan = sinkhorn(blocks)
         matrices[group.name] = plan.reshape(shape_of(group))
         parent = next((name for name, _ in reversed(group.parents) if name), None)
-        if parent is not None and len(total[parent]) == count:  # it varies with all the other parents
-            total[parent] = total[parent] + (plan * blocks + torch.special.entr(plan)).sum((-2, -1))
+        if parent is not None and sizes[parent] == count:  # it varies with all the other parents
+            total[parent] = total.get(parent, 0) + (plan * blocks + torch.special.entr(plan)).sum((-2, -1))
     return matrices
-
-
-def _nothing(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
-    like = next(iter(scores.values()), torch.zeros(()))
-    return like.new_zeros((prod(group.shape),) * 2)
 
 
 def _activation_cost(moments: Moments) -> Tensor:
