@@ -122,9 +122,12 @@ class PathLoss:
 class Incumbent:
     """The best permutation offered so far.
 
+    While a curve is learned along, values of different times are those of different curves: an offer is then compared
+    with the best so far on the curve as it is bent now.
+
     Attributes:
         permutation: The best, at first the start.
-        history: The value of the best after each offer.
+        history: The value of the best at the start and after each offer.
     """
 
     def __init__(
@@ -142,11 +145,11 @@ class Incumbent:
 
     def offer(self, permutation: Permutation) -> None:
         """Keep a permutation if it is better."""
-        known = permutation == self.permutation and not self._objective.offsets.numel()
-        value = self.history[-1] if known else self._value(permutation)
-        if value < self.history[-1]:
+        best = self._value(self.permutation) if self._objective.offsets.numel() else self.history[-1]
+        value = best if permutation == self.permutation else self._value(permutation)
+        if value < best:
             self.permutation = permutation
-        self.history.append(min(value, self.history[-1]))
+        self.history.append(min(value, best))
 
     def _value(self, permutation: Permutation) -> float:
         write(permutation.relabel(self._weights_b), self._theta, self._space)

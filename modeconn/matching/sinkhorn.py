@@ -36,7 +36,8 @@ class Sinkhorn:
     Each group has a matrix of logits; `sinkhorn` of the logits over a temperature is the soft permutation that mixes
     b's units, and Adam follows the gradient of the objective. Every few steps the matrices are rounded by assignment.
     The best of these permutations by the objective itself, not relaxed, on a fixed sample of the data, and never one
-    worse than the start, is the result.
+    worse than the start, is the result. Where a curve is learned along, a permutation is compared with the best before
+    it on the curve as it is bent at that time.
 
     Args:
         start: A relabelling, or the method that finds it. Default: b as it is.

@@ -28,7 +28,8 @@ class StraightThrough:
     :math:`P = \operatorname{argmax}_P \langle \hat\theta, P \theta_b \rangle` by one sweep of `WeightMatching` from the
     permutation before, and they take an Adam step along the gradient of the loss at a random point of the line from a
     to :math:`P \theta_b`, as if they were that end themselves. Of the permutations met, the best by the objective on a
-    fixed sample of the data is the result; never one worse than the start.
+    fixed sample of the data is the result; never one worse than the start. Where a curve is learned along, a
+    permutation is compared with the best before it on the curve as it is bent at that time.
 
     Args:
         start: A relabelling, or the method that finds it. Default: b as it is.

@@ -34,8 +34,9 @@ class TransportMatching:
 
     Args:
         cost: "activations": mean squared difference of two units over training data. "weights": squared distance of
-            the weights that reach them, layer by layer, b's already carried in the layers before; groups are taken in
-            their order in the spec, each on the weights that it shares only with groups before it. Without data.
+            their weights, layer by layer: groups are taken in their order in the spec, each on all the weights that it
+            shares with no group behind it, b's already carried in the groups before. These are the weights that reach
+            a unit and, in a last hidden layer, those that it gives to the outputs. Without data.
         regularization: :math:`\lambda`, in units of the mean cost of a group; 0 for the exact plan.
         num_examples: How many training examples to use for activations; None for the whole loader.
 
