@@ -430,11 +430,31 @@ def test_repair_refuses_layers_that_cannot_hold_it():
             interpolate(network(change), network(change), recalibrate=loader(), repair=True)
 
 
+def test_repair_warns_of_layers_that_are_never_called():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    a, b = Attending(), Attending()
+    inputs = [(torch.randn(6, 5, 4), None)]
+    with pytest.warns(UserWarning, match="layers 'attention.out_proj' are not repaired: the model never calls them"):
+        repaired = modeconn.repair(interpolate(a, b), [a, b], inputs)
+    assert torch.equal(repaired.attention.out_proj.weight, interpolate(a, b).attention.out_proj.weight)
+
+
 def test_repair_refuses_wrong_weights_networks_and_data():
     a, b = pair()
     middle = interpolate(a, b)
     with pytest.raises(ValueError, match="weights must be one for each endpoint, got 3 for 2 endpoints"):
         modeconn.repair(middle, [a, b], loader(), weights=(0.2, 0.3, 0.5))
+    for wrong in ((3, 4), (1.5, -0.5), (torch.nan, 0.5)):
+        with pytest.raises(ValueError, match="weights must be at least 0 and sum to 1, got weights="):
+            modeconn.repair(middle, [a, b], loader(), weights=wrong)
     with pytest.raises(ValueError, match=r"'4.weight' is in endpoints\[1\] but not in model"):
         modeconn.repair(middle, [a, copy.deepcopy(b).append(nn.Linear(3, 3).double())], loader())
     with pytest.raises(ValueError, match="pre-activations of '1' have no finite mean and variance"):
