@@ -24,6 +24,7 @@ from modeconn import (
 )
 from modeconn.batch_norm import recalibrate
 from modeconn.matching import Method, match_groups, match_units
+from modeconn.matching.activation_matching import break_ties
 from modeconn.matching.statistics import Moments, collect, readings
 from tests.symmetry_cases import CASES
 
@@ -247,6 +248,18 @@ def test_the_inner_product_minimises_the_distance_between_units(generator: torch
         x, y = (torch.cat([m.layers[:2](m.normalize(i)) for i, _ in loader]).T for m in (a, b))
     best = min(permutations(range(5)), key=lambda p: float((x - y[list(p)]).square().sum()))
     assert perm.tolist() == list(best)
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_ties_are_broken_without_a_say_in_real_differences_of_small_units(seed: int) -> None:
+    """The activations of some are 100,000 times as large as those of the others."""
+    generator = torch.Generator().manual_seed(seed)
+    moments, scale = Moments(8), torch.tensor([1e-2] * 4 + [1e3] * 4, dtype=torch.float64)[:, None]
+    a, b = (torch.randn(8, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    spread = (torch.arange(8) % 4 + 1)[:, None]
+    moments.add(scale * spread * a[None], scale * spread.flip(0) * (a + b)[None])
+    product = moments.inner_product()
+    assert torch.equal(match_units(break_ties(product, moments)), match_units(product))
 
 
 def test_only_the_first_examples_are_read() -> None:

@@ -85,7 +85,7 @@ class ActivationMatching:
 
 
 def break_ties(similarity: Tensor, moments: Moments) -> Tensor:
-    """Add what is far below any real difference and so decides between equals only.
+    """Add to each entry what is at the level of its rounding and so decides between equals only.
 
     Units that never change stay where they are. Units that respond to the same single image are all perfectly
     correlated: those of equal spread are paired.
@@ -94,8 +94,8 @@ def break_ties(similarity: Tensor, moments: Moments) -> Tensor:
     log_a, log_b = (v.clamp(min=1e-300).log() for v in moments.variances())
     spread = (log_a[:, None] - log_b[None, :]).abs().clamp(max=1)
     spread = torch.where(constant_a[:, None] | constant_b[None, :], 1.0, spread)
-    scale = similarity.abs().max().clamp(min=1e-300)
-    return similarity - scale * (1e-6 * spread - 1e-9 * torch.diag((constant_a | constant_b).double()))
+    stay = torch.diag((constant_a | constant_b).double())
+    return similarity - 1e-6 * similarity.abs() * spread + 1e-9 * similarity.abs().max() * stay
 
 
 def constant_units(moments: dict[str, Moments]) -> dict[str, tuple[int, int]]:
