@@ -340,6 +340,9 @@ def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method
         methods_by_name = list(methods.items())
     else:
         methods_by_name = [(type(method).__name__, method) for method in methods]
+    for _, method in methods_by_name:
+        if not callable(getattr(method, "match", None)):
+            raise ValueError(f"methods must be objects with a match(...), such as WeightMatching(), got {method!r}.")
     names = [*BASELINES, *(name for name, _ in methods_by_name)]
     for name in names:
         if names.count(name) > 1:
@@ -354,6 +357,8 @@ def _check_pairs(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> WeightSpace:
         raise ValueError("pairs is empty: there are no networks to compare methods on.")
     space = WeightSpace(pairs[0][0])
     for number, pair in enumerate(pairs):
+        if len(pair) != 2:
+            raise ValueError(f"pairs must hold two networks each, but pair {number} has {len(pair)}.")
         for end, model in zip("ab", pair, strict=True):
             space.check(model, name=f"{end} of pair {number}", reference="a of pair 0")
     return space

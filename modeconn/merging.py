@@ -63,7 +63,7 @@ class Merge:
         permutations: One for each network: ``permutations[i].apply(models[i])`` are what the mean is of. The first is
             the identity, so the mean has the first network's names.
         history: The sum of squared distances of the relabelled networks from their mean, as they came and after each
-            step that was taken; it falls.
+            step that was taken; it falls but for the step to the ``start``, which is taken in any case.
     """
 
     model: nn.Module

@@ -278,9 +278,13 @@ def test_no_pair_two_architectures_and_weights_that_are_nan_are_errors(pairs):
         ([], "pairs is empty"),
         ([pairs[0], (wider, wider)], r"\(12, 64\) in a of pair 0, \(13, 64\) in a of pair 1"),
         ([pairs[0], (pairs[1][0], broken)], "b of pair 1"),
+        ([pairs[0], (*pairs[1], broken)], "two networks each, but pair 1 has 3"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(wrong, METHODS, *digits())
+    for methods in ([None], {"none": None}):
+        with pytest.raises(ValueError, match=r"methods must be objects with a match\(\.\.\.\).*got None"):
+            compare(pairs, methods, *digits())
 
 
 def test_two_rows_of_one_name_are_an_error(pairs):

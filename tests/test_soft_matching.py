@@ -420,6 +420,9 @@ def test_settings_are_checked() -> None:
             kind(**setting)
     with pytest.raises(ValueError, match=r"'midpoint', 'line', 'weights' or a curve, got objective='middle'"):
         Sinkhorn(objective="middle")
+    for kind in (Sinkhorn, StraightThrough):
+        with pytest.raises(ValueError, match=r"Bezier\(degree=2, free_ends=True\) frees its ends"):
+            kind(objective=Bezier(2, free_ends=True))
     with pytest.raises(ValueError, match=r"'line', 'midpoint' or a curve, got objective='weights'"):
         StraightThrough(objective="weights")
 

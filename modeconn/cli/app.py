@@ -630,6 +630,8 @@ def compare(
         )
     methods, shape_of_curve = {name: parse.method(name) for name in method}, parse.curve(curve)
     table = out.with_suffix(".csv")
+    if table == out:
+        raise ValueError(f"--out names the JSON file, beside which a CSV file is written, got {str(out)!r}.")
     for path in (out, table):
         checkpoint.check_writable(path)
     kept = checkpoint_file or out.with_name(out.name + ".checkpoint")

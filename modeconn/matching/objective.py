@@ -174,9 +174,11 @@ def evenly(rounds: int, steps: int) -> set[int]:
 
 
 def check_objective(objective: Any, *names: str) -> None:
-    """Raise unless an objective is a curve or one of the names."""
+    """Raise unless an objective is a curve of fixed ends or one of the names."""
     if not isinstance(objective, Curve) and objective not in names:
         raise ValueError(f"objective must be {', '.join(map(repr, names))} or a curve, got objective={objective!r}.")
+    if isinstance(objective, Curve) and objective.free_ends:
+        raise ValueError(f"objective must be a curve with fixed ends, but {objective!r} frees its ends.")
 
 
 def check_positive(settings: Any, *names: str) -> None:
