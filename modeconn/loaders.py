@@ -78,9 +78,13 @@ def batches(loader: Any, device: torch.device, *, name: str = "loader") -> Itera
 
 
 def endless_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any]:
-    """Yield batches on ``device``, pass after pass, none of a single example where it can be joined to another."""
+    """Yield batches on ``device``, pass after pass; one of a single example comes joined to the next, if shapes fit."""
+    waiting: list[Any] = []
     while True:
-        yield from without_singles(batches(loader, device))
+        for batch in batches(loader, device):
+            waiting = _joined(*waiting, batch) if waiting else [batch]
+            while len(waiting) > 1 or (waiting and num_examples(waiting[0]) > 1):
+                yield waiting.pop(0)
 
 
 def num_examples(inputs: Any) -> int:

@@ -138,9 +138,9 @@ def merge_many(
     method = method or WeightMatching()
     for one in (start, method):
         check_data(one, loader)
-    names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
-    history = [names.spread()]
     with seeded(seed, space.device):
+        names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
+        history = [names.spread()]
         if start is not None:
             names.follow_the_first(start, loader)
             history.append(names.spread())

@@ -1,5 +1,7 @@
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 from torch import nn
@@ -8,6 +10,7 @@ from torch.utils.data import DataLoader, TensorDataset
 import modeconn
 from modeconn.batch_norm import calibration_batches, norm_layers, recalibrate
 from modeconn.data import Flip, TensorLoader
+from modeconn.loaders import endless_batches
 from tests.cases import CASE, batches, clone, same_bits
 from tests.reference import pooled_statistics
 
@@ -187,3 +190,20 @@ def test_batches_of_inputs_alone_are_read_as_those_with_targets(repair):
     )
     expected, *found = (modeconn.repair(modeconn.interpolate(a, b, 0.0), [a, b], data) for data in (pairs, alone, ones))
     assert all(same_bits(one, expected) for one in found)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [3, 1], [1, 1, 1], [1, 4]], ids=str)
+def test_an_endless_stream_reads_no_further_than_it_has_to_and_loses_nothing(sizes):
+    read = []
+
+    class Counting(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                read.extend(batch.tolist())
+                yield batch
+
+    stream, seen = endless_batches(Counting(torch.arange(sum(sizes)).split(sizes)), CPU), []
+    for batch in islice(stream, 6):
+        assert len(batch) > 1
+        seen.extend(batch.tolist())
+        assert seen == read

@@ -99,8 +99,8 @@ def align(
     if method is None:
         method = WeightMatching() if loader is None else ActivationMatching()
     check_data(method, loader)
-    spec = find_spec(model_a, loader, spec, example_input, verify=verify)
     with seeded(0, space.device):
+        spec = find_spec(model_a, loader, spec, example_input, verify=verify)
         match = method.match(spec, model_a, model_b, loader)
     correlation = match.correlation
     if not correlation and loader is not None:
@@ -125,15 +125,13 @@ def find_spec(
 ) -> PermutationSpec:
     """Return ``spec``, checked, or discover and prove one on the first example at hand; arguments as for `align`.
 
-    The loader is checked in any case.
+    The loader is checked in any case. To be used inside one seeded stretch of random numbers, from which it draws.
     """
     if loader is not None:
         check_rereadable(loader)
     if spec is None:
-        example = example_input
-        if example is None and loader is not None:
-            with seeded(0, next(model.parameters()).device):
-                example = inputs_of(first_batch(loader))
+        first = None if loader is None else inputs_of(first_batch(loader))
+        example = example_input if example_input is not None else first
         spec = discover(model, example)
         if verify:
             spec.verify(model, example)
