@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.adversarial import AdversarialExamples
-from modeconn.loaders import batches, num_examples
+from modeconn.loaders import batches, first_examples, inputs_of, without_singles
 from modeconn.rng import seeded
 
 NUM_EXAMPLES = 2048
@@ -59,23 +59,15 @@ def calibration_batches(
         name: What an error message calls the loader.
 
     Returns:
-        Batches, or adversarial examples of them. A rest of one example is left out: it has no variance.
+        Batches, or adversarial examples of them. One of a single example, which has no variance, comes joined to a
+        neighbour, see `modeconn.loaders.without_singles`.
     """
     if isinstance(loader, AdversarialExamples):
         return replace(loader, loader=calibration_batches(loader.loader, device, limit=limit, seed=seed, name=name))
     if hasattr(loader, "with_"):  # a TensorLoader
         loader = loader.with_(shuffle=True)
-    kept: list[Any] = []
-    room = float("inf") if limit is None else limit
     with seeded(seed, device):
-        for batch in batches(loader, device, name=name):
-            size = min(num_examples(batch), room)
-            if size > 1 or not kept:
-                kept.append(_first(batch, int(size)))
-            room -= size
-            if room <= 0:
-                break
-    return kept
+        return list(without_singles(first_examples(batches(loader, device, name=name), limit)))
 
 
 @torch.no_grad()
@@ -96,7 +88,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
     Args:
         model: Its statistics change; parameters, the ``training`` flags, momenta and batch counters do not.
         data: Batches on the model's device, each of more than one value per channel; or `AdversarialExamples` of them.
-        forward: Called with the model and a batch; default ``model(batch[0])``.
+        forward: Called with the model and a batch; default ``model(inputs)``, see `modeconn.loaders.inputs_of`.
     """
     layers = list(norm_layers(model).values())
     if not layers:
@@ -106,7 +98,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
         data = data.of(model)
     with _batch_statistics(model, layers) as calls:
         for batch in data:
-            model(batch[0]) if forward is None else forward(model, batch)
+            model(inputs_of(batch)) if forward is None else forward(model, batch)
     for layer, seen in calls.items():
         if seen:
             mean, variance = pool(seen)
@@ -151,15 +143,3 @@ def pool(calls: _Calls) -> tuple[Tensor, Tensor]:
     mean = (counts * means).sum(0) / total
     squares = (counts - 1) * variances + counts * (means - mean) ** 2  # each row's variance is unbiased: n - 1
     return mean, squares.sum(0) / (total - 1)
-
-
-def _first(batch: Any, size: int) -> Any:
-    """Return the first ``size`` examples of a batch (nested tuples, lists, dicts of tensors)."""
-    if isinstance(batch, Tensor):
-        return batch[:size]
-    if isinstance(batch, dict):
-        return {key: _first(value, size) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        cut = [_first(value, size) for value in batch]
-        return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
-    return batch

@@ -8,13 +8,14 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from modeconn.batch_norm import norm_layers
 from modeconn.connection import Connection, TrainingData
@@ -24,7 +25,7 @@ from modeconn.fit import fit_curve
 from modeconn.identity import digest, identify
 from modeconn.loaders import check_loader, num_examples
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.matching import Match, Method
+from modeconn.matching import Match, Method, match_units
 from modeconn.matching.alignment import find_spec
 from modeconn.memory import peak_memory
 from modeconn.progress import progress_bar
@@ -203,8 +204,8 @@ def compare(
         spec: Symmetries of the architecture, if known.
         example_input: For discovery; default the first inputs of ``loader``.
         checkpoint: A file of finished measurements, one line of JSON each. What is in it is not measured again, also
-            if pairs or methods have been added meanwhile. Networks, methods (by all they hold), settings and the first
-            batches of both loaders tell measurements apart.
+            if pairs or methods have been added meanwhile. Networks, methods, settings, symmetries, all that is measured
+            on, and the first batch and the number of batches of ``loader`` tell measurements apart.
         seed: Of the random relabellings (each pair has its own), the order of data and the curves.
         progress: Whether to show a progress bar.
 
@@ -228,11 +229,13 @@ def compare(
     space = _check_pairs(pairs)
     with seeded(seed, space.device):
         spec = find_spec(pairs[0][0], loader, spec, example_input, verify=True)
+        check_loader(test)
         measured = fetch(test, space.device)
-        about = [loss_fn, curve, recipe, num_points, repair, seed]
-        about += [digest(part for part in check_loader(data) if isinstance(part, Tensor)) for data in (loader, test)]
+        about = [loss_fn, curve, recipe, num_points, repair, seed, spec, _num_batches(loader)]
+        about += [digest(_tensors([check_loader(loader)])), digest(_tensors(measured))]
         names = {row: identify(method) for row, method in named.items()}  # before any method changes itself
     trial = _Trial(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)
+    match_units(torch.eye(2))  # so that the time and memory of one-time imports are those of no method
     known = Records(checkpoint)
     records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
     bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
@@ -245,6 +248,14 @@ def compare(
             records[row].append(known[key])
             bar.update()
     return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured))
+
+
+def _tensors(data: Iterable[Any]) -> Iterator[Tensor]:
+    return (leaf for batch in data for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
+
+
+def _num_batches(loader: Iterable[Any]) -> int | None:
+    return len(loader) if isinstance(loader, Sized) else None
 
 
 @dataclass(frozen=True)
@@ -329,6 +340,9 @@ def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method
         methods_by_name = list(methods.items())
     else:
         methods_by_name = [(type(method).__name__, method) for method in methods]
+    for _, method in methods_by_name:
+        if not callable(getattr(method, "match", None)):
+            raise ValueError(f"methods must be objects with a match(...), such as WeightMatching(), got {method!r}.")
     names = [*BASELINES, *(name for name, _ in methods_by_name)]
     for name in names:
         if names.count(name) > 1:
@@ -343,6 +357,8 @@ def _check_pairs(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> WeightSpace:
         raise ValueError("pairs is empty: there are no networks to compare methods on.")
     space = WeightSpace(pairs[0][0])
     for number, pair in enumerate(pairs):
+        if len(pair) != 2:
+            raise ValueError(f"pairs must hold two networks each, but pair {number} has {len(pair)}.")
         for end, model in zip("ab", pair, strict=True):
             space.check(model, name=f"{end} of pair {number}", reference="a of pair 0")
     return space

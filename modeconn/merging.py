@@ -13,12 +13,13 @@ from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, 
 from modeconn.connection import Connection, warn_about_buffers
 from modeconn.copies import copy_of
 from modeconn.matching.alignment import find_spec
-from modeconn.matching.method import Method
+from modeconn.matching.method import Method, check_data
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.pre_activations import repair as repair_model
+from modeconn.rng import seeded
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.weights import WeightSpace
+from modeconn.weights import WeightSpace, load_buffers
 
 
 def interpolate(
@@ -62,7 +63,7 @@ class Merge:
         permutations: One for each network: ``permutations[i].apply(models[i])`` are what the mean is of. The first is
             the identity, so the mean has the first network's names.
         history: The sum of squared distances of the relabelled networks from their mean, as they came and after each
-            step that was taken; it falls.
+            step that was taken; it falls but for the step to the ``start``, which is taken in any case.
     """
 
     model: nn.Module
@@ -115,7 +116,7 @@ def merge_many(
         spec: What `discover` found for this architecture. Default: it is discovered here.
         example_input: For discovery, where there is neither a loader nor ``models[0].example_input()``.
         verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
-        seed: For the order of the networks.
+        seed: For the order of the networks and of a loader that shuffles; the caller's random state stays.
 
     Raises:
         ValueError: If there are fewer than two networks, they differ in architecture or hold NaN, or data is missing.
@@ -134,12 +135,16 @@ def merge_many(
     space = _check(models, loader, repair=repair)
     if max_rounds < 0:
         raise ValueError(f"max_rounds must be at least 0, got max_rounds={max_rounds}.")
-    names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
-    history = [names.spread()]
-    if start is not None:
-        names.follow_the_first(start, loader)
-        history.append(names.spread())
-    history += names.follow_the_others(method or WeightMatching(), loader, max_rounds, seed)
+    method = method or WeightMatching()
+    for one in (start, method):
+        check_data(one, loader)
+    with seeded(seed, space.device):
+        names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
+        history = [names.spread()]
+        if start is not None:
+            names.follow_the_first(start, loader)
+            history.append(names.spread())
+        history += names.follow_the_others(method, loader, max_rounds, seed)
     back = names.permutations[0].inverse()
     permutations = tuple(back @ permutation for permutation in names.permutations)
     merged = back.apply(names.mean())
@@ -185,7 +190,10 @@ class _CommonNames:
     def follow_the_others(
         self, method: Method, loader: Iterable[Any] | None, max_rounds: int, seed: int
     ) -> Iterator[float]:
-        """Align every network with the mean of the others, round after round; yield the spread after each step."""
+        """Align every network with the mean of the others, round after round; yield the spread after each step.
+
+        That mean has the buffers of the first of the others as it is relabelled now.
+        """
         generator = torch.Generator().manual_seed(seed)
         others = copy_of(self.models[0]).eval()
         calibration = []
@@ -196,6 +204,7 @@ class _CommonNames:
             for i in torch.randperm(len(self.models), generator=generator).tolist():
                 rest = torch.cat([self._thetas[:i], self._thetas[i + 1 :]])
                 self._space.load(rest.mean(0), others)
+                load_buffers(dict(self.models[0 if i else 1].named_buffers()), others)
                 recalibrate(others, calibration)
                 step = method.match(self._spec, others, self.models[i], loader).permutation
                 moved = step.apply(self.models[i])

@@ -7,6 +7,8 @@ elsewhere the layer that makes the units is rescaled.
 
 from __future__ import annotations
 
+import math
+import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -17,6 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from modeconn.batch_norm import NUM_EXAMPLES, Forward, calibration_batches, norm_layers, pool, recalibrate
 from modeconn.copies import copy_of
+from modeconn.loaders import inputs_of
 from modeconn.weights import WeightSpace
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
@@ -43,13 +46,15 @@ def repair(
     feeds itself. Layers that make outputs are among them: that lowers barriers further. The cost is one pass over the
     data for each layer. Channels that never change in the merged network take the mean only.
 
-    A network with batch norm is recalibrated instead, which does the same for the layers that its scale and shift see.
+    A network with a batch-norm layer anywhere is recalibrated instead, which does the same for the layers that batch
+    norm follows; its other layers are left as they are. So are, with a warning, layers whose weights are used without
+    calling them, as `torch.nn.MultiheadAttention` uses its output layer.
 
     Args:
         model: The merged network; it is not changed.
         endpoints: The networks it was merged from, already aligned.
         loader: Training data.
-        weights: Of the endpoints, such as ``(1 - t, t)``; default equal.
+        weights: Of the endpoints, such as ``(1 - t, t)``, with sum 1; default equal.
         num_examples: How many examples to use, None for all.
         forward: ``forward(model, batch)`` for batches that are no ``(inputs, targets)``.
 
@@ -57,8 +62,8 @@ def repair(
         A new model, in eval mode.
 
     Raises:
-        ValueError: If the networks differ in architecture, there are not as many weights as endpoints, or a layer
-            cannot hold the map: it has no bias, or its weight is shared or computed.
+        ValueError: If the networks differ in architecture, there are not as many weights as endpoints, or their sum is
+            not 1, or a layer cannot hold the map: it has no bias, or its weight is shared or computed.
 
     References:
         Jordan et al., 2023, https://arxiv.org/abs/2211.08403
@@ -66,6 +71,8 @@ def repair(
     weights = [1 / len(endpoints)] * len(endpoints) if weights is None else weights
     if not endpoints or len(weights) != len(endpoints):
         raise ValueError(f"weights must be one for each endpoint, got {len(weights)} for {len(endpoints)} endpoints.")
+    if not (min(weights) >= 0 and math.isclose(sum(weights), 1, abs_tol=1e-6)):
+        raise ValueError(f"weights must be at least 0 and sum to 1, got weights={tuple(weights)}.")
     space = WeightSpace(model)
     for i, endpoint in enumerate(endpoints):
         space.check(endpoint, name=f"endpoints[{i}]", reference="model")
@@ -88,7 +95,7 @@ def measure(
     Args:
         model: It is run as it is.
         data: Batches on the model's device.
-        forward: Called with the model and a batch; default ``model(batch[0])``.
+        forward: Called with the model and a batch; default ``model(inputs)``, see `modeconn.loaders.inputs_of`.
         layer: The only layer to look at; default all that the model calls.
 
     Raises:
@@ -102,7 +109,7 @@ def measure(
     ]
     try:
         for batch in data:
-            model(batch[0]) if forward is None else forward(model, batch)
+            model(inputs_of(batch)) if forward is None else forward(model, batch)
     finally:
         for hook in hooks:
             hook.remove()
@@ -127,6 +134,7 @@ def impose(model: nn.Module, target: Statistics, data: Iterable[Any], *, forward
     """Give the layers of ``model`` the statistics ``target`` on ``data``, in place; see `repair`."""
     layers = dict(model.named_modules())
     _check(model, {name: layers[name] for name in target})
+    _warn_about_silent(layers, target)
     for name, (mean, std) in target.items():
         found_mean, found_std = measure(model, data, forward=forward, layer=name)[name]
         constant = found_std <= 1e-6 * (found_mean.abs() + found_std.max())  # as Moments.constant has it
@@ -144,6 +152,17 @@ def _note(calls: dict[str, list[tuple[int, Tensor]]], name: str) -> Callable[...
         calls.setdefault(name, []).append((values.shape[1], torch.stack([mean, variance])))
 
     return hook
+
+
+def _warn_about_silent(layers: dict[str, nn.Module], target: Statistics) -> None:
+    """Warn of linear and convolutional layers that give out nothing a hook could see."""
+    silent = [name for name, x in layers.items() if isinstance(x, (nn.Linear, _ConvNd)) and name not in target]
+    if silent:
+        warnings.warn(
+            f"layers {', '.join(map(repr, silent))} are not repaired: the model never calls them, though it may use "
+            f"their weights.",
+            stacklevel=4,
+        )
 
 
 def _check(model: nn.Module, layers: dict[str, nn.Module]) -> None:

@@ -71,11 +71,17 @@ class WeightSpace:
         self.names = tuple(slot.name for slot in self._slots)
         self.num_parameters = sum(slot.numel for slot in self._slots)
         self._buffers = _describe(dict(model.named_buffers()))
+        self._modules = _module_types(model)
 
     def __repr__(self) -> str:
         return (
             f"WeightSpace({self.num_parameters} weights in {len(self.names)} parameters, {self.dtype}, {self.device})"
         )
+
+    @property
+    def wide_dtype(self) -> torch.dtype:
+        """The dtype for what small steps are added to: that of the parameters, at least single precision."""
+        return torch.promote_types(self.dtype, torch.float32)
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -141,7 +147,10 @@ class WeightSpace:
         return theta
 
     def check(self, model: nn.Module, *, name: str = "b", reference: str = "a") -> None:
-        """Raise unless ``model`` has exactly these parameters and buffers, all weights finite.
+        """Raise unless ``model`` has exactly these parameters, buffers and kinds of modules, all weights finite.
+
+        Settings of modules may differ: the share of a dropout does not change what a network is. So may what a
+        ``forward`` calls outside of modules, which cannot be seen.
 
         Args:
             model: Any module.
@@ -149,7 +158,8 @@ class WeightSpace:
             reference: What the message calls the model that this space is of.
 
         Raises:
-            ValueError: Naming the first parameter that differs and both sides, or the parameter that is not finite.
+            ValueError: Naming the first parameter or module that differs and both sides, or the parameter that is not
+                finite.
         """
         parameters = dict(model.named_parameters())
         own = {slot.name: (slot.shape, self.dtype, self.device) for slot in self._slots}
@@ -160,6 +170,7 @@ class WeightSpace:
                 f"endpoints tie different parameters: {self.aliases or 'none'} in {reference}, "
                 f"{_aliases(model) or 'none'} in {name}. Both must come from one architecture."
             )
+        _check_modules(self._modules, _module_types(model), name, reference)
         for key, parameter in parameters.items():
             if torch.isfinite(parameter.sum()):  # one pass without a copy; where it overflows, count
                 continue
@@ -303,6 +314,21 @@ def _memory_order(tensor: Tensor) -> tuple[int, ...]:
     """Return the dimensions from slowest to fastest, or the plain order if the tensor has gaps or overlaps."""
     order = sorted(range(tensor.ndim), key=lambda dim: (-tensor.stride(dim), dim))
     return tuple(order) if tensor.permute(order).is_contiguous() else tuple(range(tensor.ndim))
+
+
+def _module_types(model: nn.Module) -> dict[str, str]:
+    """Return the class's name of every module by its names: each parametrized module has a class of its own."""
+    return {name: type(module).__name__ for name, module in model.named_modules(remove_duplicate=False)}
+
+
+def _check_modules(ours: dict[str, str], theirs: dict[str, str], name: str, reference: str) -> None:
+    for key in [*ours, *theirs]:
+        if ours.get(key) != theirs.get(key):
+            left, right = ours.get(key, "missing"), theirs.get(key, "missing")
+            raise ValueError(
+                f"endpoints differ: module {key!r} is {left} in {reference}, {right} in {name}. "
+                f"Both must come from one architecture."
+            )
 
 
 _Kind = tuple[tuple[int, ...], torch.dtype, torch.device]

@@ -7,11 +7,24 @@ from itertools import permutations, product
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils.data import DataLoader, TensorDataset
 
 import modeconn
-from modeconn import ActivationMatching, Permutation, align, discover, models
+from modeconn import (
+    PGD,
+    ActivationMatching,
+    Permutation,
+    Sinkhorn,
+    StraightThrough,
+    TransportMatching,
+    WeightMatching,
+    align,
+    discover,
+    models,
+)
 from modeconn.batch_norm import recalibrate
-from modeconn.matching import match_groups, match_units
+from modeconn.matching import Method, match_groups, match_units
+from modeconn.matching.activation_matching import break_ties
 from modeconn.matching.statistics import Moments, collect, readings
 from tests.symmetry_cases import CASES
 
@@ -237,6 +250,18 @@ def test_the_inner_product_minimises_the_distance_between_units(generator: torch
     assert perm.tolist() == list(best)
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_ties_are_broken_without_a_say_in_real_differences_of_small_units(seed: int) -> None:
+    """The activations of some are 100,000 times as large as those of the others."""
+    generator = torch.Generator().manual_seed(seed)
+    moments, scale = Moments(8), torch.tensor([1e-2] * 4 + [1e3] * 4, dtype=torch.float64)[:, None]
+    a, b = (torch.randn(8, 40, generator=generator, dtype=torch.float64) for _ in range(2))
+    spread = (torch.arange(8) % 4 + 1)[:, None]
+    moments.add(scale * spread * a[None], scale * spread.flip(0) * (a + b)[None])
+    product = moments.inner_product()
+    assert torch.equal(match_units(break_ties(product, moments)), match_units(product))
+
+
 def test_only_the_first_examples_are_read() -> None:
     read = []
 
@@ -276,11 +301,45 @@ def test_matching_by_activations_needs_data() -> None:
 
 
 @pytest.mark.parametrize(
+    "method",
+    [ActivationMatching(), StraightThrough(), Sinkhorn(), TransportMatching(), WeightMatching(start=Sinkhorn())],
+    ids=lambda method: type(method).__name__,
+)
+def test_missing_data_is_named_before_a_missing_example_input(method: Method) -> None:
+    a, b = (nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3)) for _ in range(2))
+    for call in (
+        lambda: align(a, b, method=method),
+        lambda: modeconn.merge_many([a, b], method=method),
+        lambda: modeconn.merge_many([a, b], start=method),
+    ):
+        with pytest.raises(ValueError, match="needs data: pass loader="):
+            call()
+
+
+@pytest.mark.parametrize(
     "loader", [[], iter([(torch.rand(2, 8), torch.zeros(2))]), torch.rand(2, 8)], ids=["empty", "one-shot", "tensor"]
 )
 def test_loaders_that_cannot_serve_are_refused(loader: object) -> None:
     with pytest.raises(ValueError, match=r"loader (is empty|can be read only once|must yield)"):
         align(models.mlp(8, (5,), 2), models.mlp(8, (5,), 2, seed=1), loader)
+
+
+def test_an_iterator_is_refused_also_where_the_spec_is_known() -> None:
+    a, b = (models.mlp(8, (5,), 2, seed=seed) for seed in (1, 2))
+    spec, batch = discover(a), (torch.rand(4, 8), torch.zeros(4, dtype=torch.int64))
+    for call in (
+        lambda data: align(a, b, data, spec=spec),
+        lambda data: align(a, b, data, spec=spec, method=WeightMatching()),
+        lambda data: modeconn.merge_many([a, b], data, spec=spec),
+        lambda data: modeconn.interpolate(a, b, recalibrate=data, repair=True),
+        lambda data: modeconn.repair(a, [a, b], data),
+        lambda data: TransportMatching().transport(spec, a, b, data),
+        lambda data: ActivationMatching().match(spec, a, b, data),
+    ):
+        data = iter([batch, batch])
+        with pytest.raises(ValueError, match="can be read only once"):
+            call(data)
+        assert len(list(data)) == 2  # nothing was read
 
 
 @pytest.mark.parametrize(
@@ -322,3 +381,35 @@ def test_heads_are_compared_by_their_units_and_not_mixed_over_them() -> None:
     spec = discover(case.build(), case.inputs())
     read = {r.group.shape for r in readings(spec, spec.traces[0], before_activation=False)}
     assert read == {(8,), (4, 2)}
+
+
+# ---------------------------------------------------------------- random state
+
+
+@pytest.mark.parametrize(
+    "method",
+    [
+        ActivationMatching(num_examples=16),
+        ActivationMatching(num_examples=16, adversary=PGD(0.1, 0.1, 1)),
+        WeightMatching(),
+        WeightMatching(start=ActivationMatching(num_examples=16)),
+        TransportMatching(num_examples=16),
+        TransportMatching(cost="weights"),
+        Sinkhorn(steps=2, rounds=1),
+        StraightThrough(steps=2, rounds=1),
+    ],
+    ids=lambda method: type(method).__name__,
+)
+def test_a_loader_that_shuffles_leaves_result_and_random_state_to_themselves(method: Method) -> None:
+    a, b = (models.mlp(6, (16,), 3, seed=seed) for seed in (1, 2))
+    inputs = torch.rand(400, 6, generator=torch.Generator().manual_seed(0))
+    loader = DataLoader(TensorDataset(inputs, torch.arange(400) % 3), batch_size=8, shuffle=True)
+    spec, found = discover(a), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append((align(a, b, loader, method=method), method.match(spec, a, b, loader).permutation))
+        assert torch.equal(torch.get_rng_state(), before)
+    (first, alone), (again, alone_again) = found
+    assert first.permutation == again.permutation == alone == alone_again
+    assert first.correlation == again.correlation and first.history == again.history

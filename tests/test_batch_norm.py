@@ -1,12 +1,16 @@
 from __future__ import annotations
 
+from itertools import islice
+
 import pytest
 import torch
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import modeconn
 from modeconn.batch_norm import calibration_batches, norm_layers, recalibrate
 from modeconn.data import Flip, TensorLoader
+from modeconn.loaders import endless_batches
 from tests.cases import CASE, batches, clone, same_bits
 from tests.reference import pooled_statistics
 
@@ -116,10 +120,34 @@ def test_calibration_reads_the_first_examples_and_cuts_the_last_batch():
     assert torch.equal(taken[2][0], data[2][0][:6]) and torch.equal(taken[2][1], data[2][1][:6])
 
 
-def test_calibration_leaves_out_a_rest_of_one_and_reads_everything_on_request():
-    assert sizes(calibration_batches(batches(3, 12), CPU, limit=25)) == [12, 12]
-    assert sizes(calibration_batches(batches(3, 12, last=1), CPU, limit=None)) == [12, 12]
+def test_calibration_joins_a_rest_of_one_and_reads_everything_on_request():
+    assert sizes(calibration_batches(batches(3, 12), CPU, limit=25)) == [12, 13]
+    assert sizes(calibration_batches(batches(3, 12, last=1), CPU, limit=None)) == [12, 13]
     assert sizes(calibration_batches(batches(3, 12, last=2), CPU, limit=None)) == [12, 12, 2]
+
+
+@pytest.mark.parametrize("lengths", [[1] * 7, [1, 5], [5, 1, 1], [4, 1, 3, 1], [1], [1, 1, 4, 4, 1]], ids=str)
+def test_no_example_is_lost_where_batches_are_of_one(lengths):
+    values, labels = torch.arange(2.0 * sum(lengths)).view(-1, 2), torch.arange(sum(lengths))
+    data = [{"x": x, "rest": (y, None)} for x, y in zip(values.split(lengths), labels.split(lengths), strict=True)]
+    taken = calibration_batches(data, CPU)
+    assert torch.equal(torch.cat([batch["x"] for batch in taken]), values)
+    assert torch.equal(torch.cat([batch["rest"][0] for batch in taken]), labels)
+    assert all(len(batch["x"]) > 1 for batch in taken) or lengths == [1]
+
+
+def test_statistics_do_not_depend_on_how_examples_are_batched():
+    norm, inputs = nn.BatchNorm2d(3).double(), torch.randn(9, 3, 4, 4, dtype=torch.float64)
+    found = []
+    for size in (9, 4, 1):
+        recalibrate(norm, calibration_batches([(x, None) for x in inputs.split(size)], CPU))
+        found.append((norm.running_mean.clone(), norm.running_var.clone()))
+    torch.testing.assert_close(found[1:], [found[0]] * 2)
+
+
+def test_single_examples_of_other_shapes_stay_alone():
+    images = [torch.rand(1, 3, size, size) for size in (4, 6, 6, 8)]
+    assert [len(x) for x in calibration_batches(images, CPU)] == [1, 2, 1]
 
 
 def test_calibration_data_is_fixed_by_its_seed_and_leaves_the_callers_randomness():
@@ -140,3 +168,42 @@ def test_built_in_data_is_a_random_subset_augmented_as_in_training():
     flipped = (taken != inputs[index]).flatten(1).any(1)
     assert torch.equal(taken, torch.where(flipped[:, None, None, None], inputs[index].flip(-1), inputs[index]))
     assert 0 < int(flipped.sum()) < 16
+
+
+@pytest.mark.parametrize("repair", [False, True])
+def test_batches_of_inputs_alone_are_read_as_those_with_targets(repair):
+    class Tokens(nn.Module):
+        """Tokens of five values; one alone would do as well as several examples of several tokens."""
+
+        def __init__(self):
+            super().__init__()
+            self.inner, self.head = nn.Linear(5, 8), nn.Linear(8, 3)
+            self.norm = nn.Identity() if repair else nn.BatchNorm1d(8)
+
+        def forward(self, x):
+            return self.head(torch.relu(self.norm(self.inner(x).flatten(0, -2))))
+
+    inputs = torch.randn(6, 4, 5) * torch.linspace(0.1, 3, 6)[:, None, None]
+    a, b = Tokens(), Tokens()
+    pairs, alone, ones = (
+        [wrap(x) for x in inputs.split(3)] for wrap in (lambda x: (x, None), lambda x: x, lambda x: [x])
+    )
+    expected, *found = (modeconn.repair(modeconn.interpolate(a, b, 0.0), [a, b], data) for data in (pairs, alone, ones))
+    assert all(same_bits(one, expected) for one in found)
+
+
+@pytest.mark.parametrize("sizes", [[3, 3], [3, 1], [1, 1, 1], [1, 4]], ids=str)
+def test_an_endless_stream_reads_no_further_than_it_has_to_and_loses_nothing(sizes):
+    read = []
+
+    class Counting(list):
+        def __iter__(self):
+            for batch in super().__iter__():
+                read.extend(batch.tolist())
+                yield batch
+
+    stream, seen = endless_batches(Counting(torch.arange(sum(sizes)).split(sizes)), CPU), []
+    for batch in islice(stream, 6):
+        assert len(batch) > 1
+        seen.extend(batch.tolist())
+        assert seen == read

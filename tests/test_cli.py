@@ -576,6 +576,12 @@ def test_compare_says_what_is_missing(folder, tmp_path, words, message):
     assert message in result.stderr
 
 
+def test_compare_does_not_write_its_table_over_its_json(folder, tmp_path):
+    result = run("compare", *ends(folder), "--data", "digits", "--out", tmp_path / "c.csv", code=1)
+    assert "--out names the JSON file, beside which a CSV file is written" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_method_may_start_from_another_one():
     expected = modeconn.WeightMatching(seed=2, start=modeconn.ActivationMatching())
     assert parse.method("weight:seed=2,start=activation") == expected

@@ -6,6 +6,7 @@ import io
 import json
 import os
 import random
+import sys
 from dataclasses import replace
 from functools import partial
 
@@ -200,6 +201,24 @@ def test_methods_and_pairs_can_be_added_and_other_data_is_measured_anew(pairs, t
     assert num_new(pairs, {"weights": WeightMatching(seed=1)}, train, test) == 2 * lines
     assert num_new(pairs, METHODS, train, data.load("digits", seed=1)[1]) == 8 * lines
     assert num_new(pairs[:1], METHODS, train, test, num_points=5) == 4 * lines
+    first, second, *_ = test.with_(batch_size=100)
+    assert num_new(pairs[:1], METHODS, train, [first]) == 4 * lines
+    assert num_new(pairs[:1], METHODS, train, [first, second]) == 4 * lines
+    assert num_new(pairs[:1], METHODS, list(train)[:1], test) == 4 * lines
+    assert num_new(pairs[:1], METHODS, list(train)[:2], test) == 4 * lines
+    known, fewer = (modeconn.discover(pairs[0][0], freeze=names) for names in ((), ("layers.0.bias",)))
+    assert num_new(pairs[:1], METHODS, train, test, spec=known) == 0
+    assert num_new(pairs[:1], METHODS, train, test, spec=fewer) == 4 * lines
+
+
+def test_imports_that_happen_once_are_at_no_methods_expense(pairs, monkeypatch):
+    class Watching:
+        def match(self, spec, model_a, model_b, loader):
+            assert "scipy.optimize" in sys.modules
+            return WeightMatching().match(spec, model_a, model_b)
+
+    monkeypatch.delitem(sys.modules, "scipy.optimize", raising=False)
+    compare(pairs[:1], [Watching()], *digits(), num_points=2, repair=False)
 
 
 # -- the table
@@ -272,9 +291,13 @@ def test_no_pair_two_architectures_and_weights_that_are_nan_are_errors(pairs):
         ([], "pairs is empty"),
         ([pairs[0], (wider, wider)], r"\(12, 64\) in a of pair 0, \(13, 64\) in a of pair 1"),
         ([pairs[0], (pairs[1][0], broken)], "b of pair 1"),
+        ([pairs[0], (*pairs[1], broken)], "two networks each, but pair 1 has 3"),
     ):
         with pytest.raises(ValueError, match=message):
             compare(wrong, METHODS, *digits())
+    for methods in ([None], {"none": None}):
+        with pytest.raises(ValueError, match=r"methods must be objects with a match\(\.\.\.\).*got None"):
+            compare(pairs, methods, *digits())
 
 
 def test_two_rows_of_one_name_are_an_error(pairs):

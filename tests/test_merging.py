@@ -9,9 +9,20 @@ import pytest
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
+from torch.utils.data import DataLoader, TensorDataset
 
 import modeconn
-from modeconn import ActivationMatching, Bezier, Connection, WeightMatching, data, interpolate, merge_many, models
+from modeconn import (
+    ActivationMatching,
+    Bezier,
+    Connection,
+    StraightThrough,
+    WeightMatching,
+    data,
+    interpolate,
+    merge_many,
+    models,
+)
 from modeconn.batch_norm import calibration_batches, recalibrate
 from modeconn.connection import TrainingData
 from modeconn.pre_activations import measure, mix
@@ -147,6 +158,33 @@ def test_a_method_sees_means_with_recalibrated_batch_norm():
     assert len(means) >= 6
 
 
+class Shifted(nn.Module):
+    """A layer whose units differ by a buffer."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner, self.head = nn.Linear(6, 10, bias=False), nn.Linear(10, 3)
+        self.register_buffer("shift", torch.linspace(-3, 3, 10))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(torch.relu(self.inner(x) + self.shift))
+
+
+def test_the_mean_of_the_others_has_their_buffers_under_their_names():
+    class Watching:
+        def match(self, spec, model_a, model_b, loader):
+            if torch.allclose(model_a.inner.weight, model_b.inner.weight):
+                shifts.append((model_a.shift.clone(), model_b.shift))
+            return WeightMatching().match(spec, model_a, model_b)
+
+    torch.manual_seed(0)
+    a, shifts = Shifted(), []
+    spec = modeconn.discover(a, torch.rand(2, 6))
+    b = spec.random(torch.Generator().manual_seed(9)).apply(a)
+    merge_many([a, b, b, b], method=Watching(), spec=spec, seed=3)
+    assert shifts and all(torch.equal(*pair) for pair in shifts)
+
+
 @pytest.mark.parametrize("start", [None, WeightMatching()], ids=["from where they are", "from the first"])
 @pytest.mark.parametrize("method", [WeightMatching(), ActivationMatching()], ids=["weights", "activations"])
 def test_the_networks_come_closer_with_every_step_and_the_mean_is_theirs(method, start):
@@ -179,6 +217,23 @@ def test_the_order_is_drawn_from_the_seed_and_the_random_state_stays():
     first, again = (merge_many(networks, spec=spec, seed=1) for _ in range(2))
     assert same_bits(first.model, again.model) and first.history == again.history
     assert torch.equal(torch.get_rng_state(), state)
+
+
+@pytest.mark.parametrize(
+    "method",
+    [ActivationMatching(num_examples=16), StraightThrough(steps=2, rounds=1)],
+    ids=["activations", "straight-through"],
+)
+def test_a_loader_that_shuffles_leaves_the_mean_and_the_random_state_to_themselves(method):
+    networks = [models.mlp(6, (16,), 3, seed=seed) for seed in range(3)]
+    inputs = torch.rand(400, 6, generator=torch.Generator().manual_seed(0))
+    data, found = DataLoader(TensorDataset(inputs, torch.arange(400) % 3), batch_size=8, shuffle=True), []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        before = torch.get_rng_state()
+        found.append(merge_many(networks, data, method=method, start=method, max_rounds=2, repair=True))
+        assert torch.equal(torch.get_rng_state(), before)
+    assert same_bits(*(merged.model for merged in found)) and found[0].history == found[1].history
 
 
 @pytest.mark.parametrize("rounds", [0, 100], ids=["start", "rounds"])
@@ -375,11 +430,31 @@ def test_repair_refuses_layers_that_cannot_hold_it():
             interpolate(network(change), network(change), recalibrate=loader(), repair=True)
 
 
+def test_repair_warns_of_layers_that_are_never_called():
+    class Attending(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.attention = nn.MultiheadAttention(4, 2, batch_first=True)
+            self.head = nn.Linear(4, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.attention(x, x, x)[0].mean(1))
+
+    a, b = Attending(), Attending()
+    inputs = [(torch.randn(6, 5, 4), None)]
+    with pytest.warns(UserWarning, match="layers 'attention.out_proj' are not repaired: the model never calls them"):
+        repaired = modeconn.repair(interpolate(a, b), [a, b], inputs)
+    assert torch.equal(repaired.attention.out_proj.weight, interpolate(a, b).attention.out_proj.weight)
+
+
 def test_repair_refuses_wrong_weights_networks_and_data():
     a, b = pair()
     middle = interpolate(a, b)
     with pytest.raises(ValueError, match="weights must be one for each endpoint, got 3 for 2 endpoints"):
         modeconn.repair(middle, [a, b], loader(), weights=(0.2, 0.3, 0.5))
+    for wrong in ((3, 4), (1.5, -0.5), (torch.nan, 0.5)):
+        with pytest.raises(ValueError, match="weights must be at least 0 and sum to 1, got weights="):
+            modeconn.repair(middle, [a, b], loader(), weights=wrong)
     with pytest.raises(ValueError, match=r"'4.weight' is in endpoints\[1\] but not in model"):
         modeconn.repair(middle, [a, copy.deepcopy(b).append(nn.Linear(3, 3).double())], loader())
     with pytest.raises(ValueError, match="pre-activations of '1' have no finite mean and variance"):

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modeconn import ActivationMatching, Permutation, PermutationSpec, WeightMatching, align, discover, models
 from modeconn.matching import Match, match_groups, weight_matching
 from modeconn.matching.trees import trees
+from modeconn.memory import peak_memory
 from tests.cases import clone, same_bits
 from tests.symmetry_cases import CASES, ExpertBank, conv
 
@@ -307,3 +308,19 @@ def test_starts_that_do_not_fit_are_refused() -> None:
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {name}=0"):
         WeightMatching(**{name: 0})
+
+
+def test_beside_the_weights_there_is_one_matrix_of_products_and_one_of_costs() -> None:
+    def peak(num_units: int) -> int | None:
+        a, b = (nn.Sequential(nn.Linear(3, num_units), nn.ReLU(), nn.Linear(num_units, 2)) for _ in range(2))
+        with torch.no_grad():  # almost relabelled already: the search is short
+            b[0].weight.copy_(a[0].weight)
+        spec = discover(a, torch.randn(2, 3))
+        with peak_memory(torch.device("cpu")) as found:
+            WeightMatching(max_sweeps=1).match(spec, a, b)
+        return found.num_bytes
+
+    num_units = 2_000
+    peak(4)  # what is imported once
+    num_bytes = peak(num_units)
+    assert num_bytes is None or num_bytes < 1.25 * (4 + 8) * num_units**2

@@ -157,6 +157,23 @@ def test_a_buffer_that_only_one_model_has_is_named():
         WeightSpace(model).check(other)
 
 
+def test_a_module_of_another_class_is_named():
+    def network(*layers):
+        return nn.Sequential(nn.Linear(3, 4), *layers)
+
+    space = WeightSpace(network(nn.ReLU()))
+    with pytest.raises(ValueError, match="module '1' is ReLU in a, Tanh in b"):
+        space.check(network(nn.Tanh()))
+    with pytest.raises(ValueError, match="module '1' is ReLU in a, missing in b"):
+        space.check(network())
+    with pytest.raises(ValueError, match="module '2' is missing in a, ReLU in b"):
+        space.check(network(nn.ReLU(), nn.ReLU()))
+    space.check(network(nn.ReLU(inplace=True)))
+    WeightSpace(network(nn.Dropout(0.1))).check(network(nn.Dropout(0.5)))
+    shared = nn.ReLU()
+    WeightSpace(network(shared, shared)).check(network(nn.ReLU(), nn.ReLU()))
+
+
 def test_differently_tied_parameters_are_an_error():
     model, other = CASE["mlp"].make(0), CASE["mlp"].make(0)
     for one, second_name in ((model, "y"), (other, "z")):

@@ -10,9 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.adversarial import Attack
-from modeconn.loaders import check_loader
 from modeconn.matching.assignment import match_groups
-from modeconn.matching.method import Match, correlations
+from modeconn.matching.method import Match, check_data, correlations
 from modeconn.matching.objective import check_integers
 from modeconn.matching.statistics import Moments, collect
 from modeconn.symmetry.spec import PermutationSpec
@@ -57,16 +56,16 @@ class ActivationMatching:
         if self.adversary is not None and not callable(self.adversary):
             raise ValueError(f"adversary must be an attack, such as PGD(...), got {self.adversary!r}.")
 
+    @property
+    def needs_data(self) -> str:
+        """Why."""
+        return "ActivationMatching compares activations, so it needs data: pass loader=, or use WeightMatching()."
+
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
     ) -> Match:
         """Return the relabelling of b; ``loader`` yields training data."""
-        if loader is None:
-            raise ValueError(
-                "ActivationMatching compares activations, so it needs data: pass loader=, or use WeightMatching()."
-            )
-        if self.adversary is not None:
-            check_loader(loader)
+        check_data(self, loader)
         moments = collect(
             spec,
             model_a,
@@ -88,7 +87,7 @@ class ActivationMatching:
 
 
 def break_ties(similarity: Tensor, moments: Moments) -> Tensor:
-    """Add what is far below any real difference and so decides between equals only.
+    """Add to each entry what is at the level of its rounding and so decides between equals only.
 
     Units that never change stay where they are. Units that respond to the same single image are all perfectly
     correlated: those of equal spread are paired.
@@ -97,8 +96,8 @@ def break_ties(similarity: Tensor, moments: Moments) -> Tensor:
     log_a, log_b = (v.clamp(min=1e-300).log() for v in moments.variances())
     spread = (log_a[:, None] - log_b[None, :]).abs().clamp(max=1)
     spread = torch.where(constant_a[:, None] | constant_b[None, :], 1.0, spread)
-    scale = similarity.abs().max().clamp(min=1e-300)
-    return similarity - scale * (1e-6 * spread - 1e-9 * torch.diag((constant_a | constant_b).double()))
+    stay = torch.diag((constant_a | constant_b).double())
+    return similarity - 1e-6 * similarity.abs() * spread + 1e-9 * similarity.abs().max() * stay
 
 
 def constant_units(moments: dict[str, Moments]) -> dict[str, tuple[int, int]]:

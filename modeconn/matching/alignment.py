@@ -9,11 +9,12 @@ from typing import Any
 
 from torch import nn
 
-from modeconn.loaders import first_batch
+from modeconn.loaders import check_rereadable, first_batch, inputs_of
 from modeconn.matching.activation_matching import ActivationMatching
-from modeconn.matching.method import Method, correlations
-from modeconn.matching.statistics import collect, inputs_of
+from modeconn.matching.method import Method, check_data, correlations
+from modeconn.matching.statistics import collect
 from modeconn.matching.weight_matching import WeightMatching
+from modeconn.rng import seeded
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
@@ -68,6 +69,8 @@ def align(
 ) -> Alignment:
     """Relabel the units of b so that it agrees with a; a stays, b is copied.
 
+    The caller's random state has no part in the result, also where the loader draws from it to shuffle, and stays.
+
     Args:
         model_a: The reference.
         model_b: A network of the same architecture.
@@ -93,10 +96,12 @@ def align(
     space = WeightSpace(model_a)
     space.check(model_a, name="a")
     space.check(model_b, name="b")
-    spec = find_spec(model_a, loader, spec, example_input, verify=verify)
     if method is None:
         method = WeightMatching() if loader is None else ActivationMatching()
-    match = method.match(spec, model_a, model_b, loader)
+    check_data(method, loader)
+    with seeded(0, space.device):
+        spec = find_spec(model_a, loader, spec, example_input, verify=verify)
+        match = method.match(spec, model_a, model_b, loader)
     correlation = match.correlation
     if not correlation and loader is not None:
         moments = collect(spec, model_a, model_b, loader, num_examples_at_most=2_048, before_activation=False)
@@ -118,7 +123,12 @@ def find_spec(
     *,
     verify: bool,
 ) -> PermutationSpec:
-    """Return ``spec``, checked, or discover and prove one on the first example at hand; arguments as for `align`."""
+    """Return ``spec``, checked, or discover and prove one on the first example at hand; arguments as for `align`.
+
+    The loader is checked in any case. To be used inside one seeded stretch of random numbers, from which it draws.
+    """
+    if loader is not None:
+        check_rereadable(loader)
     if spec is None:
         first = None if loader is None else inputs_of(first_batch(loader))
         example = example_input if example_input is not None else first

@@ -42,16 +42,23 @@ def match_units(similarity: Tensor) -> Tensor:
         raise ValueError(f"similarity must be square, got shape {tuple(similarity.shape)}.")
     if not bool(torch.isfinite(similarity).all()):
         raise ValueError("similarity must be finite; it holds NaN or infinite entries.")
-    return torch.from_numpy(_assign(similarity.detach().double().cpu().numpy())).to(similarity.device)
+    return torch.from_numpy(_assign(_copy(similarity.detach()).numpy())).to(similarity.device)
 
 
 def _assign(similarity: np.ndarray) -> np.ndarray:
-    """Return the column of each row. Distances to the largest entries, not entries, save a third of scipy's search."""
+    """Return the column of each row; the matrix is used up, since a second one would be as large as a layer.
+
+    Distances to the largest entries, not entries, save a third of scipy's search.
+    """
     from scipy.optimize import linear_sum_assignment
 
-    cost = similarity.max(1, keepdims=True) - similarity
+    cost = np.subtract(similarity.max(1, keepdims=True), similarity, out=similarity)
     cost -= cost.min(0)
     return linear_sum_assignment(cost)[1]
+
+
+def _copy(similarity: Tensor) -> Tensor:
+    return similarity.to("cpu", torch.float64, copy=True)
 
 
 def match_groups(spec: PermutationSpec, similarities: Mapping[str, Tensor]) -> Permutation:
@@ -72,11 +79,14 @@ def match_groups(spec: PermutationSpec, similarities: Mapping[str, Tensor]) -> P
     Raises:
         ValueError: If a similarity is not finite.
     """
-    return Permutation(spec, match_tree(spec.groups, similarities))
+    return Permutation(spec, match_tree(spec.groups, {name: _copy(s) for name, s in similarities.items()}))
 
 
 def match_tree(groups: Sequence[Group], similarities: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Do the same for some of the groups, among them every parent of each; return their perms by name."""
+    """Do the same for some of the groups, among them every parent of each; return their perms by name.
+
+    Similarities in double precision on the CPU may be overwritten.
+    """
     by_name = {group.name: group for group in groups}
     total = {name: _evidence(group, similarities.get(name)) for name, group in by_name.items()}
     deepest_first = sorted(groups, key=lambda g: len(_free_parents(g)), reverse=True)
@@ -122,7 +132,7 @@ def _block_values(group: Group, similarity: np.ndarray) -> np.ndarray:
     blocks, rows = _blocks(group, similarity), np.arange(group.size)
     values = np.empty(blocks.shape[:2])
     for i, j in np.ndindex(values.shape):
-        values[i, j] = blocks[i, j, rows, _assign(blocks[i, j])].sum()
+        values[i, j] = blocks[i, j, rows, _assign(blocks[i, j].copy())].sum()
     return values
 
 

@@ -31,13 +31,28 @@ class Match:
 
 
 class Method(Protocol):
-    """A way to choose the relabelling of b; its settings are its fields."""
+    """A way to choose the relabelling of b; its settings are its fields.
+
+    One that cannot do without data may say so in an attribute ``needs_data``, see `check_data`.
+    """
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
     ) -> Match:
         """Return the relabelling that brings b closest to a in the method's sense."""
         ...
+
+
+def check_data(method: Any, loader: Iterable[Any] | None) -> None:
+    """Raise unless there is data for a method, and for the one that finds its start, or they need none.
+
+    Raises:
+        ValueError: With what ``method.needs_data`` says: why data is needed, and the way out.
+    """
+    while loader is None and method is not None:
+        if reason := getattr(method, "needs_data", None):
+            raise ValueError(reason)
+        method = getattr(method, "start", None)
 
 
 Start = Permutation | Method | None

@@ -92,7 +92,8 @@ class PathLoss:
         workspace.model.requires_grad_(True)
         device, theta_a = workspace.space.device, workspace.theta.clone()
         curve, middle_only = path if isinstance(path, Curve) else Line(), path == "midpoint"
-        self.offsets = nn.Parameter(theta_a.new_zeros(curve.num_control_points - 2, len(theta_a)))
+        shape = curve.num_control_points - 2, len(theta_a)
+        self.offsets = nn.Parameter(theta_a.new_zeros(shape, dtype=workspace.space.wide_dtype))
         self._along = partial(CurveLoss, workspace, curve, theta_a)
         self._forward = supervised(loss_fn)
         self._batches = endless_batches(loader, device)
@@ -117,9 +118,12 @@ class PathLoss:
 class Incumbent:
     """The best permutation offered so far.
 
+    While a curve is learned along, values of different times are those of different curves: an offer is then compared
+    with the best so far on the curve as it is bent now.
+
     Attributes:
         permutation: The best, at first the start.
-        history: The value of the best after each offer.
+        history: The value of the best at the start and after each offer.
     """
 
     def __init__(
@@ -137,11 +141,11 @@ class Incumbent:
 
     def offer(self, permutation: Permutation) -> None:
         """Keep a permutation if it is better."""
-        known = permutation == self.permutation and not self._objective.offsets.numel()
-        value = self.history[-1] if known else self._value(permutation)
-        if value < self.history[-1]:
+        best = self._value(self.permutation) if self._objective.offsets.numel() else self.history[-1]
+        value = best if permutation == self.permutation else self._value(permutation)
+        if value < best:
             self.permutation = permutation
-        self.history.append(min(value, self.history[-1]))
+        self.history.append(min(value, best))
 
     def _value(self, permutation: Permutation) -> float:
         write(permutation.relabel(self._weights_b), self._theta, self._space)
@@ -166,9 +170,11 @@ def evenly(rounds: int, steps: int) -> set[int]:
 
 
 def check_objective(objective: Any, *names: str) -> None:
-    """Raise unless an objective is a curve or one of the names."""
+    """Raise unless an objective is a curve of fixed ends or one of the names."""
     if not isinstance(objective, Curve) and objective not in names:
         raise ValueError(f"objective must be {', '.join(map(repr, names))} or a curve, got objective={objective!r}.")
+    if isinstance(objective, Curve) and objective.free_ends:
+        raise ValueError(f"objective must be a curve with fixed ends, but {objective!r} frees its ends.")
 
 
 def check_positive(settings: Any, *names: str) -> None:

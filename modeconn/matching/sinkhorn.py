@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.matching.method import Match, Start, starting_permutation
+from modeconn.matching.method import Match, Start, check_data, starting_permutation
 from modeconn.matching.objective import (
     Distance,
     Incumbent,
@@ -37,7 +37,8 @@ class Sinkhorn:
     Each group has a matrix of logits; `sinkhorn` of the logits over a temperature is the soft permutation that mixes
     b's units, and Adam follows the gradient of the objective. Every few steps the matrices are rounded by assignment.
     The best of these permutations by the objective itself, not relaxed, on a fixed sample of the data, and never one
-    worse than the start, is the result.
+    worse than the start, is the result. Where a curve is learned along, a permutation is compared with the best before
+    it on the curve as it is bent at that time.
 
     Args:
         start: A relabelling, or the method that finds it. Default: b as it is.
@@ -86,6 +87,16 @@ class Sinkhorn:
         positive = ["steps", "learning_rate", "temperature", "curve_learning_rate", "batches_per_step", "num_examples"]
         check_positive(self, *positive, "rounds", *["final_temperature"] * (self.final_temperature is not None))
 
+    @property
+    def needs_data(self) -> str | None:
+        """Why, or None if it does not."""
+        if self.objective == "weights":
+            return None
+        return (
+            f"Sinkhorn(objective={self.objective!r}) learns through the task's loss, so it needs data: pass loader=, "
+            f"or use Sinkhorn(objective='weights')."
+        )
+
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
     ) -> Match:
@@ -94,6 +105,7 @@ class Sinkhorn:
         Raises:
             ValueError: If data is missing, or the loss at the start is not finite.
         """
+        check_data(self, loader)
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
         with seeded(self.seed, space.device):
@@ -108,11 +120,6 @@ class Sinkhorn:
     def _objective(self, space: WeightSpace, model_a: nn.Module, loader: Iterable[Any] | None) -> Objective:
         if self.objective == "weights":
             return Distance(space.flatten(model_a))
-        if loader is None:
-            raise ValueError(
-                f"Sinkhorn(objective={self.objective!r}) learns through the task's loss, so it needs data: pass "
-                f"loader=, or use Sinkhorn(objective='weights')."
-            )
         return PathLoss(
             model_a,
             loader,
@@ -127,7 +134,10 @@ class Sinkhorn:
         self, spec: PermutationSpec, space: WeightSpace, theta_b: Tensor, objective: Objective, incumbent: Incumbent
     ) -> None:
         hard = SoftPermutation.of(incumbent.permutation).matrices
-        logits = {name: nn.Parameter(self.strength * matrix.to(theta_b)) for name, matrix in hard.items()}
+        logits = {
+            name: nn.Parameter(self.strength * matrix.to(space.device, space.wide_dtype))
+            for name, matrix in hard.items()
+        }
         optimizer = torch.optim.Adam(logits.values(), lr=self.learning_rate)
         optimizer.add_param_group({"params": [objective.offsets], "lr": self.curve_learning_rate})
         weights_b, theta = space.unflatten(theta_b), torch.empty_like(theta_b)

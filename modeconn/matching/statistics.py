@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.adversarial import Attack, attacked_in_eval_mode
-from modeconn.loaders import batches, num_examples
+from modeconn.loaders import batches, check_pair, first_examples, inputs_of
+from modeconn.rng import seeded
 from modeconn.symmetry.discover import traces_of
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.spec import Group, PermutationSpec, Tap, Trace
@@ -210,29 +211,30 @@ def collect(
 ) -> dict[str, Moments]:
     """Run both networks in eval mode over the same data and return the moments of every group that is summed over.
 
-    With an adversary, ``(inputs, targets)`` become each network's own adversarial examples first.
+    With an adversary, ``(inputs, targets)`` become each network's own adversarial examples first. A loader that
+    shuffles gives the same examples every time; the caller's random state stays.
     """
     device = next(model_a.parameters()).device
-    data = batches(loader.with_(augment=(), shuffle=False) if hasattr(loader, "with_") else loader, device)
     moments: dict[str, Moments] = {}
-    trace, chosen, seen = None, {}, 0
-    for number, batch in enumerate(data):
-        inputs = inputs_of(batch)
-        if trace is None:
-            trace, chosen = _where_to_read(spec, traces_of(spec, model_a, inputs), before_activation)
-        room = math.inf if num_examples_at_most is None else num_examples_at_most - seen
-        inputs = _first(inputs, room)
-        seen += num_examples(inputs)
-        own = [inputs, inputs]
-        if adversary is not None:
-            targets = _first(batch[1], room)
-            own = [attacked_in_eval_mode(adversary, m, inputs, targets, seed=number) for m in (model_a, model_b)]
-        for node, a, b in _in_step(trace, model_a, model_b, *map(Example.of, own)):
-            for group in chosen.get(node, ()):
-                _add(spec, moments, group, trace.axes[node], a, b)
-        if num_examples_at_most is not None and seen >= num_examples_at_most:
-            break
+    trace, chosen = None, {}
+    with seeded(0, device):
+        for number, batch in enumerate(_first_batches(loader, device, num_examples_at_most)):
+            inputs = inputs_of(batch)
+            if trace is None:
+                trace, chosen = _where_to_read(spec, traces_of(spec, model_a, inputs), before_activation)
+            own = [inputs, inputs]
+            if adversary is not None:
+                own = [attacked_in_eval_mode(adversary, m, *check_pair(batch), seed=number) for m in (model_a, model_b)]
+            for node, a, b in _in_step(trace, model_a, model_b, *map(Example.of, own)):
+                for group in chosen.get(node, ()):
+                    _add(spec, moments, group, trace.axes[node], a, b)
     return moments
+
+
+def _first_batches(loader: Iterable[Any], device: torch.device, limit: int | None) -> Iterator[Any]:
+    """Yield batches, without augmentation, up to ``limit`` examples; the last batch may be cut."""
+    plain = loader.with_(augment=(), shuffle=False) if hasattr(loader, "with_") else loader
+    return first_examples(batches(plain, device), limit)
 
 
 def _where_to_read(
@@ -246,19 +248,6 @@ def _where_to_read(
             chosen.setdefault(reading.node, []).append(reading.group)
         plans.append((trace, chosen))
     return max(plans, key=lambda plan: len({group.name for groups in plan[1].values() for group in groups}))
-
-
-def inputs_of(batch: Any) -> Any:
-    """Return what the model reads of a batch: the inputs of a pair, or the whole of anything else."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) == 2 else batch
-
-
-def _first(inputs: Any, count: float) -> Any:
-    if isinstance(inputs, Tensor):
-        return inputs if len(inputs) <= count else inputs[: int(count)]
-    if isinstance(inputs, dict):
-        return {name: _first(value, count) for name, value in inputs.items()}
-    return tuple(_first(value, count) for value in inputs)
 
 
 def _in_step(

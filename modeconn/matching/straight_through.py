@@ -9,9 +9,10 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
+from modeconn.copies import copy_of
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.matching.method import Match, Start, starting_permutation
+from modeconn.matching.method import Match, Start, check_data, starting_permutation
 from modeconn.matching.objective import (
     Incumbent,
     PathLoss,
@@ -35,7 +36,8 @@ class StraightThrough:
     :math:`P = \operatorname{argmax}_P \langle \hat\theta, P \theta_b \rangle` by one sweep of `WeightMatching` from the
     permutation before, and they take an Adam step along the gradient of the loss at a random point of the line from a
     to :math:`P \theta_b`, as if they were that end themselves. Of the permutations met, the best by the objective on a
-    fixed sample of the data is the result; never one worse than the start.
+    fixed sample of the data is the result; never one worse than the start. Where a curve is learned along, a
+    permutation is compared with the best before it on the curve as it is bent at that time.
 
     Args:
         start: A relabelling, or the method that finds it. Default: b as it is.
@@ -75,6 +77,13 @@ class StraightThrough:
             self, "steps", "learning_rate", "curve_learning_rate", "batches_per_step", "num_examples", "rounds"
         )
 
+    @property
+    def needs_data(self) -> str:
+        """Why."""
+        return (
+            "StraightThrough learns through the task's loss, so it needs data: pass loader=, or use WeightMatching()."
+        )
+
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
     ) -> Match:
@@ -83,14 +92,10 @@ class StraightThrough:
         Raises:
             ValueError: If data is missing, or the loss at the start is not finite.
         """
-        if loader is None:
-            raise ValueError(
-                "StraightThrough learns through the task's loss, so it needs data: pass loader=, or use "
-                "WeightMatching()."
-            )
+        check_data(self, loader)
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
-        free = Workspace(model_a, space)
+        free, wide_b = Workspace(_in_single_precision(model_a)), _in_single_precision(model_b)
         with seeded(self.seed, space.device):
             loss = PathLoss(
                 model_a,
@@ -108,10 +113,18 @@ class StraightThrough:
             looks, theta = evenly(self.rounds, self.steps), torch.empty_like(theta_b)
             for step in range(1, self.steps + 1):
                 one_sweep = WeightMatching(start=permutation, max_sweeps=1, seed=self.seed + step)
-                permutation = one_sweep.match(spec, free.model, model_b).permutation
+                permutation = one_sweep.match(spec, free.model, wide_b).permutation
                 if step in looks:
                     incumbent.offer(permutation)
                 write(permutation.relabel(space.unflatten(theta_b)), theta, space)
-                free.theta.grad = loss.gradient(theta)
+                free.theta.grad = loss.gradient(theta).to(free.theta)
                 optimizer.step()
         return Match(incumbent.permutation, history=tuple(incumbent.history))
+
+
+def _in_single_precision(model: nn.Module) -> nn.Module:
+    """Return a copy whose parameters are of at least single precision: others do not take in small steps."""
+    wide = copy_of(model)
+    for parameter in wide.parameters():
+        parameter.data = parameter.data.to(torch.promote_types(parameter.dtype, torch.float32))
+    return wide

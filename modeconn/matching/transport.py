@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.matching.activation_matching import break_ties, constant_units
 from modeconn.matching.assignment import match_tree
-from modeconn.matching.method import Match, correlations
+from modeconn.matching.method import Match, check_data, correlations
 from modeconn.matching.objective import check_integers
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
@@ -35,8 +35,9 @@ class TransportMatching:
 
     Args:
         cost: "activations": mean squared difference of two units over training data. "weights": squared distance of
-            the weights that reach them, layer by layer, b's already carried in the layers before; groups are taken in
-            their order in the spec, each on the weights that it shares only with groups before it. Without data.
+            their weights, layer by layer: groups are taken in their order in the spec, each on all the weights that it
+            shares with no group behind it, b's already carried in the groups before. These are the weights that reach
+            a unit and, in a last hidden layer, those that it gives to the outputs. Without data.
         regularization: :math:`\lambda`, in units of the mean cost of a group; 0 for the exact plan.
         num_examples: How many training examples to use for activations; None for the whole loader.
 
@@ -59,6 +60,16 @@ class TransportMatching:
             raise ValueError(f"regularization must be at least 0, got regularization={self.regularization}.")
         if self.num_examples is not None and self.num_examples < 2:
             raise ValueError(f"num_examples must be at least 2, or None, got num_examples={self.num_examples}.")
+
+    @property
+    def needs_data(self) -> str | None:
+        """Why, or None if it does not."""
+        if self.cost == "weights":
+            return None
+        return (
+            "TransportMatching(cost='activations') compares activations, so it needs data: pass loader=, or use "
+            "TransportMatching(cost='weights')."
+        )
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
@@ -85,11 +96,7 @@ class TransportMatching:
     def _moments(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
     ) -> dict[str, Moments]:
-        if loader is None:
-            raise ValueError(
-                "TransportMatching(cost='activations') compares activations, so it needs data: pass loader=, or use "
-                "TransportMatching(cost='weights')."
-            )
+        check_data(self, loader)
         return collect(spec, model_a, model_b, loader, num_examples_at_most=self.num_examples, before_activation=False)
 
     def _by_activations(self, spec: PermutationSpec, moments: Mapping[str, Moments]) -> SoftPermutation:
@@ -98,7 +105,9 @@ class TransportMatching:
     def _by_weights(self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module) -> SoftPermutation:
         spec.check_model(model_a)
         space = WeightSpace(model_a)
-        a, b = (space.unflatten(space.flatten(m, name=n)) for m, n in ((model_a, "a"), (model_b, "b")))
+        a, b = (
+            space.unflatten(space.flatten(m, name=n).to(space.wide_dtype)) for m, n in ((model_a, "a"), (model_b, "b"))
+        )
         plan = SoftPermutation.of(spec.identity())
         carried: set[int] = set()
         for tree in sorted(trees(spec), key=lambda tree: min(map(spec.groups.index, tree))):
@@ -126,27 +135,26 @@ def match_softly(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[
 
     Args:
         groups: Some of the groups of a spec, among them every parent of each.
-        scores: By group name, ``(N, N)``, units numbered row-major; a group left out has no evidence of its own.
+        scores: By group name, ``(N, N)``, units numbered row-major; a group left out has no evidence of its own. If it
+            has none of blocks inside it either, its units stay.
 
     Returns:
         The matrices of a `SoftPermutation`, by name.
     """
-    total = {g.name: scores[g.name] if g.name in scores else _nothing(g, scores) for g in groups}
+    total, sizes = dict(scores), {group.name: prod(group.shape) for group in groups}
     matrices: dict[str, Tensor] = {}
     for group in sorted(groups, key=lambda g: len(g.parents), reverse=True):
         n, count = group.size, prod(group.shape[:-1])
+        if group.name not in total:
+            matrices[group.name] = hard_matrices(group, torch.arange(n).expand(group.shape))
+            continue
         blocks = total[group.name].view(count, n, count, n).transpose(1, 2)
         plan = sinkhorn(blocks)
         matrices[group.name] = plan.reshape(shape_of(group))
         parent = next((name for name, _ in reversed(group.parents) if name), None)
-        if parent is not None and len(total[parent]) == count:  # it varies with all the other parents
-            total[parent] = total[parent] + (plan * blocks + torch.special.entr(plan)).sum((-2, -1))
+        if parent is not None and sizes[parent] == count:  # it varies with all the other parents
+            total[parent] = total.get(parent, 0) + (plan * blocks + torch.special.entr(plan)).sum((-2, -1))
     return matrices
-
-
-def _nothing(group: Group, scores: Mapping[str, Tensor]) -> Tensor:
-    like = next(iter(scores.values()), torch.zeros(()))
-    return like.new_zeros((prod(group.shape),) * 2)
 
 
 def _activation_cost(moments: Moments) -> Tensor:

@@ -30,7 +30,7 @@ class WeightMatching:
     units that gain nothing stay. It is a local optimum: the joint problem is NP-hard.
 
     The products run on the networks' device in their dtype, the assignments on the CPU. Beside the networks there is
-    one copy of the weights and one matrix of costs.
+    one copy of the weights and, of the units of one group, a matrix of products and one of costs in double precision.
 
     Args:
         max_sweeps: Stop after so many sweeps at the latest.
@@ -203,11 +203,14 @@ class _Tree:
     def _candidates(self, similarities: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Yield the best move; where it may be none, because parts of it spoil each other, also those of each group."""
         groups = list(self._groups.values())
-        yield match_tree(groups, similarities)
-        if self._quadratic and len(similarities) > 1:
-            bound = sum(len(s) * s.abs().max() for s in similarities.values())
-            held = {name: bound * torch.eye(len(s), dtype=s.dtype) for name, s in similarities.items()}
-            yield from (match_tree(groups, {**held, name: s}) for name, s in similarities.items())
+        if not (self._quadratic and len(similarities) > 1):
+            yield match_tree(groups, similarities)
+            return
+        yield match_tree(groups, {name: s.clone() for name, s in similarities.items()})
+        bound = sum(len(s) * s.abs().max() for s in similarities.values())
+        for name, similarity in similarities.items():
+            held = {other: bound * torch.eye(len(s), dtype=s.dtype) for other, s in similarities.items()}
+            yield match_tree(groups, {**held, name: similarity.clone()})
 
     def _similarities(self) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
