@@ -231,7 +231,8 @@ def compare(
         spec = find_spec(pairs[0][0], loader, spec, example_input, verify=True)
         check_loader(test)
         measured = fetch(test, space.device)
-        about = [loss_fn, curve, recipe, num_points, repair, seed, spec, _num_batches(loader)]
+        about = [loss_fn, curve, recipe, num_points, repair, seed, _num_batches(loader)]
+        about += [[(group.name, group.parents, group.places) for group in spec.groups]]
         about += [digest(_tensors([check_loader(loader)])), digest(_tensors(measured))]
         names = {row: identify(method) for row, method in named.items()}  # before any method changes itself
     trial = _Trial(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)

@@ -237,7 +237,7 @@ def test_a_run_saves_by_the_clock(tmp_path):
         ({"seed": 12}, "seed is 11 in it and 12 here"),
         ({"recipe": Recipe(epochs=9, optimizer=RECIPE.optimizer)}, r"recipe\.epochs is 3 in it and 9 here"),
         ({"recipe": Recipe(epochs=3, schedule=RECIPE.schedule)}, r"recipe\.optimizer is .*Adam\(lr=0\.01\) in it"),
-        ({"loss_fn": torch.nn.functional.cross_entropy}, r"loss is modeconn\.loss\.cross_entropy in it and torch"),
+        ({"loss_fn": torch.nn.functional.cross_entropy}, r"loss is cross_entropy in it and torch"),
         ({"align": True}, "align is False in it and True here"),
     ],
 )

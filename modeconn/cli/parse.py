@@ -112,10 +112,7 @@ def refinement(text: str) -> PAM | None:
     """
     if text == "none":
         return None
-    made = _call(text, {"pam": PAM}, "refinement")
-    if isinstance(made.step, str):
-        made = replace(made, step=_look_up(made.step, PERMUTATION_STEPS, "step of PAM")())
-    return made
+    return _call(text, {"pam": PAM}, "refinement", step=lambda name: _look_up(name, PERMUTATION_STEPS, "step of PAM")())
 
 
 def adversary(
@@ -264,12 +261,13 @@ def _import(path: str) -> Callable[..., nn.Module]:
         raise ValueError(f"cannot import {path!r}: {error}.") from None
 
 
-def _call(text: str, choices: Mapping[str, Callable[..., Any]], what: str) -> Any:
-    """Read ``name``, ``name:value`` or ``name:key=value,...`` and make the object."""
+def _call(text: str, choices: Mapping[str, Callable[..., Any]], what: str, **readers: Callable[[Any], Any]) -> Any:
+    """Read ``name``, ``name:value`` or ``name:key=value,...`` and make the object; ``readers`` read named values."""
     name, _, rest = text.partition(":")
     parts = rest.split(",") if rest else []
     positional = [_literal(part) for part in parts if "=" not in part]
-    named = settings([part for part in parts if "=" in part])
+    given = settings([part for part in parts if "=" in part])
+    named = {key: readers[key](value) if key in readers else value for key, value in given.items()}
     make = _look_up(name, choices, what)
     try:
         inspect.signature(make).bind(*positional, **named)

@@ -47,10 +47,13 @@ class Move:
         """Where units change, those inside blocks included: a group and the row-major number of a unit in it."""
         found: set[tuple[str, int]] = set()
         for group in self.spec.groups:
-            if group.name in self.perms or any(name in self.perms for name, _ in group.parents):
-                sources = self.permutation.flat_sources(group.name)
-                moved = (sources != torch.arange(len(sources))).nonzero().flatten().tolist()
-                found |= {(group.name, place) for place in moved}
+            if any(name in self.perms for name, _ in group.parents):
+                moved = self.permutation.flat_sources(group.name) != torch.arange(prod(group.shape))
+            elif group.name in self.perms:
+                moved = (self.perms[group.name] != torch.arange(group.size)).flatten()
+            else:
+                continue
+            found |= {(group.name, place) for place in moved.nonzero().flatten().tolist()}
         return frozenset(found)
 
     def apply(self, theta_b: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -140,15 +143,17 @@ def cycles(
     """
     taken: set[tuple[str, tuple[int, ...]]] = set()  # rows of perms that go with a cycle of their blocks
     for group in sorted(tree, key=lambda g: len(g.parents)):
-        for row in product(*map(range, group.shape[:-1])):
+        perm, cost = perms[group.name], costs.get(group.name)
+        falls = [0.0] * prod(group.shape) if cost is None else _falls(group, perm, cost)
+        for number, row in enumerate(product(*map(range, group.shape[:-1]))):
             if (group.name, row) in taken:
                 continue
-            for cycle in _cycles(perms[group.name][row]):
+            for cycle in _cycles(perm[row]):
                 part = {group.name: torch.arange(group.size).expand(group.shape).clone()}
-                part[group.name][row][cycle] = perms[group.name][row][cycle]
+                part[group.name][row][cycle] = perm[row][cycle]
                 inside = list(_rows_inside(spec, tree, group, row, cycle))
                 if not inside:
-                    yield Move(spec, part, _gain_of_cycle(group, row, cycle, perms, costs))
+                    yield Move(spec, part, sum(falls[number * group.size + place] for place in cycle))
                     continue
                 for inner, place in inside:
                     taken.add((inner.name, place))
@@ -157,16 +162,11 @@ def cycles(
                 yield Move(spec, part, gain(spec, tree, part, costs))
 
 
-def _gain_of_cycle(
-    group: Group, row: tuple[int, ...], cycle: list[int], perms: Mapping[str, Tensor], costs: Mapping[str, Tensor]
-) -> float:
-    """Return what `gain` does for one cycle of units that hold nothing inside, at the cost of a look at its entries."""
-    if group.name not in costs:
-        return 0.0
-    first = sum(place * prod(group.shape[dim + 1 :]) for dim, place in enumerate(row))
-    places, sources = torch.tensor(cycle) + first, perms[group.name][row][cycle] + first
-    cost = costs[group.name]
-    return float((cost[places, places] - cost[places, sources]).sum())
+def _falls(group: Group, perm: Tensor, cost: Tensor) -> list[float]:
+    """Return by how much a linear loss falls at each place if its new unit comes there, and blocks stay."""
+    blocks = torch.arange(len(cost)) // group.size * group.size
+    sources = perm.flatten() + blocks
+    return (cost.diagonal() - cost.gather(1, sources[:, None])[:, 0]).tolist()
 
 
 def _cycles(perm: Tensor) -> Iterator[list[int]]:
