@@ -229,6 +229,7 @@ def compare(
     space = _check_pairs(pairs)
     with seeded(seed, space.device):
         spec = find_spec(pairs[0][0], loader, spec, example_input, verify=True)
+    with seeded(seed, space.device):  # anew, so that the first batch is the same where the spec is known
         check_loader(test)
         measured = fetch(test, space.device)
         about = [loss_fn, curve, recipe, num_points, repair, seed, _num_batches(loader)]
