@@ -210,6 +210,19 @@ def test_a_move_is_given_up_early_and_accepted_only_on_the_whole_sample(monkeypa
     assert min(count for accepted, count in tried if not accepted) < len(sample)
 
 
+def test_moves_that_chance_may_favour_are_refused_on_a_part_of_the_data():
+    a, b = pair()
+    settings = {"align": False, "curve": Line(), "recipe": Recipe(epochs=1)}
+    accepted = [
+        modeconn.fit_curve(
+            a, b, batches(count), refine=PAM(iterations=1, num_batches=8, **given), **settings
+        ).history.turns[0]["num_accepted"]
+        for count, given in ((9, {"standard_errors": 1e9}), (9, {}), (9, {"standard_errors": 0.0}), (8, {}))
+    ]
+    assert accepted[0] == 0 < accepted[1] and accepted[3] > 0
+    assert accepted[1] <= accepted[2]
+
+
 def test_a_line_is_refined_alone():
     a, b = pair()
     connection = modeconn.fit_curve(a, b, batches(8), align=False, curve=Line(), refine=PAM(), recipe=RECIPE)
@@ -372,7 +385,8 @@ def test_the_loss_is_a_mean_over_examples_though_batches_differ_in_size():
     ("available", "asked", "places"), [(1, 64, 16), (1, None, 16), (1, 3, 3), (20, 64, 20), (20, 5, 5)]
 )
 def test_the_curve_is_looked_at_in_enough_places_whatever_the_loader(available, asked, places):
-    sample = draw_sample(batches(available), torch.device("cpu"), asked, seed=0)
+    sample, is_part = draw_sample(batches(available), torch.device("cpu"), asked, seed=0)
+    assert is_part == (asked is not None and asked < available)
     assert len(sample) == places and len({t for t, _ in sample}) == places
     assert sorted(int(t * places) for t, _ in sample) == list(range(places))
 
@@ -432,6 +446,7 @@ def test_it_runs_on_any_architecture(name):
         ({"nu_curve": -1.0}, "nu_curve must be positive"),
         ({"nu_curve": math.nan}, "nu_curve must be positive"),
         ({"tol": -0.1}, "tol must be at least 0"),
+        ({"standard_errors": -1.0}, "standard_errors must be at least 0"),
         ({"exact": True, "num_points": 2}, "num_points must be at least 3"),
         ({"exact": "false"}, "exact must be True or False, got exact='false'"),
         ({"step": "sinkhorn"}, r"step must be a step in P such as ProximalLinear\(\)"),
@@ -512,7 +527,7 @@ def test_the_best_swap_is_the_best_of_all():
     straight = modeconn.fit_curve(a, b, data, curve=Line())
     found = modeconn.best_swap(straight, max_tries=None, num_batches=None)
     assert found.num_tried == found.num_swaps == 28
-    sample = draw_sample(data, straight.device, None, seed=0)
+    sample, _ = draw_sample(data, straight.device, None, seed=0)
 
     def loss(b):
         line = modeconn.Connection.straight_between(a, b)

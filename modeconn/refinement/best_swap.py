@@ -96,7 +96,7 @@ def best_swap(
         raise ValueError(f"best_swap relabels the end b, but {connection.curve!r} has trained its ends.")
     points, curve = connection.control_points, connection.curve
     workspace = Workspace(connection.model_at(0), connection.space)
-    sample = draw_sample(training.loader, connection.device, num_batches, seed=seed)
+    sample, _ = draw_sample(training.loader, connection.device, num_batches, seed=seed)
     loss = CurveLoss(workspace, curve, points[0], objective_of(training), sample)
     bend = points[1:-1] - straight(curve, points[0], points[-1])
     b = Relabelled(connection.space, loss, points[-1].clone(), bend, connection.permutation)

@@ -24,9 +24,9 @@ class Relabelled:
 
     A move is given up as soon as the places of the sample looked at so far say that the loss rises, by two standard
     errors of the paired differences: most moves are no gain, and that shows early. To be accepted it is measured on all
-    of the sample. What falls with every accepted move is the loss on the sample plus
-    :math:`\tfrac{1}{2 \nu} \lVert P - P_k \rVert^2`, which is :math:`\tfrac{1}{\nu}` times the number of units that are
-    not where they were at first.
+    of the sample, on which the loss must fall by more than ``standard_errors``. What falls with every accepted move is
+    the loss on the sample plus :math:`\tfrac{1}{2 \nu} \lVert P - P_k \rVert^2`, which is :math:`\tfrac{1}{\nu}` times
+    the number of units that are not where they were at first.
 
     Args:
         space: Weight space of the networks.
@@ -35,6 +35,7 @@ class Relabelled:
         bend: Inner control points less the straight line's, ``(K - 2, P)``.
         permutation: How b was relabelled so far.
         nu: The proximal weight; infinite for none.
+        standard_errors: See `PAM`.
 
     Attributes:
         value: The loss now.
@@ -48,6 +49,7 @@ class Relabelled:
     bend: Tensor
     permutation: Permutation
     nu: float = float("inf")
+    standard_errors: float = 0.0
     num_tried: int = 0
     num_accepted: int = 0
     value: float = field(init=False)
@@ -93,10 +95,11 @@ class Relabelled:
             seen += len(places)
             looked_at = self._order[:seen]
             rise = losses[looked_at] - self._losses[looked_at] + more_penalty
-            error = float(rise.std()) / math.sqrt(seen) if _FIRST_LOOK <= seen < len(losses) else math.inf
-            if float(rise.mean()) > _STANDARD_ERRORS * error:
+            error = float(rise.std()) / math.sqrt(seen) if seen > 1 else 0.0
+            if _FIRST_LOOK <= seen < len(losses) and float(rise.mean()) > _STANDARD_ERRORS * error:
                 return None
-        return losses if float(losses.mean()) + more_penalty < self.value else None  # written so that NaN is refused
+        has_fallen = float(losses.mean()) + more_penalty < self.value  # written so that NaN is refused
+        return losses if has_fallen and float(rise.mean()) <= -self.standard_errors * error else None
 
     def value_after(self, move: Move) -> float:
         """Return what the loss would be after a move."""
