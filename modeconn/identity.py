@@ -7,8 +7,10 @@ import enum
 import functools
 import hashlib
 import inspect
+import logging
 import re
 import sys
+import types
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
@@ -16,7 +18,11 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modeconn.symmetry.spec import PermutationSpec
+
 _OF_EVERY_MODULE = {*vars(nn.Module()), "training"}
+_DEEPEST = 50  # objects inside one another; what lies deeper is told by its class alone
+_LONGEST = 2_000  # characters; what is longer is told by its digest
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)
 
 
@@ -33,7 +39,7 @@ def identify(value: Any) -> str:
         >>> identify(lambda x: x + 1) == identify(lambda x: x + 2)
         False
     """
-    return _identify(value, ())
+    return _Identifier().identify(value, ())
 
 
 def digest(value: nn.Module | Iterable[Tensor]) -> str:
@@ -48,21 +54,39 @@ def digest(value: nn.Module | Iterable[Tensor]) -> str:
     return total.hexdigest()[:16]
 
 
-def _identify(value: Any, above: tuple[int, ...]) -> str:
-    """Do the same inside the objects of these ids; one that holds itself is named by how far up it is."""
-    if isinstance(value, _PLAIN) or isinstance(value, enum.Enum):
-        return repr(value)
-    if id(value) in above:
-        return f"<{len(above) - above.index(id(value))} above>"
-    inside = functools.partial(_identify, above=(*above, id(value)))
+class _Identifier:
+    """Names what it meets; an object that several hold is looked at once."""
+
+    def __init__(self) -> None:
+        self._known: dict[int, tuple[Any, str]] = {}  # by id, with the object, so that the id stays its own
+
+    def identify(self, value: Any, above: tuple[int, ...]) -> str:
+        """Do so inside the objects of these ids; one that holds itself is named by how far up it is."""
+        if isinstance(value, (*_PLAIN, enum.Enum)):
+            return repr(value)
+        if id(value) in above:
+            return f"<{len(above) - above.index(id(value))} above>"
+        if id(value) not in self._known:
+            text = _describe(value, functools.partial(self.identify, above=(*above, id(value))), len(above))
+            text = text if len(text) <= _LONGEST else f"{_name(type(value))} of digest {_hash(text)}"
+            self._known[id(value)] = value, text
+        return self._known[id(value)][1]
+
+
+def _describe(value: Any, inside: Callable[[Any], str], depth: int) -> str:
+    """Name an object, what it holds by ``inside``."""
     if isinstance(value, Tensor):
         return f"tensor of digest {digest([value])}"
     if isinstance(value, (np.ndarray, np.generic)):
         return f"array of digest {_hash(f'{value.shape}, {value.dtype}, {value.tobytes().hex()}')}"
-    if isinstance(value, functools.partial):
-        return _call(inside(value.func), value.args, value.keywords, inside)
+    if isinstance(value, (types.ModuleType, logging.Logger)):  # of which there is one of that name
+        return f"{_name(type(value))} {getattr(value, '__name__', None) or value.name}"
     if isinstance(value, type) or inspect.isbuiltin(value):
         return _name(value)
+    if depth > _DEEPEST:
+        return _name(type(value))
+    if isinstance(value, functools.partial):
+        return _call(inside(value.func), value.args, value.keywords, inside)
     if inspect.ismethod(value):
         return f"{inside(value.__self__)}.{value.__name__}"
     if inspect.isfunction(value):
@@ -83,7 +107,7 @@ def _object(value: Any, inside: Callable[[Any], str]) -> str:
         held = {key: v for key, v in vars(value).items() if key not in _OF_EVERY_MODULE}
         parts = (dict(value.named_parameters(recurse=False)), dict(value.named_buffers(recurse=False)))
         return _call(name, (), {**held, **parts[0], **parts[1], **dict(value.named_children())}, inside)
-    if hasattr(value, "to_json"):
+    if isinstance(value, PermutationSpec):  # whose graphs do not matter
         return f"{name} of digest {_hash(value.to_json())}"
     if dataclasses.is_dataclass(value):
         return _call(name, (), {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, inside)
@@ -114,10 +138,17 @@ def _can_be_imported(function: Callable[..., Any]) -> bool:
 def _code(function: Any, inside: Callable[[Any], str]) -> str:
     """Return what a function does: its code with that of functions within, its defaults, and what it encloses."""
     code = function.__code__
-    read = [cell.cell_contents for cell in function.__closure__ or ()]
+    read = [value for cell in function.__closure__ or () for value in _contents(cell)]
     read += [function.__globals__.get(name) for name in code.co_names]
     given = (function.__defaults__, function.__kwdefaults__, [value for value in read if _lasts(value)])
     return "\n".join(map(inside, (*_instructions(code), *given)))
+
+
+def _contents(cell: types.CellType) -> list[Any]:
+    try:
+        return [cell.cell_contents]
+    except ValueError:  # what it is to hold is not assigned yet
+        return []
 
 
 def _lasts(value: Any) -> bool:

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import functools
+import logging
 import subprocess
 import sys
+import threading
 from dataclasses import dataclass
 
 import pytest
@@ -119,6 +121,29 @@ def test_what_a_function_writes_to_is_no_part_of_it():
     before = identify(function)
     function(1)
     assert identify(function) == before != identify(counting([], 2))
+
+
+def test_whatever_an_object_holds_is_named_in_little_time():
+    deep: list = []
+    for _ in range(3000):
+        deep = [deep]
+    wide: list = [torch]
+    for _ in range(60):
+        wide = [wide, wide]  # 2^60 ways to the inside
+
+    def function(x):
+        return later(x)
+
+    held = [torch, logging.getLogger("test"), deep, wide, function, threading.Lock(), torch.Generator()]
+    assert all(len(identify(Opaque(value))) < 3000 for value in held)
+    later = Opaque
+    assert later is Opaque and identify(torch) != identify(nn)
+
+
+def test_networks_of_any_kind_have_a_digest():
+    layers = nn.Sequential(*[nn.Linear(2, 2) for _ in range(200)])
+    normed = nn.utils.parametrizations.weight_norm(nn.Linear(2, 2))
+    assert len({digest(network) for network in (layers, torch.fx.symbolic_trace(layers), normed) * 2}) == 3
 
 
 def test_the_digest_of_a_network_knows_its_layers_and_names():
