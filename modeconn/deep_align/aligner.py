@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import warnings
 from collections.abc import Iterable, Sequence
@@ -19,6 +17,7 @@ from modeconn.deep_align.augmentation import Augmentation
 from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.training import Training
 from modeconn.deep_align.unit_graph import Entry, UnitGraph, difference, layout_of, spec_difference
+from modeconn.identity import digest
 from modeconn.loaders import first_batch
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching import Match, match_groups
@@ -51,12 +50,8 @@ class Fitted:
 
     def __repr__(self) -> str:
         """Two that align differently are written differently: the text stands for all that they compute with."""
-        graph, state = self.encoder.graph, self.encoder.state_dict()
-        digest = hashlib.sha256(json.dumps([graph.spec.to_json(), graph.layout]).encode())
-        for tensor in state.values():
-            digest.update(tensor.cpu().double().numpy().tobytes())
         count = sum(p.numel() for p in self.encoder.parameters())
-        return f"Fitted({count:,} weights, {digest.hexdigest()[:12]})"
+        return f"Fitted({count:,} weights, {digest(self.encoder)})"
 
 
 @dataclass(frozen=True)
