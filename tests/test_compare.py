@@ -178,6 +178,9 @@ def test_methods_that_look_alike_are_each_measured(pairs):
         def match(self, spec, model_a, model_b, loader):
             return Match(self.permutation)
 
+        def __repr__(self) -> str:
+            return "Start()"
+
     spec = modeconn.discover(pairs[0][0])
     starts = {str(seed): Start(spec.random(torch.Generator().manual_seed(seed))) for seed in (1, 2)}
     together = compare(pairs[:1], starts, *digits(), num_points=3, repair=False, spec=spec)

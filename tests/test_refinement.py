@@ -15,6 +15,7 @@ from modeconn.matching import match_units
 from modeconn.matching.trees import trees
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
 from modeconn.objective import supervised
+from modeconn.refinement.exact import Descent
 from modeconn.refinement.moves import Move, cycles, exchanges, gain, linear_costs, proximal_proposals
 from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.relaxed_step import decompose, project
@@ -327,6 +328,26 @@ def test_turns_without_training_go_on_with_the_same_bits(tmp_path, monkeypatch, 
         assert torch.equal(again.control_points, whole.control_points)
         assert again.permutation == whole.permutation
         assert again.history.loss == whole.history.loss and again.history.turns == whole.history.turns
+
+
+def test_the_exact_mode_goes_on_from_between_two_steps_of_descent(tmp_path, monkeypatch):
+    a, b = pair()
+    settings = {"align": False, "refine": PAM(iterations=2, exact=True, num_points=5), "recipe": Recipe(epochs=8)}
+    whole = modeconn.fit_curve(a, b, batches(3), **settings)
+    descend, calls = Descent._descend, []
+
+    def stopped(descent: Descent, value: float | None) -> float:
+        calls.append(None)
+        if len(calls) == 7:
+            raise KeyboardInterrupt
+        return descend(descent, value)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Descent, "_descend", stopped)
+        modeconn.fit_curve(a, b, batches(3), checkpoint=tmp_path / "c", **settings)
+    again = modeconn.fit_curve(a, b, batches(3), checkpoint=tmp_path / "c", **settings)
+    assert torch.equal(again.control_points, whole.control_points)
+    assert again.history.loss == whole.history.loss and again.history.turns == whole.history.turns
 
 
 def test_the_exact_mode_ends_too_when_nothing_is_accepted():
