@@ -392,7 +392,10 @@ def test_the_help_of_every_command_has_an_example(command):
         (("train", "{}/x", *MLP, "--model", "no.such:thing"), "cannot import 'no.such:thing'"),
         (("train", "{}/x", *MLP, "--model-arg", "hidden"), "is written KEY=VALUE, got 'hidden'"),
         (("train", "{}/x", *MLP, "--optimizer", "adamm"), "there is no optimizer 'adamm'"),
-        (("train", "{}/x", *MLP, "--optimizer", "adam:rate=1"), "optimizer 'adam' has no argument 'rate'"),
+        (
+            ("train", "{}/x", *MLP, "--optimizer", "adam:rate=1"),
+            "optimizer 'adam' has no argument 'rate'; it has lr, betas",
+        ),
         (("train", "{}/x", *MLP, "--schedule", "cosine"), "there is no schedule 'cosine'; there are constant, "),
         (("train", "{}/x", *MLP, "--autocast", "int8"), "there is no precision 'int8'"),
         (("train", "{}/x", *MLP, "--epochs", 0), "epochs must be at least 1"),
@@ -414,7 +417,7 @@ def test_the_help_of_every_command_has_an_example(command):
         ),
         (
             ("fit", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--data", "digits", "--align", "weight:sweeps=3"),
-            "alignment method 'weight:sweeps=3': got an unexpected keyword argument 'sweeps'",
+            "alignment method 'weight:sweeps=3': got an unexpected keyword argument 'sweeps'; weight takes max_sweeps",
         ),
         (("align", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--model-arg", "width=2"), "--model, which is missing"),
         (("evaluate", "{}/a.safetensors", "--data", "digits"), "is a model, not a connection"),

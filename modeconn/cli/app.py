@@ -263,7 +263,7 @@ def align(
     report: Annotated[Path | None, typer.Option(help="JSON file for correlations, for modeconn plot.")] = None,
     method: Annotated[
         str | None,
-        typer.Option(help="activation[:KEY=VALUE,...] or weight[:...]; default: activation where there is data."),
+        typer.Option(help=f"{options.METHOD}; default: activation where there is data."),
     ] = None,
     data: options.OptionalData = None,
     root: options.Root = None,
@@ -309,9 +309,7 @@ def align(
 def merge(
     networks: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
     out: Annotated[Path, typer.Option(help="File for the mean.")],
-    method: Annotated[
-        str, typer.Option(help="activation[:KEY=VALUE,...] or weight[:...]: aligns each with the mean of the others.")
-    ] = "weight",
+    method: Annotated[str, typer.Option(help=f"Aligns each with the mean of the others: {options.METHOD}.")] = "weight",
     start: Annotated[str | None, typer.Option(help="Likewise: first aligns each with the first network.")] = None,
     repair: Annotated[bool, typer.Option(help="Whether to repair the mean of networks without batch norm.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the networks.")] = 0,
@@ -352,9 +350,7 @@ def fit(
     b: options.File,
     out: Annotated[Path, typer.Option(help="File for the connection.")],
     data: options.Data,
-    align: Annotated[
-        str, typer.Option(help="activation[:KEY=VALUE,...], weight[:...], a permutation file, or none.")
-    ] = "activation",
+    align: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
     curve: Annotated[str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS.")] = "bezier:2",
     refine: Annotated[
         str, typer.Option(help="none, or pam[:iterations=4,step=proximal_linear|sinkhorn|relaxed].")
@@ -593,7 +589,7 @@ def compare(
     out: Annotated[Path, typer.Option(help="JSON file; a CSV file is written beside it.")],
     method: Annotated[
         list[str],
-        typer.Option(help=f"{', '.join(parse.METHODS)}, each [:KEY=VALUE,...]: a row each; may be repeated."),
+        typer.Option(help=f"{options.METHOD}; a row each, may be repeated."),
     ] = ["activation", "weight"],  # noqa: B006  # typer reads it and copies it
     points: Annotated[int, typer.Option(min=2, help="How many networks to measure on each connection.")] = 25,
     repair: Annotated[bool, typer.Option(help="Whether to measure repaired (or recalibrated) lines too.")] = True,

@@ -18,6 +18,8 @@ from modeconn.data import TensorLoader
 
 File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, show_default=False)]
 
+METHOD = f"{', '.join(parse.METHODS)}, each [:KEY=VALUE,...], such as weight:start=activation or deep_align:FILE"
+
 Data = Annotated[str, typer.Option("--data", help=f"Data set: {', '.join(data.names())}.", rich_help_panel="Data")]
 OptionalData = Annotated[
     str | None, typer.Option("--data", help=f"Data set: {', '.join(data.names())}.", rich_help_panel="Data")

@@ -269,10 +269,12 @@ def _call(text: str, choices: Mapping[str, Callable[..., Any]], what: str, **rea
     given = settings([part for part in parts if "=" in part])
     named = {key: readers[key](value) if key in readers else value for key, value in given.items()}
     make = _look_up(name, choices, what)
+    signature = inspect.signature(make)
     try:
-        inspect.signature(make).bind(*positional, **named)
+        signature.bind(*positional, **named)
     except TypeError as error:
-        raise ValueError(f"{what} {text!r}: {error}.") from None
+        known = ", ".join(signature.parameters) or "nothing"
+        raise ValueError(f"{what} {text!r}: {error}; {name} takes {known}.") from None
     return make(*positional, **named)
 
 
@@ -280,9 +282,10 @@ def _partial(text: str, choices: Mapping[str, Callable[..., Any]], what: str) ->
     """Read ``name`` or ``name:key=value,...``: a function with some of its arguments set."""
     name, _, rest = text.partition(":")
     function, named = _look_up(name, choices, what), settings(rest.split(",") if rest else [])
-    unknown = named.keys() - inspect.signature(function).parameters.keys()
+    settable = [one.name for one in inspect.signature(function).parameters.values() if one.default is not one.empty]
+    unknown = named.keys() - set(settable)
     if unknown:
-        raise ValueError(f"{what} {name!r} has no argument {min(unknown)!r}.")
+        raise ValueError(f"{what} {name!r} has no argument {min(unknown)!r}; it has {', '.join(settable) or 'none'}.")
     return partial(function, **named) if named else function
 
 
