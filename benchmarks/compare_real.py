@@ -73,16 +73,21 @@ def endpoint(name: str, seed: int, train: data.TensorLoader, work: Path) -> nn.M
 
 
 def markdown(found: modeconn.Comparison) -> str:
-    columns = [column for column in found.columns if column != "memory"]
-    lines = ["| | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
+    titles = ["peak MB" if column == "peak bytes" else column for column in found.columns]
+    lines = ["| | " + " | ".join(titles) + " |", "|---" * (len(titles) + 1) + "|"]
     for row, summary in found.summary().items():
-        cells = []
-        for column in columns:
-            mean = summary.get(column, {}).get("mean")
-            form = ".1%" if "accuracy" in column else ".2f" if column == "seconds" else ".4f"
-            cells.append("" if mean is None else format(mean, form))
+        cells = [_cell(column, summary[column]) if column in summary else "" for column in found.columns]
         lines.append("| " + " | ".join([row, *cells]) + " |")
     return "\n".join(lines) + "\n"
+
+
+def _cell(column: str, values: dict[str, float]) -> str:
+    if column == "peak bytes":
+        return f"{values['mean'] / 1e6:.1f}"
+    if column == "seconds":
+        return f"{values['mean']:.2f}"
+    form = ".1%" if "accuracy" in column else ".4f"
+    return format(values["mean"], form) + (f" ± {format(values['std'], form)}" if "std" in values else "")
 
 
 def main() -> None:

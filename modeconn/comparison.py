@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import os
 import statistics
 import time
@@ -80,7 +81,7 @@ class Comparison:
         return list(self.values[BASELINES[0]])
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return mean, standard deviation, median and maximum over pairs, by row and column."""
+        """Return mean, median, maximum and, of two pairs or more, standard deviation over pairs, by row and column."""
         return {
             row: {column: _moments(cells) for column, cells in columns.items()} for row, columns in self.values.items()
         }
@@ -103,7 +104,7 @@ class Comparison:
             seed: Likewise.
 
         Returns:
-            ``(ratio, low, high)``.
+            ``(ratio, low, high)``; of one pair there is no interval, and low and high are NaN.
 
         Raises:
             ValueError: If there is no such row or column, or the baseline has no barrier.
@@ -113,6 +114,8 @@ class Comparison:
             raise ValueError(
                 f"the {column!r} of {baseline!r} is {theirs.mean().item()} in the mean, so no ratio to it."
             )
+        if len(ours) < 2:
+            return float(ours / theirs), math.nan, math.nan
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(len(ours), (num_resamples, len(ours)), generator=generator)
         ratios = ours[drawn].mean(1) / theirs[drawn].mean(1)
@@ -379,8 +382,8 @@ def _values(records: Mapping[str, Sequence[_Record]]) -> dict[str, dict[str, lis
 
 
 def _moments(cells: Sequence[float]) -> dict[str, float]:
-    spread = statistics.stdev(cells) if len(cells) > 1 else 0.0
-    return {"mean": statistics.fmean(cells), "std": spread, "median": statistics.median(cells), "max": max(cells)}
+    found = {"mean": statistics.fmean(cells), "median": statistics.median(cells), "max": max(cells)}
+    return {**found, "std": statistics.stdev(cells)} if len(cells) > 1 else found
 
 
 def _cell(column: str, found: Mapping[str, float]) -> str:
@@ -388,9 +391,9 @@ def _cell(column: str, found: Mapping[str, float]) -> str:
         return f"{found['max'] / 1e6:.1f} MB"
     if column == "seconds":
         return f"{found['median']:.3g} s"
-    if column.endswith("accuracy"):
-        return f"{100 * found['mean']:.2f} ± {100 * found['std']:.2f} %"
-    return f"{found['mean']:.4f} ± {found['std']:.4f}"
+    scale, form, unit = (100, ".2f", " %") if column.endswith("accuracy") else (1, ".4f", "")
+    spread = f" ± {scale * found['std']:{form}}" if "std" in found else ""
+    return f"{scale * found['mean']:{form}}{spread}{unit}"
 
 
 def _written(text: str, path: str | os.PathLike[str] | None) -> str:

@@ -4,6 +4,7 @@ import copy
 import csv
 import io
 import json
+import math
 import os
 import random
 import sys
@@ -257,6 +258,13 @@ def test_ratios_to_nothing_are_errors():
     flat = Comparison({"identity": {"line": [0.0]}, "weights": {"line": [0.1]}}, 25, 500)
     with pytest.raises(ValueError, match=r"the 'line' of 'identity' is 0\.0 in the mean"):
         flat.ratio("weights")
+
+
+def test_one_pair_shows_no_spread():
+    one = Comparison({"identity": {"line": [2.0]}, "weights": {"line": [0.5]}}, 25, 500)
+    assert "std" not in one.summary()["weights"]["line"] and "±" not in repr(one)
+    ratio, *interval = one.ratio("weights")
+    assert ratio == 0.25 and all(math.isnan(bound) for bound in interval)
 
 
 def test_it_prints_and_is_written(tmp_path):
