@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spread import Spread, shown, spread
 from timing import environment
 from torch import nn
 
@@ -133,23 +134,16 @@ def run_pair(
     return result
 
 
-def summary(pairs: list[dict[str, Any]]) -> dict[str, dict[str, tuple[float, float]]]:
-    """Mean and standard deviation over pairs."""
-    return {
-        row: {
-            key: (statistics.mean(v := [p[row][key] for p in pairs]), statistics.stdev(v) if len(v) > 1 else 0.0)
-            for key in pairs[0][row]
-        }
-        for row in ROWS
-    }
+def summary(pairs: list[dict[str, Any]]) -> dict[str, dict[str, Spread]]:
+    return {row: {key: spread([pair[row][key] for pair in pairs]) for key in pairs[0][row]} for row in ROWS}
 
 
-def table(rows: dict[str, dict[str, tuple[float, float]]]) -> str:
+def table(rows: dict[str, dict[str, Spread]]) -> str:
     percent = ("end accuracy", "min accuracy", "mean accuracy", "arc-length mean accuracy")
     lines = ["| | " + " | ".join([*(f"{k}, %" for k in percent), "barrier", "minutes to fit"]) + " |", "|---" * 7 + "|"]
     for name, row in rows.items():
-        cells = [f"{100 * row[k][0]:.1f} ± {100 * row[k][1]:.1f}" for k in percent]
-        cells += ["{:.3f} ± {:.3f}".format(*row["barrier"]), f"{row['seconds to fit'][0] / 60:.1f}"]
+        cells = [shown(row[k], ".1f", 100) for k in percent]
+        cells += [shown(row["barrier"], ".3f"), f"{row['seconds to fit'][0] / 60:.1f}"]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
 
@@ -164,7 +158,8 @@ def main() -> None:
     parser.add_argument("--points", type=int, default=25)
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
-    args.work.mkdir(parents=True, exist_ok=True)
+    for folder in (args.work, args.out):
+        folder.mkdir(parents=True, exist_ok=True)
     settings = SETTINGS[args.data]
     train, test = data.load(args.data, args.root)
     train = train.subset(torch.arange(settings["train_examples"]))  # the first of the files

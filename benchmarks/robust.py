@@ -26,6 +26,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from spread import Spread, shown, spread
 from timing import environment
 from torch import Tensor, nn
 
@@ -177,31 +178,22 @@ def summary_of(profile: RobustProfile, name: str) -> dict[str, Any]:
     return values
 
 
-Spread = Mapping[str, Mapping[str, tuple[float, float]]]
+Rows = Mapping[str, Mapping[str, Spread]]
 
 
-def spread(pairs: list[dict[str, dict[str, Any]]]) -> Spread:
+def summary(pairs: list[dict[str, dict[str, Any]]]) -> Rows:
     """Mean and standard deviation over pairs of every number of every row."""
     numbers = [key for key, value in pairs[0][ROWS[0]].items() if isinstance(value, float)]
-    return {
-        row: {
-            key: (statistics.mean(v := [pair[row][key] for pair in pairs]), statistics.stdev(v) if len(v) > 1 else 0.0)
-            for key in numbers
-        }
-        for row in ROWS
-    }
+    return {row: {key: spread([pair[row][key] for pair in pairs]) for key in numbers} for row in ROWS}
 
 
-def table(rows: Spread, columns: tuple[str, ...]) -> str:
+def table(rows: Rows, columns: tuple[str, ...]) -> str:
     """Accuracies in percent, losses and barriers as they are."""
     lines = ["| | " + " | ".join(f"{c}, %" if "accuracy" in c else c for c in columns) + " |"]
     lines.append("|---" * (len(columns) + 1) + "|")
     for name, row in rows.items():
         cells = [
-            "{:.1f} ± {:.1f}".format(*(100 * value for value in row[column]))
-            if "accuracy" in column
-            else "{:.3f} ± {:.3f}".format(*row[column])
-            for column in columns
+            shown(row[column], ".1f", 100) if "accuracy" in column else shown(row[column], ".3f") for column in columns
         ]
         lines.append("| " + " | ".join([name, *cells]) + " |")
     return "\n".join(lines)
@@ -246,7 +238,7 @@ def write(
         if pairs:
             title, columns = titles[attack]
             seeds = ", ".join(f"{2 * number + 1}-{2 * number + 2}" for number in range(len(pairs)))
-            rows = spread(pairs)
+            rows = summary(pairs)
             record[attack] = {"attack": title, "seeds": seeds, "rows": rows, "each pair": pairs}
             text.append(f"{title}; seeds {seeds}\n\n{table(rows, columns)}\n")
     minutes = statistics.mean(fit["endpoint"] for fit in fits) / 60, statistics.mean(fit["curve"] for fit in fits) / 60
