@@ -144,7 +144,7 @@ class Pair:
         def measure() -> dict[str, Any]:
             inner = torch.linspace(0, 1, points, dtype=torch.float64)[1:-1].tolist()
             path = self.work / f"pair-{self.number}-{row.replace(' ', '-')}-{name}.records"
-            between = connection.robustness(test, t=inner, checkpoint=path, **settings)
+            between = connection.robustness(test, t=inner, recalibrate=self.train, checkpoint=path, **settings)
             return summary_of(with_ends(end(0), between, end(1)), name)
 
         return self.kept(f"{name} {row}", measure)

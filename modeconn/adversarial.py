@@ -17,6 +17,16 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(model, x, y) -> x_adv``."""
 
 
+def check_examples(x_adv: Any, x: Tensor, name: str) -> None:
+    """Raise a ValueError unless what the attack ``name`` returned for ``x`` can stand in its place."""
+    if not isinstance(x_adv, Tensor):
+        raise ValueError(f"{name} must return a tensor, but returned {type(x_adv).__name__}.")
+    if x_adv.shape != x.shape:
+        raise ValueError(f"{name} returned a shape of {tuple(x_adv.shape)} for inputs of shape {tuple(x.shape)}.")
+    if x_adv.dtype != x.dtype:
+        raise ValueError(f"{name} returned {x_adv.dtype} for inputs of {x.dtype}.")
+
+
 @contextmanager
 def under_attack(model: nn.Module) -> Iterator[None]:
     """Let gradients reach inputs alone, and leave of train mode only the batch statistics of batch norm.

@@ -97,10 +97,10 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         OSError: Naming the folder and the reason.
     """
     path = Path(path)
-    temporary = path.with_name(path.name + ".tmp")
     try:
         if path.is_dir():
             raise IsADirectoryError("it is a folder")
+        temporary = path.with_name(path.name + ".tmp")
         temporary.open("wb").close()
         temporary.unlink()
     except OSError as error:

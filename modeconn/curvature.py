@@ -15,10 +15,10 @@ from torch import Tensor, nn
 
 from modeconn.adversarial import under_attack
 from modeconn.loaders import batches, check_loader, num_examples
-from modeconn.loss import LossFn, cross_entropy
+from modeconn.loss import LossFn, check_targets, cross_entropy
 from modeconn.rng import seeded
 from modeconn.table import html_table, table
-from modeconn.weights import WeightSpace, device_of
+from modeconn.weights import WeightSpace, check_eval_mode, device_of
 
 _LOOK_EVERY = 10  # steps; before the first look a random vector may hide the largest eigenvalue behind many close ones
 _ROUNDING = 10.0  # in units of the precision of a number
@@ -94,7 +94,8 @@ def largest_eigenvalue(
         seed: Of the random vectors.
 
     Raises:
-        ValueError: If ``wrt`` is unknown or a setting out of range.
+        ValueError: If ``wrt`` is unknown, a setting or a target out of range, or the model in train mode.
+        FloatingPointError: If a product is NaN.
 
     References:
         Zhao et al., 2020, https://arxiv.org/abs/2005.00060
@@ -105,10 +106,12 @@ def largest_eigenvalue(
         raise ValueError(
             f"num_steps must be at least 1 and tolerance positive, got num_steps={num_steps}, tolerance={tolerance}."
         )
+    check_eval_mode(model)
     device = device_of(model)
     with seeded(seed, device), under_attack(model), torch.enable_grad():
         check_loader(loader)
         data = list(batches(loader, device))
+        _check(model, data)
         count = sum(num_examples(batch) for batch in data)
         if wrt == "weights":
             products = [_product_in_weights(model, data, loss_fn)]
@@ -116,6 +119,14 @@ def largest_eigenvalue(
             products = [_product_in_inputs(model, x, y, loss_fn) for x, y in data]
         values = [_largest(product, start, num_steps, tolerance) for product, start in products]
     return float(torch.cat(values).double().mean()), count
+
+
+def _check(model: nn.Module, data: list[Any]) -> None:
+    for x, y in data:
+        if not x.is_floating_point():
+            raise ValueError(f"inputs of loader must be floating point, got {x.dtype}.")
+        with torch.no_grad():
+            check_targets(model(x), y)
 
 
 def _product_in_weights(model: nn.Module, data: list[Any], loss_fn: LossFn) -> tuple[_Product, Tensor]:
@@ -184,6 +195,8 @@ def _ritz(diagonal: list[Tensor], beside: list[Tensor], lengths: Tensor, toleran
     matrices = torch.diag_embed(torch.stack(diagonal, 1).double().cpu())
     if beside:
         matrices += torch.diag_embed(torch.stack(beside, 1).double().cpu(), -1)  # eigh reads this half alone
+    if not matrices.isfinite().all():
+        raise FloatingPointError("the Hessian is NaN or infinite. Look for NaN in the network's weights and the data.")
     every, vectors = torch.linalg.eigh(matrices)
     values, residuals = every[:, -1], lengths.double().cpu() * vectors[:, -1, -1].abs()
     rounding = _ROUNDING * torch.finfo(lengths.dtype).eps * every.abs().amax(1)

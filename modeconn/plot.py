@@ -241,7 +241,7 @@ def _finished(ax: Axes, *, legend: bool) -> Axes:
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     if legend:
-        ax.legend(frameon=False, fontsize="small")
+        ax.legend(framealpha=0.85, edgecolor="none", fontsize="small")
     return ax
 
 

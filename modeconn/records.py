@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import json
 import os
@@ -21,6 +20,7 @@ class Records:
 
     Raises:
         OSError: If the file cannot be written.
+        ValueError: If it is some other file; nothing is written to it.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
@@ -32,9 +32,13 @@ class Records:
                 self._read(self._path)
 
     def _read(self, path: Path) -> None:
-        for line in path.read_text(encoding="utf-8").splitlines():
-            with contextlib.suppress(json.JSONDecodeError):  # the line at which a process was killed
-                self._known |= json.loads(line)
+        for line in path.read_bytes().splitlines():
+            found = _record(line)
+            if not isinstance(found, dict) or not all(isinstance(record, dict) for record in found.values()):
+                raise ValueError(
+                    f"{str(path)!r} is no file of finished measurements. Choose another one, or delete it."
+                )
+            self._known |= found
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
@@ -50,6 +54,14 @@ class Records:
                 file.write(f"\n{json.dumps({key: record})}")  # a line break first: the last line may be a broken one
                 file.flush()
                 os.fsync(file.fileno())
+
+
+def _record(line: bytes) -> Any:
+    """Read a line of the file; one at which a process was killed holds nothing."""
+    try:
+        return json.loads(line) if line else {}
+    except ValueError:
+        return {} if line.startswith(b"{") else None
 
 
 def key(*parts: Any) -> str:

@@ -251,6 +251,14 @@ def device_of(model: nn.Module) -> torch.device:
     return next((tensor.device for tensor in (*model.parameters(), *model.buffers())), torch.device("cpu"))
 
 
+def check_eval_mode(model: nn.Module) -> None:
+    """Raise a ValueError if any module is in train mode, in which a network is another function."""
+    for name, module in model.named_modules():
+        if module.training:
+            where = f" (in {name!r})" if name else ""
+            raise ValueError(f"the model is in train mode{where}, in which it is not used. Call model.eval() first.")
+
+
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:
     """Return copies of all buffers of a model, by name, buffers outside its ``state_dict`` included."""
     return {name: buffer.detach().clone() for name, buffer in model.named_buffers()}

@@ -503,6 +503,8 @@ def test_alignment_under_attack_looks_at_activations(tmp_path):
         (lambda: TRADES(ATTACK, beta=0.0), r"beta must be positive and finite, got beta=0\.0"),
         (lambda: TRADES(replace(ATTACK, random_start=False)), "must have a random start and no targets, got PGD"),
         (lambda: TRADES(len), "the attack must be a PGD, got <built-in function len>"),
+        (lambda: AdversarialTraining("pgd"), r"attack must be one such as PGD\(eps, .*, got attack='pgd'"),
+        (lambda: adversary_of(PGD), "adversary must be an attack, .* got <class .*PGD"),
         (lambda: adversary_of("pgd"), "adversary must be an attack, .* got 'pgd'"),
     ],
 )
@@ -515,6 +517,14 @@ def test_images_out_of_range_are_an_error_in_the_first_step():
     loader = pixels()
     with pytest.raises(ValueError, match=r"Divide images in \[0, 255\] by 255"):
         models.train(CASE["mlp"].make(0), loader.with_(inputs=255 * loader.inputs), recipe=FEW, adversary=ATTACK)
+
+
+def test_an_attack_that_gives_no_examples_is_an_error_in_the_first_step():
+    def nothing(model, x, y):
+        return None
+
+    with pytest.raises(ValueError, match=r"nothing.* must return a tensor, but returned NoneType"):
+        models.train(CASE["mlp"].make(0), pixels(), recipe=FEW, adversary=nothing)
 
 
 def test_what_an_adversary_does_not_go_with_is_an_error():

@@ -735,21 +735,39 @@ def test_networks_that_hold_nan_are_counted_and_left_out(digits, aligner):
         SMALL.fit([*population[:2], *(spoilt(population[0]) for _ in range(3))], train)
 
 
-@pytest.mark.parametrize("name", ["attention 3hd", "grouped"])
+def group_norm_network():
+    first = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU())
+    return nn.Sequential(*first, nn.Conv2d(8, 6, 3), nn.ReLU(), nn.Flatten(), nn.Linear(6 * 4 * 4, 3))
+
+
+BLOCKED = {
+    **{name: (BY_NAME[name].build, BY_NAME[name].inputs) for name in ("attention 3hd", "grouped")},
+    "group norm": (group_norm_network, lambda: torch.rand(2, 1, 8, 8)),
+}
+
+
+@pytest.mark.parametrize("name", BLOCKED)
 def test_units_in_blocks_are_refused_by_the_name_of_their_group_and_may_be_frozen(name):
     torch.manual_seed(0)
-    population, inputs = [BY_NAME[name].build() for _ in range(2)], BY_NAME[name].inputs()
+    build, inputs = BLOCKED[name]
+    population = [build() for _ in range(2)]
     aligner = replace(SMALL, steps=0, connectivity=0)
-    spec, frozen = discover(population[0], inputs), []
-    with pytest.raises(ValueError, match=r"those of group '.*' lie in blocks \(.* in each of "):
-        aligner.fit(population, example_input=inputs)
-    while any(group.parents for group in spec.groups):  # as a reader of the message would, one group after another
-        with pytest.raises(ValueError, match=r"discover\(\.\.\., freeze=") as refused:
-            aligner.fit(population, example_input=inputs, spec=spec)
-        frozen += ast.literal_eval(str(refused.value).partition("freeze=")[2].removesuffix(")."))
-        spec = discover(population[0], inputs, freeze=frozen)
-    found = aligner.fit(population, example_input=inputs, spec=spec).similarities(*population)
+    every = discover(population[0], inputs())
+    with pytest.raises(ValueError, match=r"those of group '.*' lie in blocks \(.* in each of ") as refused:
+        aligner.fit(population, example_input=inputs())
+    frozen = ast.literal_eval(str(refused.value).partition("freeze=")[2].removesuffix(")."))
+    spec = discover(population[0], inputs(), freeze=frozen)
+    blocks = {name for group in every.groups for name, _ in group.parents}
+    outside = {group.name for group in every.groups if not group.parents and group.name not in blocks}
+    assert outside and {group.name for group in spec.groups} == outside
+    found = aligner.fit(population, example_input=inputs(), spec=spec).similarities(*population)
     assert list(found) == [group.name for group in spec.groups]
+
+
+def test_where_all_units_lie_in_blocks_nothing_is_left_to_align():
+    model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
+    with pytest.raises(ValueError, match=r"lie in blocks .*; use WeightMatching or ActivationMatching\.$"):
+        replace(SMALL, connectivity=0).fit([model, model], example_input=torch.rand(2, 1, 8, 8))
 
 
 def test_nothing_to_relabel_is_an_error():
@@ -848,6 +866,11 @@ def test_the_command_line_fits_evaluates_and_aligns(digits, aligner, tmp_path):
     given = "features=16,depth=2,steps=20,batch_size=8,validation_pairs=4,validate_every=10"
     said = run("deepalign", "fit", *files, "--data", "digits", "--out", out, "--settings", given)
     assert repr(DeepAlign.load(out)) == repr(aligner) and f"Wrote {out}" in said.output
+    assert "loss in the middle" in said.output
+    without = run(
+        "deepalign", "fit", *files, "--data", "digits", "--out", tmp_path / "d", "--settings", f"{given},connectivity=0"
+    )
+    assert "squared distance of parameters" in without.output and "loss" not in without.output
     table = run("deepalign", "evaluate", out, *files[:4], "--data", "digits", "--points", 3)
     assert "Deep-Align" in table.output and "2 pairs" in table.output
     assert "Fitted(" in run("info", out).output

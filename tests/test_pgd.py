@@ -347,6 +347,9 @@ def test_its_repr_tells_settings_apart():
         ({"eps": float("nan")}, "got eps=nan"),
         ({"step_size": 0.0}, r"step_size must be positive and finite, got step_size=0\.0 for num_steps=5"),
         ({"num_steps": -1}, "num_steps must be 0 or more, got num_steps=-1"),
+        ({"eps": "8/255"}, "eps must be a finite number, 0 or more, got eps='8/255'"),
+        ({"num_steps": 5.0}, r"num_steps must be an integer, got num_steps=5\.0"),
+        ({"num_restarts": 2.0}, r"num_restarts must be an integer, got num_restarts=2\.0"),
         ({"norm": "l3"}, "norm must be 'linf' or 'l2', got norm='l3'"),
         ({"num_restarts": 0}, "num_restarts must be at least 1, got num_restarts=0"),
         ({"num_restarts": 2, "random_start": False}, "num_restarts=2 without random_start would repeat one attack"),
@@ -365,11 +368,16 @@ def test_images_outside_the_pixel_range_are_errors_that_say_what_to_do():
         attack(model, 255 * x, y)
     with pytest.raises(ValueError, match="put normalisation into the model"):
         attack(model, x - 0.5, y)
-    with pytest.raises(ValueError, match="got values from nan"):
+    with pytest.raises(ValueError, match="but some are NaN"):
         attack(model, x / 0 * 0, y)
     with pytest.raises(ValueError, match=r"must be floating point, got torch\.uint8"):
         attack(model, (255 * x).byte(), y)
     replace(attack, clip=None)(model, x - 0.5, y)
+
+
+def test_an_empty_batch_stays_empty():
+    model, x, y = problem()
+    assert PGD(0.1, 0.1, 2, num_restarts=2)(model, x[:0], y[:0]).shape == x[:0].shape
 
 
 def test_targets_outside_the_classes_are_named():

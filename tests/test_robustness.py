@@ -225,6 +225,8 @@ class Faulty:
             "ball": lambda: torch.where(x > 0.5, x - 0.11, x + 0.11),
             "range": lambda: x + 0.09,
             "shape": lambda: x[:1],
+            "none": lambda: None,
+            "dtype": lambda: x.float(),
             "own": lambda: PGD(0.1, 0.1, 1)(model, x * 9, y),
         }[self.fault]()
 
@@ -236,6 +238,8 @@ class Faulty:
         ("ball", ValueError, r"it at t=0.5 left its ball: an example moved by 0.11 in the norm linf, eps is 0.1"),
         ("range", ValueError, r"it at t=0.5 left the pixel range \[0, 1\]: its examples go from .* to 1.0"),
         ("shape", ValueError, r"it at t=0.5 returned a shape of \(1, 1, 2, 4\) for inputs of shape \(10, 1, 2, 4\)"),
+        ("none", ValueError, r"it at t=0.5 must return a tensor, but returned NoneType"),
+        ("dtype", ValueError, r"it at t=0.5 returned torch.float32 for inputs of torch.float64"),
         ("own", ValueError, r"it at t=0.5: inputs of an attack must lie in \[0, 1\]"),
     ],
 )
@@ -290,7 +294,7 @@ def test_an_attack_in_place_changes_no_data_and_is_held_to_its_ball():
         (lambda x: x * 255, r"got values from .* They look like images in \[0, 255\]: divide by 255"),
         (lambda x: (x - 0.5) / 0.25, "They look like normalised data: put the normalisation inside the model"),
         (lambda x: (x * 255).byte(), r"must be floating point in \[0, 1\], got torch.uint8: divide pixels by 255"),
-        (lambda x: x * torch.nan, "must lie in"),
+        (lambda x: x * torch.nan, "must lie in .*, but some are NaN. Look at the data"),
     ],
 )
 def test_inputs_outside_the_pixel_range_are_refused(change, message):
@@ -313,7 +317,8 @@ def test_inputs_outside_the_pixel_range_are_refused(change, message):
             {"attacks": {"it": Faulty("own", norm="Linf")}},
             "it must have one of the norms linf, l2, l1, got norm='Linf'",
         ),
-        ({"attacks": ["pgd20"]}, "cannot be called; modeconn.attacks.build makes attacks from their names"),
+        ({"attacks": ["pgd20"]}, "cannot be called as .*; modeconn.attacks.build makes attacks from their names"),
+        ({"attacks": [PGD]}, "cannot be called as .*; modeconn.attacks.build makes attacks from their names"),
         ({"loader": []}, "loader is empty"),
         (
             {"loader": [(torch.rand(3, 1, 2, 4).double(), torch.tensor([0, 1, 7]))]},
@@ -332,6 +337,13 @@ def test_a_network_in_train_mode_is_refused():
     robustness(model, examples(), [WEAK])
     model[2].train()
     with pytest.raises(ValueError, match=r"the model is in train mode \(in '2'\).* Call model.eval\(\) first"):
+        robustness(model, examples(), [WEAK])
+
+
+def test_a_network_that_answers_nan_is_no_robust_one():
+    model = CASE["mlp"].make(0, torch.float64).eval()
+    next(model.parameters()).data[0, 0] = torch.nan
+    with pytest.raises(FloatingPointError, match="clean at t=0: the network answers NaN"):
         robustness(model, examples(), [WEAK])
 
 
@@ -468,12 +480,22 @@ def test_a_point_chosen_on_one_split_is_reported_on_another():
     chosen = test.chosen_by(validation)
     assert chosen.t.tolist() == [best] and chosen.accuracy["worst"][0] == test.accuracy["worst"][int(best * 4)]
     assert validation.best_t("clean") in validation.t.tolist()
+    assert (
+        len(repr(chosen).splitlines()) == 8 and repr(chosen).count(f"t={best:g}") == 1 and "barrier" not in repr(chosen)
+    )
     with pytest.raises(ValueError, match="there is no row 'pgd'; there are clean, weak, worst"):
         validation.best_t("pgd")
     with pytest.raises(ValueError, match="must be chosen on other examples than it is reported on"):
         test.chosen_by(test)
     with pytest.raises(ValueError, match="must be chosen on other examples than it is reported on"):
         test.chosen_by(connection.robustness(examples(batch_size=7), {"weak": WEAK}, num_points=5))
+    otherwise = connection.robustness(examples(seed=1), {"weak": STRONG}, num_points=5)
+    for row in ("weak", "worst"):
+        with pytest.raises(ValueError, match=r"'weak' differs: PGD \{.* there, PGD \{.* here"):
+            test.chosen_by(otherwise, row)
+    test.chosen_by(otherwise, "clean")
+    with pytest.raises(ValueError, match="'weak' differs: none there"):
+        test.chosen_by(connection.robustness(examples(seed=1), {}, num_points=5))
     with pytest.raises(ValueError, match=r"was not measured here. Pass t="):
         connection.robustness(examples(), {"weak": WEAK}, t=[0.123]).chosen_by(validation)
 
@@ -494,6 +516,23 @@ def test_json_keeps_every_example(profile, tmp_path):
     assert repr(back) == repr(profile)
     lone = connect().robustness(examples(), [WEAK], t=[0.5])
     assert json.loads(lone.to_json(), parse_constant=pytest.fail)["summary"]["clean"]["barrier"] is None
+
+
+@pytest.mark.parametrize("text", ["hello\n", "[\n1.0\n]\n", '{\n "t": [0.0]\n}\n', '{"a": 1}\n', "\x80\x00"])
+def test_another_file_is_no_checkpoint_and_stays_as_it_was(text, tmp_path):
+    path = tmp_path / "mine"
+    path.write_bytes(text.encode("latin-1"))
+    with pytest.raises(
+        ValueError, match=r"mine' is no file of finished measurements\. Choose another one, or delete it"
+    ):
+        connect().robustness(examples(), [WEAK], num_points=2, checkpoint=path)
+    assert path.read_bytes() == text.encode("latin-1")
+
+
+def test_a_ball_that_holds_every_image_is_doubted():
+    huge = connect().robustness(examples(), [PGD(8.0, 2.0, 1)], num_points=2)
+    assert any("eps=8 in the norm linf" in sentence for sentence in huge.warnings)
+    assert not connect().robustness(examples(), [PGD(8.0, 2.0, 1, norm="l2")], num_points=2).warnings
 
 
 def test_packing_is_undone_by_unpacking():
@@ -586,6 +625,8 @@ def test_a_stopped_command_says_where_its_measurements_are(saved, tmp_path, monk
     settings = ("--data", "digits", "--attack", "pgd2", "--points", 2, "--examples", 128, "--out", tmp_path)
     result = command(saved, *settings, code=130)
     assert "c.robust.checkpoint; give the same command again to go on" in result.stderr
+    wrong = command(saved, *settings, "--checkpoint", saved, code=1)
+    assert "is no file of finished measurements" in wrong.stderr and "is kept" not in wrong.stderr
     command(saved, *settings)
     assert len(calls) == 4 + 1
     assert not (tmp_path / "c.robust.checkpoint").exists()
@@ -704,7 +745,7 @@ SPECTRA = {
 @pytest.mark.parametrize("spectrum", SPECTRA.values(), ids=SPECTRA.keys())
 def test_the_largest_eigenvalue_of_any_spectrum_is_found_from_any_seed(spectrum):
     eigenvalues = torch.tensor(spectrum, dtype=torch.float64)
-    model, data = Point(len(spectrum)), [(torch.rand(4, 1), torch.zeros(4).long())]
+    model, data = Point(len(spectrum)).eval(), [(torch.rand(4, 1), torch.zeros(4).long())]
     for seed in range(5):
         found, _ = largest_eigenvalue(
             model, data, loss_fn=lambda outputs, _: (eigenvalues * outputs**2).sum(1).mean() / 2, seed=seed
@@ -714,7 +755,8 @@ def test_the_largest_eigenvalue_of_any_spectrum_is_found_from_any_seed(spectrum)
 
 def test_a_saddle_bends_up_along_its_diagonal():
     data = [(torch.rand(4, 1), torch.zeros(4).long())]
-    assert largest_eigenvalue(Point(2), data, loss_fn=lambda outputs, _: outputs.prod(1).mean())[0] == pytest.approx(1)
+    found, _ = largest_eigenvalue(Point(2).eval(), data, loss_fn=lambda outputs, _: outputs.prod(1).mean())
+    assert found == pytest.approx(1)
 
 
 @pytest.mark.parametrize("wrt", ["weights", "inputs"])
@@ -756,3 +798,12 @@ def test_flat_losses_have_no_curvature_and_wrong_settings_are_refused():
         largest_eigenvalue(model, examples(), num_steps=0)
     with pytest.warns(UserWarning, match="did not settle in 1 steps"):
         largest_eigenvalue(model, examples(), num_steps=1)
+    x, y = examples()[0]
+    with pytest.raises(ValueError, match=r"inputs of loader must be floating point, got torch\.uint8"):
+        largest_eigenvalue(model, [(x.byte(), y)])
+    with pytest.raises(ValueError, match=r"targets of loader must lie in 0\.\.2"):
+        largest_eigenvalue(model, [(x, y + 9)])
+    with pytest.raises(FloatingPointError, match="the Hessian is NaN or infinite"):
+        largest_eigenvalue(model, [(x * torch.nan, y)], wrt="inputs")
+    with pytest.raises(ValueError, match="the model is in train mode"):
+        largest_eigenvalue(model.train(), examples())

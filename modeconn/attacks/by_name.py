@@ -9,7 +9,7 @@ from collections.abc import Callable
 from typing import Any, Literal
 
 from modeconn.adversarial import Attack
-from modeconn.attacks.pgd import PGD
+from modeconn.attacks.pgd import PGD, check_radius
 from modeconn.attacks.torch_attacks import TorchAttack, autoattack, is_number, torch_norm
 
 _PREFIX = "torchattacks:"
@@ -48,6 +48,7 @@ def build(
     if text.startswith(_PREFIX):
         return _from_torchattacks(text, eps, norm, seed)
     radius, norm = 8 / 255 if eps is None else eps, norm or "linf"
+    check_radius(radius)
     if steps := re.fullmatch(r"pgd(\d+)", text):
         return PGD(radius, radius / 4, int(steps[1]) if radius else 0, norm=norm, seed=seed)
     if text == "autoattack":

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import KW_ONLY, dataclass, fields
+from numbers import Real
 from typing import Any, Literal
 
 import torch
@@ -13,6 +14,7 @@ from torch import Tensor, nn
 from modeconn.adversarial import under_attack
 from modeconn.identity import identify
 from modeconn.loss import LossFn, check_targets, cross_entropy, per_example
+from modeconn.settings import check_at_least, check_integers, check_not_negative
 
 _SCALE = 2.0**10  # of the loss, against underflow of its gradient in float16; a power of two rounds nothing
 _ROUNDING = 1e-5  # by so much may augmentation leave the pixel range
@@ -82,18 +84,17 @@ class PGD:
     seed: int | None = None
 
     def __post_init__(self) -> None:
-        if not 0 <= self.eps < math.inf:
-            raise ValueError(f"eps must be a finite number, 0 or more, got eps={self.eps}.")
-        if self.num_steps < 0:
-            raise ValueError(f"num_steps must be 0 or more, got num_steps={self.num_steps}.")
-        if self.num_steps > 0 and not 0 < self.step_size < math.inf:
+        check_radius(self.eps)
+        check_integers(self, "num_steps", "num_restarts", "seed")
+        check_not_negative(self, "num_steps")
+        if self.num_steps > 0 and not (isinstance(self.step_size, Real) and 0 < self.step_size < math.inf):
             raise ValueError(
-                f"step_size must be positive and finite, got step_size={self.step_size} for num_steps={self.num_steps}."
+                f"step_size must be positive and finite, got step_size={self.step_size!r} for "
+                f"num_steps={self.num_steps}."
             )
         if self.norm not in _NORMS:
             raise ValueError(f"norm must be 'linf' or 'l2', got norm={self.norm!r}.")
-        if self.num_restarts < 1:
-            raise ValueError(f"num_restarts must be at least 1, got num_restarts={self.num_restarts}.")
+        check_at_least(self, 1, "num_restarts")
         if self.num_restarts > 1 and not self.random_start:
             raise ValueError(
                 f"num_restarts={self.num_restarts} without random_start would repeat one attack. Use random_start=True."
@@ -113,7 +114,7 @@ class PGD:
             ``x_adv``, as ``x``, without a gradient.
         """
         check_pixels(x, self.clip)
-        if self.eps == 0:
+        if self.eps == 0 or not len(x):
             return x
         x, generator = x.detach(), self._generator(x.device)
         with under_attack(model):
@@ -174,13 +175,21 @@ class PGD:
         return f"{type(self).__name__}({', '.join(shown)})"
 
 
+def check_radius(eps: float) -> None:
+    """Raise a ValueError unless ``eps`` can be the radius of a ball."""
+    if not (isinstance(eps, Real) and 0 <= eps < math.inf):
+        raise ValueError(f"eps must be a finite number, 0 or more, got eps={eps!r}.")
+
+
 def check_pixels(x: Tensor, clip: tuple[float, float] | None) -> None:
     """Raise a ValueError unless inputs are floating point and in the pixel range ``clip``, if there is one."""
     if not x.is_floating_point():
         raise ValueError(f"inputs of an attack must be floating point, got {x.dtype}. Divide pixels by 255.")
-    if clip is None:
+    if clip is None or not x.numel():
         return
     lowest, highest = (value.item() for value in x.detach().aminmax())
+    if math.isnan(lowest):
+        raise ValueError("inputs of an attack must lie in the pixel range, but some are NaN. Look at the data.")
     if not clip[0] - _ROUNDING <= lowest <= highest <= clip[1] + _ROUNDING:
         raise ValueError(
             f"inputs of an attack must lie in [{clip[0]:g}, {clip[1]:g}], got values from {lowest:g} to "

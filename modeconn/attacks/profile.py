@@ -121,12 +121,18 @@ class RobustProfile:
             row: What the point is to be best in.
 
         Raises:
-            ValueError: If both have the same examples, or this one does not hold the point.
+            ValueError: If both have the same examples, the attacks differ, or this one does not hold the point.
         """
         if validation.data == self.data:
             raise ValueError(
                 "a point must be chosen on other examples than it is reported on; both profiles have the same."
             )
+        for name in self.attacks.keys() | validation.attacks.keys() if row == WORST else {row} - {CLEAN}:
+            if self.attacks.get(name) != validation.attacks.get(name):
+                raise ValueError(
+                    f"a point must be chosen under the attacks that it is reported under, but {name!r} differs: "
+                    f"{_described(validation.attacks.get(name))} there, {_described(self.attacks.get(name))} here."
+                )
         best = validation.best_t(row)
         place = (self.t == best).nonzero().flatten()
         if not len(place):
@@ -141,7 +147,8 @@ class RobustProfile:
         """What speaks against the attacks, each doubt a sentence; empty is no proof that they are strong.
 
         An attack that leaves more right answers than another with a smaller ball or fewer steps, but otherwise the same
-        settings, is weak, and so is one that leaves more than clean examples do. A black-box attack that leaves fewer
+        settings, is weak, and so is one that leaves more than clean examples do. A ball in the norm "linf" of radius 1
+        or more holds every image. A black-box attack that leaves fewer
         than all attacks by gradients in its ball or a larger one together is a sign of masked gradients. At one point a
         difference counts from 2 paired standard errors on; at several, from so many that chance makes one of them as
         likely.
@@ -149,6 +156,12 @@ class RobustProfile:
         pairs = [(one, other) for one in self.attacks for other in self.attacks]
         found = [self._weakness(one, other) for one, other in pairs if _is_stronger(*self._facts(one, other))]
         found += [self._weakness(one, CLEAN) for one in self.attacks]
+        found += [
+            f"{row} may reach every image: eps={facts['eps']:g} in the norm linf, of pixels in [0, 1]. Was it meant "
+            f"in units of 1/255?"
+            for row, facts in self.attacks.items()
+            if facts["norm"] == "linf" and (facts["eps"] or 0) >= 1
+        ]
         for black in (row for row, facts in self.attacks.items() if facts["black_box"]):
             rivals = [row for row in self.attacks if _is_white_box_for(*self._facts(row, black))]
             found += [self._masking(black, rivals)] if rivals else []
@@ -244,8 +257,17 @@ class RobustProfile:
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Header, and a row of accuracies and one of losses for each row of results."""
-        ends = (f"t={self.t[place]:g}" for place in (0, -1))
-        header = ["", *ends, "worst", "95% interval", "at t", "mean", "barrier"]
+        if len(self.t) == 1:
+            return self._table_of_one_point()
+        header = [
+            "",
+            *(f"t={self.t[place]:g}" for place in (0, -1)),
+            "worst",
+            "95% interval",
+            "at t",
+            "mean",
+            "barrier",
+        ]
         rows = []
         for row, accuracy in self.accuracy.items():
             place = int(accuracy.argmin())
@@ -258,9 +280,16 @@ class RobustProfile:
             rows.append(self._row(f"{row} loss", loss, place, where, self.barrier[row], "{:.4f}"))
         return header, rows
 
+    def _table_of_one_point(self) -> tuple[list[str], list[list[str]]]:
+        accuracies = [
+            [f"{row} accuracy", f"{float(accuracy):.2%}", "{:.2%} to {:.2%}".format(*self.interval[row][0].tolist())]
+            for row, accuracy in self.accuracy.items()
+        ]
+        losses = [[f"{row} loss", f"{float(loss):.4f}", ""] for row, loss in self.loss.items()]
+        return ["", f"t={self.t[0]:g}", "95% interval"], accuracies + losses
+
     def _row(self, name: str, values: Tensor, place: int, where: list[str], barrier: float, form: str) -> list[str]:
-        length = float(self.t[-1] - self.t[0])
-        mean = float(torch.trapezoid(values, self.t)) / length if length else float(values[0])
+        mean = float(torch.trapezoid(values, self.t) / (self.t[-1] - self.t[0]))
         ends = (form.format(float(values[place])) for place in (0, -1, place))
         return [name, *ends, *where, form.format(mean), "" if math.isnan(barrier) else form.format(barrier)]
 
@@ -296,6 +325,10 @@ class RobustProfile:
     def _check_row(self, row: str) -> None:
         if row not in self.accuracy:
             raise ValueError(f"there is no row {row!r}; there are {', '.join(self.accuracy)}.")
+
+
+def _described(facts: Mapping[str, Any] | None) -> str:
+    return "none" if facts is None else f"{facts['kind']} {facts['settings']}"
 
 
 def _wilson(share: Tensor, count: int) -> Tensor:

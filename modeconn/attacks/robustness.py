@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.adversarial import Attack, under_attack
+from modeconn.adversarial import Attack, check_examples, under_attack
 from modeconn.attacks.profile import CLEAN, WORST, RobustProfile, pack_bits, pack_floats, unpack_bits, unpack_floats
 from modeconn.identity import digest, identify
 from modeconn.loaders import batches, check_loader
@@ -24,7 +24,7 @@ from modeconn.progress import progress_bar
 from modeconn.records import Records
 from modeconn.records import key as record_key
 from modeconn.rng import seeded
-from modeconn.weights import device_of
+from modeconn.weights import check_eval_mode, device_of
 
 Attacks = Attack | Sequence[Attack] | Mapping[str, Attack]
 
@@ -82,7 +82,7 @@ def along(
     bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
     for place, position in enumerate(t):
         model = networks[place] if transfer else first if place == 0 else model_at(position)
-        _check_mode(model)
+        check_eval_mode(model)
         network = digest(model)
         for row, attack in {CLEAN: None, **named}.items():
             about = record_key("robustness", names[row], network, trial.about)
@@ -146,13 +146,15 @@ class _Trial:
         self, model: nn.Module, attack: Attack | None, x: Tensor, y: Tensor, seed: int, label: str
     ) -> dict[str, Any]:
         x_adv = x if attack is None else _attacked(attack, model, x, y, seed, label)
-        correct, losses = self._answers(model, x_adv, y)
-        elsewhere = [int(self._answers(network, x_adv, y)[0].sum()) for network in self._networks]
+        correct, losses = self._answers(model, x_adv, y, label)
+        elsewhere = [int(self._answers(network, x_adv, y, label)[0].sum()) for network in self._networks]
         return {"correct": pack_bits(correct), "losses": pack_floats(losses.float()), "elsewhere": elsewhere}
 
     @torch.no_grad()
-    def _answers(self, model: nn.Module, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    def _answers(self, model: nn.Module, x: Tensor, y: Tensor, label: str) -> tuple[Tensor, Tensor]:
         outputs = main_output(model(x))
+        if outputs.isnan().any():
+            raise FloatingPointError(f"{label}: the network answers NaN. Look for NaN in its weights.")
         if not is_classification(outputs, y):
             raise ValueError(f"attacks are measured on classes, but targets are {y.dtype} of shape {tuple(y.shape)}.")
         check_targets(outputs, y)
@@ -163,14 +165,14 @@ def _attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int,
     """Return adversarial examples that were looked at; an error says which attack it was, and at which t."""
     try:
         with seeded(seed, x.device), under_attack(model):
-            x_adv = attack(model, x.clone(), y.clone()).detach()  # clones: some attacks change what they are given
+            x_adv = attack(model, x.clone(), y.clone())  # clones: some attacks change what they are given
     except (ValueError, FloatingPointError) as error:
         raise type(error)(f"{label}: {error}") from error
     except Exception as error:
         error.add_note(f"This was {label}.")
         raise
-    if x_adv.shape != x.shape:
-        raise ValueError(f"{label} returned a shape of {tuple(x_adv.shape)} for inputs of shape {tuple(x.shape)}.")
+    check_examples(x_adv, x, label)
+    x_adv = x_adv.detach()
     if not x_adv.isfinite().all():
         raise FloatingPointError(f"{label} returned NaN or infinite values.")
     lowest, highest = (value.item() for value in x_adv.aminmax())
@@ -213,6 +215,8 @@ def _check_range(x: Tensor) -> None:
     if not x.is_floating_point():
         raise ValueError(f"inputs of loader must be floating point in [0, 1], got {x.dtype}: divide pixels by 255.")
     lowest, highest = (value.item() for value in x.aminmax())
+    if math.isnan(lowest):
+        raise ValueError("inputs of loader must lie in [0, 1], but some are NaN. Look at the data.")
     if -_TOLERANCE <= lowest and highest <= 1 + _TOLERANCE:
         return
     looks_like = (
@@ -226,13 +230,6 @@ def _check_range(x: Tensor) -> None:
     )
 
 
-def _check_mode(model: nn.Module) -> None:
-    for name, module in model.named_modules():
-        if module.training:
-            where = f" (in {name!r})" if name else ""
-            raise ValueError(f"the model is in train mode{where}, in which it is not used. Call model.eval() first.")
-
-
 def _named(attacks: Attacks) -> dict[str, Attack]:
     if callable(attacks):
         attacks = [attacks]
@@ -242,8 +239,11 @@ def _named(attacks: Attacks) -> dict[str, Attack]:
         if names.count(name) > 1:
             raise ValueError(f"two rows have the name {name!r}; pass attacks as a dict with names of your own.")
     for name, attack in named:
-        if not callable(attack):
-            raise ValueError(f"attack {name} cannot be called; modeconn.attacks.build makes attacks from their names.")
+        if isinstance(attack, type) or not callable(attack):
+            raise ValueError(
+                f"attack {name} cannot be called as attack(model, x, y); modeconn.attacks.build makes attacks from "
+                f"their names."
+            )
         if getattr(attack, "norm", None) not in (None, *_ORDERS):
             raise ValueError(
                 f"attack {name} must have one of the norms {', '.join(_ORDERS)}, got norm={attack.norm!r}."

@@ -11,9 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeconn.adversarial import Attack, under_attack
+from modeconn.adversarial import Attack, check_examples, under_attack
 from modeconn.attacks.pgd import PGD, check_pixels, show
 from modeconn.loss import LossFn, main_output
+from modeconn.settings import check_at_least, check_integers
 
 
 class Adversary(Protocol):
@@ -49,6 +50,8 @@ class AdversarialTraining:
     clean_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        if isinstance(self.attack, type) or not callable(self.attack):
+            raise ValueError(f"attack must be one such as PGD(eps, step_size, num_steps), got attack={self.attack!r}.")
         if not 0 <= self.clean_weight < 1:
             raise ValueError(
                 f"clean_weight must lie in [0, 1), got clean_weight={self.clean_weight}. Without adversary= "
@@ -59,6 +62,7 @@ class AdversarialTraining:
         """Return the loss of the mixture."""
         with under_attack(model):
             moved = self.attack(model, inputs, targets)
+        check_examples(moved, inputs, repr(self.attack))
         loss = loss_fn(model(moved), targets)
         if not self.clean_weight:
             return loss
@@ -142,8 +146,8 @@ class FreeAdversarialTraining:
 
     def __post_init__(self) -> None:
         PGD(self.eps, self._step_size, 1, clip=self.clip)  # checks them
-        if self.num_replays < 1:
-            raise ValueError(f"num_replays must be at least 1, got num_replays={self.num_replays}.")
+        check_integers(self, "num_replays")
+        check_at_least(self, 1, "num_replays")
 
     @property
     def _step_size(self) -> float:
@@ -209,7 +213,7 @@ def adversary_of(adversary: AdversaryLike) -> Adversary | FreeAdversarialTrainin
     """
     if isinstance(adversary, FreeAdversarialTraining) or inspect.isroutine(getattr(type(adversary), "loss", None)):
         return adversary  # an attack may keep a loss, but has no method of that name
-    if not callable(adversary):
+    if isinstance(adversary, type) or not callable(adversary):
         raise ValueError(
             f"adversary must be an attack, AdversarialTraining(...), FreeAdversarialTraining(...) or TRADES(...), got "
             f"{adversary!r}."

@@ -35,6 +35,7 @@ from modeconn.cli.options import DataOptions, change_recipe, template
 from modeconn.cli.options import bars as _bars
 from modeconn.connection import TrainingData
 from modeconn.matching import ActivationMatching
+from modeconn.records import Records
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -554,6 +555,7 @@ def robustness(
         training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=ball))
     for path, base, files in zip(connections, bases, results, strict=True):
         kept = checkpoint_file or base.with_name(f"{base.name}.checkpoint")
+        Records(kept)  # another file than a checkpoint is refused here, before anything is said of it
         loaded = Connection.load(path, architecture, device=device)
         try:
             found = loaded.robustness(

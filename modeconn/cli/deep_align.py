@@ -73,7 +73,8 @@ def fit(
     fitted = aligner.fit(population, loader, progress=bars(progress))
     fitted.save(out)
     step, value = min(fitted.fitted.validation, key=lambda one: one[1])
-    typer.echo(f"{len(population)} networks; loss in the middle {value:.4f} on validation pairs, after {step} steps")
+    what = "loss in the middle" if fitted.connectivity else "squared distance of parameters, as a share,"
+    typer.echo(f"{len(population)} networks; {what} {value:.4f} on validation pairs, after {step} steps")
     typer.echo(f"Wrote {out}")
 
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeconn.curves.curve import Curve
+from modeconn.settings import check_at_least, check_integers
 
 
 @dataclass(frozen=True)
@@ -37,8 +38,8 @@ class Bezier(Curve):
     free_ends: bool = False
 
     def __post_init__(self) -> None:
-        if self.degree < 1:
-            raise ValueError(f"degree must be at least 1, got degree={self.degree}.")
+        check_integers(self, "degree")
+        check_at_least(self, 1, "degree")
 
     @property
     def num_control_points(self) -> int:

@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeconn.curves.curve import Curve
+from modeconn.settings import check_at_least, check_integers
 
 
 @dataclass(frozen=True)
@@ -36,8 +37,8 @@ class PolyChain(Curve):
     free_ends: bool = False
 
     def __post_init__(self) -> None:
-        if self.num_segments < 1:
-            raise ValueError(f"num_segments must be at least 1, got num_segments={self.num_segments}.")
+        check_integers(self, "num_segments")
+        check_at_least(self, 1, "num_segments")
 
     @property
     def num_control_points(self) -> int:

@@ -22,9 +22,9 @@ from modeconn.loaders import first_batch
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching import Match, match_groups
 from modeconn.matching.alignment import find_spec
-from modeconn.matching.objective import check_integers, check_not_negative, check_positive
 from modeconn.matching.statistics import inputs_of
 from modeconn.rng import seeded
+from modeconn.settings import check_integers, check_not_negative, check_positive
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
 
@@ -40,8 +40,8 @@ class Fitted:
     Args:
         encoder: The network that reads networks.
         history: By loss, its value at every step; 0 where its weight is 0.
-        validation: ``(step, value)``: the loss in the middle between relabelled validation networks,
-            infinite where it is not finite.
+        validation: ``(step, value)``: the loss in the middle between relabelled validation networks, infinite where it
+            is not finite; without ``connectivity`` the squared distance of their parameters, as a share of that before.
     """
 
     encoder: Encoder

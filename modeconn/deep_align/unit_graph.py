@@ -10,7 +10,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modeconn.symmetry.spec import PermutationSpec
+from modeconn.symmetry.spec import Group, PermutationSpec
 
 
 class Entry(NamedTuple):
@@ -158,13 +158,30 @@ def _pieces(spec: PermutationSpec, name: str, positions: Tensor) -> list[Piece]:
 def _check_groups(spec: PermutationSpec) -> None:
     if not spec.groups:
         raise ValueError("the networks have no group of units that may be relabelled, so there is nothing to align.")
+    blocked = [group for group in spec.groups if group.parents]
+    if not blocked:
+        return
+    names, others_move = _freeze(spec, blocked)
+    way_out = f", or leave them fixed by a spec of discover(..., freeze={names})" if others_move else ""
+    raise ValueError(
+        f"DeepAlign moves units one by one, but those of group {blocked[0].name!r} lie in blocks ({blocked[0]}); use "
+        f"WeightMatching or ActivationMatching{way_out}."
+    )
+
+
+def _freeze(spec: PermutationSpec, blocked: Sequence[Group]) -> tuple[list[str], bool]:
+    """Return parameters that fix groups in blocks, and as few others as can be; and whether others then still move."""
+    groups_of: dict[str, set[str]] = {}
     for group in spec.groups:
-        if group.parents:
-            names = sorted({name for name, _ in group.places})
-            raise ValueError(
-                f"DeepAlign moves units one by one, but those of group {group.name!r} lie in blocks ({group}); use "
-                f"WeightMatching or ActivationMatching, or leave them fixed by a spec of discover(..., freeze={names})."
-            )
+        for name, _ in group.places:
+            groups_of.setdefault(name, set()).add(group.name)
+    meant = {group.name for group in blocked} | {name for group in blocked for name, _ in group.parents}
+    names = {
+        min((name for name, _ in group.places), key=lambda name: (len(groups_of[name] - meant), name))
+        for group in blocked
+    }
+    fixed = {group for name in names for group in groups_of[name]}
+    return sorted(names), any(group.name not in fixed for group in spec.groups)
 
 
 def layout_of(model: nn.Module) -> dict[str, Entry]:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 from modeconn.adversarial import Attack
 from modeconn.matching.assignment import match_groups
 from modeconn.matching.method import Match, check_data, correlations
-from modeconn.matching.objective import check_integers
 from modeconn.matching.statistics import Moments, collect
+from modeconn.settings import check_integers
 from modeconn.symmetry.spec import PermutationSpec
 
 

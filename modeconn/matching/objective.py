@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterable, Iterator, Mapping
 from functools import partial
 from itertools import repeat
-from numbers import Integral, Real
 from typing import Any, Literal, Protocol
 
 import torch
@@ -175,32 +174,6 @@ def check_objective(objective: Any, *names: str) -> None:
         raise ValueError(f"objective must be {', '.join(map(repr, names))} or a curve, got objective={objective!r}.")
     if isinstance(objective, Curve) and objective.free_ends:
         raise ValueError(f"objective must be a curve with fixed ends, but {objective!r} frees its ends.")
-
-
-def check_positive(settings: Any, *names: str) -> None:
-    """Raise unless the named fields are positive numbers."""
-    for name in names:
-        value = getattr(settings, name)
-        if not (isinstance(value, Real) and value > 0):
-            raise ValueError(f"{name} must be positive, got {name}={value!r}.")
-
-
-def check_not_negative(settings: Any, *names: str) -> None:
-    """Raise unless the named fields are numbers of 0 or more."""
-    for name in names:
-        value = getattr(settings, name)
-        if not (isinstance(value, Real) and value >= 0):
-            raise ValueError(f"{name} must be 0 or more, got {name}={value!r}.")
-
-
-def check_integers(settings: Any, *names: str) -> None:
-    """Raise unless the named fields of a frozen dataclass are integers, or None; make those of numpy Python's."""
-    for name in names:
-        value = getattr(settings, name)
-        if isinstance(value, Integral):
-            object.__setattr__(settings, name, int(value))
-        elif value is not None:
-            raise ValueError(f"{name} must be an integer, got {name}={value!r}.")
 
 
 def _stratified(seed: int) -> Iterator[float]:

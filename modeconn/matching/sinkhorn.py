@@ -12,20 +12,11 @@ from torch import Tensor, nn
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching.method import Match, Start, check_data, starting_permutation
-from modeconn.matching.objective import (
-    Distance,
-    Incumbent,
-    Objective,
-    PathLoss,
-    check_integers,
-    check_objective,
-    check_positive,
-    evenly,
-    write,
-)
+from modeconn.matching.objective import Distance, Incumbent, Objective, PathLoss, check_objective, evenly, write
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation
 from modeconn.rng import seeded
+from modeconn.settings import check_integers, check_positive
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
 

@@ -13,17 +13,10 @@ from modeconn.copies import copy_of
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching.method import Match, Start, check_data, starting_permutation
-from modeconn.matching.objective import (
-    Incumbent,
-    PathLoss,
-    check_integers,
-    check_objective,
-    check_positive,
-    evenly,
-    write,
-)
+from modeconn.matching.objective import Incumbent, PathLoss, check_objective, evenly, write
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.rng import seeded
+from modeconn.settings import check_integers, check_positive
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace, Workspace
 

@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from modeconn.matching.activation_matching import break_ties, constant_units
 from modeconn.matching.assignment import match_tree
 from modeconn.matching.method import Match, check_data, correlations
-from modeconn.matching.objective import check_integers
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
 from modeconn.matching.statistics import Moments, collect
 from modeconn.matching.trees import trees
+from modeconn.settings import check_integers
 from modeconn.symmetry.spec import Group, PermutationSpec
 from modeconn.weights import WeightSpace
 

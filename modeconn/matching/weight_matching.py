@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_tree
 from modeconn.matching.method import Match, Start, starting_permutation
-from modeconn.matching.objective import check_integers
 from modeconn.matching.trees import trees
+from modeconn.settings import check_at_least, check_integers
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec
 from modeconn.symmetry.structure import Labels, Perms, Structure
@@ -53,9 +53,7 @@ class WeightMatching:
 
     def __post_init__(self) -> None:
         check_integers(self, "max_sweeps", "seed", "starts")
-        for name in ("max_sweeps", "starts"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")
+        check_at_least(self, 1, "max_sweeps", "starts")
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None

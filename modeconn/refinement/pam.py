@@ -21,12 +21,12 @@ from modeconn.curve_step import CurveStep
 from modeconn.curves import Curve
 from modeconn.evaluate import Objective
 from modeconn.loaders import batches
-from modeconn.matching.objective import check_integers
 from modeconn.objective import supervised
 from modeconn.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.state import Relabelled
 from modeconn.rng import seeded
+from modeconn.settings import check_integers
 from modeconn.symmetry import Permutation
 
 if TYPE_CHECKING:

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from modeconn.matching.objective import check_integers
 from modeconn.matching.trees import trees
 from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
 from modeconn.refinement.state import Relabelled
+from modeconn.settings import check_at_least, check_integers
 
 
 @dataclass(frozen=True)
@@ -38,9 +38,7 @@ class ProximalLinear:
 
     def __post_init__(self) -> None:
         check_integers(self, "max_rounds", "max_tries")
-        for name in ("max_rounds", "max_tries"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {name}={getattr(self, name)}.")
+        check_at_least(self, 1, "max_rounds", "max_tries")
         if not self.weights or min(self.weights) < 0:
             raise ValueError(f"weights must be one or more numbers of at least 0, got weights={self.weights}.")
 

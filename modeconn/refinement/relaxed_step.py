@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_units
-from modeconn.matching.objective import check_integers, check_positive
 from modeconn.matching.soft import SoftPermutation
 from modeconn.refinement.sinkhorn_step import SoftPath
 from modeconn.refinement.state import Relabelled
+from modeconn.settings import check_integers, check_positive
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
 

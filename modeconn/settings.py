@@ -1,0 +1,40 @@
+"""Checks of the settings of methods: one sentence that names the setting and its value."""
+
+from __future__ import annotations
+
+from numbers import Integral, Real
+from typing import Any
+
+
+def check_positive(settings: Any, *names: str) -> None:
+    """Raise unless the named fields are positive numbers."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (isinstance(value, Real) and value > 0):
+            raise ValueError(f"{name} must be positive, got {name}={value!r}.")
+
+
+def check_not_negative(settings: Any, *names: str) -> None:
+    """Raise unless the named fields are numbers of 0 or more."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (isinstance(value, Real) and value >= 0):
+            raise ValueError(f"{name} must be 0 or more, got {name}={value!r}.")
+
+
+def check_at_least(settings: Any, lowest: float, *names: str) -> None:
+    """Raise unless the named fields are numbers of ``lowest`` or more."""
+    for name in names:
+        value = getattr(settings, name)
+        if not (isinstance(value, Real) and value >= lowest):
+            raise ValueError(f"{name} must be at least {lowest}, got {name}={value!r}.")
+
+
+def check_integers(settings: Any, *names: str) -> None:
+    """Raise unless the named fields of a frozen dataclass are integers, or None; make those of numpy Python's."""
+    for name in names:
+        value = getattr(settings, name)
+        if isinstance(value, Integral):
+            object.__setattr__(settings, name, int(value))
+        elif value is not None:
+            raise ValueError(f"{name} must be an integer, got {name}={value!r}.")
