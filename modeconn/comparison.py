@@ -28,6 +28,7 @@ from modeconn.loaders import check_loader, num_examples
 from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching import Match, Method, match_units
 from modeconn.matching.alignment import find_spec
+from modeconn.matching.method import check_method
 from modeconn.memory import peak_memory
 from modeconn.progress import progress_bar
 from modeconn.recipe import Recipe
@@ -119,7 +120,8 @@ class Comparison:
         generator = torch.Generator().manual_seed(seed)
         drawn = torch.randint(len(ours), (num_resamples, len(ours)), generator=generator)
         ratios = ours[drawn].mean(1) / theirs[drawn].mean(1)
-        low, high = ratios.quantile(ratios.new_tensor([0.025, 0.975])).tolist()
+        quantiles = ratios.new_tensor([0.025, 0.975])
+        low, high = ratios.nanquantile(quantiles, interpolation="nearest").tolist()  # NaN: 0 of 0, which says nothing
         return float(ours.mean() / theirs.mean()), low, high
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -228,6 +230,8 @@ def compare(
         >>> compare([networks], {"weights": WeightMatching()}, train, test, num_points=3, repair=False).columns
         ['line', 'line accuracy', 'seconds', 'peak bytes']
     """
+    if not isinstance(num_points, int) or num_points < 2:
+        raise ValueError(f"num_points must be an integer of at least 2, got num_points={num_points!r}.")
     pairs, named = list(pairs), _named(methods)
     space = _check_pairs(pairs)
     with seeded(seed, space.device):
@@ -346,8 +350,7 @@ def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method
     else:
         methods_by_name = [(type(method).__name__, method) for method in methods]
     for _, method in methods_by_name:
-        if not callable(getattr(method, "match", None)):
-            raise ValueError(f"methods must be objects with a match(...), such as WeightMatching(), got {method!r}.")
+        check_method(method, name="methods")
     names = [*BASELINES, *(name for name, _ in methods_by_name)]
     for name in names:
         if names.count(name) > 1:

@@ -101,7 +101,7 @@ class Meter:
         inputs, targets = batch
         outputs = model(inputs)
         if not self._checked:
-            check_targets(outputs, targets)
+            check_targets(outputs, targets, self._loss_fn)
         loss = self._loss_fn(outputs, targets).double()
         if not is_classification(outputs, targets):
             return torch.stack([loss, torch.full_like(loss, torch.nan)])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import torch
@@ -35,6 +35,8 @@ def check_rereadable(loader: Any, *, name: str = "loader") -> None:
     """Raise unless ``loader`` can be read more than once; nothing is read."""
     if isinstance(loader, Tensor):
         raise ValueError(f"{name} must yield (inputs, targets) batches, got one tensor. {_WAY_OUT}")
+    if isinstance(loader, Mapping):
+        raise ValueError(f"{name} must yield batches, got one {type(loader).__name__}. {_WAY_OUT}")
     if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
         raise ValueError(f"{name} is no iterable of batches, got {type(loader).__name__}. {_WAY_OUT}")
     if isinstance(loader, Iterator):

@@ -63,12 +63,18 @@ def is_classification(outputs: Tensor | tuple[Tensor, ...], targets: object) -> 
     )
 
 
-def check_targets(outputs: Tensor | tuple[Tensor, ...], targets: Tensor, *, name: str = "loader") -> None:
-    """Raise unless class indices lie in the classes the model knows; other kinds of targets pass.
+def check_targets(
+    outputs: Tensor | tuple[Tensor, ...], targets: Tensor, loss_fn: LossFn | None = None, *, name: str = "loader"
+) -> None:
+    """Raise unless class indices lie in the classes the model knows, and a default loss makes sense of the targets.
 
     Raises:
-        ValueError: With the first target that is no class; on an accelerator the loss itself would end the process.
+        ValueError: With the first target that is no class; on an accelerator the loss itself would end the process. If
+            ``loss_fn`` is `cross_entropy`: where the model has but one output, of which it is 0 whatever that is, or
+            targets are neither classes nor probabilities of classes.
     """
+    if loss_fn is cross_entropy:
+        _check_for_cross_entropy(main_output(outputs), targets, name)
     if not is_classification(outputs, targets):
         return
     num_classes = main_output(outputs).shape[1]
@@ -78,3 +84,27 @@ def check_targets(outputs: Tensor | tuple[Tensor, ...], targets: Tensor, *, name
             f"targets of {name} must lie in 0..{num_classes - 1}, the model's {num_classes} classes, got a target of "
             f"{outside.flatten()[0].item()}."
         )
+
+
+def _check_for_cross_entropy(logits: object, targets: object, name: str) -> None:
+    if not (isinstance(logits, Tensor) and isinstance(targets, Tensor)):
+        return
+    way_out = "Pass loss_fn=, such as torch.nn.functional.mse_loss, or forward=."
+    if logits.ndim < 2 or logits.shape[1] == 1:
+        raise ValueError(
+            f"the model's outputs of shape {tuple(logits.shape)} are no scores of two or more classes, which cross "
+            f"entropy, the default loss, compares. {way_out}"
+        )
+    if targets.is_floating_point() and not _are_probabilities(targets, logits):
+        raise ValueError(
+            f"targets of {name} are real numbers, of shape {tuple(targets.shape)}: neither classes nor probabilities "
+            f"of classes, which cross entropy, the default loss, takes. {way_out}"
+        )
+
+
+def _are_probabilities(targets: Tensor, logits: Tensor) -> bool:
+    """Whether targets are at least 0, with sum 1 over the model's classes, as far as their precision tells."""
+    if targets.shape != logits.shape:
+        return False
+    off = (targets.float().sum(1) - 1).abs().max()
+    return bool(targets.min() >= 0) and float(off) < 1e-3 + logits.shape[1] * torch.finfo(targets.dtype).eps

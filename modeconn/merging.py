@@ -13,7 +13,7 @@ from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, 
 from modeconn.connection import Connection, warn_about_buffers
 from modeconn.copies import copy_of
 from modeconn.matching.alignment import find_spec
-from modeconn.matching.method import Method, check_data
+from modeconn.matching.method import Method, check_data, check_method
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.pre_activations import repair as repair_model
 from modeconn.rng import seeded
@@ -136,8 +136,10 @@ def merge_many(
     if max_rounds < 0:
         raise ValueError(f"max_rounds must be at least 0, got max_rounds={max_rounds}.")
     method = method or WeightMatching()
-    for one in (start, method):
-        check_data(one, loader)
+    for name, one in (("start", start), ("method", method)):
+        if one is not None:
+            check_method(one, name=name)
+            check_data(one, loader)
     with seeded(seed, space.device):
         names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
         history = [names.spread()]

@@ -23,7 +23,7 @@ def supervised(loss_fn: LossFn, *, check: bool = False, adversary: Adversary | N
 
     def checked(outputs: Tensor, targets: Tensor) -> Tensor:
         if check:
-            check_targets(outputs, targets)
+            check_targets(outputs, targets, loss_fn)
         return loss_fn(outputs, targets)
 
     def forward(model: nn.Module, batch: Any) -> Tensor:
@@ -33,6 +33,19 @@ def supervised(loss_fn: LossFn, *, check: bool = False, adversary: Adversary | N
         return adversary.loss(model, inputs, targets, checked)
 
     return forward
+
+
+def checked_forward(forward: Objective) -> Objective:
+    """Return the same function with a look at what it returns."""
+
+    def looked_at(model: nn.Module, batch: Any) -> Tensor:
+        loss = forward(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"forward= must return the mean loss of a batch, a tensor of one number, got {what}.")
+        return loss
+
+    return looked_at
 
 
 class Objectives:
@@ -68,7 +81,7 @@ class Objectives:
         if forward is None:
             self._first, self._later = (supervised(loss_fn, check=c, adversary=opponent) for c in (True, False))
         else:
-            self._first = self._later = forward
+            self._first, self._later = checked_forward(forward), forward
 
     def at(self, epoch: int) -> Objective:
         """Return ``forward(model, batch) -> loss`` of an epoch; in the first, 0, targets are checked."""

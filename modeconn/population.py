@@ -150,6 +150,7 @@ class _Training:
     def __init__(self, models: Sequence[nn.Module], recipe: Recipe, loss_fn: LossFn) -> None:
         self.models = models
         self.recipe = recipe
+        self.loss_fn = loss_fn
         parameters, buffers = stack_module_state(models)
         self.state = {**parameters, **buffers}
         trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
@@ -182,7 +183,9 @@ class _Training:
 
     @torch.no_grad()
     def _check(self, inputs: Tensor, targets: Tensor) -> None:
-        check_targets(self.models[0](inputs[0]), targets.flatten(0, 1))
+        outputs = self.models[0](inputs[0])
+        check_targets(outputs, targets[0], self.loss_fn)
+        check_targets(outputs, targets.flatten(0, 1))
 
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Make one step of every network and return the losses before it, ``(M,)``."""

@@ -68,7 +68,7 @@ def repair(
     References:
         Jordan et al., 2023, https://arxiv.org/abs/2211.08403
     """
-    weights = [1 / len(endpoints)] * len(endpoints) if weights is None else weights
+    weights = [1 / max(len(endpoints), 1)] * len(endpoints) if weights is None else weights
     if not endpoints or len(weights) != len(endpoints):
         raise ValueError(f"weights must be one for each endpoint, got {len(weights)} for {len(endpoints)} endpoints.")
     if not (min(weights) >= 0 and math.isclose(sum(weights), 1, abs_tol=1e-6)):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import random
 from collections.abc import Iterator
 from contextlib import contextmanager
+from numbers import Integral
 
 import numpy as np
 import torch
@@ -53,6 +54,8 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         >>> torch.equal(before, torch.get_rng_state())
         True
     """
+    if not isinstance(seed, Integral) or seed < 0:
+        raise ValueError(f"seed must be an integer of 0 or more, got seed={seed!r}.")
     device = torch.device(device)
     with preserved(device):
         reseed(seed, device)

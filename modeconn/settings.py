@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
 
@@ -31,10 +32,14 @@ def check_at_least(settings: Any, lowest: float, *names: str) -> None:
 
 
 def check_integers(settings: Any, *names: str) -> None:
-    """Raise unless the named fields of a frozen dataclass are integers, or None; make those of numpy Python's."""
+    """Raise unless the named fields of a frozen dataclass are integers, or None where their annotation has it.
+
+    Those of numpy become Python's.
+    """
+    annotations = {field.name: str(field.type) for field in fields(settings)}
     for name in names:
         value = getattr(settings, name)
         if isinstance(value, Integral):
             object.__setattr__(settings, name, int(value))
-        elif value is not None:
+        elif value is not None or "None" not in annotations[name]:
             raise ValueError(f"{name} must be an integer, got {name}={value!r}.")

@@ -413,3 +413,65 @@ def test_a_loader_that_shuffles_leaves_result_and_random_state_to_themselves(met
     (first, alone), (again, alone_again) = found
     assert first.permutation == again.permutation == alone == alone_again
     assert first.correlation == again.correlation and first.history == again.history
+
+
+# ---------------------------------------------------------------- what is given by mistake
+
+
+@pytest.mark.parametrize("method", [WeightMatching, "weight", 3])
+def test_a_method_is_an_object(method):
+    a, b = (nn.Linear(3, 2) for _ in range(2))
+    with pytest.raises(ValueError, match=r"method must be an object with .*, such as WeightMatching\(\), got"):
+        align(a, b, example_input=torch.rand(2, 3), method=method)
+    with pytest.raises(ValueError, match="method must be an object"):
+        modeconn.fit_curve(a, b, [(torch.rand(2, 3), torch.tensor([0, 1]))], align=method)
+
+
+@pytest.mark.parametrize("method", [WeightMatching, Sinkhorn, StraightThrough])
+def test_a_start_is_a_method_a_permutation_or_an_alignment(method):
+    for wrong in (ActivationMatching, "activation", 3):
+        with pytest.raises(ValueError, match="start must be an object with a match"):
+            method(start=wrong)
+    network, other = (models.mlp(4, (6,), 3, seed=seed) for seed in (1, 2))
+    first = align(network, other)
+    found = [align(network, other, method=WeightMatching(start=s)) for s in (first, first.permutation)]
+    assert found[0].permutation == found[1].permutation and method(start=first).start is first
+
+
+class ByName(nn.Module):
+    """A network of two named inputs of one shape."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.last = nn.Linear(4, 5), nn.Linear(4, 5), nn.Linear(5, 2)
+
+    def forward(self, x: Tensor, z: Tensor) -> Tensor:
+        return self.last(torch.tanh(self.first(x) + self.second(z)))
+
+
+def test_batches_by_name_are_read_by_name_whatever_else_they_hold():
+    torch.manual_seed(0)
+    a, b, x, z = ByName(), ByName(), torch.randn(40, 4), torch.randn(40, 4)
+    spec = discover(a, {"x": x[:4], "z": z[:4]})
+    wanted = align(a, b, [{"x": x, "z": z}], spec=spec)
+    for batch in ({"z": z, "x": x}, {"y": torch.rand(40, 1), "z": z, "x": x}):
+        found = align(a, b, [batch], spec=spec)
+        assert found.permutation == wanted.permutation and found.correlation == wanted.correlation
+
+
+def test_batches_that_are_not_the_inputs_are_refused_and_need_not_be():
+    torch.manual_seed(0)
+    a, b, x, z = ByName(), ByName(), torch.randn(40, 4), torch.randn(40, 4)
+    by_place, by_name = (discover(a, example) for example in ((x[:4], z[:4]), {"x": x[:4], "z": z[:4]}))
+    for spec, batch, message in (
+        (by_place, (torch.rand(40, 4), x, z), "runs on inputs: 2 without a name, as .*, got inputs: 3 without a name"),
+        (by_place, {"x": x, "z": z}, "runs on inputs: 2 without a name, as .*, got inputs: those named 'x', 'z'"),
+        (by_name, {"x": x, "y": z}, "runs on inputs: those named 'x', 'z', as .*, got inputs: those named 'x', 'y'"),
+        (by_name, (torch.rand(40, 4), x, z), "runs on inputs: those named 'x', 'z', as .*, got inputs: 3 without"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            align(a, b, [batch], spec=spec)
+        found = align(a, b, [batch], spec=spec, method=WeightMatching())
+        assert found.permutation == align(a, b, spec=spec).permutation and not found.correlation
+    with pytest.raises(ValueError, match=r"does not run on .* the loader's first batch\. .* pass example_input="):
+        align(a, b, [{"x": x, "y": z}])

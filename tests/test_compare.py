@@ -267,6 +267,13 @@ def test_one_pair_shows_no_spread():
     assert ratio == 0.25 and all(math.isnan(bound) for bound in interval)
 
 
+def test_pairs_without_a_barrier_leave_an_interval():
+    one = Comparison({"identity": {"line": [0.0, 1.0]}, "weights": {"line": [0.0, 0.5]}}, 25, 500)
+    assert one.ratio("weights") == (0.5, 0.5, 0.5)
+    other = Comparison({"identity": {"line": [0.0, 1.0]}, "weights": {"line": [0.5, 0.5]}}, 25, 500)
+    assert other.ratio("weights") == (1.0, 0.5, math.inf)
+
+
 def test_it_prints_and_is_written(tmp_path):
     one = small()
     lines = repr(one).splitlines()
@@ -307,8 +314,11 @@ def test_no_pair_two_architectures_and_weights_that_are_nan_are_errors(pairs):
         with pytest.raises(ValueError, match=message):
             compare(wrong, METHODS, *digits())
     for methods in ([None], {"none": None}):
-        with pytest.raises(ValueError, match=r"methods must be objects with a match\(\.\.\.\).*got None"):
+        with pytest.raises(ValueError, match=r"methods must be an object with a match\(\.\.\.\).*got None"):
             compare(pairs, methods, *digits())
+    for num_points in (0, 1, 2.5):
+        with pytest.raises(ValueError, match=f"num_points must be an integer .*, got num_points={num_points}"):
+            compare(pairs, METHODS, *digits(), num_points=num_points)
 
 
 def test_two_rows_of_one_name_are_an_error(pairs):

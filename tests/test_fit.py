@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import copy
 import random
 import sys
 import types
@@ -10,6 +11,8 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
+from torch import nn
 
 from modeconn.checkpoint import Checkpoint
 from modeconn.connection import Connection
@@ -309,9 +312,10 @@ def test_an_aligned_connection_keeps_its_permutation_in_its_file(tmp_path):
         ([], "loader is empty"),
         (iter(batches()), "can be read only once"),
         (torch.ones(3, 2), r"got one tensor\. Pass a DataLoader"),
+        ({"x": torch.ones(3, 1, 2, 4)}, r"loader must yield batches, got one dict\. Pass a DataLoader"),
         ([torch.ones(3, 1, 2, 4)], r"must yield \(inputs, targets\) pairs, but its first batch is one Tensor"),
     ],
-    ids=["empty", "one-shot", "tensor", "no pairs"],
+    ids=["empty", "one-shot", "tensor", "one batch", "no pairs"],
 )
 def test_unusable_data_is_an_error_and_nothing_is_written(tmp_path, loader, message):
     with pytest.raises(ValueError, match=message):
@@ -334,6 +338,52 @@ def test_a_target_outside_the_classes_is_an_error():
     data[2][1][3] = 3
     with pytest.raises(ValueError, match=r"targets of loader must lie in 0\.\.2, .* got a target of 3\."):
         fit_curve(*pair(), data, align=False, recipe=SHORT)
+
+
+@pytest.mark.parametrize(
+    ("model", "targets", "message"),
+    [
+        (nn.Linear(6, 1), torch.randn(8, 1), r"outputs of shape \(8, 1\) are no scores of two or more classes"),
+        (nn.Linear(6, 1), torch.zeros(8).long(), r"outputs of shape \(8, 1\) are no scores of two or more classes"),
+        (nn.Sequential(nn.Linear(6, 1), nn.Flatten(0)), torch.randn(8), r"outputs of shape \(8,\) are no scores"),
+        (nn.Linear(6, 3), torch.randn(8, 3), r"targets of loader are real numbers, of shape \(8, 3\): neither classes"),
+        (nn.Linear(6, 3), torch.rand(8), r"targets of loader are real numbers, of shape \(8,\): neither classes"),
+    ],
+)
+def test_cross_entropy_is_not_taken_where_it_means_nothing(model, targets, message):
+    data = [(torch.rand(8, 6), targets)]
+    other, way_out = copy.deepcopy(model), r".*Pass loss_fn=, such as torch\.nn\.functional\.mse_loss"
+    for call in (
+        lambda: fit_curve(model, other, data, align=False, recipe=SHORT),
+        lambda: Connection.straight_between(model, other).evaluate(data),
+    ):
+        with pytest.raises(ValueError, match=message + way_out):
+            call()
+    if targets.is_floating_point() and targets.shape == model(data[0][0]).shape:
+        fit_curve(model, other, data, align=False, recipe=SHORT, loss_fn=F.mse_loss).evaluate(data)
+
+
+def test_probabilities_of_classes_are_targets():
+    data = [(torch.rand(8, 1, 2, 4), torch.rand(8, 3).softmax(1)) for _ in range(2)]
+    assert fit_curve(*pair(), data, align=False, recipe=SHORT).evaluate(data).accuracy is None
+
+
+@pytest.mark.parametrize(
+    ("forward", "message"),
+    [
+        (lambda model, batch: F.cross_entropy(model(batch[0]), batch[1], reduction="none"), r"a tensor of shape \("),
+        (lambda model, batch: 0.5, "got float"),
+    ],
+)
+def test_a_forward_that_gives_no_loss_is_an_error(forward, message):
+    with pytest.raises(ValueError, match=f"forward= must return the mean loss of a batch, .*{message}"):
+        fit_curve(*pair(), batches(), align=False, recipe=SHORT, forward=forward)
+
+
+@pytest.mark.parametrize("seed", [-1, 0.5, None])
+def test_a_seed_is_a_number_of_0_or_more(seed):
+    with pytest.raises(ValueError, match="seed must be an integer of 0 or more, got seed="):
+        fit_curve(*pair(), batches(), align=False, recipe=SHORT, seed=seed)
 
 
 def test_a_loader_that_dries_up_is_an_error():

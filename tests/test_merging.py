@@ -264,6 +264,9 @@ def test_merging_refuses_what_does_not_belong_together():
         merge_many([a])
     with pytest.raises(ValueError, match=r"'layers.2.weight': \(3, 6\) in models\[0\], \(4, 6\) in models\[2\]"):
         merge_many([a, b, models.mlp(8, (6,), 4)])
+    for name in ("method", "start"):
+        with pytest.raises(ValueError, match=f"{name} must be an object with a match"):
+            merge_many([a, b], **{name: modeconn.align(a, b).permutation})
     with pytest.raises(ValueError, match="max_rounds must be at least 0"):
         merge_many([a, b], max_rounds=-1)
     with pytest.raises(ValueError, match=r"training data for repair: pass loader="):
@@ -455,6 +458,8 @@ def test_repair_refuses_wrong_weights_networks_and_data():
     for wrong in ((3, 4), (1.5, -0.5), (torch.nan, 0.5)):
         with pytest.raises(ValueError, match="weights must be at least 0 and sum to 1, got weights="):
             modeconn.repair(middle, [a, b], loader(), weights=wrong)
+    with pytest.raises(ValueError, match="weights must be one for each endpoint, got 0 for 0 endpoints"):
+        modeconn.repair(middle, [], loader())
     with pytest.raises(ValueError, match=r"'4.weight' is in endpoints\[1\] but not in model"):
         modeconn.repair(middle, [a, copy.deepcopy(b).append(nn.Linear(3, 3).double())], loader())
     with pytest.raises(ValueError, match="pre-activations of '1' have no finite mean and variance"):

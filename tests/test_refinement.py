@@ -426,8 +426,8 @@ def test_best_swap_measures_what_the_fit_lowered():
     assert own == given
     other = modeconn.best_swap(fitted, batches(4), loss_fn=nn.functional.cross_entropy, max_tries=5)
     assert other.loss != own.loss
-    for bad in ({"num_batches": 0}, {"max_tries": -3}):
-        with pytest.raises(ValueError, match="must be at least 1, or None"):
+    for bad in ({"num_batches": 0}, {"max_tries": -3}, {"max_tries": 2.5}):
+        with pytest.raises(ValueError, match="must be an integer of at least 1, or None"):
             modeconn.best_swap(fitted, **bad)
 
 
@@ -471,6 +471,9 @@ def test_it_runs_on_any_architecture(name):
         ({"standard_errors": -1.0}, "standard_errors must be at least 0"),
         ({"exact": True, "num_points": 2}, "num_points must be at least 3"),
         ({"exact": "false"}, "exact must be True or False, got exact='false'"),
+        ({"nu_curve": None}, "nu_curve must be positive, got nu_curve=None"),
+        ({"tol": "x"}, "tol must be at least 0, got tol='x'"),
+        ({"iterations": None}, "iterations must be an integer, got iterations=None"),
         ({"step": "sinkhorn"}, r"step must be a step in P such as ProximalLinear\(\)"),
         ({"step": SinkhornStep}, "step must be a step in P"),
     ],
@@ -478,6 +481,21 @@ def test_it_runs_on_any_architecture(name):
 def test_settings_out_of_range(settings, message):
     with pytest.raises(ValueError, match=message):
         PAM(**settings)
+
+
+@pytest.mark.parametrize(
+    ("step", "settings", "message"),
+    [
+        (ProximalLinear, {"weights": 0.1}, "weights must be one or more numbers of at least 0, got weights=0.1"),
+        (ProximalLinear, {"weights": (math.nan,)}, "weights must be one or more numbers"),
+        (ProximalLinear, {"weights": ()}, "weights must be one or more numbers"),
+        (RelaxedStep, {"halvings": -1}, "halvings must be at least 0, got halvings=-1"),
+        (RelaxedStep, {"seed": None}, "seed must be an integer, got seed=None"),
+    ],
+)
+def test_settings_of_steps_out_of_range(step, settings, message):
+    with pytest.raises(ValueError, match=message):
+        step(**settings)
 
 
 def test_what_cannot_be_refined():
@@ -505,6 +523,16 @@ def test_a_model_without_free_groups(caplog):
 
 
 # ---------------------------------------------------------------- other steps, and a measure of local optimality
+
+
+@pytest.mark.parametrize("step", [SinkhornStep(steps=3, rounds=1), RelaxedStep(steps=60, num_samples=2)], ids=repr)
+def test_soft_steps_are_learned_in_single_precision_where_networks_are_of_half(step):
+    a, b = (CASE["mlp"].make(seed, torch.bfloat16) for seed in (0, 1))
+    data = [(x.bfloat16(), y) for x, y in batches()]
+    connection = modeconn.fit_curve(
+        a, b, data, align=False, curve=Line(), refine=PAM(iterations=1, step=step), recipe=Recipe(epochs=1)
+    )
+    assert connection.history.turns[0]["loss_after"] <= connection.history.turns[0]["loss_before"]
 
 
 @pytest.mark.parametrize("step", [SinkhornStep(steps=40, rounds=4), RelaxedStep(steps=40, num_samples=4)], ids=repr)

@@ -354,7 +354,11 @@ def fit(
     align: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
     curve: Annotated[str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS.")] = "bezier:2",
     refine: Annotated[
-        str, typer.Option(help="none, or pam[:iterations=4,step=proximal_linear|sinkhorn|relaxed].")
+        str,
+        typer.Option(
+            help="none, pam, or pam:KEY=VALUE,... such as pam:iterations=4,step=sinkhorn. Steps: proximal_linear, "
+            "sinkhorn, relaxed."
+        ),
     ] = "none",
     seed: Annotated[int, typer.Option(help="Of t, order and augmentation of the data, dropout.")] = 0,
     root: options.Root = None,

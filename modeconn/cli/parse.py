@@ -9,7 +9,6 @@ import math
 import os
 import sys
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Literal
@@ -76,9 +75,7 @@ def curve(text: str) -> Curve:
 
 def method(text: str) -> Method:
     """Read ``activation:num_examples=2000``, ``weight:seed=1``, ``weight:start=activation`` or ``deep_align:FILE``."""
-    made = _call(text, METHODS, "alignment method")
-    start = getattr(made, "start", None)
-    return replace(made, start=method(start)) if isinstance(start, str) else made
+    return _call(text, METHODS, "alignment method", start=lambda start: method(start) if start else None)
 
 
 def deep_align(text: str) -> DeepAlign:

@@ -215,7 +215,7 @@ class _Network:
 
     def check_targets(self, inputs: Any, targets: Tensor) -> None:
         """Raise a ValueError if a target is no class."""
-        check_targets(self.outputs({}, inputs), targets)
+        check_targets(self.outputs({}, inputs), targets, self._loss_fn)
 
 
 def supervised_loss(similarities: list[Tensor], perms: list[Tensor]) -> Tensor:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterable
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,11 +12,12 @@ from torch import nn
 
 from modeconn.loaders import check_rereadable, first_batch, inputs_of
 from modeconn.matching.activation_matching import ActivationMatching
-from modeconn.matching.method import Method, check_data, correlations
+from modeconn.matching.method import Method, check_data, check_method, correlations
 from modeconn.matching.statistics import collect
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.rng import seeded
 from modeconn.symmetry.discover import discover
+from modeconn.symmetry.graph import ExportError, InputMismatch
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
@@ -30,8 +32,8 @@ class Alignment:
     Args:
         model_b: b relabelled: a new model, the same function as b.
         permutation: ``permutation.apply(b)`` is ``model_b``.
-        correlation: Mean correlation of paired units before and after, by group, on the data that was given; groups
-            that are never summed over are left out.
+        correlation: Mean correlation of paired units before and after, by group, on the data that was given, if its
+            batches are the model's inputs; groups that are never summed over are left out.
         constant_units: Units that never change on that data, ``(of a, of b)`` by group; they stay where they can.
         history: The method's objective, step by step, if it has one.
     """
@@ -98,14 +100,16 @@ def align(
     space.check(model_b, name="b")
     if method is None:
         method = WeightMatching() if loader is None else ActivationMatching()
+    check_method(method)
     check_data(method, loader)
     with seeded(0, space.device):
         spec = find_spec(model_a, loader, spec, example_input, verify=verify)
         match = method.match(spec, model_a, model_b, loader)
     correlation = match.correlation
     if not correlation and loader is not None:
-        moments = collect(spec, model_a, model_b, loader, num_examples_at_most=2_048, before_activation=False)
-        correlation = correlations(moments, match.permutation)
+        with suppress(InputMismatch):  # the method itself read nothing of these batches
+            moments = collect(spec, model_a, model_b, loader, num_examples_at_most=2_048, before_activation=False)
+            correlation = correlations(moments, match.permutation)
     return Alignment(
         model_b=match.permutation.apply(model_b),
         permutation=match.permutation,
@@ -132,7 +136,7 @@ def find_spec(
     if spec is None:
         first = None if loader is None else inputs_of(first_batch(loader))
         example = example_input if example_input is not None else first
-        spec = discover(model, example)
+        spec = _discovered(model, example, is_of_loader=example_input is None and first is not None)
         if verify:
             spec.verify(model, example)
     else:
@@ -140,3 +144,17 @@ def find_spec(
     if not spec.groups:
         _LOGGER.warning("%s has no group of units that may be relabelled.", type(model).__name__)
     return spec
+
+
+def _discovered(model: nn.Module, example: Any, *, is_of_loader: bool) -> PermutationSpec:
+    try:
+        return discover(model, example)
+    except ExportError:
+        raise
+    except ValueError as error:
+        if not is_of_loader:
+            raise
+        raise ValueError(
+            f"{error} That is the loader's first batch. Where batches are not (inputs, targets), pass example_input=, "
+            f"and a method that reads no data, such as WeightMatching()."
+        ) from error

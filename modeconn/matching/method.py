@@ -43,6 +43,12 @@ class Method(Protocol):
         ...
 
 
+def check_method(method: Any, *, name: str = "method") -> None:
+    """Raise a ValueError unless ``method`` is an object that can match networks."""
+    if isinstance(method, type) or not callable(getattr(method, "match", None)):
+        raise ValueError(f"{name} must be an object with a match(...), such as WeightMatching(), got {method!r}.")
+
+
 def check_data(method: Any, loader: Iterable[Any] | None) -> None:
     """Raise unless there is data for a method, and for the one that finds its start, or they need none.
 
@@ -56,7 +62,20 @@ def check_data(method: Any, loader: Iterable[Any] | None) -> None:
 
 
 Start = Permutation | Method | None
-"""Where a method that improves a relabelling begins: a given one, one that another method finds, or nothing moved."""
+"""Where a method that improves a relabelling begins: a given one, one that another method finds, or nothing moved.
+
+What `modeconn.align` returned stands for its permutation.
+"""
+
+
+def check_start(start: Any) -> None:
+    """Raise a ValueError unless ``start`` is one."""
+    if not (start is None or isinstance(_given(start), Permutation)):
+        check_method(start, name="start")
+
+
+def _given(start: Any) -> Any:
+    return start if isinstance(start, Permutation) else getattr(start, "permutation", None)
 
 
 def starting_permutation(
@@ -69,8 +88,10 @@ def starting_permutation(
     """
     if start is None:
         return spec.identity()
-    if not isinstance(start, Permutation):
+    given = _given(start)
+    if not isinstance(given, Permutation):
         return start.match(spec, model_a, model_b, loader).permutation
+    start = given
     if {g.name: g.shape for g in start.spec.groups} != {g.name: g.shape for g in spec.groups}:
         raise ValueError(
             "start= is a permutation of another spec: its groups differ from those of the networks that are matched. "

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.matching.method import Match, Start, check_data, starting_permutation
+from modeconn.matching.method import Match, Start, check_data, check_start, starting_permutation
 from modeconn.matching.objective import Distance, Incumbent, Objective, PathLoss, check_objective, evenly, write
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation
@@ -73,6 +73,7 @@ class Sinkhorn:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_start(self.start)
         check_integers(self, "steps", "batches_per_step", "num_examples", "rounds", "seed")
         check_objective(self.objective, "midpoint", "line", "weights")
         positive = ["steps", "learning_rate", "temperature", "curve_learning_rate", "batches_per_step", "num_examples"]

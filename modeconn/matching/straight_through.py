@@ -12,7 +12,7 @@ from torch import nn
 from modeconn.copies import copy_of
 from modeconn.curves import Curve
 from modeconn.loss import LossFn, cross_entropy
-from modeconn.matching.method import Match, Start, check_data, starting_permutation
+from modeconn.matching.method import Match, Start, check_data, check_start, starting_permutation
 from modeconn.matching.objective import Incumbent, PathLoss, check_objective, evenly, write
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.rng import seeded
@@ -64,6 +64,7 @@ class StraightThrough:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_start(self.start)
         check_integers(self, "steps", "batches_per_step", "num_examples", "rounds", "seed")
         check_objective(self.objective, "line", "midpoint")
         check_positive(

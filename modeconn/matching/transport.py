@@ -17,7 +17,7 @@ from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
 from modeconn.matching.statistics import Moments, collect
 from modeconn.matching.trees import trees
-from modeconn.settings import check_integers
+from modeconn.settings import check_at_least, check_integers
 from modeconn.symmetry.spec import Group, PermutationSpec
 from modeconn.weights import WeightSpace
 
@@ -56,8 +56,7 @@ class TransportMatching:
         check_integers(self, "num_examples")
         if self.cost not in ("activations", "weights"):
             raise ValueError(f"cost must be 'activations' or 'weights', got cost={self.cost!r}.")
-        if not self.regularization >= 0:
-            raise ValueError(f"regularization must be at least 0, got regularization={self.regularization}.")
+        check_at_least(self, 0, "regularization")
         if self.num_examples is not None and self.num_examples < 2:
             raise ValueError(f"num_examples must be at least 2, or None, got num_examples={self.num_examples}.")
 

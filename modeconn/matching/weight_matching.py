@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_tree
-from modeconn.matching.method import Match, Start, starting_permutation
+from modeconn.matching.method import Match, Start, check_start, starting_permutation
 from modeconn.matching.trees import trees
 from modeconn.settings import check_at_least, check_integers
 from modeconn.symmetry.permutation import Permutation
@@ -52,6 +52,7 @@ class WeightMatching:
     start: Start = None
 
     def __post_init__(self) -> None:
+        check_start(self.start)
         check_integers(self, "max_sweeps", "seed", "starts")
         check_at_least(self, 1, "max_sweeps", "starts")
 

@@ -73,7 +73,8 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.
         model = _build_like(described, state)
     else:
         raise ValueError(
-            f"{str(path)!r} does not say how to build its model. Pass template=, a model of the same architecture."
+            f"{str(path)!r} does not say how to build its model. Pass template=, a model of the same architecture "
+            f"(--model on the command line)."
         )
     _check(path, state, model.state_dict())
     model.load_state_dict(state)

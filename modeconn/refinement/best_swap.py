@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import comb, prod
+from numbers import Integral
 from typing import Any
 
 import torch
@@ -45,7 +46,7 @@ class BestSwap:
         if self.group is None:
             return f"{what}: none lowers the loss along the curve, {self.loss:.4g}."
         i, j = self.places
-        share = self.decrease / self.loss
+        share = self.decrease / abs(self.loss)
         return (
             f"{what}: that of {i} and {j} in '{self.group}' lowers the loss along the curve most, by "
             f"{self.decrease:.3g} of {self.loss:.4g} ({share:.2%})."
@@ -81,8 +82,8 @@ def best_swap(
         ValueError: If there is no permutation, no data, the curve has free ends, or a number is not positive.
     """
     for name, value in (("num_batches", num_batches), ("max_tries", max_tries)):
-        if value is not None and value < 1:
-            raise ValueError(f"{name} must be at least 1, or None, got {name}={value}.")
+        if value is not None and not (isinstance(value, Integral) and value >= 1):
+            raise ValueError(f"{name} must be an integer of at least 1, or None, got {name}={value!r}.")
     training = connection.training
     if loader is not None:
         training = replace(training, loader=loader)

@@ -26,7 +26,7 @@ from modeconn.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.state import Relabelled
 from modeconn.rng import seeded
-from modeconn.settings import check_integers
+from modeconn.settings import check_at_least, check_integers, check_positive
 from modeconn.symmetry import Permutation
 
 if TYPE_CHECKING:
@@ -93,22 +93,15 @@ class PAM:
 
     def __post_init__(self) -> None:
         check_integers(self, "iterations", "num_batches", "num_points")
-        for name in ("iterations", "num_batches", "num_points"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1, got {name}={value}.")
+        check_at_least(self, 1, "iterations", "num_points", *["num_batches"] * (self.num_batches is not None))
         if self.exact and self.num_points < 3:
             raise ValueError(f"num_points must be at least 3, two of them the ends, got num_points={self.num_points}.")
         if isinstance(self.step, type) or not callable(self.step):
             raise ValueError(f"step must be a step in P such as ProximalLinear(), got step={self.step!r}.")
         if not isinstance(self.exact, bool):
             raise ValueError(f"exact must be True or False, got exact={self.exact!r}.")
-        for name in ("nu_permutation", "nu_curve"):
-            if not getattr(self, name) > 0:
-                raise ValueError(f"{name} must be positive, got {name}={getattr(self, name)}.")
-        for name in ("tol", "standard_errors"):
-            if not getattr(self, name) >= 0:
-                raise ValueError(f"{name} must be at least 0, got {name}={getattr(self, name)}.")
+        check_positive(self, "nu_permutation", "nu_curve")
+        check_at_least(self, 0, "tol", "standard_errors")
 
     def check(self, curve: Curve, recipe: Recipe, loader: Any) -> None:
         """Raise a ValueError if a fit of this curve by this recipe on this data cannot be refined."""

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from numbers import Real
 
 from modeconn.matching.trees import trees
 from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
@@ -39,8 +41,9 @@ class ProximalLinear:
     def __post_init__(self) -> None:
         check_integers(self, "max_rounds", "max_tries")
         check_at_least(self, 1, "max_rounds", "max_tries")
-        if not self.weights or min(self.weights) < 0:
-            raise ValueError(f"weights must be one or more numbers of at least 0, got weights={self.weights}.")
+        is_some = isinstance(self.weights, Sequence) and len(self.weights) > 0
+        if not (is_some and all(isinstance(weight, Real) and weight >= 0 for weight in self.weights)):
+            raise ValueError(f"weights must be one or more numbers of at least 0, got weights={self.weights!r}.")
 
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place."""

@@ -13,7 +13,7 @@ from modeconn.matching.assignment import match_units
 from modeconn.matching.soft import SoftPermutation
 from modeconn.refinement.sinkhorn_step import SoftPath
 from modeconn.refinement.state import Relabelled
-from modeconn.settings import check_integers, check_positive
+from modeconn.settings import check_at_least, check_integers, check_positive
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
 
@@ -60,13 +60,15 @@ class RelaxedStep:
     def __post_init__(self) -> None:
         check_integers(self, "steps", "halvings", "num_samples", "num_parts", "seed")
         check_positive(self, "steps", "learning_rate", "nu", "num_samples", "num_parts")
+        check_at_least(self, 0, "halvings")
 
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place."""
         if not b.spec.groups:
             return
         first = {
-            name: m.to(b.theta_b).contiguous() for name, m in SoftPermutation.of(b.spec.identity()).matrices.items()
+            name: m.to(b.space.device, b.space.wide_dtype).contiguous()
+            for name, m in SoftPermutation.of(b.spec.identity()).matrices.items()
         }
         matrices = {name: nn.Parameter(matrix.clone()) for name, matrix in first.items()}
         path, start = SoftPath(b), b.permutation

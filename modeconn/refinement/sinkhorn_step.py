@@ -49,7 +49,10 @@ class SinkhornStep:
         if not b.spec.groups:
             return
         hard = SoftPermutation.of(b.spec.identity()).matrices
-        logits = {name: nn.Parameter(self.strength * matrix.to(b.theta_b)) for name, matrix in hard.items()}
+        logits = {
+            name: nn.Parameter(self.strength * matrix.to(b.space.device, b.space.wide_dtype))
+            for name, matrix in hard.items()
+        }
         optimizer = torch.optim.Adam(logits.values(), lr=self.learning_rate)
         path = SoftPath(b)
         looks = evenly(self.rounds, self.steps)

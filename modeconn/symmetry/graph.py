@@ -9,7 +9,7 @@ import io
 import logging
 import operator
 import warnings
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
 from itertools import pairwise
@@ -98,6 +98,10 @@ class ExportError(ValueError):
     """A model that runs, but that ``torch.export`` cannot follow."""
 
 
+class InputMismatch(ValueError):
+    """Inputs that are not those of the example with which a model was exported."""
+
+
 class Graph:
     """One mode of a model, exported.
 
@@ -174,7 +178,8 @@ class Graph:
 
     def check_inputs(self, example: Example) -> None:
         """Raise a ValueError unless inputs have the shapes that the model was exported for, but for a free batch."""
-        for given, traced in zip(example.tensors(), self._inputs(), strict=False):
+        given_tensors = [leaf for leaf in self._flat_inputs(example) if isinstance(leaf, Tensor)]
+        for given, traced in zip(given_tensors, self._inputs(), strict=False):
             sizes = tuple("any" if _is_free(n) else int(n) for n in traced.shape)
             same = len(sizes) == given.dim() and all(n in ("any", m) for n, m in zip(sizes, given.shape, strict=True))
             if not same:
@@ -209,10 +214,30 @@ class Graph:
         return value.to(device, copy=True)
 
     def _flat_inputs(self, example: Example) -> list[Any]:
+        """Return the inputs one by one, in the order of their placeholders; keywords that the model lacks are left out.
+
+        Raises:
+            InputMismatch: If there are others than those that the model was exported with.
+        """
         spec = self._program.call_spec.in_spec
-        order = spec.children()[1].context if hasattr(spec, "children") else spec.children_specs[1].context
-        kwargs = {name: example.kwargs[name] for name in order}
-        return pytree.tree_leaves((example.args, kwargs))
+        positional, keywords = spec.children() if hasattr(spec, "children") else spec.children_specs
+        named = {name: example.kwargs[name] for name in keywords.context if name in example.kwargs}
+        leaves = [pytree.tree_leaves(part) for part in (example.args, named)]
+        if [len(part) for part in leaves] != [part.num_leaves for part in (positional, keywords)]:
+            wanted = _listed(positional.num_leaves, keywords.context)
+            raise InputMismatch(
+                f"this model runs on {wanted}, as in the example input, got {_listed(len(leaves[0]), example.kwargs)}. "
+                f"Pass a loader whose batches are the model's inputs, or a method that reads no data, such as "
+                f"WeightMatching()."
+            )
+        return [leaf for part in leaves for leaf in part]
+
+
+def _listed(num_positional: int, names: Iterable[str]) -> str:
+    """Write inputs as words."""
+    by_name = ", ".join(map(repr, names))
+    parts = [f"{num_positional} without a name"] * bool(num_positional) + [f"those named {by_name}"] * bool(by_name)
+    return f"inputs: {' and '.join(parts) or 'none'}"
 
 
 def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
