@@ -106,7 +106,10 @@ def robust_profile(
         ax.fill_between(t, *(100 * bounds), color=colour, alpha=0.15, linewidth=0)
     ax.set_xlabel("position on the curve, t (0: network a, 1: network b)")
     ax.set_ylabel(f"{quantity} (%)" if quantity in _PERCENT else "loss (mean per example)")
-    return _finished(ax, legend=True)
+    _finished(ax, legend=False)
+    beside = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(3, len(ax.lines))}  # bands fill the axes
+    ax.legend(frameon=False, fontsize="small", **beside)
+    return ax
 
 
 def correlation(
@@ -241,7 +244,7 @@ def _finished(ax: Axes, *, legend: bool) -> Axes:
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
     if legend:
-        ax.legend(framealpha=0.85, edgecolor="none", fontsize="small")
+        ax.legend(frameon=False, fontsize="small")
     return ax
 
 
