@@ -227,7 +227,8 @@ def write(
     }
     text = [
         f"{setting.model} on {record['data']}; eps {setting.eps:.4g} in linf, pixels in [0, 1]; endpoints and curves "
-        f"{setting.recipe.epochs} epochs against {setting.adversary}; mean and standard deviation over pairs. "
+        f"{setting.recipe.epochs} epochs against {setting.adversary}; mean over pairs, and standard deviation "
+        f"where there are several. "
         f"{record['environment']}.\n"
     ]
     titles = {
