@@ -17,8 +17,8 @@ Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
 """``attack(model, x, y) -> x_adv``."""
 
 
-def check_examples(x_adv: Any, x: Tensor, name: str) -> None:
-    """Raise a ValueError unless what the attack ``name`` returned for ``x`` can stand in its place."""
+def check_examples(x_adv: Any, x: Tensor, name: object) -> None:
+    """Raise a ValueError unless what an attack returned for ``x`` can stand in its place; ``name`` stands for it."""
     if not isinstance(x_adv, Tensor):
         raise ValueError(f"{name} must return a tensor, but returned {type(x_adv).__name__}.")
     if x_adv.shape != x.shape:

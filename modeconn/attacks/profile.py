@@ -127,7 +127,7 @@ class RobustProfile:
             raise ValueError(
                 "a point must be chosen on other examples than it is reported on; both profiles have the same."
             )
-        for name in self.attacks.keys() | validation.attacks.keys() if row == WORST else {row} - {CLEAN}:
+        for name in sorted(self.attacks.keys() | validation.attacks.keys() if row == WORST else {row} - {CLEAN}):
             if self.attacks.get(name) != validation.attacks.get(name):
                 raise ValueError(
                     f"a point must be chosen under the attacks that it is reported under, but {name!r} differs: "
@@ -147,11 +147,10 @@ class RobustProfile:
         """What speaks against the attacks, each doubt a sentence; empty is no proof that they are strong.
 
         An attack that leaves more right answers than another with a smaller ball or fewer steps, but otherwise the same
-        settings, is weak, and so is one that leaves more than clean examples do. A ball in the norm "linf" of radius 1
-        or more holds every image. A black-box attack that leaves fewer
+        settings, is weak, and so is one that leaves more than clean examples do. A black-box attack that leaves fewer
         than all attacks by gradients in its ball or a larger one together is a sign of masked gradients. At one point a
         difference counts from 2 paired standard errors on; at several, from so many that chance makes one of them as
-        likely.
+        likely. A ball in the norm "linf" of radius 1 or more holds every image.
         """
         pairs = [(one, other) for one in self.attacks for other in self.attacks]
         found = [self._weakness(one, other) for one, other in pairs if _is_stronger(*self._facts(one, other))]
@@ -259,15 +258,8 @@ class RobustProfile:
         """Header, and a row of accuracies and one of losses for each row of results."""
         if len(self.t) == 1:
             return self._table_of_one_point()
-        header = [
-            "",
-            *(f"t={self.t[place]:g}" for place in (0, -1)),
-            "worst",
-            "95% interval",
-            "at t",
-            "mean",
-            "barrier",
-        ]
+        ends = (f"t={self.t[place]:g}" for place in (0, -1))
+        header = ["", *ends, "worst", "95% interval", "at t", "mean", "barrier"]
         rows = []
         for row, accuracy in self.accuracy.items():
             place = int(accuracy.argmin())

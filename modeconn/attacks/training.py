@@ -62,7 +62,7 @@ class AdversarialTraining:
         """Return the loss of the mixture."""
         with under_attack(model):
             moved = self.attack(model, inputs, targets)
-        check_examples(moved, inputs, repr(self.attack))
+        check_examples(moved, inputs, self.attack)
         loss = loss_fn(model(moved), targets)
         if not self.clean_weight:
             return loss
