@@ -792,13 +792,13 @@ def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
     ("changes", "message"),
     [
         ({"depth": 0}, "depth must be positive, got depth=0"),
-        ({"steps": -1}, "steps must be 0 or more, got steps=-1"),
-        ({"alignment": float("nan")}, "alignment must be 0 or more"),
+        ({"steps": -1}, "steps must be at least 0, got steps=-1"),
+        ({"alignment": float("nan")}, "alignment must be at least 0"),
         ({"supervised": 0, "alignment": 0, "connectivity": 0}, "all of them are 0"),
         ({"steps": 2.5}, r"steps must be an integer, got steps=2\.5"),
         ({"seed": "abc"}, "seed must be an integer, got seed='abc'"),
         ({"learning_rate": "abc"}, "learning_rate must be positive, got learning_rate='abc'"),
-        ({"supervised": "abc"}, "supervised must be 0 or more, got supervised='abc'"),
+        ({"supervised": "abc"}, "supervised must be at least 0, got supervised='abc'"),
         ({"features": 10}, "features must be a multiple of edge_features=4, got features=10"),
     ],
 )

@@ -225,6 +225,13 @@ def test_a_target_that_is_no_class_is_an_error():
         train_population(networks(mlp), read, recipe=ADAM)
 
 
+def test_targets_are_classes_or_probabilities_of_classes_for_the_default_loss():
+    read = [(x, torch.rand(len(x), 3, dtype=x.dtype).softmax(1)) for x, _ in loader(8)]
+    train_population(networks(mlp), read, recipe=ADAM)
+    with pytest.raises(ValueError, match=r"targets of loader are real numbers, .*Pass loss_fn="):
+        train_population(networks(mlp), [(x, 2 * y) for x, y in read], recipe=ADAM)
+
+
 def test_a_loss_that_is_not_finite_names_its_network():
     start = networks(mlp)
     start[1][1].weight.data[0, 0] = torch.inf

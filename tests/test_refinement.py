@@ -19,6 +19,7 @@ from modeconn.refinement.exact import Descent
 from modeconn.refinement.moves import Move, cycles, exchanges, gain, linear_costs, proximal_proposals
 from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.relaxed_step import decompose, project
+from modeconn.refinement.sinkhorn_step import SoftPath
 from modeconn.refinement.state import Relabelled
 from modeconn.symmetry.permutation import Permutation
 from modeconn.weights import WeightSpace, Workspace
@@ -526,13 +527,21 @@ def test_a_model_without_free_groups(caplog):
 
 
 @pytest.mark.parametrize("step", [SinkhornStep(steps=3, rounds=1), RelaxedStep(steps=60, num_samples=2)], ids=repr)
-def test_soft_steps_are_learned_in_single_precision_where_networks_are_of_half(step):
+def test_soft_steps_are_learned_in_single_precision_where_networks_are_of_half(step, monkeypatch):
+    learned, backward = [], SoftPath.backward
+
+    def noted(path, matrices, place):
+        learned.extend(matrix.dtype for matrix in matrices.values())
+        backward(path, matrices, place)
+
+    monkeypatch.setattr(SoftPath, "backward", noted)
     a, b = (CASE["mlp"].make(seed, torch.bfloat16) for seed in (0, 1))
     data = [(x.bfloat16(), y) for x, y in batches()]
     connection = modeconn.fit_curve(
         a, b, data, align=False, curve=Line(), refine=PAM(iterations=1, step=step), recipe=Recipe(epochs=1)
     )
     assert connection.history.turns[0]["loss_after"] <= connection.history.turns[0]["loss_before"]
+    assert set(learned) == {torch.float32}
 
 
 @pytest.mark.parametrize("step", [SinkhornStep(steps=40, rounds=4), RelaxedStep(steps=40, num_samples=4)], ids=repr)

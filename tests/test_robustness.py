@@ -564,6 +564,8 @@ def test_a_figure_shows_every_row_with_its_interval(profile):
         assert [line.get_label() for line in ax.lines] == ["clean", "strong", "weak", "worst"]
         assert ax.lines[1].get_ydata() == pytest.approx(100 * profile.accuracy["strong"].numpy())
         assert len(ax.collections) == 4
+        ax.figure.canvas.draw()
+        assert ax.get_legend().get_window_extent().y0 >= ax.get_window_extent().y1  # intervals fill the axes
         errors = plot.robust_profile(profile, rows=["weak"], quantity="error")
         assert errors.lines[0].get_ydata() == pytest.approx(100 - 100 * profile.accuracy["weak"].numpy())
         assert not plot.robust_profile(profile, quantity="loss").collections
