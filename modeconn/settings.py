@@ -15,14 +15,6 @@ def check_positive(settings: Any, *names: str) -> None:
             raise ValueError(f"{name} must be positive, got {name}={value!r}.")
 
 
-def check_not_negative(settings: Any, *names: str) -> None:
-    """Raise unless the named fields are numbers of 0 or more."""
-    for name in names:
-        value = getattr(settings, name)
-        if not (isinstance(value, Real) and value >= 0):
-            raise ValueError(f"{name} must be 0 or more, got {name}={value!r}.")
-
-
 def check_at_least(settings: Any, lowest: float, *names: str) -> None:
     """Raise unless the named fields are numbers of ``lowest`` or more."""
     for name in names:

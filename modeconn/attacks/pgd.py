@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from modeconn.adversarial import under_attack
 from modeconn.identity import identify
 from modeconn.loss import LossFn, check_targets, cross_entropy, per_example
-from modeconn.settings import check_at_least, check_integers, check_not_negative
+from modeconn.settings import check_at_least, check_integers
 
 _SCALE = 2.0**10  # of the loss, against underflow of its gradient in float16; a power of two rounds nothing
 _ROUNDING = 1e-5  # by so much may augmentation leave the pixel range
@@ -86,7 +86,7 @@ class PGD:
     def __post_init__(self) -> None:
         check_radius(self.eps)
         check_integers(self, "num_steps", "num_restarts", "seed")
-        check_not_negative(self, "num_steps")
+        check_at_least(self, 0, "num_steps")
         if self.num_steps > 0 and not (isinstance(self.step_size, Real) and 0 < self.step_size < math.inf):
             raise ValueError(
                 f"step_size must be positive and finite, got step_size={self.step_size!r} for "

@@ -24,7 +24,7 @@ from modeconn.matching import Match, match_groups
 from modeconn.matching.alignment import find_spec
 from modeconn.matching.statistics import inputs_of
 from modeconn.rng import seeded
-from modeconn.settings import check_integers, check_not_negative, check_positive
+from modeconn.settings import check_at_least, check_integers, check_positive
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.weights import WeightSpace
 
@@ -133,7 +133,7 @@ class DeepAlign:
             self, "features", "edge_features", "depth", "scale", "batch_size", "learning_rate", "validation_pairs",
             "validate_every",
         )  # fmt: skip
-        check_not_negative(self, "steps", "weight_decay", "supervised", "alignment", "connectivity")
+        check_at_least(self, 0, "steps", "weight_decay", "supervised", "alignment", "connectivity")
         if self.supervised == self.alignment == self.connectivity == 0:
             raise ValueError("one of supervised, alignment and connectivity must be positive, all of them are 0.")
         if self.features % self.edge_features:

@@ -75,6 +75,7 @@ def check_start(start: Any) -> None:
 
 
 def _given(start: Any) -> Any:
+    """Return the permutation that ``start`` is or, if `modeconn.align` made it, holds; else something else."""
     return start if isinstance(start, Permutation) else getattr(start, "permutation", None)
 
 
@@ -91,13 +92,12 @@ def starting_permutation(
     given = _given(start)
     if not isinstance(given, Permutation):
         return start.match(spec, model_a, model_b, loader).permutation
-    start = given
-    if {g.name: g.shape for g in start.spec.groups} != {g.name: g.shape for g in spec.groups}:
+    if {g.name: g.shape for g in given.spec.groups} != {g.name: g.shape for g in spec.groups}:
         raise ValueError(
             "start= is a permutation of another spec: its groups differ from those of the networks that are matched. "
             "Pass one that align returned for this architecture."
         )
-    return Permutation(spec, start.perms)
+    return Permutation(spec, given.perms)
 
 
 def correlations(moments: Mapping[str, Moments], permutation: Permutation) -> dict[str, tuple[float, float]]:
