@@ -24,7 +24,7 @@ from torch import nn
 
 import modeconn
 from modeconn import ActivationMatching, Recipe, Sinkhorn, StraightThrough, WeightMatching, data, models
-from modeconn.recipe import one_cycle
+from modeconn.network.recipe import one_cycle
 
 METHODS = {
     "activations": ActivationMatching(num_examples=5_000),

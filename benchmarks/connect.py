@@ -25,7 +25,7 @@ from torch import nn
 import modeconn
 from modeconn import PAM, ProximalLinear, Recipe, data, models
 from modeconn.models import files
-from modeconn.recipe import one_cycle
+from modeconn.network.recipe import one_cycle
 
 SETTINGS = {
     "cifar10": {"model": {}, "train_examples": 15_000, "endpoint_epochs": 15, "curve_epochs": 8},

@@ -18,12 +18,12 @@ from timing import environment, interleaved, ratio
 from torch import Tensor, nn
 
 from modeconn import models
-from modeconn.curve_step import CurveStep, stratified_positions
 from modeconn.curves import Bezier
-from modeconn.loss import cross_entropy
-from modeconn.objective import supervised
-from modeconn.recipe import Recipe
-from modeconn.weights import WeightSpace, Workspace
+from modeconn.curves.step import CurveStep, stratified_positions
+from modeconn.learning.step_loss import supervised
+from modeconn.network.loss import cross_entropy
+from modeconn.network.recipe import Recipe
+from modeconn.network.weights import WeightSpace, Workspace
 
 SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True)
 Batch = tuple[Tensor, Tensor]

@@ -27,8 +27,8 @@ from torch.utils.flop_counter import FlopCounterMode
 import modeconn
 from modeconn import PAM, ActivationMatching, Comparison, DeepAlign, Sinkhorn, WeightMatching, data, models
 from modeconn.matching import Method
-from modeconn.memory import peak_memory
 from modeconn.refinement import ProximalLinear
+from modeconn.tools.memory import peak_memory
 
 TRAIN, VALIDATION = 10, 11  # in place of a split: networks 10,000 to 10,999 and 11,000 to 11,099
 SEEDS = (0, 1, 2)

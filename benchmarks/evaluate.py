@@ -20,8 +20,8 @@ from timing import environment, interleaved, ratio
 from torch import Tensor, nn
 
 from modeconn import attacks, models
-from modeconn.adversarial import Attack
 from modeconn.connection import Connection, TrainingData
+from modeconn.network.attack import Attack
 
 Batches = list[tuple[Tensor, Tensor]]
 

@@ -20,7 +20,7 @@ from torch import nn
 
 import modeconn
 from modeconn import PAM, Line, Recipe, data, models
-from modeconn.recipe import one_cycle
+from modeconn.network.recipe import one_cycle
 
 TRAINING = Recipe(epochs=5, optimizer=partial(torch.optim.Adam, lr=1e-3), schedule=one_cycle, weight_decay=0.0)
 

@@ -19,15 +19,15 @@ from torch import Tensor, nn
 
 import modeconn
 from modeconn import Line, models
-from modeconn.curve_loss import CurveLoss, Sample
-from modeconn.loss import cross_entropy
+from modeconn.curves.loss import CurveLoss, Sample
+from modeconn.learning.step_loss import supervised
 from modeconn.matching.assignment import match_tree
-from modeconn.objective import supervised
+from modeconn.network.loss import cross_entropy
+from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.refinement import moves
 from modeconn.refinement.proximal_linear import ProximalLinear
-from modeconn.refinement.state import Relabelled
+from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.weights import WeightSpace, Workspace
 
 FORWARD = supervised(cross_entropy)
 

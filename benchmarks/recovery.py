@@ -22,7 +22,7 @@ from torch import nn
 import modeconn
 from modeconn import ActivationMatching, Permutation, WeightMatching, data, models
 from modeconn.matching import Method, Sinkhorn, TransportMatching
-from modeconn.rng import seeded
+from modeconn.tools.rng import seeded
 
 NOISE = (0.0, 0.1, 0.5, 1.0)
 HIDDEN = ((32, 32, 32), (128, 128))

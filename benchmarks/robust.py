@@ -32,8 +32,8 @@ from torch import Tensor, nn
 
 import modeconn
 from modeconn import PGD, ActivationMatching, Recipe, attacks, data, models
-from modeconn.attacks.profile import CLEAN, RobustProfile
-from modeconn.recipe import one_cycle
+from modeconn.measure.robust_profile import CLEAN, RobustProfile
+from modeconn.network.recipe import one_cycle
 
 
 @dataclass(frozen=True)

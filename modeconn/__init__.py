@@ -13,17 +13,12 @@ profile = connection.evaluate(test)                        # loss and accuracy a
 """
 
 from modeconn._version import __version__
-from modeconn.adversarial import AdversarialExamples
 from modeconn.attacks.pgd import PGD
-from modeconn.attacks.profile import RobustProfile
-from modeconn.attacks.robustness import robustness
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.comparison import Comparison, compare
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.deep_align import DeepAlign
-from modeconn.ensemble import Ensemble
-from modeconn.evaluate import Profile
 from modeconn.fit import fit_curve
 from modeconn.matching import (
     ActivationMatching,
@@ -35,9 +30,15 @@ from modeconn.matching import (
     WeightMatching,
     align,
 )
+from modeconn.measure.profile import Profile
+from modeconn.measure.robust_profile import RobustProfile
+from modeconn.measure.robustness import robustness
 from modeconn.merging import Merge, interpolate, merge_many
-from modeconn.pre_activations import repair
-from modeconn.recipe import Recipe
+from modeconn.network.attack import AdversarialExamples
+from modeconn.network.ensemble import Ensemble
+from modeconn.network.recipe import Recipe
+from modeconn.network.repair import repair
+from modeconn.network.weights import WeightSpace
 from modeconn.refinement import PAM, BestSwap, ProximalLinear, RelaxedStep, SinkhornStep, best_swap
 from modeconn.symmetry import (
     RULES,
@@ -47,7 +48,6 @@ from modeconn.symmetry import (
     VerificationError,
     discover,
 )
-from modeconn.weights import WeightSpace
 
 __all__ = [
     "PAM",

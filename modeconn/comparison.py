@@ -18,26 +18,26 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from modeconn.batch_norm import norm_layers
 from modeconn.connection import Connection, TrainingData
 from modeconn.curves import Bezier, Curve
-from modeconn.evaluate import Meter, Profile, fetch
 from modeconn.fit import fit_curve
-from modeconn.identity import digest, identify
-from modeconn.loaders import check_loader, num_examples
-from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching import Match, Method, match_units
 from modeconn.matching.alignment import find_spec
 from modeconn.matching.method import check_method
-from modeconn.memory import peak_memory
-from modeconn.progress import progress_bar
-from modeconn.recipe import Recipe
-from modeconn.records import Records
-from modeconn.records import key as record_key
-from modeconn.rng import seeded
+from modeconn.measure.profile import Meter, Profile, fetch
+from modeconn.network.batch_norm import norm_layers
+from modeconn.network.batches import check_loader, num_examples
+from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.network.recipe import Recipe
+from modeconn.network.weights import WeightSpace, load_buffers
 from modeconn.symmetry import Permutation, PermutationSpec
-from modeconn.table import html_table, table
-from modeconn.weights import WeightSpace, load_buffers
+from modeconn.tools.fingerprint import digest, identify
+from modeconn.tools.measurements import Records
+from modeconn.tools.measurements import key as record_key
+from modeconn.tools.memory import peak_memory
+from modeconn.tools.progress import progress_bar
+from modeconn.tools.rng import seeded
+from modeconn.tools.table import html_table, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -216,8 +216,8 @@ def compare(
 
     Returns:
         The table, which keeps the values of every pair. "Peak bytes" are those a matching needs beyond what was in use
-        when it began, see `modeconn.memory.peak_memory`; small needs met by memory that the process holds free do not
-        show, so the table prints the largest over pairs.
+        when it began, see `modeconn.tools.memory.peak_memory`; small needs met by memory that the process holds free
+        do not show, so the table prints the largest over pairs.
 
     Raises:
         ValueError: If there is no pair, networks differ in architecture or hold NaN, data is missing, or two rows have

@@ -12,25 +12,25 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modeconn import checkpoint
-from modeconn.adversarial import AdversarialExamples
-from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
-from modeconn.batch_norm import recalibrate as recalibrate_statistics
-from modeconn.copies import copy_of
 from modeconn.curves import CURVES, Curve, Line
-from modeconn.evaluate import Meter, Objective, Profile, fetch
-from modeconn.loaders import check_loader, first_batch
-from modeconn.loss import LossFn, cross_entropy
-from modeconn.pre_activations import Statistics, impose, measure, mix
-from modeconn.progress import progress_bar
-from modeconn.rng import seeded
+from modeconn.measure.profile import Meter, Objective, Profile, fetch
+from modeconn.network.attack import AdversarialExamples
+from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
+from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
+from modeconn.network.batches import check_loader, first_batch
+from modeconn.network.copies import copy_of
+from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.network.repair import Statistics, impose, measure, mix
+from modeconn.network.weights import WeightSpace, load_buffers, named_buffers
 from modeconn.symmetry import Permutation, PermutationSpec
-from modeconn.weights import WeightSpace, load_buffers, named_buffers
+from modeconn.tools import files as checkpoint
+from modeconn.tools.progress import progress_bar
+from modeconn.tools.rng import seeded
 
 if TYPE_CHECKING:
-    from modeconn.attacks.profile import RobustProfile
-    from modeconn.attacks.robustness import Attacks
-    from modeconn.curvature import Curvature
+    from modeconn.measure.curvature import Curvature
+    from modeconn.measure.robust_profile import RobustProfile
+    from modeconn.measure.robustness import Attacks
 
 _KIND = "connection"
 _FORMAT = 1
@@ -267,7 +267,7 @@ class Connection:
                 attack leaves its ball or the pixel range.
             FloatingPointError: If an attack returns NaN.
         """
-        from modeconn.attacks.robustness import along
+        from modeconn.measure.robustness import along
 
         return along(
             lambda position: self.model_at(
@@ -310,7 +310,7 @@ class Connection:
             recalibrate: Likewise.
             recalibration_examples: Likewise.
             repair: Likewise.
-            num_steps: See `modeconn.curvature.largest_eigenvalue`, as for ``tolerance`` and ``seed``.
+            num_steps: See `modeconn.measure.curvature.largest_eigenvalue`, as for ``tolerance`` and ``seed``.
             tolerance: Likewise.
             loss_fn: Default that of the fit, or cross entropy.
             seed: Likewise.
@@ -319,7 +319,7 @@ class Connection:
         Raises:
             ValueError: If a setting is out of range, or training data is needed to recalibrate.
         """
-        from modeconn.curvature import Curvature, largest_eigenvalue
+        from modeconn.measure.curvature import Curvature, largest_eigenvalue
 
         chosen, found = positions(t, num_points), []
         for position in progress_bar(chosen, show=progress, desc="curvature"):

@@ -12,9 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from torch import Tensor, nn
 
-from modeconn import checkpoint as files
 from modeconn.attacks.training import AdversaryLike, adversary_of
-from modeconn.checkpoint import Checkpoint
 from modeconn.connection import (
     Connection,
     History,
@@ -23,20 +21,22 @@ from modeconn.connection import (
     saved_permutation,
     warn_about_buffers,
 )
-from modeconn.curve_step import CurveStep
 from modeconn.curves import Bezier, Curve, Line
-from modeconn.evaluate import Objective
-from modeconn.identity import digest, identify
-from modeconn.loaders import check_loader, first_batch
-from modeconn.loss import LossFn, cross_entropy
-from modeconn.objective import Objectives
-from modeconn.recipe import Recipe
+from modeconn.curves.step import CurveStep
+from modeconn.learning.epochs import KIND, Keeper, Run
+from modeconn.learning.step_loss import Objectives
+from modeconn.measure.profile import Objective
+from modeconn.network.batches import check_loader, first_batch
+from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.network.recipe import Recipe
+from modeconn.network.weights import WeightSpace, Workspace, named_buffers
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.pam import PAM, Refinement
-from modeconn.rng import seeded
-from modeconn.run import KIND, Keeper, Run
 from modeconn.symmetry import Permutation, PermutationSpec
-from modeconn.weights import WeightSpace, Workspace, named_buffers
+from modeconn.tools import files
+from modeconn.tools.files import Checkpoint
+from modeconn.tools.fingerprint import digest, identify
+from modeconn.tools.rng import seeded
 
 if TYPE_CHECKING:
     from modeconn.matching import Alignment

@@ -9,17 +9,17 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, recalibrate
 from modeconn.connection import Connection, warn_about_buffers
-from modeconn.copies import copy_of
 from modeconn.matching.alignment import find_spec
 from modeconn.matching.method import Method, check_data, check_method
 from modeconn.matching.weight_matching import WeightMatching
-from modeconn.pre_activations import repair as repair_model
-from modeconn.rng import seeded
+from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, recalibrate
+from modeconn.network.copies import copy_of
+from modeconn.network.repair import repair as repair_model
+from modeconn.network.weights import WeightSpace, load_buffers
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.weights import WeightSpace, load_buffers
+from modeconn.tools.rng import seeded
 
 
 def interpolate(

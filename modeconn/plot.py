@@ -13,11 +13,11 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-    from modeconn.attacks.profile import RobustProfile
     from modeconn.comparison import Comparison
     from modeconn.connection import Connection, History
-    from modeconn.evaluate import Profile
     from modeconn.matching import Alignment
+    from modeconn.measure.profile import Profile
+    from modeconn.measure.robust_profile import RobustProfile
 
 Correlation = Mapping[str, tuple[float, float]]
 """Mean correlation ``(before, after)`` by group."""

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 from torch.func import functional_call
 
 from modeconn.curves import Curve
-from modeconn.recipe import Recipe
-from modeconn.weights import WeightSpace
+from modeconn.network.recipe import Recipe
+from modeconn.network.weights import WeightSpace
 
 
 def de_casteljau(control_points: Tensor, t: float) -> Tensor:

@@ -8,12 +8,12 @@ import torch
 from torch import nn
 
 from modeconn import models
-from modeconn.batch_norm import calibration_batches, recalibrate
 from modeconn.connection import Connection, History, TrainingData, warn_about_buffers
 from modeconn.curves import Bezier, Line, PolyChain
-from modeconn.loss import cross_entropy
-from modeconn.rng import rng_state
-from modeconn.weights import WeightSpace, named_buffers
+from modeconn.network.batch_norm import calibration_batches, recalibrate
+from modeconn.network.loss import cross_entropy
+from modeconn.network.weights import WeightSpace, named_buffers
+from modeconn.tools.rng import rng_state
 from tests.cases import CASE, CASES, batches, clone, same_bits
 
 parametrize_cases = pytest.mark.parametrize("case", CASES, ids=str)

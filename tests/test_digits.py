@@ -9,7 +9,7 @@ import torch
 
 import modeconn
 from modeconn import Bezier, Line, Recipe, data, models
-from modeconn.train import DIGITS_RECIPE
+from modeconn.models.training import DIGITS_RECIPE
 
 CURVE_RECIPE = Recipe(
     epochs=30, optimizer=partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True), weight_decay=0.0

@@ -14,17 +14,17 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from modeconn.checkpoint import Checkpoint
 from modeconn.connection import Connection
-from modeconn.curve_step import BLOCK, stratified_positions
 from modeconn.curves import Bezier, Line, PolyChain
+from modeconn.curves.step import BLOCK, stratified_positions
 from modeconn.data import TensorLoader
 from modeconn.fit import fit_curve
-from modeconn.loss import cross_entropy
-from modeconn.recipe import Recipe, constant, one_cycle
-from modeconn.rng import rng_state
+from modeconn.network.loss import cross_entropy
+from modeconn.network.recipe import Recipe, constant, one_cycle
+from modeconn.network.weights import WeightSpace
 from modeconn.symmetry import discover
-from modeconn.weights import WeightSpace
+from modeconn.tools.files import Checkpoint
+from modeconn.tools.rng import rng_state
 from tests.cases import CASE, CASES, batches, clone, same_bits
 from tests.reference import fit_by_autograd
 

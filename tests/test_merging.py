@@ -23,13 +23,13 @@ from modeconn import (
     merge_many,
     models,
 )
-from modeconn.batch_norm import calibration_batches, recalibrate
 from modeconn.connection import TrainingData
-from modeconn.pre_activations import measure, mix
-from modeconn.train import DIGITS_RECIPE, train
+from modeconn.models.training import DIGITS_RECIPE, train
+from modeconn.network.batch_norm import calibration_batches, recalibrate
+from modeconn.network.repair import measure, mix
 from tests.cases import CASE, batches, same_bits
-from tests.symmetry_cases import CASES
-from tests.test_cli import run
+from tests.cli.test_app import run
+from tests.symmetry.cases import CASES
 
 SYMMETRY = {case.name: case for case in CASES}
 

@@ -12,7 +12,7 @@ from matplotlib.figure import Figure
 
 from modeconn import plot
 from modeconn.connection import History
-from modeconn.evaluate import Profile
+from modeconn.measure.profile import Profile
 
 T = torch.linspace(0, 1, 5, dtype=torch.float64)
 BUMP = Profile(T, loss=1 + T * (1 - T), accuracy=0.9 - T / 10, arc_length=T)

@@ -8,9 +8,9 @@ import re
 from collections.abc import Callable
 from typing import Any, Literal
 
-from modeconn.adversarial import Attack
 from modeconn.attacks.pgd import PGD, check_radius
 from modeconn.attacks.torch_attacks import TorchAttack, autoattack, is_number, torch_norm
+from modeconn.network.attack import Attack
 
 _PREFIX = "torchattacks:"
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {

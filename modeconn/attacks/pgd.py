@@ -11,10 +11,10 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modeconn.adversarial import under_attack
-from modeconn.identity import identify
-from modeconn.loss import LossFn, check_targets, cross_entropy, per_example
-from modeconn.settings import check_at_least, check_integers
+from modeconn.network.attack import under_attack
+from modeconn.network.loss import LossFn, check_targets, cross_entropy, per_example
+from modeconn.tools.checks import check_at_least, check_integers
+from modeconn.tools.fingerprint import identify
 
 _SCALE = 2.0**10  # of the loss, against underflow of its gradient in float16; a power of two rounds nothing
 _ROUNDING = 1e-5  # by so much may augmentation leave the pixel range

@@ -14,9 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeconn.adversarial import Attack, under_attack
-from modeconn.loss import main_output
-from modeconn.rng import seeded
+from modeconn.network.attack import Attack, under_attack
+from modeconn.network.loss import main_output
+from modeconn.tools.rng import seeded
 
 _RADII = ("eps", "max_epsilon")
 _STEP_SIZES = ("alpha", "lr")

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeconn.adversarial import Attack, check_examples, under_attack
 from modeconn.attacks.pgd import PGD, check_pixels, show
-from modeconn.loss import LossFn, main_output
-from modeconn.settings import check_at_least, check_integers
+from modeconn.network.attack import Attack, check_examples, under_attack
+from modeconn.network.loss import LossFn, main_output
+from modeconn.tools.checks import check_at_least, check_integers
 
 
 class Adversary(Protocol):

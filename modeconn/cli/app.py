@@ -35,7 +35,7 @@ from modeconn.cli.options import DataOptions, change_recipe, template
 from modeconn.cli.options import bars as _bars
 from modeconn.connection import TrainingData
 from modeconn.matching import ActivationMatching
-from modeconn.records import Records
+from modeconn.tools.measurements import Records
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 

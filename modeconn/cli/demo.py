@@ -17,9 +17,9 @@ from torch import nn
 from modeconn import Alignment, Connection, Profile, Recipe, align, checkpoint, fit_curve, models, plot
 from modeconn.connection import TrainingData
 from modeconn.data import TensorLoader
-from modeconn.identity import identify
-from modeconn.recipe import one_cycle
-from modeconn.table import table
+from modeconn.network.recipe import one_cycle
+from modeconn.tools.fingerprint import identify
+from modeconn.tools.table import table
 
 T = TypeVar("T")
 

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 from modeconn import Comparison, DeepAlign, Permutation, Profile, RobustProfile, checkpoint, plot
 from modeconn.connection import History
-from modeconn.table import table
+from modeconn.tools.table import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -40,7 +40,7 @@ from modeconn.curves import Curve
 from modeconn.data import TensorLoader
 from modeconn.deep_align import Augmentation
 from modeconn.matching import Method
-from modeconn.rng import seeded
+from modeconn.tools.rng import seeded
 
 CURVES = {"line": Line, "bezier": Bezier, "polychain": PolyChain}
 METHODS = {

@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from modeconn.curves.curve import Curve
-from modeconn.settings import check_at_least, check_integers
+from modeconn.tools.checks import check_at_least, check_integers
 
 
 @dataclass(frozen=True)

@@ -12,21 +12,21 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn import checkpoint
 from modeconn.deep_align.augmentation import Augmentation
 from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.training import Training
 from modeconn.deep_align.unit_graph import Entry, UnitGraph, difference, layout_of, spec_difference
-from modeconn.identity import digest
-from modeconn.loaders import first_batch
-from modeconn.loss import LossFn, cross_entropy
 from modeconn.matching import Match, match_groups
 from modeconn.matching.alignment import find_spec
 from modeconn.matching.statistics import inputs_of
-from modeconn.rng import seeded
-from modeconn.settings import check_at_least, check_integers, check_positive
+from modeconn.network.batches import first_batch
+from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.weights import WeightSpace
+from modeconn.tools import files as checkpoint
+from modeconn.tools.checks import check_at_least, check_integers, check_positive
+from modeconn.tools.fingerprint import digest
+from modeconn.tools.rng import seeded
 
 _FORMAT = 2
 _KIND = "deep align"

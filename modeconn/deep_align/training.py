@@ -13,20 +13,20 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from modeconn.batch_norm import calibration_batches, norm_layers
-from modeconn.copies import copy_of
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Encoder
-from modeconn.loaders import check_loader, endless_batches, to_device
-from modeconn.loss import LossFn, check_targets, main_output
 from modeconn.matching import match_units
 from modeconn.matching.sinkhorn import soft_matrices
-from modeconn.progress import progress_bar
-from modeconn.recipe import one_cycle
+from modeconn.network.batch_norm import calibration_batches, norm_layers
+from modeconn.network.batches import check_loader, endless_batches, to_device
+from modeconn.network.copies import copy_of
+from modeconn.network.loss import LossFn, check_targets, main_output
+from modeconn.network.recipe import one_cycle
+from modeconn.network.vectorised import over_networks
+from modeconn.network.weights import named_places
 from modeconn.symmetry.discover import example_for
 from modeconn.symmetry.graph import Example
-from modeconn.vectorised import over_networks
-from modeconn.weights import named_places
+from modeconn.tools.progress import progress_bar
 
 if TYPE_CHECKING:
     from modeconn.deep_align.aligner import DeepAlign

@@ -9,12 +9,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modeconn.adversarial import Attack
 from modeconn.matching.assignment import match_groups
 from modeconn.matching.method import Match, check_data, correlations
 from modeconn.matching.statistics import Moments, collect
-from modeconn.settings import check_integers
+from modeconn.network.attack import Attack
 from modeconn.symmetry.spec import PermutationSpec
+from modeconn.tools.checks import check_integers
 
 
 @dataclass(frozen=True)

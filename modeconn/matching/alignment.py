@@ -10,17 +10,17 @@ from typing import Any
 
 from torch import nn
 
-from modeconn.loaders import check_rereadable, first_batch, inputs_of
 from modeconn.matching.activation_matching import ActivationMatching
 from modeconn.matching.method import Method, check_data, check_method, correlations
 from modeconn.matching.statistics import collect
 from modeconn.matching.weight_matching import WeightMatching
-from modeconn.rng import seeded
+from modeconn.network.batches import check_rereadable, first_batch, inputs_of
+from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.graph import ExportError, InputMismatch
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.weights import WeightSpace
+from modeconn.tools.rng import seeded
 
 _LOGGER = logging.getLogger(__name__)
 

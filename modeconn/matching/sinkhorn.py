@@ -10,15 +10,15 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.curves import Curve
-from modeconn.loss import LossFn, cross_entropy
+from modeconn.matching.learned import Distance, Incumbent, Objective, PathLoss, check_objective, evenly, write
 from modeconn.matching.method import Match, Start, check_data, check_start, starting_permutation
-from modeconn.matching.objective import Distance, Incumbent, Objective, PathLoss, check_objective, evenly, write
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation
-from modeconn.rng import seeded
-from modeconn.settings import check_integers, check_positive
+from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.weights import WeightSpace
+from modeconn.tools.checks import check_integers, check_positive
+from modeconn.tools.rng import seeded
 
 
 @dataclass(frozen=True)

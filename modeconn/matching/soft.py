@@ -10,8 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeconn.copies import copy_of
 from modeconn.matching.assignment import match_groups
+from modeconn.network.copies import copy_of
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec
 from modeconn.symmetry.structure import Labels, find_label

@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.adversarial import Attack, attacked_in_eval_mode
-from modeconn.loaders import batches, check_pair, first_examples, inputs_of
-from modeconn.rng import seeded
+from modeconn.network.attack import Attack, attacked_in_eval_mode
+from modeconn.network.batches import batches, check_pair, first_examples, inputs_of
 from modeconn.symmetry.discover import traces_of
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.spec import Group, PermutationSpec, Tap, Trace
+from modeconn.tools.rng import seeded
 
 if TYPE_CHECKING:
     from torch.fx import Node

@@ -9,16 +9,16 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from modeconn.copies import copy_of
 from modeconn.curves import Curve
-from modeconn.loss import LossFn, cross_entropy
+from modeconn.matching.learned import Incumbent, PathLoss, check_objective, evenly, write
 from modeconn.matching.method import Match, Start, check_data, check_start, starting_permutation
-from modeconn.matching.objective import Incumbent, PathLoss, check_objective, evenly, write
 from modeconn.matching.weight_matching import WeightMatching
-from modeconn.rng import seeded
-from modeconn.settings import check_integers, check_positive
+from modeconn.network.copies import copy_of
+from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.weights import WeightSpace, Workspace
+from modeconn.tools.checks import check_integers, check_positive
+from modeconn.tools.rng import seeded
 
 
 @dataclass(frozen=True)

@@ -17,9 +17,9 @@ from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
 from modeconn.matching.statistics import Moments, collect
 from modeconn.matching.trees import trees
-from modeconn.settings import check_at_least, check_integers
+from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import Group, PermutationSpec
-from modeconn.weights import WeightSpace
+from modeconn.tools.checks import check_at_least, check_integers
 
 _TINY = 1e-30
 

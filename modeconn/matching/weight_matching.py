@@ -13,11 +13,11 @@ from torch import Tensor, nn
 from modeconn.matching.assignment import match_tree
 from modeconn.matching.method import Match, Start, check_start, starting_permutation
 from modeconn.matching.trees import trees
-from modeconn.settings import check_at_least, check_integers
+from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec
 from modeconn.symmetry.structure import Labels, Perms, Structure
-from modeconn.weights import WeightSpace
+from modeconn.tools.checks import check_at_least, check_integers
 
 
 @dataclass(frozen=True)

@@ -9,13 +9,13 @@ from modeconn.models.conv_fc import conv_fc
 from modeconn.models.files import load, save
 from modeconn.models.googlenet import googlenet
 from modeconn.models.mlp import mlp
+from modeconn.models.population import train_population
 from modeconn.models.preresnet import preresnet110, preresnet164, wideresnet28x10
 from modeconn.models.resnet import resnet20, resnet32
 from modeconn.models.tinyten import tinyten
+from modeconn.models.training import DIGITS_RECIPE, train
 from modeconn.models.vgg import vgg11, vgg11_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 from modeconn.models.zoo import Normalize, build, describe, names
-from modeconn.population import train_population
-from modeconn.train import DIGITS_RECIPE, train
 
 __all__ = [
     "DIGITS_RECIPE",

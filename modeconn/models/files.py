@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn import checkpoint
-from modeconn.copies import copy_of
 from modeconn.models.zoo import build, describe
+from modeconn.network.copies import copy_of
+from modeconn.tools import files as checkpoint
 
 KIND = "model"
 _FORMAT = 1

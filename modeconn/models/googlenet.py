@@ -130,7 +130,7 @@ def googlenet(
 ) -> GoogLeNet:
     """Make GoogLeNet as Tatro et al. (2020) train it: 10,237,388 parameters at 100 classes, auxiliary heads included.
 
-    In train mode it returns ``(logits, auxiliary1, auxiliary2)``; `modeconn.loss.cross_entropy` weighs them.
+    In train mode it returns ``(logits, auxiliary1, auxiliary2)``; `modeconn.network.loss.cross_entropy` weighs them.
 
     Args:
         num_classes: Number of logits.

@@ -10,7 +10,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modeconn.rng import seeded
+from modeconn.tools.rng import seeded
 
 Statistic = float | Sequence[float] | Tensor | None
 """A mean or standard deviation of the inputs: one number, one per channel (or feature), or None for the default."""

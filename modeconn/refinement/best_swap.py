@@ -11,14 +11,14 @@ from typing import Any
 import torch
 
 from modeconn.connection import Connection
-from modeconn.curve_loss import CurveLoss, straight
-from modeconn.evaluate import Objective
-from modeconn.loss import LossFn
+from modeconn.curves.loss import CurveLoss, straight
 from modeconn.matching.trees import trees
+from modeconn.measure.profile import Objective
+from modeconn.network.loss import LossFn
+from modeconn.network.weights import Workspace
 from modeconn.refinement.moves import exchanges, linear_costs
 from modeconn.refinement.pam import draw_sample, objective_of
-from modeconn.refinement.state import Relabelled
-from modeconn.weights import Workspace
+from modeconn.refinement.relabelled import Relabelled
 
 
 @dataclass(frozen=True)

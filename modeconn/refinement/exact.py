@@ -10,16 +10,16 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from modeconn.checkpoint import environment, warn_about_environment
 from modeconn.connection import History, TrainingData, permutation_tensors
-from modeconn.curve_loss import CurveLoss, straight
-from modeconn.curve_step import CurveStep
-from modeconn.loaders import batches
+from modeconn.curves.loss import CurveLoss, straight
+from modeconn.curves.step import CurveStep
+from modeconn.network.batches import batches
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
+from modeconn.tools.files import environment, warn_about_environment
 
 if TYPE_CHECKING:
-    from modeconn.run import Keeper
+    from modeconn.learning.epochs import Keeper
 
 _SUFFICIENT = 1e-4  # the share of the linear decrease that a step must reach (Armijo)
 _SMALLEST = 1e-12

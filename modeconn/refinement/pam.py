@@ -14,23 +14,23 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.checkpoint import environment, warn_about_environment
 from modeconn.connection import History, TrainingData, permutation_tensors
-from modeconn.curve_loss import CurveLoss, Sample, straight
-from modeconn.curve_step import CurveStep
 from modeconn.curves import Curve
-from modeconn.evaluate import Objective
-from modeconn.loaders import batches
-from modeconn.objective import supervised
-from modeconn.recipe import Recipe
+from modeconn.curves.loss import CurveLoss, Sample, straight
+from modeconn.curves.step import CurveStep
+from modeconn.learning.step_loss import supervised
+from modeconn.measure.profile import Objective
+from modeconn.network.batches import batches
+from modeconn.network.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
-from modeconn.refinement.state import Relabelled
-from modeconn.rng import seeded
-from modeconn.settings import check_at_least, check_integers, check_positive
+from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Permutation
+from modeconn.tools.checks import check_at_least, check_integers, check_positive
+from modeconn.tools.files import environment, warn_about_environment
+from modeconn.tools.rng import seeded
 
 if TYPE_CHECKING:
-    from modeconn.run import Keeper
+    from modeconn.learning.epochs import Keeper
 
 _LOGGER = logging.getLogger(__name__)
 _ENOUGH = 16  # positions that tell how the loss is along the curve

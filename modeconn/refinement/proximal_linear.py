@@ -8,8 +8,8 @@ from numbers import Real
 
 from modeconn.matching.trees import trees
 from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
-from modeconn.refinement.state import Relabelled
-from modeconn.settings import check_at_least, check_integers
+from modeconn.refinement.relabelled import Relabelled
+from modeconn.tools.checks import check_at_least, check_integers
 
 
 @dataclass(frozen=True)

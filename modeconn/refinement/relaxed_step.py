@@ -11,11 +11,11 @@ from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_units
 from modeconn.matching.soft import SoftPermutation
+from modeconn.refinement.relabelled import Relabelled
 from modeconn.refinement.sinkhorn_step import SoftPath
-from modeconn.refinement.state import Relabelled
-from modeconn.settings import check_at_least, check_integers, check_positive
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import PermutationSpec
+from modeconn.tools.checks import check_at_least, check_integers, check_positive
 
 _TOLERANCE = 1e-5
 _MAX_TURNS = 1000  # of projecting; 10 to 50 are usual

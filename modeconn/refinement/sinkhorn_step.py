@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modeconn.matching.objective import evenly, write
+from modeconn.matching.learned import evenly, write
 from modeconn.matching.sinkhorn import soft_matrices
 from modeconn.matching.soft import SoftPermutation
-from modeconn.refinement.state import Relabelled
-from modeconn.settings import check_integers, check_positive
+from modeconn.refinement.relabelled import Relabelled
+from modeconn.tools.checks import check_integers, check_positive
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from modeconn.network.weights import device_of
 from modeconn.symmetry.axes import UNIT, Axis, Space, atoms_of, expand
 from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
 from modeconn.symmetry.rules import RULES
@@ -20,7 +21,6 @@ from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.rules.traced import Rule, Traced, traced_in
 from modeconn.symmetry.spec import PermutationSpec, Tap, Trace, UnknownOperator
 from modeconn.symmetry.structure import Structure, dependencies
-from modeconn.weights import device_of
 
 if TYPE_CHECKING:
     from torch.fx import Node

@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from modeconn.copies import plain_tensors
-from modeconn.loaders import to_device
+from modeconn.network.batches import to_device
+from modeconn.network.copies import plain_tensors
 from modeconn.symmetry.rules.elementwise import UNINITIALISED
 
 if TYPE_CHECKING:

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from modeconn import checkpoint
-from modeconn.copies import copy_of
+from modeconn.network.copies import copy_of
 from modeconn.symmetry.spec import Group, PermutationSpec
+from modeconn.tools import files as checkpoint
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from modeconn import checkpoint
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.graph import Graph
 from modeconn.symmetry.structure import Structure
+from modeconn.tools import files as checkpoint
 
 if TYPE_CHECKING:
     from torch.fx import Node

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from modeconn.rng import seeded
 from modeconn.symmetry.graph import Example, export, first_line
 from modeconn.symmetry.permutation import Permutation
 from modeconn.symmetry.spec import Group, PermutationSpec, Trace, VerificationError
+from modeconn.tools.rng import seeded
 
 if TYPE_CHECKING:
     from torch.fx import Node

@@ -1,0 +1,149 @@
+"""The loss along a curve on a fixed sample, as a function of the relabelled network b and of the curve's bend."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _NormBase
+
+from modeconn.curves import Curve
+from modeconn.measure.profile import Objective
+from modeconn.network.batches import num_examples
+from modeconn.network.weights import Workspace
+from modeconn.tools.rng import preserved, reseed
+
+Sample = Sequence[tuple[float, Any]]
+"""Positions t, each with the batch that the loss is measured on there."""
+
+
+class CurveLoss:
+    r"""The mean over a sample of :math:`L(\theta(t))`, and its gradients.
+
+    A curve through the networks a and :math:`P b` is told by how its inner control points lie beside the straight line,
+
+    .. math:: \theta(t) = (1 - t) \, a + t \, P b + \sum_k B_k(t) \, \varphi_k,
+
+    so that its middle moves with :math:`P` (Tatro et al., 2020). All evaluations use the same batches at the same
+    positions, with the same random numbers if ``forward`` draws any: two values differ by the networks alone. Batch
+    norm uses the statistics of the batch, dropout is off. Places count as their batches have examples.
+
+    Args:
+        workspace: The module to run; its weights, gradient and buffers are scratch.
+        curve: A curve with fixed ends.
+        theta_a: Network a, ``(P,)``.
+        forward: ``forward(model, batch) -> loss``.
+        sample: See `Sample`.
+        autocast: Precision of the forward passes, None for the model's own.
+
+    References:
+        Tatro et al., 2020, https://arxiv.org/abs/2009.02439
+    """
+
+    def __init__(
+        self,
+        workspace: Workspace,
+        curve: Curve,
+        theta_a: Tensor,
+        forward: Objective,
+        sample: Sample,
+        autocast: torch.dtype | None = None,
+    ) -> None:
+        self._workspace, self._theta_a, self._forward = workspace, theta_a, forward
+        self._modules = list(workspace.model.modules())
+        self._norms = [module for module in self._modules if isinstance(module, _NormBase)]
+        self._parameters = list(workspace.model.parameters())
+        self._batches = [batch for _, batch in sample]
+        sizes = torch.tensor([num_examples(batch) for batch in self._batches], dtype=torch.float64)
+        self._shares = (sizes / sizes.mean()).tolist()
+        basis = curve.basis(torch.tensor([t for t, _ in sample], dtype=torch.float64))
+        self._inner = basis[:, 1:-1].tolist()
+        self._share_of_b = (basis @ positions(curve)).tolist()
+        device = theta_a.device.type
+        self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
+        if autocast is not None:
+            self._autocast = lambda: torch.autocast(device, dtype=autocast)
+
+    @contextlib.contextmanager
+    def _quiet(self) -> Any:
+        """Batch statistics in norm layers, and nothing else of train mode: no dropout, no layers dropped at random.
+
+        Gradients reach frozen parameters too, since these move with the units.
+        """
+        modes = [module.training for module in self._modules]
+        frozen = [parameter for parameter in self._parameters if not parameter.requires_grad]
+        for module in self._modules:
+            module.training = False
+        for layer in self._norms:
+            layer.training = True
+        for parameter in frozen:
+            parameter.requires_grad_(True)
+        try:
+            with preserved(self._theta_a.device):
+                yield
+        finally:
+            for parameter in frozen:
+                parameter.requires_grad_(False)
+            for module, mode in zip(self._modules, modes, strict=True):
+                module.training = mode
+
+    def value(self, theta_b: Tensor, bend: Tensor) -> float:
+        """Return the loss of the curve to ``theta_b (P,)``, the relabelled b, with ``bend (K - 2, P)``."""
+        return float(self.values(theta_b, bend).mean())
+
+    @torch.no_grad()
+    def values(self, theta_b: Tensor, bend: Tensor, places: Sequence[int] | None = None) -> Tensor:
+        """Return the loss at each place of the sample, or at those of ``places``, float64 ``(S,)`` on the CPU."""
+        places = range(len(self)) if places is None else places
+        with self._quiet():
+            losses = torch.stack([self._loss_at(place, theta_b, bend).double() for place in places])
+        return losses.cpu()
+
+    def gradient(
+        self, theta_b: Tensor, bend: Tensor, places: Sequence[int] | None = None
+    ) -> tuple[float, Tensor, Tensor]:
+        """Return the loss, its gradient with respect to ``theta_b (P,)`` and that of ``bend (K - 2, P)``.
+
+        With ``places``, over these places of the sample only.
+        """
+        places = range(len(self)) if places is None else places
+        total = 0.0
+        towards_b, towards_bend = torch.zeros_like(theta_b), torch.zeros_like(bend)
+        with torch.enable_grad(), self._quiet():
+            for place in places:
+                self._workspace.zero_grad()
+                loss = self._loss_at(place, theta_b, bend)
+                loss.backward()
+                gradient = self._workspace.gather_grad()
+                total += float(loss.detach())
+                towards_b.add_(gradient, alpha=self._share_of_b[place] / len(places))
+                for row, weight in zip(towards_bend, self._inner[place], strict=True):
+                    row.add_(gradient, alpha=weight / len(places))
+            self._workspace.zero_grad()
+        return total / len(places), towards_b, towards_bend
+
+    def __len__(self) -> int:
+        """Return the number of places of the sample."""
+        return len(self._batches)
+
+    def _loss_at(self, place: int, theta_b: Tensor, bend: Tensor) -> Tensor:
+        theta = torch.lerp(self._theta_a, theta_b, self._share_of_b[place], out=self._workspace.theta)
+        for row, weight in zip(bend, self._inner[place], strict=True):
+            theta.add_(row, alpha=weight)
+        reseed(place, theta.device)
+        with self._autocast():
+            return self._shares[place] * self._forward(self._workspace.model, self._batches[place])
+
+
+def positions(curve: Curve) -> Tensor:
+    """Return how far along the straight line each control point lies at first, float64 ``(K,)``."""
+    ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
+    return curve.initial_control_points(*ends)[:, 0]
+
+
+def straight(curve: Curve, theta_a: Tensor, theta_b: Tensor) -> Tensor:
+    """Return the inner control points of the straight curve, ``(K - 2, P)``."""
+    return curve.initial_control_points(theta_a, theta_b)[1:-1]

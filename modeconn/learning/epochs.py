@@ -1,0 +1,364 @@
+"""The epochs of a curve fit: data and randomness in order, a history, and a checkpoint to go on from."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import math
+import signal
+import threading
+import time
+import warnings
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeconn.connection import History
+from modeconn.curves.step import BLOCK, CurveStep, stratified_positions
+from modeconn.learning.step_loss import Objectives
+from modeconn.network.batches import batches, num_examples
+from modeconn.network.recipe import Recipe
+from modeconn.tools import files
+from modeconn.tools.files import Checkpoint
+from modeconn.tools.progress import progress_bar
+from modeconn.tools.rng import rng_state, set_rng_state
+
+if TYPE_CHECKING:
+    from modeconn.refinement.pam import Refinement
+
+logger = logging.getLogger(__name__)
+
+KIND = "checkpoint of fit_curve"
+NUM_BINS = 10
+"""Bins of t in the history."""
+
+
+@dataclass
+class _Progress:
+    """How far a run has come, and the losses of the running epoch by bin of t, summed over examples."""
+
+    epoch: int = 0
+    batch: int = 0
+    step: int = 0
+    batches_per_epoch: int | None = None
+    loss_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_BINS)
+    counts: list[int] = field(default_factory=lambda: [0] * NUM_BINS)
+    loss: list[float] = field(default_factory=list)
+    loss_by_t: list[list[float | None]] = field(default_factory=list)
+    seconds: float = 0.0
+
+    @property
+    def fractional_epoch(self) -> float:
+        return self.epoch + (min(self.batch / self.batches_per_epoch, 1.0) if self.batches_per_epoch else 0.0)
+
+    def add(self, t: float, loss: float, size: int) -> None:
+        index = int(t * NUM_BINS)
+        self.loss_sums[index] += loss * size
+        self.counts[index] += size
+
+    def start_epoch_anew(self) -> None:
+        self.batch, self.loss_sums, self.counts = 0, [0.0] * NUM_BINS, [0] * NUM_BINS
+
+    def end_epoch(self) -> None:
+        self.loss.append(sum(self.loss_sums) / sum(self.counts))
+        sums = zip(self.loss_sums, self.counts, strict=True)
+        self.loss_by_t.append([loss / count if count else None for loss, count in sums])
+        self.batches_per_epoch = self.batch
+        self.epoch += 1
+        self.start_epoch_anew()
+
+
+@dataclass(frozen=True)
+class Keeper:
+    """What a run needs to keep checkpoints.
+
+    Args:
+        checkpoint: Where and how often.
+        about: What every checkpoint of the run says besides the run's own state.
+        tensors: What else it holds.
+    """
+
+    checkpoint: Checkpoint
+    about: dict[str, Any]
+    tensors: dict[str, Tensor]
+
+    def write(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any], device: torch.device) -> None:
+        """Write a checkpoint of the run's own state."""
+        conditions = {"environment": files.environment(device)}
+        path = self.checkpoint.path
+        files.write(path, KIND, {**self.tensors, **tensors}, {**self.about, **conditions, **about})
+
+
+class Run:
+    """Fits a curve, epoch by epoch, within one stretch of `modeconn.tools.rng.seeded`.
+
+    Loader and model draw from two streams of torch's CPU generator, exchanged around every fetch. So the batches of
+    an epoch follow from the random state at its start, whatever the model draws in between, and a run is taken up
+    inside an epoch by starting it from that state and leaving out the batches already seen.
+
+    Args:
+        step: Takes the steps; its control points are learned in place.
+        loader: Batches.
+        recipe: Epochs and schedule.
+        objectives: What the steps lower.
+        seed: For t and the model's stream.
+        keeper: For checkpoints, or None.
+        refinement: What changes the relabelling of b between epochs, or None.
+        progress: Whether to show a progress bar.
+    """
+
+    def __init__(
+        self,
+        step: CurveStep,
+        loader: Iterable[Any],
+        recipe: Recipe,
+        objectives: Objectives,
+        *,
+        seed: int = 0,
+        keeper: Keeper | None = None,
+        refinement: Refinement | None = None,
+        progress: bool = False,
+    ) -> None:
+        self._refinement = refinement
+        self._step, self._loader, self._recipe, self._objectives = step, loader, recipe, objectives
+        self._seed, self._keeper, self._show = seed, keeper, progress
+        self._device = step.control_points.device
+        self._progress = _Progress()
+        with contextlib.suppress(TypeError):  # a loader without length shows it in the first epoch
+            self._progress.batches_per_epoch = len(loader)
+
+        self._data_stream = torch.get_rng_state()
+        torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]))
+        self._epoch_start = self._states()
+        self._seen: int | None = None  # checksum of the batch before the checkpoint, while its epoch is taken up
+
+        self._positions: list[float] = []
+        self._weights: list[list[float]] = []
+        self._pending: list[tuple[float, Tensor, int]] = []
+        self._last_batch: Any = None
+        self._last_saved = time.monotonic()
+        self._started = time.perf_counter()
+        self._waiting = self._interrupted = False
+
+    def train(self) -> History:
+        """Train to the end and return the history.
+
+        Raises:
+            FloatingPointError: If loss or weights stop being finite.
+            KeyboardInterrupt: After Ctrl-C, when the step is done and a checkpoint, if there are any, written.
+        """
+        self._started = time.perf_counter() - self._progress.seconds
+        bar = progress_bar(show=self._show, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
+        with bar, self._interrupts_between_steps():
+            while self._progress.epoch < self._recipe.epochs:
+                if self._refinement and self._progress.batch == 0:
+                    self._refinement.before_epoch(self._progress.epoch)
+                    if self._refinement.is_finished:
+                        break
+                self._train_epoch()
+                bar.update()
+                bar.set_postfix(loss=f"{self._progress.loss[-1]:.4g}")
+            if self._interrupted:
+                raise KeyboardInterrupt
+        turns = self._refinement.turns if self._refinement else []
+        return History(self._progress.loss, self._progress.loss_by_t, self._progress.seconds, turns)
+
+    def _train_epoch(self) -> None:
+        iterator = self._start_epoch()
+        self._set_positions()
+        while (batch := self._next(iterator)) is not None:
+            self._train_batch(batch)
+            if self._keeper and self._keeper.checkpoint.is_due(self._progress.batch, self._last_saved):
+                self._save()
+        self._read_losses()
+        self._progress.end_epoch()
+        self._epoch_start = self._states()
+        self._save()
+        logger.info("epoch %d: training loss %.4f", self._progress.epoch, self._progress.loss[-1])
+
+    def _train_batch(self, batch: Any) -> None:
+        for _ in range(self._objectives.num_replays):
+            self._take_step(batch)
+        self._last_batch = batch
+        self._progress.batch += 1
+
+    def _take_step(self, batch: Any) -> None:
+        progress = self._progress
+        place = progress.step % BLOCK
+        if place == 0:
+            self._read_losses()
+            self._set_positions()
+        self._recipe.set_learning_rate(self._step.optimizer, progress.fractional_epoch)
+        loss = self._step(batch, self._weights[place], self._objectives.at(progress.epoch))
+        self._pending.append((self._positions[place], loss, num_examples(batch)))
+        progress.step += 1
+
+    def _set_positions(self) -> None:
+        """Draw the t of the block that the next step belongs to, and their basis weights."""
+        positions = stratified_positions(self._seed, self._progress.step // BLOCK)
+        self._positions = positions.tolist()
+        self._weights = self._step.curve.basis(positions).tolist()
+
+    def _read_losses(self) -> None:
+        """Move pending losses to the history, all at once: reading each would make an accelerator wait every step."""
+        if not self._pending:
+            return
+        losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()
+        for (t, _, size), loss in zip(self._pending, losses, strict=True):
+            if not math.isfinite(loss):
+                raise FloatingPointError(self._lost(f"the training loss became {loss}", t))
+            self._progress.add(t, loss, size)
+        t = self._pending[-1][0]
+        self._pending.clear()
+        if not torch.isfinite(self._step.control_points).all():
+            raise FloatingPointError(self._lost("the control points stopped being finite", t))
+
+    def _lost(self, what: str, t: float) -> str:
+        kept = f" The last good checkpoint is kept in {str(self._keeper.checkpoint.path)!r}." if self._keeper else ""
+        return f"{what} in epoch {self._progress.epoch} at t={t:.4f}; try a lower learning rate.{kept}"
+
+    # -- randomness and data
+
+    def _fetch(self, iterator: Iterator[Any]) -> Any:
+        """Return the next batch, drawn from the loader's stream, or None at the end."""
+        model_stream = torch.get_rng_state()
+        torch.set_rng_state(self._data_stream)
+        try:
+            batch = next(iterator, None)
+            self._data_stream = torch.get_rng_state()
+        finally:
+            torch.set_rng_state(model_stream)
+        return batch
+
+    def _start_epoch(self) -> Iterator[Any]:
+        iterator = batches(self._loader, self._device)
+        if self._progress.batch and self._catch_up(iterator):
+            return iterator
+        if self._progress.batch:
+            warnings.warn(
+                f"the loader's order does not follow from torch's random state: the run was interrupted after batch "
+                f"{self._progress.batch} of epoch {self._progress.epoch}, and now that batch is another one. The epoch "
+                f"starts anew, from the weights of the checkpoint, and the run will not end with the same bits.",
+                stacklevel=6,
+            )
+            self._progress.start_epoch_anew()
+            iterator = batches(self._loader, self._device)
+        self._epoch_start = self._states()
+        return iterator
+
+    def _catch_up(self, iterator: Iterator[Any]) -> bool:
+        """Leave out the batches seen before the checkpoint; whether the last of them is the one it was."""
+        now = self._states()
+        self._set_states(self._epoch_start)
+        batch = None
+        for _ in range(self._progress.batch):
+            batch = self._fetch(iterator)
+        self._last_batch = batch
+        self._set_states(now)
+        return _checksum(batch) == self._seen
+
+    def _states(self) -> dict[str, Any]:
+        return {**rng_state(self._device), "data": self._data_stream}
+
+    def _set_states(self, states: dict[str, Any]) -> None:
+        set_rng_state(states, self._device)
+        self._data_stream = states["data"]
+
+    # -- interruptions
+
+    @contextlib.contextmanager
+    def _interrupts_between_steps(self) -> Iterator[None]:
+        """Let a first Ctrl-C wait until the run stands between two steps and can be saved; a second acts at once."""
+        handler = signal.getsignal(signal.SIGINT)
+
+        def on_interrupt(number: int, frame: Any) -> None:
+            if self._interrupted or self._waiting:
+                signal.default_int_handler(number, frame)
+            self._interrupted = True
+
+        in_main_thread = threading.current_thread() is threading.main_thread()
+        if self._keeper is None or handler is not signal.default_int_handler or not in_main_thread:
+            yield
+            return
+        signal.signal(signal.SIGINT, on_interrupt)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGINT, handler)
+
+    def _next(self, iterator: Iterator[Any]) -> Any:
+        """Fetch the next batch; here, between two steps, an interrupted run saves itself."""
+        self._waiting = True
+        try:
+            if self._interrupted:
+                raise KeyboardInterrupt
+            return self._fetch(iterator)
+        except KeyboardInterrupt:
+            self._waiting = False
+            self._save()
+            raise
+        finally:
+            self._waiting = False
+
+    # -- checkpoints
+
+    def _save(self) -> None:
+        self._read_losses()
+        self._progress.seconds = time.perf_counter() - self._started
+        if self._keeper is None:
+            return
+        tensors, about = self._step.state()
+        rng = {"start": self._epoch_start, "now": self._states()}
+        for moment, states in rng.items():
+            rng_tensors, about[f"rng_{moment}"] = files.pack_rng(states, f"rng_{moment}.")
+            tensors |= rng_tensors
+        tensors |= self._objectives.state()
+        if self._refinement:
+            refined, about["refinement"] = self._refinement.state()
+            tensors |= refined
+        about |= {
+            "progress": asdict(self._progress),
+            "last_batch": _checksum(self._last_batch) if self._progress.batch else None,
+        }
+        self._keeper.write(tensors, about, self._device)
+        self._last_saved = time.monotonic()
+
+    def resume(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+        """Go on from a checkpoint of the same settings, as `modeconn.tools.files.read` returns it."""
+        files.warn_about_environment(about["environment"], files.environment(self._device))
+        self._step.load_state(tensors, about)
+        self._objectives.load_state(tensors)
+        if self._refinement:
+            self._refinement.load_state(about["refinement"])
+        self._progress = _Progress(**about["progress"])
+        self._epoch_start = files.unpack_rng(tensors, about["rng_start"], "rng_start.")
+        at_start = self._progress.batch == 0
+        self._set_states(self._epoch_start if at_start else files.unpack_rng(tensors, about["rng_now"], "rng_now."))
+        self._seen = about["last_batch"]
+        if at_start and self._progress.epoch < self._recipe.epochs and _has_own_generator(self._loader):
+            warnings.warn(
+                "the loader draws from a generator of its own, which no checkpoint holds: the run will not "
+                "end with the same bits as an uninterrupted one.",
+                stacklevel=4,
+            )
+
+
+def _has_own_generator(loader: Any) -> bool:
+    """Whether a DataLoader, or its sampler, does not draw from the global generator."""
+    return any(getattr(part, "generator", None) is not None for part in (loader, getattr(loader, "sampler", None)))
+
+
+def _checksum(batch: Any) -> int:
+    """Return a CRC of all tensors of a batch (nested tuples, lists, dicts)."""
+    if isinstance(batch, Tensor):
+        return zlib.crc32(batch.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
+    if isinstance(batch, dict):
+        batch = list(batch.values())
+    if isinstance(batch, (tuple, list)):
+        return zlib.crc32(repr([_checksum(part) for part in batch]).encode())
+    return 0

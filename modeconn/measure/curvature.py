@@ -1,0 +1,215 @@
+"""How sharply the loss bends along a curve: the largest eigenvalue of its Hessian, by products with it alone."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.network.attack import under_attack
+from modeconn.network.batches import batches, check_loader, num_examples
+from modeconn.network.loss import LossFn, check_targets, cross_entropy
+from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
+from modeconn.tools.rng import seeded
+from modeconn.tools.table import html_table, table
+
+_LOOK_EVERY = 10  # steps; before the first look a random vector may hide the largest eigenvalue behind many close ones
+_ROUNDING = 10.0  # in units of the precision of a number
+
+_Product = Callable[[Tensor], Tensor]
+"""Vectors ``(R, D)`` to what R symmetric matrices make of them, ``(R, D)``."""
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Curvature:
+    """The largest eigenvalue of the Hessian of the loss at points of a curve.
+
+    Args:
+        t: Positions, float64 ``(N,)``.
+        eigenvalue: Likewise; with respect to inputs, the mean over examples of what each has by itself.
+        wrt: "weights" or "inputs".
+        num_examples: How many examples the loss is a mean over.
+    """
+
+    t: Tensor
+    eigenvalue: Tensor
+    wrt: str
+    num_examples: int
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return all fields as JSON; also write it to ``path`` if given."""
+        values = {"t": self.t.tolist(), "eigenvalue": self.eigenvalue.tolist()}
+        text = json.dumps({**values, "wrt": self.wrt, "num_examples": self.num_examples}, indent=1) + "\n"
+        if path is not None:
+            Path(path).write_text(text, encoding="utf-8")
+        return text
+
+    def __repr__(self) -> str:
+        return f"Curvature({self.num_examples} examples)\n{table(*self._table())}"
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table())
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        points = zip(self.t.tolist(), self.eigenvalue.tolist(), strict=True)
+        return ["t", f"largest eigenvalue, {self.wrt}"], [[f"{t:g}", f"{value:.4g}"] for t, value in points]
+
+
+def largest_eigenvalue(
+    model: nn.Module,
+    loader: Iterable[Any],
+    *,
+    wrt: Literal["weights", "inputs"] = "weights",
+    num_steps: int = 100,
+    tolerance: float = 1e-3,
+    loss_fn: LossFn = cross_entropy,
+    seed: int = 0,
+) -> tuple[float, int]:
+    r"""Return the largest eigenvalue of the Hessian of a network's loss, and over how many examples.
+
+    By the method of Lanczos, from products with the Hessian alone: none is formed, and a product costs about two steps
+    of training. Power iteration makes the same products, but keeps only the last vector, and so stops at wrong values
+    where eigenvalues are close, or as far below zero as above. This keeps a vector ``(P,)`` for each product (with
+    respect to inputs, one of the size of a batch), usually 10 to 50. The largest eigenvalue in their span is returned
+    once its residual :math:`\lVert H v - \lambda v \rVert` is small.
+
+    With respect to weights it is the Hessian of the mean loss. With respect to inputs each example has one of its own;
+    all are found side by side, and the result is the mean of their eigenvalues (Zhao et al., 2020, compare it
+    with the robust loss along a curve).
+
+    Args:
+        model: A network in eval mode, in which no example depends on others.
+        loader: Data.
+        wrt: Which Hessian.
+        num_steps: How many products at most; more would be needed if a warning says so.
+        tolerance: How large the residual may be, relative to the eigenvalue.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, differentiable twice.
+        seed: Of the random vectors.
+
+    Raises:
+        ValueError: If ``wrt`` is unknown, a setting or a target out of range, or the model in train mode.
+        FloatingPointError: If a product is NaN.
+
+    References:
+        Zhao et al., 2020, https://arxiv.org/abs/2005.00060
+    """
+    if wrt not in ("weights", "inputs"):
+        raise ValueError(f"wrt must be 'weights' or 'inputs', got wrt={wrt!r}.")
+    if num_steps < 1 or not tolerance > 0:
+        raise ValueError(
+            f"num_steps must be at least 1 and tolerance positive, got num_steps={num_steps}, tolerance={tolerance}."
+        )
+    check_eval_mode(model)
+    device = device_of(model)
+    with seeded(seed, device), under_attack(model), torch.enable_grad():
+        check_loader(loader)
+        data = list(batches(loader, device))
+        _check(model, data)
+        count = sum(num_examples(batch) for batch in data)
+        if wrt == "weights":
+            products = [_product_in_weights(model, data, loss_fn)]
+        else:
+            products = [_product_in_inputs(model, x, y, loss_fn) for x, y in data]
+        values = [_largest(product, start, num_steps, tolerance) for product, start in products]
+    return float(torch.cat(values).double().mean()), count
+
+
+def _check(model: nn.Module, data: list[Any]) -> None:
+    for x, y in data:
+        if not x.is_floating_point():
+            raise ValueError(f"inputs of loader must be floating point, got {x.dtype}.")
+        with torch.no_grad():
+            check_targets(model(x), y)
+
+
+def _product_in_weights(model: nn.Module, data: list[Any], loss_fn: LossFn) -> tuple[_Product, Tensor]:
+    """Return products with the Hessian of the mean loss over ``data``, and a first vector ``(1, P)``."""
+    space = WeightSpace(model)
+    theta = space.flatten(model).requires_grad_()
+    count = sum(num_examples(batch) for batch in data)
+
+    def product(vectors: Tensor) -> Tensor:
+        total = torch.zeros_like(theta)
+        for x, y in data:
+            loss = loss_fn(torch.func.functional_call(model, space.unflatten(theta), (x,)), y)
+            total += _times(loss, theta, vectors[0]) * (len(y) / count)
+        return total[None]
+
+    return product, torch.randn_like(theta)[None]
+
+
+def _product_in_inputs(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> tuple[_Product, Tensor]:
+    """Return products with the Hessian of each example's loss, and first vectors ``(N, D)``."""
+    x = x.detach().requires_grad_()
+
+    def product(vectors: Tensor) -> Tensor:
+        loss = loss_fn(model(x), y) * len(y)  # the sum: its Hessian is made of one block for each example
+        return _times(loss, x, vectors.view_as(x)).flatten(1)
+
+    return product, torch.randn_like(x).flatten(1)
+
+
+def _times(loss: Tensor, at: Tensor, vector: Tensor) -> Tensor:
+    """Return the product of the Hessian of ``loss`` with a vector."""
+    (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
+    if not gradient.requires_grad:  # a loss that is linear has no second derivative
+        return torch.zeros_like(vector)
+    (product,) = torch.autograd.grad((gradient * vector).sum(), at, materialize_grads=True)
+    return product.detach()
+
+
+def _largest(product: _Product, start: Tensor, num_steps: int, tolerance: float) -> Tensor:
+    """Return the largest eigenvalue of each matrix, ``(R,)``, by the method of Lanczos."""
+    size, basis, diagonal, beside = start.shape[1], [_unit(start)], [], []
+    for step in range(1, min(num_steps, size) + 1):
+        moved = product(basis[-1])
+        diagonal.append((moved * basis[-1]).sum(1))
+        moved = _orthogonal(moved, basis)
+        lengths = torch.linalg.vector_norm(moved, dim=1)
+        if step % _LOOK_EVERY == 0 or step in (num_steps, size):
+            values, settled = _ritz(diagonal, beside, lengths, tolerance)
+            if step == size or settled.all():
+                return values
+        # a vector that is rounding alone goes on as a random one: the products so far have shown all they can reach
+        spent = lengths <= _ROUNDING * torch.finfo(moved.dtype).eps * torch.stack(diagonal).abs().amax(0)
+        beside.append(lengths.masked_fill(spent, 0))
+        moved = torch.where(spent[:, None], torch.randn_like(moved), moved)
+        basis.append(_unit(_orthogonal(_unit(moved), basis)))
+    warnings.warn(
+        f"the largest eigenvalue did not settle in {num_steps} steps; it is a lower bound. "
+        f"Pass a larger num_steps or tolerance.",
+        stacklevel=5,
+    )
+    return values
+
+
+def _ritz(diagonal: list[Tensor], beside: list[Tensor], lengths: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:
+    """Return the largest Ritz value of each matrix, and whether its residual is small, both ``(R,)``."""
+    matrices = torch.diag_embed(torch.stack(diagonal, 1).double().cpu())
+    if beside:
+        matrices += torch.diag_embed(torch.stack(beside, 1).double().cpu(), -1)  # eigh reads this half alone
+    if not matrices.isfinite().all():
+        raise FloatingPointError("the Hessian is NaN or infinite. Look for NaN in the network's weights and the data.")
+    every, vectors = torch.linalg.eigh(matrices)
+    values, residuals = every[:, -1], lengths.double().cpu() * vectors[:, -1, -1].abs()
+    rounding = _ROUNDING * torch.finfo(lengths.dtype).eps * every.abs().amax(1)
+    return values, residuals <= torch.maximum(tolerance * values.abs(), rounding)
+
+
+def _orthogonal(vectors: Tensor, basis: list[Tensor]) -> Tensor:
+    """Take out of each vector what lies in its basis, twice: once leaves too much where little else is in it."""
+    for direction in (*basis, *basis):
+        vectors = vectors - (vectors * direction).sum(1, keepdim=True) * direction
+    return vectors
+
+
+def _unit(vectors: Tensor) -> Tensor:
+    lengths = torch.linalg.vector_norm(vectors, dim=1, keepdim=True)
+    return vectors / lengths.clamp(min=torch.finfo(vectors.dtype).tiny)

@@ -1,0 +1,291 @@
+"""Attacks on one network, or on networks along a curve: measured batch by batch, checked, and resumable."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+import math
+import os
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.measure.robust_profile import (
+    CLEAN,
+    WORST,
+    RobustProfile,
+    pack_bits,
+    pack_floats,
+    unpack_bits,
+    unpack_floats,
+)
+from modeconn.network.attack import Attack, check_examples, under_attack
+from modeconn.network.batches import batches, check_loader
+from modeconn.network.loss import LossFn, check_targets, cross_entropy, is_classification, main_output, per_example
+from modeconn.network.weights import check_eval_mode, device_of
+from modeconn.tools.fingerprint import digest, identify
+from modeconn.tools.measurements import Records
+from modeconn.tools.measurements import key as record_key
+from modeconn.tools.progress import progress_bar
+from modeconn.tools.rng import seeded
+
+Attacks = Attack | Sequence[Attack] | Mapping[str, Attack]
+
+_TOLERANCE = 1e-6  # of the ball and of the pixel range
+_ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
+
+
+def robustness(model: nn.Module, loader: Iterable[Any], attacks: Attacks, **settings: Any) -> RobustProfile:
+    """Attack one network, such as an `Ensemble` of several points of a curve.
+
+    Args:
+        model: A network in eval mode, its normalisation inside.
+        loader: Data to attack, inputs in [0, 1].
+        attacks: See `Connection.robustness`.
+        settings: ``num_examples``, ``loss_fn``, ``checkpoint``, ``seed`` and ``progress``, as there.
+
+    Returns:
+        A profile of one point, at t = 0.
+
+    Raises:
+        ValueError: If the model is in train mode, or as in `Connection.robustness`.
+
+    Example:
+        >>> from modeconn import PGD, data, models
+        >>> train, test = data.load("digits")
+        >>> network = models.mlp(64, (8,), 10, mean=train.mean()).eval()
+        >>> profile = robustness(network, test, [PGD(0.1, 0.025, 5)], num_examples=100)
+        >>> bool(profile.accuracy["worst"] <= profile.accuracy["clean"])
+        True
+    """
+    return along(lambda t: model, [0.0], loader, attacks, **settings)
+
+
+def along(
+    model_at: Callable[[float], nn.Module],
+    t: Sequence[float],
+    loader: Iterable[Any],
+    attacks: Attacks,
+    *,
+    num_examples: int | None = None,
+    transfer: bool = False,
+    loss_fn: LossFn = cross_entropy,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> RobustProfile:
+    """Attack the network at every t; `Connection.robustness` says what the arguments are."""
+    start, named, known = time.perf_counter(), _named(attacks), Records(checkpoint)
+    networks = [model_at(position) for position in t] if transfer else []
+    first = networks[0] if transfer else model_at(t[0])
+    data = _read(loader, device_of(first), num_examples)
+    trial = _Trial(data, loss_fn, seed, known, networks)
+    names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}  # while they are as given
+    rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
+    bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
+    for place, position in enumerate(t):
+        model = networks[place] if transfer else first if place == 0 else model_at(position)
+        check_eval_mode(model)
+        network = digest(model)
+        for row, attack in {CLEAN: None, **named}.items():
+            about = record_key("robustness", names[row], network, trial.about)
+            rows[row].append(trial.run(model, attack, about, f"{row} at t={position:g}", bar.update))
+    return RobustProfile(
+        torch.tensor(t, dtype=torch.float64),
+        {row: torch.stack([one.correct for one in points]) for row, points in rows.items()},
+        {row: torch.stack([one.losses for one in points]) for row, points in rows.items()},
+        {row: _facts(attack) for row, attack in named.items()},
+        trial.data_digest,
+        {row: torch.stack([one.elsewhere for one in rows[row]]) for row in named} if transfer else None,
+        time.perf_counter() - start,
+    )
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """Of each example whether it is answered right, and its loss, ``(M,)``; accuracies of other networks, ``(N,)``."""
+
+    correct: Tensor
+    losses: Tensor
+    elsewhere: Tensor
+
+
+class _Trial:
+    """What is done with every network and attack, on the same batches."""
+
+    def __init__(
+        self, data: list[tuple[Tensor, Tensor]], loss_fn: LossFn, seed: int, known: Records, networks: list[nn.Module]
+    ) -> None:
+        self._data, self._loss_fn, self._seed, self._known, self._networks = data, loss_fn, seed, known, networks
+        self._digests = [digest(batch) for batch in data]
+        self.about = record_key(loss_fn, *map(digest, networks))
+
+    @property
+    def data_digest(self) -> str:
+        """A hash of the examples one by one, in whatever batches."""
+        inputs, targets = zip(*self._data, strict=True)
+        return digest([one for part in (*inputs, *targets) for one in part.cpu()])
+
+    def run(
+        self, model: nn.Module, attack: Attack | None, about: str, label: str, done: Callable[[], Any]
+    ) -> _Measured:
+        """Measure one network under one attack; what is known is read, what is new kept, batch by batch."""
+        parts = []
+        for number, (x, y) in enumerate(self._data):
+            seed = self._seed + number
+            key = record_key(about, self._digests[number], seed)
+            if key not in self._known:
+                self._known.add(key, {"label": label, **self._measure(model, attack, x, y, seed, label)})
+            parts.append(self._known[key])
+            done()
+        sizes = [(len(y),) for _, y in self._data]
+        return _Measured(
+            torch.cat([unpack_bits(part["correct"], size) for part, size in zip(parts, sizes, strict=True)]),
+            torch.cat([unpack_floats(part["losses"], size) for part, size in zip(parts, sizes, strict=True)]),
+            torch.tensor([part["elsewhere"] for part in parts], dtype=torch.float64).sum(0) / sum(map(sum, sizes)),
+        )
+
+    def _measure(
+        self, model: nn.Module, attack: Attack | None, x: Tensor, y: Tensor, seed: int, label: str
+    ) -> dict[str, Any]:
+        x_adv = x if attack is None else _attacked(attack, model, x, y, seed, label)
+        correct, losses = self._answers(model, x_adv, y, label)
+        elsewhere = [int(self._answers(network, x_adv, y, label)[0].sum()) for network in self._networks]
+        return {"correct": pack_bits(correct), "losses": pack_floats(losses.float()), "elsewhere": elsewhere}
+
+    @torch.no_grad()
+    def _answers(self, model: nn.Module, x: Tensor, y: Tensor, label: str) -> tuple[Tensor, Tensor]:
+        outputs = main_output(model(x))
+        if outputs.isnan().any():
+            raise FloatingPointError(f"{label}: the network answers NaN. Look for NaN in its weights.")
+        if not is_classification(outputs, y):
+            raise ValueError(f"attacks are measured on classes, but targets are {y.dtype} of shape {tuple(y.shape)}.")
+        check_targets(outputs, y)
+        return outputs.argmax(1) == y, per_example(self._loss_fn, outputs, y)
+
+
+def _attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int, label: str) -> Tensor:
+    """Return adversarial examples that were looked at; an error says which attack it was, and at which t."""
+    try:
+        with seeded(seed, x.device), under_attack(model):
+            x_adv = attack(model, x.clone(), y.clone())  # clones: some attacks change what they are given
+    except (ValueError, FloatingPointError) as error:
+        raise type(error)(f"{label}: {error}") from error
+    except Exception as error:
+        error.add_note(f"This was {label}.")
+        raise
+    check_examples(x_adv, x, label)
+    x_adv = x_adv.detach()
+    if not x_adv.isfinite().all():
+        raise FloatingPointError(f"{label} returned NaN or infinite values.")
+    lowest, highest = (value.item() for value in x_adv.aminmax())
+    if lowest < -_TOLERANCE or highest > 1 + _TOLERANCE:
+        raise ValueError(f"{label} left the pixel range [0, 1]: its examples go from {lowest:g} to {highest:g}.")
+    _check_ball(attack, x_adv, x, label)
+    return x_adv
+
+
+def _check_ball(attack: Attack, x_adv: Tensor, x: Tensor, label: str) -> None:
+    """Raise unless examples are as near as ``attack.eps`` and ``attack.norm`` say, if they say it."""
+    eps, norm = getattr(attack, "eps", None), getattr(attack, "norm", None)
+    if eps is None or norm is None:
+        return
+    moved = (x_adv.double() - x.double()).flatten(1)
+    length = torch.linalg.vector_norm(moved, ord=_ORDERS[norm], dim=1).max().item()
+    rounding = torch.finfo(x.dtype).eps / 2 * moved.shape[1] ** (1 / _ORDERS[norm])  # of x + delta, at most 1
+    if length > (eps + max(_TOLERANCE, rounding) if eps else 0):
+        raise ValueError(f"{label} left its ball: an example moved by {length:g} in the norm {norm}, eps is {eps:g}.")
+
+
+def _read(loader: Iterable[Any], device: torch.device, limit: int | None) -> list[tuple[Tensor, Tensor]]:
+    """Return the first examples in batches, once, after a look at their range."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"num_examples must be at least 1, got num_examples={limit}.")
+    kept: list[tuple[Tensor, Tensor]] = []
+    room = math.inf if limit is None else limit
+    with seeded(0, device):
+        check_loader(loader)
+        for x, y in batches(loader, device):
+            kept.append((x[: min(room, len(x))], y[: min(room, len(x))]))
+            _check_range(kept[-1][0])
+            room -= len(x)
+            if room <= 0:
+                break
+    return kept
+
+
+def _check_range(x: Tensor) -> None:
+    if not x.is_floating_point():
+        raise ValueError(f"inputs of loader must be floating point in [0, 1], got {x.dtype}: divide pixels by 255.")
+    lowest, highest = (value.item() for value in x.aminmax())
+    if math.isnan(lowest):
+        raise ValueError("inputs of loader must lie in [0, 1], but some are NaN. Look at the data.")
+    if -_TOLERANCE <= lowest and highest <= 1 + _TOLERANCE:
+        return
+    looks_like = (
+        "images in [0, 255]: divide by 255"
+        if lowest >= 0 and highest > 2
+        else ("normalised data: put the normalisation inside the model")
+    )
+    raise ValueError(
+        f"inputs of loader must lie in [0, 1], since eps is in units of that range, got values from {lowest:g} to "
+        f"{highest:g}. They look like {looks_like}."
+    )
+
+
+def _named(attacks: Attacks) -> dict[str, Attack]:
+    if callable(attacks):
+        attacks = [attacks]
+    named = list(attacks.items()) if isinstance(attacks, Mapping) else [(_text(attack), attack) for attack in attacks]
+    names = [CLEAN, WORST, *(name for name, _ in named)]
+    for name in names:
+        if names.count(name) > 1:
+            raise ValueError(f"two rows have the name {name!r}; pass attacks as a dict with names of your own.")
+    for name, attack in named:
+        if isinstance(attack, type) or not callable(attack):
+            raise ValueError(
+                f"attack {name} cannot be called as attack(model, x, y); modeconn.attacks.build makes attacks from "
+                f"their names."
+            )
+        if getattr(attack, "norm", None) not in (None, *_ORDERS):
+            raise ValueError(
+                f"attack {name} must have one of the norms {', '.join(_ORDERS)}, got norm={attack.norm!r}."
+            )
+        if getattr(attack, "targeted", False):
+            raise ValueError(
+                f"attack {name} is targeted: led to the right classes, it would make the network better. "
+                f"Measure with targeted=False."
+            )
+    return dict(named)
+
+
+def _text(attack: Attack | None) -> str:
+    """Tell one attack from another, in whatever process."""
+    if inspect.isroutine(attack) or isinstance(attack, functools.partial):
+        return identify(attack)
+    return repr(attack)
+
+
+def _facts(attack: Attack) -> dict[str, Any]:
+    """Return what tells whether an attack is as strong as it should be, in plain values."""
+    settings = getattr(attack, "settings", None)
+    if settings is None and dataclasses.is_dataclass(attack):
+        settings = {field.name: getattr(attack, field.name) for field in dataclasses.fields(attack)}
+    return {
+        "settings": {name: _plain(value) for name, value in (settings or {}).items()},
+        "kind": f"{type(attack).__name__} {getattr(attack, 'name', '')}".strip(),
+        "eps": getattr(attack, "eps", None),
+        "norm": getattr(attack, "norm", None),
+        "black_box": getattr(attack, "black_box", False),
+    }
+
+
+def _plain(value: Any) -> Any:
+    if value is None or isinstance(value, (bool, int, float, str)):
+        return value
+    return identify(value) if inspect.isroutine(value) else repr(value)

@@ -1,0 +1,275 @@
+"""Train many small networks of one architecture at once: their weights stacked, every step one vectorised step."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from itertools import chain, islice
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from torch.func import functional_call, stack_module_state
+
+from modeconn.models.training import count_batches
+from modeconn.network.batches import check_loader
+from modeconn.network.copies import copy_of
+from modeconn.network.loss import LossFn, check_targets, cross_entropy
+from modeconn.network.recipe import Recipe
+from modeconn.network.vectorised import over_networks
+from modeconn.network.weights import WeightSpace, named_places
+from modeconn.tools.fingerprint import identify
+from modeconn.tools.progress import progress_bar
+from modeconn.tools.rng import rng_state, seeded, set_rng_state
+
+logger = logging.getLogger(__name__)
+
+M = TypeVar("M", bound=nn.Module)
+
+_DEFAULT_RECIPE = Recipe()
+_READ_AHEAD_BYTES = 1 << 27
+
+_Batch = tuple[Tensor, Tensor]
+
+
+def train_population(
+    models: Iterable[M],
+    loader: Iterable[Any],
+    *,
+    recipe: Recipe = _DEFAULT_RECIPE,
+    loss_fn: LossFn = cross_entropy,
+    seeds: Sequence[int] | None = None,
+    progress: bool = False,
+) -> list[M]:
+    """Train copies of many networks of one architecture in one vectorised run, and return them in eval mode.
+
+    Network ``i`` ends, up to rounding, as ``train(models[i], loader, recipe=recipe, seed=seeds[i])`` would end: each
+    has its own order of the data, its own augmentation and its own batch-norm statistics. Dropout alone differs: it is
+    drawn for each network, but not as it would be drawn for one. Worthwhile for small networks, whose single steps
+    spend their time on overhead. Weights, gradients and the optimizer's state of all networks are in memory together.
+
+    Args:
+        models: Networks of one architecture, on one device; they are not changed.
+        loader: Re-iterable of ``(inputs, targets)`` batches, read once an epoch for every network.
+        recipe: As for `modeconn.models.train`; the optimizer must act on every weight by itself, as SGD and Adam do.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean over the examples of the batch, of operations that
+            `torch.func.vmap` knows; so must the networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, and
+            batch norm with ``momentum=None``.
+        seeds: Of batch order and augmentation, one for each network. Default: 0, 1, 2, ...
+        progress: Whether to show a progress bar.
+
+    Returns:
+        The trained copies, ordinary modules, in the order of ``models``.
+
+    Raises:
+        ValueError: If the networks differ in architecture, the seeds are not as many, the optimizer mixes weights or
+            needs a closure, a layer is none that vmap knows, or the data is not as `modeconn.models.train` needs it.
+        FloatingPointError: If a loss became infinite or NaN; noticed at the end of the epoch.
+
+    Example:
+        >>> from modeconn import data, models
+        >>> train_loader, test_loader = data.load("digits")
+        >>> untrained = [models.mlp(64, (32,), 10, seed=seed) for seed in range(3)]
+        >>> len(models.train_population(untrained, train_loader, recipe=Recipe(epochs=1)))
+        3
+    """
+    trained = [copy_of(model).train() for model in models]
+    seeds = range(len(trained)) if seeds is None else seeds
+    _check_networks(trained)
+    if len(seeds) != len(trained):
+        raise ValueError(f"seeds must hold one for each of the {len(trained)} networks, got {len(seeds)}.")
+    device = next(trained[0].parameters()).device
+    _check_recipe(recipe, device)
+    with seeded(seeds[0], device):
+        num_batches = count_batches(loader, any_batch=False)
+        reading = _Reading(loader, seeds, device)
+        _Training(trained, recipe, loss_fn).run(reading, num_batches, progress=progress)
+    return [model.eval() for model in trained]
+
+
+class _Order:
+    """The batches of one network, drawn as if it were trained alone: its random state is kept between reads."""
+
+    def __init__(self, loader: Iterable[Any], seed: int, device: torch.device) -> None:
+        self._loader = loader
+        self._device = device
+        with seeded(seed, device):
+            self._state = rng_state(device)
+
+    def begin_epoch(self) -> None:
+        """Start from the loader's beginning at the next read."""
+        self._batches = chain.from_iterable((self._loader,))  # asks the loader for an iterator then, not now
+
+    def take(self, count: int) -> list[_Batch]:
+        """Return the next batches of the epoch: so many, or those that are left."""
+        with self._own_randomness():
+            return list(islice(self._batches, count))
+
+    @contextmanager
+    def _own_randomness(self) -> Iterator[None]:
+        outside = rng_state(self._device)
+        set_rng_state(self._state, self._device)
+        try:
+            yield
+        finally:
+            self._state = rng_state(self._device)
+            set_rng_state(outside, self._device)
+
+
+class _Reading:
+    """An epoch of all networks, step by step: inputs ``(M, N, ...)`` and targets ``(M, N, ...)``, on ``device``.
+
+    As many batches as memory allows are read of one network's order before the next one's, since changing the random
+    state takes longer than to draw from it.
+    """
+
+    def __init__(self, loader: Iterable[Any], seeds: Sequence[int], device: torch.device) -> None:
+        self._orders = [_Order(loader, seed, device) for seed in seeds]
+        self._device = device
+        first = check_loader(loader)
+        if not all(isinstance(part, Tensor) for part in first):
+            kinds = ", ".join(type(part).__name__ for part in first)
+            raise ValueError(f"loader must yield pairs of tensors, which can be stacked, got ({kinds}).")
+        self._at_once = max(1, _READ_AHEAD_BYTES // (sum(part.nbytes for part in first) * len(seeds)))
+
+    def __iter__(self) -> Iterator[_Batch]:
+        for order in self._orders:
+            order.begin_epoch()
+        while steps := list(zip(*(order.take(self._at_once) for order in self._orders), strict=True)):
+            for step in steps:
+                inputs, targets = (torch.stack(parts).to(self._device) for parts in zip(*step, strict=True))
+                yield inputs, targets
+            if len(steps) < self._at_once:
+                return
+
+
+class _Training:
+    """One run over stacked weights, which are written into ``models`` at its end."""
+
+    def __init__(self, models: Sequence[nn.Module], recipe: Recipe, loss_fn: LossFn) -> None:
+        self.models = models
+        self.recipe = recipe
+        self.loss_fn = loss_fn
+        parameters, buffers = stack_module_state(models)
+        self.state = {**parameters, **buffers}
+        trained = [parameter for parameter in parameters.values() if parameter.requires_grad]
+        self.optimizer = recipe.make_optimizer(trained, weight_decay=recipe.weight_decay)
+        self.device = trained[0].device
+
+        network, places = copy_of(models[0]), named_places(models[0])
+
+        def loss(state: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
+            tensors = {place: state[name] for place, name in places.items()}
+            return loss_fn(functional_call(network, tensors, (inputs,), tie_weights=False), targets)
+
+        self.losses = over_networks(
+            loss, network, randomness="different", way_out="Train such networks one by one.", compile=recipe.compile
+        )
+
+    def run(self, steps: Iterable[_Batch], num_batches: int, *, progress: bool) -> None:
+        bar = progress_bar(range(self.recipe.epochs), show=progress, desc="train", unit="epoch")
+        for epoch in bar:
+            losses = []
+            for step, (inputs, targets) in enumerate(steps):
+                if epoch == 0:
+                    self._check(inputs, targets)
+                self.recipe.set_learning_rate(self.optimizer, epoch + step / num_batches)
+                losses.append(self._step(inputs, targets))
+            mean = self._mean_loss(torch.stack(losses), epoch)
+            logger.info("epoch %d of %d: mean training loss %.4f", epoch + 1, self.recipe.epochs, mean)
+            bar.set_postfix(loss=f"{mean:.4f}")
+        self._write_back()
+
+    @torch.no_grad()
+    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+        outputs = self.models[0](inputs[0])
+        check_targets(outputs, targets[0], self.loss_fn)
+        check_targets(outputs, targets.flatten(0, 1))
+
+    def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+        """Make one step of every network and return the losses before it, ``(M,)``."""
+        self.optimizer.zero_grad()
+        with torch.autocast(self.device.type, self.recipe.autocast, enabled=self.recipe.autocast is not None):
+            losses = self.losses(self.state, inputs, targets)
+        losses.sum().backward()  # no weight is in two of them, so each network gets the gradient of its own
+        self.optimizer.step()
+        return losses.detach()
+
+    def _mean_loss(self, losses: Tensor, epoch: int) -> float:
+        """Return the mean of an epoch's losses, ``(steps, M)``."""
+        if not losses.isfinite().all():
+            step, network = (~losses.isfinite()).nonzero()[0].tolist()
+            raise FloatingPointError(
+                f"the training loss of models[{network}] became {losses[step, network].item()} in epoch {epoch + 1} of "
+                f"{self.recipe.epochs}, step {step + 1} of {len(losses)}. Lower the learning rate of the recipe's "
+                f"optimizer, or look for values in the data that are not finite."
+            )
+        return losses.mean().item()
+
+    @torch.no_grad()
+    def _write_back(self) -> None:
+        for number, model in enumerate(self.models):
+            for name, tensor in (*model.named_parameters(), *model.named_buffers()):
+                tensor.copy_(self.state[name][number])
+
+
+def _check_networks(models: Sequence[nn.Module]) -> None:
+    if not models:
+        raise ValueError("models is empty: there is no network to train.")
+    first = _describe(models[0])
+    for number, model in enumerate(models):
+        other = _describe(model)
+        differ = [name for name in {**first, **other} if first.get(name) != other.get(name)]
+        if differ:
+            raise ValueError(
+                f"models[{number}] differs from models[0] in {differ[0]}: {other.get(differ[0], 'missing')} against "
+                f"{first.get(differ[0], 'missing')}. All must be of one architecture."
+            )
+    if not any(parameter.requires_grad for parameter in models[0].parameters()):
+        raise ValueError("models[0] has no parameter to train: all have requires_grad=False.")
+
+
+def _describe(model: nn.Module) -> dict[str, str]:
+    """Return what networks that share one stack must have in common."""
+    space = WeightSpace(model)
+    buffers = {f"buffer {name!r}": f"{tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()}
+    parameters = {f"parameter {name!r}": layout for name, layout in space.layout.items()}
+    return {**parameters, **buffers, "device": str(space.device), "its modules": repr(model)}
+
+
+def _check_recipe(recipe: Recipe, device: torch.device) -> None:
+    """Raise unless the recipe moves stacked weights as it would move each network's."""
+    if recipe.autocast is torch.float16:
+        raise ValueError("float16 needs one loss scale for each network; use Recipe(autocast=torch.bfloat16) or None.")
+    generator = torch.Generator().manual_seed(0)
+    shapes = [(2, 3, 4), (2, 3)]
+    start = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]
+    slopes = [torch.randn(shape, generator=generator, dtype=torch.float64).to(device) for shape in shapes]
+    slopes = [slope * torch.tensor([1.0, 100.0], device=device).view(-1, *[1] * (slope.dim() - 1)) for slope in slopes]
+    together = _two_steps(recipe, start, slopes)
+    for network in (0, 1):
+        alone = _two_steps(recipe, [x[network] for x in start], [x[network] for x in slopes])
+        for ours, theirs in zip(together, alone, strict=True):
+            if not torch.allclose(ours[network], theirs, rtol=1e-9, atol=1e-12):
+                raise ValueError(
+                    f"the recipe's optimizer ({identify(recipe.optimizer)}) does not act on every weight by itself, so "
+                    f"networks would mix. Use one that does, such as Adam or SGD, or train them one by one."
+                )
+
+
+def _two_steps(recipe: Recipe, start: list[Tensor], slopes: list[Tensor]) -> list[Tensor]:
+    """Return where two steps down constant slopes lead."""
+    weights = [tensor.clone().requires_grad_() for tensor in start]
+    optimizer = recipe.make_optimizer(weights, weight_decay=recipe.weight_decay)
+    for _ in range(2):
+        for weight, slope in zip(weights, slopes, strict=True):
+            weight.grad = slope.clone()
+        try:
+            optimizer.step()
+        except TypeError as error:
+            raise ValueError(
+                f"the recipe's optimizer ({identify(recipe.optimizer)}) makes no step along gradients alone ({error}). "
+                f"Use one that does, such as Adam or SGD, or train the networks one by one."
+            ) from error
+    return [weight.detach() for weight in weights]

@@ -1,0 +1,1 @@
+"""A network as the rest of the package sees it: weights, batches, loss, statistics, what attacks it."""

@@ -1,0 +1,86 @@
+"""What an attack is, and the state in which a network is attacked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+
+from modeconn.tools.rng import seeded
+
+Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
+"""``attack(model, x, y) -> x_adv``."""
+
+
+def check_examples(x_adv: Any, x: Tensor, name: object) -> None:
+    """Raise a ValueError unless what an attack returned for ``x`` can stand in its place; ``name`` stands for it."""
+    if not isinstance(x_adv, Tensor):
+        raise ValueError(f"{name} must return a tensor, but returned {type(x_adv).__name__}.")
+    if x_adv.shape != x.shape:
+        raise ValueError(f"{name} returned a shape of {tuple(x_adv.shape)} for inputs of shape {tuple(x.shape)}.")
+    if x_adv.dtype != x.dtype:
+        raise ValueError(f"{name} returned {x_adv.dtype} for inputs of {x.dtype}.")
+
+
+@contextmanager
+def under_attack(model: nn.Module) -> Iterator[None]:
+    """Let gradients reach inputs alone, and leave of train mode only the batch statistics of batch norm.
+
+    A network in train mode is attacked as the function that the next update improves: its batch norm uses the batch at
+    hand. But no running statistic moves, dropout is off, and so are heads that exist for training alone. A network in
+    eval mode stays as it is. Gradients are on, and all flags are as before at the end, also after an exception.
+    """
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    training = [module for module in model.modules() if module.training]
+    counting = [module for module in training if isinstance(module, _BatchNorm) and module.track_running_stats]
+    try:
+        for parameter in parameters:
+            parameter.requires_grad_(False)
+        for module in training:
+            module.training = isinstance(module, _BatchNorm)
+        for layer in counting:
+            layer.track_running_stats = False
+        with torch.enable_grad():
+            yield
+    finally:
+        for layer in counting:
+            layer.track_running_stats = True
+        for module in training:
+            module.training = True
+        for parameter in parameters:
+            parameter.requires_grad_(True)
+
+
+def attacked_in_eval_mode(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
+    """Return adversarial examples of the network in eval mode; its flags and the global random state stay."""
+    with seeded(seed, x.device), under_attack(model):
+        model.eval()  # `under_attack` restores
+        return attack(model, x, y)
+
+
+@dataclass(frozen=True)
+class AdversarialExamples:
+    """Training data as each network's own adversarial examples, for ``recalibrate=``.
+
+    Batch norm is then recalibrated on clean data first, the network attacked with these statistics, in eval mode, and
+    recalibrated again on what the attack found.
+
+    Args:
+        loader: Training data, ``(inputs, targets)`` batches.
+        attack: The attack.
+    """
+
+    loader: Iterable[Any]
+    attack: Attack
+
+    def of(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
+        """Return the batches as adversarial examples of one network; always the same for the same network."""
+        return [
+            (attacked_in_eval_mode(self.attack, model, inputs, targets, seed=number), targets)
+            for number, (inputs, targets) in enumerate(self.loader)
+        ]

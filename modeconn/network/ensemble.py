@@ -1,0 +1,47 @@
+"""Several networks, such as points of one curve, as one."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.network.loss import main_output
+
+
+class Ensemble(nn.Module):
+    r"""The network whose probabilities are the mean of those of several classifiers.
+
+    .. math:: \log \frac1K \sum_{k=1}^{K} \operatorname{softmax}(z_k(x))
+
+    are its logits, so losses and attacks take it as any other network. Probabilities are averaged, not logits: a member
+    has one vote however large its logits are, and adversarial training, scale and confidence of which differ along a
+    curve, would otherwise weigh the members.
+
+    Args:
+        models: Classifiers of the same inputs and classes, which stay the caller's: they are not copied. The ensemble
+            is in train mode if one of them is.
+
+    Raises:
+        ValueError: If there is none.
+
+    Example:
+        >>> from modeconn import models
+        >>> both = Ensemble(models.mlp(4, (8,), 3, seed=seed).eval() for seed in (1, 2))
+        >>> round(both(torch.rand(5, 4)).exp().sum().item(), 4)
+        5.0
+    """
+
+    def __init__(self, models: Iterable[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(models)
+        if not self.members:
+            raise ValueError("models is empty: an ensemble needs at least one network.")
+        self.training = self.members.training = any(member.training for member in self.members)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return the logarithm of the mean probabilities, ``(N, C)``."""
+        votes = torch.stack([main_output(member(x)).log_softmax(1) for member in self.members])
+        return votes.logsumexp(0) - math.log(len(self.members))

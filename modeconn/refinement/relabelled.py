@@ -1,0 +1,130 @@
+"""Network b while it is being relabelled, with the loss of the curve that leads to it."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor
+
+from modeconn.curves.loss import CurveLoss
+from modeconn.network.weights import WeightSpace
+from modeconn.refinement.moves import Move
+from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import PermutationSpec
+
+_FIRST_LOOK = 8  # places of the sample after which a move may be given up, then twice as many, and so on
+_STANDARD_ERRORS = 2.0
+
+
+@dataclass
+class Relabelled:
+    r"""Network b under a permutation P, changed move by move, for one fixed sample.
+
+    A move is given up as soon as the places of the sample looked at so far say that the loss rises, by two standard
+    errors of the paired differences: most moves are no gain, and that shows early. To be accepted it is measured on all
+    of the sample, on which the loss must fall by more than ``standard_errors``. What falls with every accepted move is
+    the loss on the sample plus :math:`\tfrac{1}{2 \nu} \lVert P - P_k \rVert^2`, which is :math:`\tfrac{1}{\nu}` times
+    the number of units that are not where they were at first.
+
+    Args:
+        space: Weight space of the networks.
+        loss: The loss of the curve on the sample.
+        theta_b: Relabelled b, ``(P,)``; changed in place.
+        bend: Inner control points less the straight line's, ``(K - 2, P)``.
+        permutation: How b was relabelled so far.
+        nu: The proximal weight; infinite for none.
+        standard_errors: See `PAM`.
+
+    Attributes:
+        value: The loss now.
+        num_tried: Moves tried.
+        num_accepted: Those of them that were kept.
+    """
+
+    space: WeightSpace
+    loss: CurveLoss
+    theta_b: Tensor
+    bend: Tensor
+    permutation: Permutation
+    nu: float = float("inf")
+    standard_errors: float = 0.0
+    num_tried: int = 0
+    num_accepted: int = 0
+    value: float = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.parameters = self.space.unflatten(self.theta_b)
+        self._first = self.permutation
+        self._penalty = 0.0
+        self._losses = self.loss.values(self.theta_b, self.bend)
+        self._order = torch.randperm(len(self.loss), generator=torch.Generator().manual_seed(0)).tolist()
+        self.value = float(self._losses.mean())
+
+    @property
+    def spec(self) -> PermutationSpec:
+        """The groups."""
+        return self.permutation.spec
+
+    def gradient(self) -> dict[str, Tensor]:
+        """Return the gradient of the loss with respect to the relabelled b, by parameter."""
+        _, gradient, _ = self.loss.gradient(self.theta_b, self.bend)
+        return self.space.unflatten(gradient)
+
+    def try_move(self, move: Move) -> bool:
+        """Make a move if loss and proximal term fall; whether they did."""
+        before = self._make(move)
+        penalty = 0.0 if math.isinf(self.nu) else self._distance(move.permutation @ self.permutation) / self.nu
+        losses = self._losses_if_lower(penalty - self._penalty)
+        self.num_tried += 1
+        if losses is None:
+            self._write(before)
+            return False
+        self.permutation, self._penalty = move.permutation @ self.permutation, penalty
+        self._losses, self.value = losses, float(losses.mean())
+        self.num_accepted += 1
+        return True
+
+    def _losses_if_lower(self, more_penalty: float) -> Tensor | None:
+        """Return the losses at all places of the sample, or None if they and the penalty together do not fall."""
+        losses, seen = torch.empty_like(self._losses), 0
+        while seen < len(losses):
+            places = self._order[seen : max(2 * seen, _FIRST_LOOK)]
+            losses[places] = self.loss.values(self.theta_b, self.bend, places)
+            seen += len(places)
+            looked_at = self._order[:seen]
+            rise = losses[looked_at] - self._losses[looked_at] + more_penalty
+            error = float(rise.std()) / math.sqrt(seen) if seen > 1 else 0.0
+            if _FIRST_LOOK <= seen < len(losses) and float(rise.mean()) > _STANDARD_ERRORS * error:
+                return None
+        has_fallen = float(losses.mean()) + more_penalty < self.value  # written so that NaN is refused
+        return losses if has_fallen and float(rise.mean()) <= -self.standard_errors * error else None
+
+    def value_after(self, move: Move) -> float:
+        """Return what the loss would be after a move."""
+        before = self._make(move)
+        value = self.loss.value(self.theta_b, self.bend)
+        self._write(before)
+        return value
+
+    def replace(self, permutation: Permutation) -> bool:
+        """Relabel b at once as ``permutation`` says, if loss and proximal term fall; whether they did."""
+        step = permutation @ self.permutation.inverse()
+        return self.try_move(Move(step.spec, step.perms, 0.0))
+
+    def _make(self, move: Move) -> dict[str, Tensor]:
+        """Relabel b; return the parameters that changed as they were."""
+        after = move.apply(self.parameters)
+        before = {name: self.parameters[name].clone() for name in after}
+        self._write(after)
+        return before
+
+    def _write(self, parameters: dict[str, Tensor]) -> None:
+        for name, value in parameters.items():
+            self.parameters[name].copy_(value)
+
+    def _distance(self, permutation: Permutation) -> int:
+        """Return half of the squared distance of the permutation matrices from those at first."""
+        names = [group.name for group in self.spec.groups]
+        return sum(int((permutation.flat_sources(n) != self._first.flat_sources(n)).sum()) for n in names)

@@ -1,0 +1,1 @@
+"""Tools that know nothing of networks: randomness, tables, files, fingerprints, checks of settings."""

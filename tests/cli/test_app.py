@@ -1,0 +1,591 @@
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+
+import pytest
+import torch
+from typer.testing import CliRunner
+
+import modeconn
+from modeconn import (
+    PGD,
+    AdversarialExamples,
+    Bezier,
+    Connection,
+    Line,
+    Permutation,
+    PolyChain,
+    Profile,
+    Recipe,
+    RobustProfile,
+    data,
+    models,
+)
+from modeconn.cli import parse
+from modeconn.cli.app import app
+from modeconn.cli.demo import on_threads
+from modeconn.data import TensorLoader
+from modeconn.network.recipe import halving, one_cycle
+from tests.cases import CASE, same_bits
+
+ADAM = ["--optimizer", "adam:lr=0.003", "--schedule", "one_cycle", "--weight-decay", "0"]
+MLP = ["--data", "digits", "--model", "mlp", "--model-arg", "hidden=16,"]
+
+
+def run(*arguments, code=0):
+    result = CliRunner().invoke(app, [str(argument) for argument in arguments])
+    assert result.exit_code == code, (result.exit_code, result.output, result.exception)
+    return result
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Two networks and a connection, made on the command line."""
+    folder = tmp_path_factory.mktemp("cli")
+    for name, seed in (("a", 1), ("b", 2)):
+        run("train", folder / f"{name}.safetensors", *MLP, "--seed", seed, "--epochs", 3, *ADAM)
+    run("fit", *ends(folder), "--out", folder / "c.safetensors", "--data", "digits", "--epochs", 2, *ADAM, "--seed", 5)
+    return folder
+
+
+def ends(folder):
+    return folder / "a.safetensors", folder / "b.safetensors"
+
+
+def test_fit_refines_the_relabelling_too(folder, tmp_path):
+    out = tmp_path / "refined.safetensors"
+    refine = "pam:iterations=1,step=relaxed,num_batches=2"
+    run("fit", *ends(folder), "--out", out, "--data", "digits", "--epochs", 1, *ADAM, "--refine", refine)
+    (turn,) = Connection.load(out).history.turns
+    assert turn["epoch"] == 0 and turn["num_tried"] > 0
+
+
+def the_same_in_python():
+    train, _ = data.load("digits")
+    recipe = Recipe(3, parse.optimizer("adam:lr=0.003"), one_cycle, 0.0)
+    network = [models.mlp(64, (16,), 10, mean=train.mean(), std=train.std() + 0.1, seed=seed) for seed in (1, 2)]
+    a, b = (models.train(model, train, recipe=recipe, seed=seed) for model, seed in zip(network, (1, 2), strict=True))
+    return a, b, train
+
+
+# -- what the commands do is what the functions do
+
+
+def test_train_and_fit_do_what_the_functions_do(folder):
+    a, b, train = the_same_in_python()
+    assert same_bits(models.load(folder / "a.safetensors"), a) and same_bits(models.load(folder / "b.safetensors"), b)
+    recipe = Recipe(2, parse.optimizer("adam:lr=0.003"), one_cycle, 0.0)
+    expected = modeconn.fit_curve(a, b, train, recipe=recipe, seed=5)
+    found = Connection.load(folder / "c.safetensors")
+    assert torch.equal(found.control_points, expected.control_points)
+    assert found.permutation == expected.permutation
+
+
+def test_a_finished_fit_leaves_only_a_checkpoint_that_was_asked_for(folder, tmp_path):
+    assert not (folder / "c.safetensors.checkpoint").exists()
+    kept = tmp_path / "kept"
+    common = ("--data", "digits", "--epochs", 1, "--align", "none", "--curve", "polychain:3")
+    run("fit", *ends(folder), "--out", tmp_path / "c", "--checkpoint", kept, *common)
+    assert kept.exists() and Connection.load(tmp_path / "c").curve == PolyChain(3)
+
+
+def test_align_relabels_b_and_writes_what_it_is_asked_for(folder, tmp_path):
+    out, permutation, report = (tmp_path / name for name in ("b.safetensors", "p.safetensors", "r.json"))
+    result = run(
+        "align", *ends(folder), "--out", out, "--permutation", permutation, "--report", report, "--data", "digits"
+    )
+    a, b, train = the_same_in_python()
+    expected = modeconn.align(a, b, train)
+    assert same_bits(models.load(out), expected.model_b) and Permutation.load(permutation) == expected.permutation
+    assert json.loads(report.read_text())["correlation"] == {k: list(v) for k, v in expected.correlation.items()}
+    assert repr(expected) in result.stdout
+
+    run("fit", *ends(folder), "--out", tmp_path / "c", "--data", "digits", "--align", permutation, "--curve", "line")
+    assert same_bits(Connection.load(tmp_path / "c").model_at(1), expected.model_b)
+
+
+def test_align_without_data_matches_weights(folder, tmp_path):
+    run("align", *ends(folder), "--out", tmp_path / "b")
+    a, b, _ = the_same_in_python()
+    assert same_bits(models.load(tmp_path / "b"), modeconn.align(a, b).model_b)
+
+
+@pytest.mark.parametrize("on", ["test", "train"])
+def test_evaluate_prints_a_table_and_writes_every_point(folder, tmp_path, on):
+    result = run(
+        *("evaluate", folder / "c.safetensors", "--data", "digits", "--out", tmp_path / "p", "--points", 5, "--on", on)
+    )
+    profile = Profile.from_json((tmp_path / "p.json").read_text())
+    loaders = dict(zip(("train", "test"), data.load("digits"), strict=True))
+    expected = Connection.load(folder / "c.safetensors").evaluate(loaders[on], num_points=5)
+    torch.testing.assert_close(profile.loss, expected.loss)
+    assert profile.num_examples == expected.num_examples
+    assert len((tmp_path / "p.csv").read_text().splitlines()) == 1 + 5
+    assert repr(profile) in result.stdout
+
+
+def test_evaluate_recalibrates_batch_norm_on_training_data(tmp_path):
+    write_idx_files(tmp_path)
+    train, test = data.load("mnist", tmp_path)
+    ends = (models.tinyten(in_channels=1, image_size=28, seed=seed) for seed in (0, 1))
+    Connection.straight_between(*ends).save(tmp_path / "c.safetensors")
+    run("evaluate", tmp_path / "c.safetensors", "--data", "mnist", "--root", tmp_path, "--points", 3)
+    found = Profile.from_json((tmp_path / "c.json").read_text())
+    on_train, on_test = (
+        Connection.load(tmp_path / "c.safetensors").evaluate(test, num_points=3, recalibrate=loader)
+        for loader in (train, test)
+    )
+    torch.testing.assert_close(found.loss, on_train.loss)
+    assert not torch.allclose(found.loss, on_test.loss)
+
+
+@pytest.mark.parametrize("command", ["evaluate", "robustness"])
+def test_connections_are_loaded_where_the_command_computes(command, folder, monkeypatch):
+    devices, load = [], Connection.load
+
+    def loading(*arguments, **settings):
+        devices.append(settings["device"])
+        return load(*arguments, **settings)
+
+    monkeypatch.setattr(Connection, "load", loading)
+    settings = ("--data", "digits", "--points", 2, "--device", "cpu:0")
+    run(command, folder / "c.safetensors", *settings, *(("--examples", 2) if command == "robustness" else ()))
+    assert devices == ["cpu:0"]
+
+
+def test_results_are_not_written_over_each_other(folder, tmp_path):
+    other = tmp_path / "c.safetensors"
+    other.write_bytes((folder / "c.safetensors").read_bytes())
+    report = tmp_path / "report"
+    for arguments in (
+        ("robustness", folder / "c.safetensors", other, "--data", "digits", "--out", tmp_path),
+        ("align", *ends(folder), "--out", report, "--permutation", report),
+        ("compare", *ends(folder), "--data", "digits", "--out", report.with_suffix(".csv")),
+        ("fit", *ends(folder), "--data", "digits", "--out", report, "--checkpoint", report),
+        ("symmetry", "mlp", "--out", report, "--save-spec", report),
+    ):
+        assert "several results would be written to" in run(*arguments, code=1).stderr
+    assert [path.name for path in tmp_path.iterdir()] == ["c.safetensors"]
+
+
+@pytest.mark.parametrize("statistics", ["clean", "adversarial"])
+def test_robustness_recalibrates_batch_norm_on_what_it_is_told(statistics, tmp_path):
+    write_idx_files(tmp_path)
+    train, test = data.load("mnist", tmp_path)
+    ends = (models.tinyten(in_channels=1, image_size=28, seed=seed).eval() for seed in (0, 1))
+    Connection.straight_between(*ends).save(tmp_path / "c.safetensors")
+    settings = ("--attack", "pgd1", "--eps", "0.1", "--points", 2, "--examples", 4, "--statistics", statistics)
+    run("robustness", tmp_path / "c.safetensors", "--data", "mnist", "--root", tmp_path, *settings)
+    found = RobustProfile.from_json((tmp_path / "c.robust.json").read_text())
+    expected = {
+        name: Connection.load(tmp_path / "c.safetensors").robustness(
+            test, {"pgd1": PGD(0.1, 0.025, 1)}, num_points=2, num_examples=4, recalibrate=examples
+        )
+        for name, examples in (("clean", train), ("adversarial", AdversarialExamples(train, PGD(0.1, 0.025, 5))))
+    }
+    torch.testing.assert_close(found.losses, expected[statistics].losses)
+    assert not torch.allclose(expected["clean"].losses["clean"], expected["adversarial"].losses["clean"])
+
+
+def test_state_dicts_of_torch_save_are_ends_too(folder, tmp_path):
+    a = models.load(folder / "a.safetensors")
+    torch.save(a.state_dict(), tmp_path / "a.pt")
+    run("align", tmp_path / "a.pt", folder / "b.safetensors", "--out", tmp_path / "b1", *MLP)
+    run("align", *ends(folder), "--out", tmp_path / "b2", "--data", "digits")
+    assert same_bits(models.load(tmp_path / "b1"), models.load(tmp_path / "b2"))
+
+
+def test_a_model_can_come_from_a_module_in_the_current_folder(tmp_path, monkeypatch):
+    (tmp_path / "own_net.py").write_text(
+        "from torch import nn\n"
+        "def make(num_inputs, num_classes, width=4):\n"
+        "    return nn.Sequential(nn.Linear(num_inputs, width), nn.ReLU(), nn.Linear(width, num_classes))\n"
+    )
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", [path for path in sys.path if path])
+    own = ("--data", "digits", "--model", "own_net:make", "--model-arg", "width=6")
+    for name, seed in (("a", 0), ("b", 1)):
+        run("train", name, *own, "--seed", seed, "--epochs", 1)
+    run("fit", "a", "b", "--out", "c", *own, "--epochs", 1)
+    result = run("evaluate", "c", *own, "--points", 3)
+    assert "Profile(3 points, 500 examples" in result.stdout
+    template = parse.make_model("own_net:make", {"width": 6}, data.load("digits")[0])
+    assert not same_bits(models.load("a", template), models.load("b", template))
+
+
+# -- interruption
+
+
+def test_a_fit_stopped_by_ctrl_c_says_how_to_go_on_and_ends_with_the_same_bits(folder, tmp_path, monkeypatch):
+    command = ("fit", *ends(folder), "--data", "digits", "--epochs", 3, "--align", "none", *ADAM)
+    run(*command, "--out", tmp_path / "whole")
+
+    passes, read = [], TensorLoader.__iter__
+
+    def interrupted(self):
+        passes.append(self)
+        for number, batch in enumerate(read(self)):
+            if len(passes) == 3 and number == 7:  # the first pass is the check at the door
+                raise KeyboardInterrupt
+            yield batch
+
+    with monkeypatch.context() as patch:
+        patch.setattr(TensorLoader, "__iter__", interrupted)
+        result = run(*command, "--out", tmp_path / "c", code=130)
+    kept = tmp_path / "c.checkpoint"
+    assert f"the run is kept in {kept}; give the same command again" in result.stderr.replace("\n", " ")
+    assert "1 epochs and 7 batches" in run("info", kept).stdout and not (tmp_path / "c").exists()
+
+    run(*command, "--out", tmp_path / "c")
+    assert not kept.exists()
+    whole, resumed = (Connection.load(tmp_path / name).control_points for name in ("whole", "c"))
+    assert torch.equal(whole, resumed)
+
+
+# -- the demo
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("demo") / "new" / "folder"
+    return out, run("demo", "--out", out)
+
+
+def test_the_demo_prints_one_table_and_names_its_folder(demo):
+    out, result = demo
+    rows = [line for line in result.stdout.splitlines() if line.startswith(("straight line", "curve"))]
+    assert [row.split("  ")[0] for row in rows] == [
+        "straight line",
+        "straight line, aligned",
+        "curve",
+        "curve, aligned",
+    ]
+    assert str(out) in result.stdout
+    assert {path.suffix for path in out.iterdir()} == {".png", ".safetensors", ".json"}
+
+
+def test_alignment_lowers_the_barriers_of_the_demo(demo):
+    table = json.loads((demo[0] / "results.json").read_text())["table"]
+    barrier = {name: row["barrier"] for name, row in table.items()}
+    assert barrier["straight line, aligned"] <= 0.08 * barrier["straight line"]
+    assert barrier["curve, aligned"] <= 0.04 * barrier["straight line"]
+    assert barrier["curve, aligned"] <= 0.5 * barrier["curve"]
+    assert min(row["acc t=0"] for row in table.values()) > 0.95
+
+
+def test_the_files_of_the_demo_are_what_its_numbers_come_from(demo):
+    out = demo[0]
+    table = json.loads((out / "results.json").read_text())["table"]
+    _, test = data.load("digits")
+    for name, row in table.items():
+        connection = Connection.load(out / f"{name.replace(',', '').replace(' ', '-')}.safetensors")
+        assert connection.evaluate(test, num_points=61).barrier == pytest.approx(row["barrier"], abs=1e-6)
+    b = models.load(out / "b.safetensors")
+    relabelled = Permutation.load(out / "permutation.safetensors").apply(b)
+    assert same_bits(Connection.load(out / "curve-aligned.safetensors").model_at(1), relabelled)
+
+
+def test_the_number_of_threads_is_given_back():
+    before = torch.get_num_threads()
+    with on_threads(before + 1):
+        assert torch.get_num_threads() == before + 1
+    with on_threads(None):
+        assert torch.get_num_threads() == before
+    assert torch.get_num_threads() == before
+
+
+def test_the_demo_runs_on_image_files(tmp_path):
+    write_idx_files(tmp_path)
+    result = run(
+        *("demo", "--data", "mnist", "--root", tmp_path, "--out", tmp_path / "out", "--epochs", 1, "--curve-epochs", 1),
+        *("--train-examples", 64, "--test-examples", 20, "--points", 3, "--batch-size", 32),
+    )
+    assert "tinyten on mnist, 20 test examples" in result.stdout
+    assert Connection.load(tmp_path / "out" / "curve.safetensors").history.loss
+
+
+def write_idx_files(folder):
+    generator = torch.Generator().manual_seed(0)
+    for part, count in (("train", 80), ("t10k", 40)):
+        images = torch.randint(256, (count, 28, 28), generator=generator, dtype=torch.uint8)
+        labels = torch.arange(count, dtype=torch.uint8) % 10
+        for kind, array in (("images-idx3", images), ("labels-idx1", labels)):
+            sizes = b"".join(size.to_bytes(4, "big") for size in array.shape)
+            header = bytes([0, 0, 8, array.dim()]) + sizes
+            (folder / f"{part}-{kind}-ubyte").write_bytes(header + array.numpy().tobytes())
+
+
+# -- plot and info
+
+
+def test_plot_draws_what_files_hold(demo, folder, tmp_path):
+    out = demo[0]
+    run("align", *ends(folder), "--out", tmp_path / "b", "--report", tmp_path / "r.json", "--data", "digits")
+    for number, files in enumerate(
+        [
+            ("straight-line.json", "curve.json"),
+            ("curve.safetensors", "curve-aligned.safetensors"),
+            (tmp_path / "r.json",),
+        ]
+    ):
+        figure = tmp_path / f"{number}.png"
+        run("plot", *(out / name for name in files), "--out", figure)
+        assert figure.read_bytes().startswith(b"\x89PNG")
+    run("plot", out / "curve.json", "--out", tmp_path / "f.pdf", "--quantity", "accuracy", "--labels", "mine")
+    assert (tmp_path / "f.pdf").read_bytes().startswith(b"%PDF")
+
+
+def test_info_tells_what_a_file_is(demo, folder, tmp_path):
+    out = demo[0]
+    assert "Bezier(degree=2, free_ends=False), 3 control points" in run("info", out / "curve.safetensors").stdout
+    assert "mlp(num_inputs=64, hidden=[128, 128], num_classes=10" in run("info", out / "a.safetensors").stdout
+    assert "of 256 units moved" in run("info", out / "permutation.safetensors").stdout
+    assert "Profile(61 points, 500 examples" in run("info", out / "curve.json").stdout
+    Connection.straight_between(CASE["mlp"].make(0), CASE["mlp"].make(1)).save(tmp_path / "c")
+    assert "not of modeconn.models; give --model" in run("info", tmp_path / "c").stdout
+    (tmp_path / "r.json").write_text('{"correlation": {"fc": [0.1, 0.75]}}')
+    assert "fc                 0.100  0.750" in run("info", tmp_path / "r.json").stdout
+
+
+def test_symmetry_reports_proves_and_saves(folder, tmp_path):
+    result = run(
+        "symmetry", folder / "a.safetensors", "--out", tmp_path / "r.json", "--save-spec", tmp_path / "s.safetensors"
+    )
+    assert result.output.startswith("1 group, 10^13.3 relabellings")
+    assert "proved: no tensor differs" in result.output
+    assert json.loads((tmp_path / "r.json").read_text())["groups"][0]["shape"] == [16]
+    a = models.load(folder / "a.safetensors")
+    assert modeconn.PermutationSpec.load(tmp_path / "s.safetensors") == modeconn.discover(a)
+
+
+def test_symmetry_takes_any_factory_and_input():
+    layer = ["torch.nn:LSTMCell", "--model-arg", "input_size=3", "--model-arg", "hidden_size=4"]
+    assert "0 groups" in run("symmetry", *layer, "--input-shape", "2,3", "--no-verify").output  # its state is returned
+    result = run("symmetry", "resnet20", "--freeze", "stem*", "--no-verify")
+    assert "frozen by request" in result.output
+
+
+def test_info_without_a_file_tells_versions():
+    text = run("info").stdout
+    assert f"modeconn {modeconn.__version__}" in text and f"torch {torch.__version__}" in text
+
+
+@pytest.mark.parametrize(
+    "command", ["demo", "train", "align", "merge", "fit", "evaluate", "robustness", "plot", "info", "symmetry"]
+)
+def test_the_help_of_every_command_has_an_example(command):
+    text = run(command, "--help").stdout
+    assert f"\n  modeconn {command}" in text
+
+
+# -- bad input
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("train", "{}/x", *MLP, "--model", "bert"), "there is no model 'bert'; there are "),
+        (("train", "{}/x", "--data", "digits", "--model", "mlp"), "model 'mlp' cannot be made: missing .*'hidden'"),
+        (("train", "{}/x", *MLP, "--model", "no.such:thing"), "cannot import 'no.such:thing'"),
+        (("train", "{}/x", *MLP, "--model-arg", "hidden"), "is written KEY=VALUE, got 'hidden'"),
+        (("train", "{}/x", *MLP, "--optimizer", "adamm"), "there is no optimizer 'adamm'"),
+        (
+            ("train", "{}/x", *MLP, "--optimizer", "adam:rate=1"),
+            "optimizer 'adam' has no argument 'rate'; it has lr, betas",
+        ),
+        (("train", "{}/x", *MLP, "--schedule", "cosine"), "there is no schedule 'cosine'; there are constant, "),
+        (("train", "{}/x", *MLP, "--autocast", "int8"), "there is no precision 'int8'"),
+        (("train", "{}/x", *MLP, "--epochs", 0), "epochs must be at least 1"),
+        (("train", "{}/x", *MLP, "--train-examples", 5000), r"--train-examples must lie in 1\.\.1297, got 5000"),
+        (("train", "{}/no/such/folder/x", *MLP), "cannot write .*such/folder/x"),
+        (("train", "{}/x", "--data", "digitz", "--model", "mlp"), "there is no data set 'digitz'"),
+        (("train", "{}/x", "--data", "cifar10", "--model", "tinyten"), "cifar10 does not come with the package"),
+        (
+            ("fit", "{}/a.safetensors", "{}/c.safetensors", "--out", "{}/x", "--data", "digits"),
+            "is a connection, not a",
+        ),
+        (
+            ("fit", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--data", "digits", "--curve", "bezier:0"),
+            "degree must be",
+        ),
+        (
+            ("fit", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--data", "digits", "--curve", "spline"),
+            "no curve 'spline'",
+        ),
+        (
+            ("fit", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--data", "digits", "--align", "weight:sweeps=3"),
+            "alignment method 'weight:sweeps=3': got an unexpected keyword argument 'sweeps'; weight takes max_sweeps",
+        ),
+        (("align", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--model-arg", "width=2"), "--model, which is missing"),
+        (("evaluate", "{}/a.safetensors", "--data", "digits"), "is a model, not a connection"),
+        (
+            ("evaluate", "{}/c.safetensors", "--data", "digits", "--on", "both"),
+            "--on must be train or test, got 'both'",
+        ),
+        (("plot", "{}/a.safetensors", "--out", "{}/x.png"), "is a model, not a connection"),
+        (("plot", "{}/notes.json", "--out", "{}/x.png"), "is no profile, no comparison and no report"),
+        (("info", "{}/notes.txt"), "is truncated or no safetensors file"),
+    ],
+)
+def test_bad_input_is_one_line_on_stderr_and_writes_nothing(folder, arguments, message):
+    (folder / "notes.json").write_text("{}")
+    (folder / "notes.txt").write_text("no tensors here")
+    before = sorted(folder.iterdir())
+    result = run(*(str(argument).format(folder) for argument in arguments), code=1)
+    (line,) = result.stderr.splitlines()
+    assert line.startswith("modeconn: error: ") and re.search(message, line), line
+    assert result.stdout == "" and sorted(folder.iterdir()) == before
+
+
+@pytest.mark.parametrize(
+    "arguments",
+    [
+        ("fit", "no-a", "no-b"),
+        ("train", "x", "--data", "digits"),
+        ("info", "nowhere"),
+        ("connect",),
+        ("demo", "--points", 1),
+    ],
+)
+def test_a_command_that_makes_no_sense_exits_with_2(arguments):
+    result = run(*arguments, code=2)
+    assert result.stdout == "" and "Traceback" not in result.stderr and result.stderr
+
+
+# -- strings
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [
+        ("line", Line()),
+        ("bezier", Bezier(2)),
+        ("bezier:3", Bezier(3)),
+        ("bezier:degree=3,free_ends=True", Bezier(3, free_ends=True)),
+        ("polychain:4", PolyChain(4)),
+    ],
+)
+def test_curves_are_read(text, expected):
+    assert parse.curve(text) == expected
+
+
+def test_methods_optimizers_and_schedules_are_read():
+    assert parse.method("activation:num_examples=None,statistic=cosine") == modeconn.ActivationMatching(
+        num_examples=None, statistic="cosine"
+    )
+    assert parse.alignment("weight:seed=3") == modeconn.WeightMatching(seed=3)
+    assert parse.alignment("none") is False
+    optimizer = parse.optimizer("sgd:lr=0.5,momentum=0.9,nesterov=True")([torch.zeros(1, requires_grad=True)])
+    assert type(optimizer) is torch.optim.SGD and optimizer.defaults["nesterov"] and optimizer.defaults["lr"] == 0.5
+    assert parse.schedule("one_cycle") is one_cycle
+    assert parse.schedule("halving:every=2,decay=1")(4, 10) == halving(4, 10, every=2, decay=1) == 0.25
+    assert parse.precision("bfloat16") is torch.bfloat16 and parse.precision("none") is None
+
+
+def test_a_model_takes_from_the_data_what_its_factory_asks_for():
+    train = TensorLoader(torch.rand(8, 1, 16, 16), torch.arange(8) % 4)
+    name, arguments = models.describe(parse.make_model("tinyten", {"num_classes": 7}, train))
+    assert (name, arguments["num_classes"], arguments["in_channels"], arguments["image_size"]) == ("tinyten", 7, 1, 16)
+    assert arguments["mean"] == train.mean().tolist() and arguments["std"] == train.std().tolist()
+
+
+# -- the program itself
+
+
+def test_the_program_turns_warnings_into_lines(tmp_path):
+    (tmp_path / "own_net.py").write_text(
+        "import torch\n"
+        "class Scaled(torch.nn.Linear):\n"
+        "    def __init__(self):\n"
+        "        super().__init__(64, 10)\n"
+        "        self.register_buffer('scale', torch.ones(1))\n"
+    )
+    for name in "ab":
+        state = {"weight": torch.zeros(10, 64), "bias": torch.zeros(10), "scale": torch.full((1,), float(name == "a"))}
+        torch.save(state, tmp_path / name)
+    result = subprocess.run(
+        [*PROGRAM, *"fit a b --out c --data digits --model own_net:Scaled --align none --epochs 1".split()],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    assert result.stderr.startswith("modeconn: warning: buffers 'scale' differ between the networks")
+    assert len(result.stderr.splitlines()) == 1 and "Wrote c" in result.stdout
+
+
+PROGRAM = [sys.executable, "-m", "modeconn"]
+
+
+def test_the_module_runs_as_the_command():
+    result = subprocess.run([*PROGRAM, "--version"], capture_output=True, text=True, check=True)
+    assert result.stdout.strip() == modeconn.__version__
+
+
+# -- comparing methods
+
+
+def test_compare_does_what_the_function_does(folder, tmp_path):
+    a, b, _ = the_same_in_python()
+    out, methods = tmp_path / "c.json", ("activation", "weight:seed=1", "weight:start=activation")
+    given = [word for name in methods for word in ("--method", name)]
+    result = run(
+        *("compare", *ends(folder), *reversed(ends(folder)), "--data", "digits", "--out", out, *given),
+        *("--points", 3, "--epochs", 1, *ADAM, "--no-repair"),
+    )
+    found = modeconn.Comparison.from_json(out.read_text())
+    expected = modeconn.compare(
+        [(a, b), (b, a)],
+        {name: parse.method(name) for name in methods},
+        *data.load("digits"),
+        num_points=3,
+        repair=False,
+        recipe=Recipe(1, parse.optimizer("adam:lr=0.003"), one_cycle, 0.0),
+    )
+    for row in ("identity", "random", *methods):
+        for column in ("line", "line accuracy", "curve"):
+            assert found.values[row][column] == expected.values[row][column]
+    assert repr(found) in result.stdout
+    assert (tmp_path / "c.csv").read_text() == found.to_csv()
+    assert not (tmp_path / "c.json.checkpoint").exists()
+
+    assert repr(found) in run("info", out).stdout
+    run("plot", out, "--out", tmp_path / "c.png", "--quantity", "curve accuracy")
+    assert (tmp_path / "c.png").stat().st_size > 5_000
+    assert "one comparison, got 2" in run("plot", out, out, "--out", tmp_path / "c.png", code=1).stderr
+
+
+def test_compare_keeps_the_checkpoint_that_was_asked_for(folder, tmp_path):
+    common = ("compare", *ends(folder), "--data", "digits", "--points", 2, "--checkpoint", tmp_path / "kept")
+    for name in ("one", "two"):
+        run(*common, "--out", tmp_path / f"{name}.json")
+    one, two = ((tmp_path / f"{name}.json").read_text() for name in ("one", "two"))
+    assert one == two  # to the last second
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--points", 3], "networks are compared in pairs, but there are 3"),
+        (["--schedule", "one_cycle"], "say with --epochs how long"),
+    ],
+)
+def test_compare_says_what_is_missing(folder, tmp_path, words, message):
+    networks = [*ends(folder), *ends(folder)][: 3 if "--points" in words else 4]
+    result = run("compare", *networks, "--data", "digits", "--out", tmp_path / "c.json", *words, code=1)
+    assert message in result.stderr
+
+
+def test_compare_does_not_write_its_table_over_its_json(folder, tmp_path):
+    result = run("compare", *ends(folder), "--data", "digits", "--out", tmp_path / "c.csv", code=1)
+    assert "several results would be written to" in result.stderr and "c.csv" in result.stderr
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_method_may_start_from_another_one():
+    expected = modeconn.WeightMatching(seed=2, start=modeconn.ActivationMatching())
+    assert parse.method("weight:seed=2,start=activation") == expected
+    assert parse.method("sinkhorn:steps=9,start=weight") == modeconn.Sinkhorn(steps=9, start=modeconn.WeightMatching())

@@ -1,0 +1,164 @@
+from __future__ import annotations
+
+import csv
+import sys
+import types
+
+import pytest
+import torch
+from torch import nn
+
+from modeconn.measure.profile import Meter, Profile, fetch
+from modeconn.network.loss import cross_entropy
+from tests.cases import CASE, batches
+
+CPU = torch.device("cpu")
+
+
+def profile(**changes) -> Profile:
+    t = torch.linspace(0, 1, 5, dtype=torch.float64)
+    values = {
+        "t": t,
+        "loss": torch.tensor([0.2, 0.9, 0.8, 0.5, 0.4], dtype=torch.float64),
+        "accuracy": torch.tensor([0.9, 0.5, 0.6, 0.7, 0.8], dtype=torch.float64),
+        "arc_length": 3 * t**2,
+        "own_loss": torch.tensor([0.21, 0.41], dtype=torch.float64),
+        "own_accuracy": torch.tensor([0.89, 0.79], dtype=torch.float64),
+        "num_examples": 500,
+        "seconds": 1.5,
+    }
+    return Profile(**{**values, **changes})
+
+
+def test_the_barrier_is_measured_from_the_line_between_the_ends():
+    assert profile().barrier == pytest.approx(0.9 - (0.75 * 0.2 + 0.25 * 0.4))
+    assert profile().accuracy_drop == pytest.approx(0.75 * 0.9 + 0.25 * 0.8 - 0.5)
+
+
+@pytest.mark.parametrize("sign", [1.0, -1.0])
+def test_a_straight_or_sagging_profile_has_no_barrier(sign):
+    t = torch.linspace(0, 1, 21, dtype=torch.float64)
+    loss = 0.3 + 0.1 * t - (sign + 1) * t * (1 - t)
+    assert profile(t=t, loss=loss, accuracy=None).barrier == pytest.approx(0, abs=1e-15)
+
+
+def test_means_over_t_and_over_arc_length_are_named_and_differ():
+    accuracy, t, s = profile().accuracy.tolist(), profile().t.tolist(), profile().arc_length.tolist()
+
+    def trapezoid(x):
+        return sum((x[i + 1] - x[i]) * (accuracy[i + 1] + accuracy[i]) / 2 for i in range(4)) / x[-1]
+
+    assert profile().mean_accuracy == pytest.approx(trapezoid(t))
+    assert profile().arc_mean_accuracy == pytest.approx(trapezoid(s))
+    assert profile().mean_accuracy != pytest.approx(profile().arc_mean_accuracy)
+
+
+def test_a_curve_without_length_has_its_mean_over_t():
+    assert profile(arc_length=torch.zeros(5, dtype=torch.float64)).arc_mean_accuracy == profile().mean_accuracy
+
+
+def test_the_summary_covers_loss_accuracy_and_error():
+    summary = profile().summary()
+    assert summary["loss"]["max"] == pytest.approx(0.9) and summary["accuracy"]["min"] == pytest.approx(0.5)
+    assert summary["error"]["mean"] == pytest.approx(1 - summary["accuracy"]["mean"])
+    assert profile(accuracy=None, own_accuracy=None).summary().keys() == {"loss"}
+
+
+def test_json_keeps_every_field(tmp_path):
+    for original in (profile(), profile(accuracy=None, own_accuracy=None)):
+        original.to_json(tmp_path / "profile.json")
+        copy = Profile.from_json((tmp_path / "profile.json").read_text())
+        assert copy.to_json() == original.to_json()
+        assert torch.equal(copy.loss, original.loss) and copy.loss.dtype == torch.float64
+        assert copy.num_examples == 500 and (copy.accuracy is None) == (original.accuracy is None)
+
+
+def test_csv_has_one_row_a_point(tmp_path):
+    text = profile().to_csv(tmp_path / "profile.csv")
+    assert (tmp_path / "profile.csv").read_text() == text
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [float(row["loss"]) for row in rows] == profile().loss.tolist()
+    assert float(rows[1]["error"]) == 0.5 and rows[0].keys() == {"t", "arc_length", "loss", "accuracy", "error"}
+
+
+def test_a_profile_prints_as_a_table():
+    assert repr(profile()).splitlines() == [
+        "Profile(5 points, 500 examples, 1.5 s)",
+        "             t=0     t=1  own t=0  own t=1     min     max    mean  arc mean  barrier",
+        "    loss  0.2000  0.4000   0.2100   0.4100  0.2000  0.9000  0.6250    0.5938   0.6500",
+        "accuracy  90.00%  80.00%   89.00%   79.00%  50.00%  90.00%  66.25%    67.81%   37.50%",
+    ]
+    html = profile()._repr_html_()
+    assert html.startswith("<table>") and "<th>barrier</th>" in html and "<td>0.2100</td>" in html
+
+
+def test_plot_hands_the_profile_to_the_plot_module(monkeypatch):
+    import modeconn
+
+    seen = []
+    fake = types.SimpleNamespace(profile=lambda *profiles, ax=None: seen.append((profiles, ax)) or "axes")
+    monkeypatch.setitem(sys.modules, "modeconn.plot", fake)
+    monkeypatch.setattr(modeconn, "plot", fake, raising=False)
+    shown = profile()
+    assert shown.plot(ax="ax") == "axes" and seen == [((shown,), "ax")]
+
+
+@pytest.mark.parametrize("last", [1, 5, 12])
+def test_every_example_counts_alike_whatever_the_batches(last):
+    model, data = CASE["mlp"].make(0, torch.float64), batches(4, 12, last=last, dtype=torch.float64)
+    meter = Meter(data, cross_entropy)
+    meter.measure(model)
+    inputs, targets = (torch.cat(parts) for parts in zip(*data, strict=True))
+    loss, accuracy = meter.results()
+    torch.testing.assert_close(loss[0], cross_entropy(model(inputs), targets))
+    torch.testing.assert_close(accuracy[0], (model(inputs).argmax(1) == targets).double().mean())
+    assert meter.num_examples == 36 + last
+
+
+def test_auxiliary_outputs_do_not_count_for_accuracy():
+    class WithAuxiliary(nn.Module):
+        def forward(self, x):
+            right = nn.functional.one_hot(x.long(), 3).float()
+            return right, right.flip(1)
+
+    meter = Meter([(torch.tensor([0.0, 2.0]), torch.tensor([0, 2]))], cross_entropy)
+    meter.measure(WithAuxiliary())
+    assert meter.results()[1].tolist() == [1.0]
+
+
+def test_targets_that_are_no_classes_have_a_loss_but_no_accuracy():
+    meter = Meter([(torch.ones(4, 2), torch.zeros(4, 2))], nn.functional.mse_loss)
+    meter.measure(nn.Identity())
+    loss, accuracy = meter.results()
+    assert loss.tolist() == [1.0] and accuracy is None
+
+
+def test_batches_of_another_kind_are_measured_by_their_own_forward():
+    meter = Meter([{"x": torch.ones(3)}, {"x": torch.zeros(1)}], cross_entropy, lambda model, batch: batch["x"].mean())
+    meter.measure(nn.Identity())
+    assert meter.results()[0].tolist() == [0.75] and meter.results()[1] is None and meter.num_examples == 4
+
+
+@pytest.mark.parametrize("target", [3, -1])
+def test_a_target_outside_the_classes_is_an_error(target):
+    data = batches(2)
+    data[1][1][4] = target
+    with pytest.raises(ValueError, match=rf"must lie in 0\.\.2, the model's 3 classes, got a target of {target}\."):
+        Meter(data, cross_entropy).measure(CASE["mlp"].make(0))
+
+
+class Counting:
+    def __init__(self, data):
+        self.data, self.passes = data, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.data)
+
+
+def test_data_is_read_once_unless_it_is_too_much_to_keep():
+    for limit, passes in ((1 << 30, 1), (100, 4)):
+        loader = Counting(batches())
+        data = fetch(loader, CPU, limit=limit)
+        assert [len(list(data)) for _ in range(3)] == [5, 5, 5]
+        assert loader.passes == passes
