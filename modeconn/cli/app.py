@@ -17,7 +17,6 @@ from modeconn import (
     Profile,
     Recipe,
     __version__,
-    checkpoint,
     discover,
     fit_curve,
     merge_many,
@@ -35,6 +34,7 @@ from modeconn.cli.options import DataOptions, change_recipe, template
 from modeconn.cli.options import bars as _bars
 from modeconn.connection import TrainingData
 from modeconn.matching import ActivationMatching
+from modeconn.tools import files as checkpoint
 from modeconn.tools.measurements import Records
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it

@@ -8,9 +8,10 @@ from typing import Annotated
 import typer
 from torch import nn
 
-from modeconn import ActivationMatching, DeepAlign, Recipe, WeightMatching, checkpoint, compare, models
+from modeconn import ActivationMatching, DeepAlign, Recipe, WeightMatching, compare, models
 from modeconn.cli import options, parse
 from modeconn.cli.options import DataOptions, bars, change_recipe, template
+from modeconn.tools import files as checkpoint
 
 app = typer.Typer(
     no_args_is_help=True,

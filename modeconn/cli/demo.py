@@ -14,10 +14,11 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from modeconn import Alignment, Connection, Profile, Recipe, align, checkpoint, fit_curve, models, plot
+from modeconn import Alignment, Connection, Profile, Recipe, align, fit_curve, models, plot
 from modeconn.connection import TrainingData
 from modeconn.data import TensorLoader
 from modeconn.network.recipe import one_cycle
+from modeconn.tools import files as checkpoint
 from modeconn.tools.fingerprint import identify
 from modeconn.tools.table import table
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeconn import Comparison, DeepAlign, Permutation, Profile, RobustProfile, checkpoint, plot
+from modeconn import Comparison, DeepAlign, Permutation, Profile, RobustProfile, plot
 from modeconn.connection import History
+from modeconn.tools import files as checkpoint
 from modeconn.tools.table import table
 
 if TYPE_CHECKING:

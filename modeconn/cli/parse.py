@@ -32,7 +32,6 @@ from modeconn import (
     TransportMatching,
     WeightMatching,
     models,
-    recipe,
 )
 from modeconn.attacks.pgd import PGD
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
@@ -40,6 +39,7 @@ from modeconn.curves import Curve
 from modeconn.data import TensorLoader
 from modeconn.deep_align import Augmentation
 from modeconn.matching import Method
+from modeconn.network import recipe
 from modeconn.tools.rng import seeded
 
 CURVES = {"line": Line, "bezier": Bezier, "polychain": PolyChain}
