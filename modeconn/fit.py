@@ -7,44 +7,35 @@ import os
 import warnings
 from collections.abc import Iterable
 from dataclasses import fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from functools import partial
+from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from modeconn.attacks.training import AdversaryLike, adversary_of
-from modeconn.connection import (
-    Connection,
-    History,
-    TrainingData,
-    permutation_tensors,
-    saved_permutation,
-    warn_about_buffers,
-)
+from modeconn.connection import Connection, warn_about_buffers
 from modeconn.curves import Bezier, Curve, Line
 from modeconn.curves.step import CurveStep
-from modeconn.learning.epochs import KIND, Keeper, Run
-from modeconn.learning.step_loss import Objectives
-from modeconn.measure.profile import Objective
-from modeconn.network.batches import check_loader, first_batch
-from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.learning.checkpoint import Checkpoint, RunFile
+from modeconn.learning.epochs import NothingBetween, Run
+from modeconn.learning.history import History
+from modeconn.learning.step_loss import StepLoss
+from modeconn.matching import ActivationMatching, Alignment, Method, WeightMatching
+from modeconn.matching.alignment import find_alignment, find_spec
+from modeconn.matching.method import check_data, check_method
+from modeconn.network.batches import Opened, check_pair
+from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, Workspace, named_buffers
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.pam import PAM, Refinement
 from modeconn.symmetry import Permutation, PermutationSpec
-from modeconn.tools import files
-from modeconn.tools.files import Checkpoint
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.rng import seeded
-
-if TYPE_CHECKING:
-    from modeconn.matching import Alignment
 
 _LOGGER = logging.getLogger(__name__)
 _QUADRATIC = Bezier(2)
 _RECIPE = Recipe()
-_Saved = tuple[dict[str, Tensor], dict[str, Any]]
 
 
 def fit_curve(
@@ -52,14 +43,14 @@ def fit_curve(
     model_b: nn.Module,
     loader: Iterable[Any] | None = None,
     *,
-    align: bool | Permutation | Alignment | Any = True,
+    align: bool | Permutation | Alignment | Method = True,
     curve: Curve = _QUADRATIC,
     recipe: Recipe = _RECIPE,
     refine: PAM | None = None,
     adversary: AdversaryLike | None = None,
     loss_fn: LossFn = cross_entropy,
-    forward: Objective | None = None,
-    spec: Any = None,
+    forward: Forward | None = None,
+    spec: PermutationSpec | None = None,
     example_input: Any = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     seed: int = 0,
@@ -107,20 +98,12 @@ def fit_curve(
     References:
         Garipov et al., 2018, https://arxiv.org/abs/1802.10026; Tatro et al., 2020, https://arxiv.org/abs/2009.02439
     """
-    space = WeightSpace(model_a)
-    space.check(model_a, name="a")
-    space.check(model_b, name="b")
+    space, ends = WeightSpace(model_a), (model_a, model_b)
+    for end, model in zip("ab", ends, strict=True):
+        space.check(model, name=end)
     warn_about_buffers(model_a, model_b)
-    training = TrainingData(loader, loss_fn, forward)
-    if refine is not None:
-        if not isinstance(refine, PAM):
-            raise ValueError(f"refine must be PAM(...), got refine={refine!r}; a step in P is given as PAM(step=...).")
-        refine.check(curve, recipe, loader)
-    goals = Objectives(loss_fn, forward, adversary)
-    if adversary is not None:
-        _check_adversary(adversary, refine, loader)
-    if checkpoint is not None and not isinstance(checkpoint, Checkpoint):
-        checkpoint = Checkpoint(checkpoint)
+    _check(align, refine, curve, recipe, adversary, loader)
+    loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward)
     if loader is None:
         curve, checkpoint = Line(), None
         warnings.warn(
@@ -128,120 +111,91 @@ def fit_curve(
             "Pass a loader of training data to learn one.",
             stacklevel=2,
         )
+    settings = {
+        "curve": curve,
+        **{f"recipe.{field.name}": getattr(recipe, field.name) for field in fields(recipe)},
+        "loss": forward or loss_fn,
+        "refine": refine,
+        "adversary": None if adversary is None else adversary_of(adversary),
+        "align": getattr(align, "permutation", align),
+        "seed": seed,
+    }
     with seeded(seed, space.device):
-        if loader is not None:
-            check_loader(loader) if forward is None else first_batch(loader)
-        settings = (
-            _settings(space, (model_a, model_b), align, curve, recipe, refine, adversary, training, seed)
-            if checkpoint
-            else {}
-        )
-        saved = _read(checkpoint.path, settings) if checkpoint else None
-        if saved is None:
-            permutation = _find_permutation(model_a, model_b, loader, align, spec, example_input)
-            if refine and permutation is None:
-                permutation = _find_spec(model_a, loader, spec, example_input).identity()
-        else:
-            permutation = saved_permutation(saved[0], saved[1]["permutation"])
-        relabelled = model_b if permutation is None else permutation.apply(model_b)
-
+        data = None if loader is None else _opened(loader, space, forward)
+        file = RunFile(_as_checkpoint(checkpoint), partial(_identified, settings, space, ends), space.device)
+        how = align if file.saved is None else file.permutation() or False
+        permutation, relabelled = _relabel(ends, data, how, spec, example_input, is_refined=refine is not None)
+        file.keep(permutation)
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
-        history = None
+        buffers, history = (named_buffers(model_a), named_buffers(relabelled)), None
         if curve.num_trained or refine:
             step = CurveStep(Workspace(model_a, space), curve, points, recipe)
-            keeper = _keeper(checkpoint, settings, permutation) if checkpoint else None
-            if refine and not permutation.spec.groups:
-                _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
-            if refine and refine.exact:
-                descent = Descent(refine, permutation, step, training, keeper)
-                if saved is not None:
-                    descent.resume(*saved)
-                history, permutation = descent.run(recipe.epochs), descent.permutation
-            else:
-                refinement = Refinement(refine, permutation, step, training, recipe, seed=seed) if refine else None
-                history = _learn(
-                    step,
-                    recipe,
-                    loader,
-                    goals,
-                    refinement,
-                    seed=seed,
-                    keeper=keeper,
-                    saved=saved,
-                    progress=progress,
-                )
-                permutation = refinement.permutation if refinement else permutation
-            relabelled = model_b if permutation is None else permutation.apply(model_b)
-    buffers = named_buffers(model_a), named_buffers(relabelled)
-    return Connection(model_a, curve, points, buffers, permutation=permutation, history=history, training=training)
+            history, moved = _learn(step, loss, training, refine, permutation, file, seed=seed, progress=progress)
+            if moved is not permutation:
+                permutation, buffers = moved, (buffers[0], moved.relabel(named_buffers(model_b)))
+    return Connection(
+        model_a,
+        curve,
+        points,
+        buffers,
+        permutation=permutation,
+        history=history,
+        training=training,
+        space=space,
+    )
 
 
 def _learn(
     step: CurveStep,
-    recipe: Recipe,
-    loader: Iterable[Any],
-    objectives: Objectives,
-    refinement: Refinement | None,
+    loss: StepLoss,
+    training: TrainingData,
+    refine: PAM | None,
+    permutation: Permutation | None,
+    file: RunFile,
     *,
     seed: int,
-    keeper: Keeper | None,
-    saved: _Saved | None,
     progress: bool,
-) -> History:
-    """Move the control points of ``step`` to low loss, from where a checkpoint stood if there is one."""
-    if refinement and not step.curve.num_trained:
-        if saved is not None:
-            refinement.resume(*saved)
-        return refinement.relabel_only(recipe.epochs, keeper)
-    with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
-        run = Run(
-            step,
-            loader,
-            recipe,
-            objectives,
-            seed=seed,
-            keeper=keeper,
-            refinement=refinement,
-            progress=progress,
-        )
-        if saved is not None:
-            run.resume(*saved)
-        return run.train()
+) -> tuple[History, Permutation | None]:
+    """Move the control points of ``step`` to low loss, from where the run was saved if it was.
 
-
-def _check_adversary(adversary: AdversaryLike, refine: PAM | None, loader: Iterable[Any] | None) -> None:
-    if loader is None:
-        raise ValueError(f"{adversary!r} attacks training data, so fit_curve needs it: pass loader=.")
+    Returns:
+        What happened, and how b is relabelled at the end.
+    """
+    between: NothingBetween | Refinement = NothingBetween()
     if refine is not None:
-        raise ValueError(f"{refine!r} moves units by the clean loss, so it does not go with {adversary!r}.")
+        if not permutation.spec.groups:
+            _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
+        if refine.exact:
+            descent = Descent(refine, permutation, step, training, file)
+            return descent.run(), descent.permutation
+        between = Refinement(refine, permutation, step, training, seed=seed)
+        if not step.curve.num_trained:
+            return between.relabel_only(file), between.permutation
+    with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
+        history = Run(step, training.loader, loss, seed=seed, file=file, between=between).train(progress=progress)
+    return history, permutation if refine is None else between.permutation
 
 
-def _find_permutation(
-    model_a: nn.Module,
-    model_b: nn.Module,
+def _check(
+    align: Any,
+    refine: PAM | None,
+    curve: Curve,
+    recipe: Recipe,
+    adversary: AdversaryLike | None,
     loader: Iterable[Any] | None,
-    align: bool | Permutation | Alignment | Any,
-    spec: PermutationSpec | None,
-    example_input: Any,
-) -> Permutation | None:
-    """Return how b is to be relabelled, or None."""
-    if align is False:
-        return None
-    if _is_finished(align):
-        return getattr(align, "permutation", align)
-    from modeconn.matching import align as find
-
-    method = None if align is True else align
-    return find(model_a, model_b, loader, method=method, spec=spec, example_input=example_input).permutation
-
-
-def _find_spec(
-    model: nn.Module, loader: Iterable[Any] | None, spec: PermutationSpec | None, example_input: Any
-) -> PermutationSpec:
-    """Return the symmetries of a model that is not aligned, proved."""
-    from modeconn.matching.alignment import find_spec
-
-    return find_spec(model, loader, spec, example_input, verify=True)
+) -> None:
+    """Raise a ValueError unless the settings of a fit go together."""
+    if not isinstance(align, bool) and not _is_finished(align):
+        check_method(align, name="align")
+        check_data(align, loader)
+    if refine is not None:
+        if not isinstance(refine, PAM):
+            raise ValueError(f"refine must be PAM(...), got refine={refine!r}; a step in P is given as PAM(step=...).")
+        refine.check(curve, recipe, loader)
+    if adversary is not None and loader is None:
+        raise ValueError(f"{adversary!r} attacks training data, so fit_curve needs it: pass loader=.")
+    if adversary is not None and refine is not None:
+        raise ValueError(f"{refine!r} moves units by the clean loss, so it does not go with {adversary!r}.")
 
 
 def _is_finished(align: Any) -> bool:
@@ -249,42 +203,47 @@ def _is_finished(align: Any) -> bool:
     return isinstance(align, Permutation) or hasattr(align, "permutation")
 
 
-def _keeper(checkpoint: Checkpoint, settings: dict[str, Any], permutation: Permutation | None) -> Keeper:
-    spec = None if permutation is None else permutation.spec.to_json()
-    return Keeper(checkpoint, {"settings": settings, "permutation": spec}, permutation_tensors(permutation))
+def _as_checkpoint(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint | None:
+    return checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
 
 
-def _read(path: str | os.PathLike[str], settings: dict[str, Any]) -> _Saved | None:
-    """Return the checkpoint at ``path`` if there is one, once it is known to be of this run."""
-    if not Path(path).exists():
-        files.check_writable(path)
-        return None
-    tensors, about = files.read(path, KIND)
-    files.check_settings(path, about["settings"], settings)
-    return tensors, about
+def _opened(loader: Iterable[Any], space: WeightSpace, forward: Forward | None) -> Opened:
+    """Begin the first pass over the data: what it is looked at for before training comes from this pass alone."""
+    data = Opened(loader, space.device)
+    if forward is None:
+        check_pair(data.first)
+    return data
 
 
-def _settings(
-    space: WeightSpace,
-    models: tuple[nn.Module, nn.Module],
-    align: Any,
-    curve: Curve,
-    recipe: Recipe,
-    refine: PAM | None,
-    adversary: AdversaryLike | None,
-    training: TrainingData,
-    seed: int,
-) -> dict[str, Any]:
-    """Return what makes a run what it is, under the names its caller knows."""
-    values = {f"recipe.{field.name}": getattr(recipe, field.name) for field in fields(recipe)}
+def _identified(settings: dict[str, Any], space: WeightSpace, ends: tuple[nn.Module, nn.Module]) -> dict[str, Any]:
+    """Return what makes a run what it is, as texts under the names its caller knows."""
     return {
         **{f"parameter {name!r}": layout for name, layout in space.layout.items()},
-        "curve": identify(curve),
-        **{name: identify(value) for name, value in values.items()},
-        "loss": identify(training.forward or training.loss_fn),
-        "seed": seed,
-        "refine": identify(refine),
-        "adversary": None if adversary is None else identify(adversary_of(adversary)),
-        "align": identify(getattr(align, "permutation", align) if _is_finished(align) else align),
-        **{f"the digest of network {name}": digest(model) for name, model in zip("ab", models, strict=True)},
+        **{name: identify(value) for name, value in settings.items()},
+        **{f"the digest of network {end}": digest(model) for end, model in zip("ab", ends, strict=True)},
     }
+
+
+def _relabel(
+    ends: tuple[nn.Module, nn.Module],
+    data: Opened | None,
+    align: bool | Permutation | Alignment | Method,
+    spec: PermutationSpec | None,
+    example_input: Any,
+    *,
+    is_refined: bool,
+) -> tuple[Permutation | None, nn.Module]:
+    """Return how b is relabelled at the start, None if it is not, and b so relabelled.
+
+    A run that is refined needs the groups even where nothing moves at the start.
+    """
+    permutation = None
+    if _is_finished(align):
+        permutation = getattr(align, "permutation", align)
+    elif align is not False:
+        method = (ActivationMatching() if data is not None else WeightMatching()) if align is True else align
+        found = find_alignment(*ends, data, method, spec=spec, example_input=example_input, verify=True)
+        return found.permutation, found.model_b
+    elif is_refined:
+        permutation = find_spec(ends[0], data, spec, example_input, verify=True).identity()
+    return permutation, ends[1] if permutation is None else permutation.apply(ends[1])

@@ -17,8 +17,7 @@ from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_
 from modeconn.network.copies import copy_of
 from modeconn.network.repair import repair as repair_model
 from modeconn.network.weights import WeightSpace, load_buffers
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import PermutationSpec
+from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.rng import seeded
 
 

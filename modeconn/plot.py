@@ -6,18 +6,61 @@ Nothing is computed here but means and spreads, and no global setting of matplot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
-    from modeconn.comparison import Comparison
-    from modeconn.connection import Connection, History
-    from modeconn.matching import Alignment
-    from modeconn.measure.profile import Profile
-    from modeconn.measure.robust_profile import RobustProfile
+
+class Profile(Protocol):
+    """What `profile` draws: values along a curve, tensors on the CPU, as `modeconn.Profile` has them."""
+
+    t: Tensor
+    loss: Tensor
+    accuracy: Tensor | None
+    error: Tensor | None
+    own_loss: Tensor | None
+    own_accuracy: Tensor | None
+
+
+class RobustProfile(Protocol):
+    """What `robust_profile` draws: values along a curve by row, tensors on the CPU."""
+
+    t: Tensor
+    loss: Mapping[str, Tensor]
+    accuracy: Mapping[str, Tensor]
+    interval: Mapping[str, Tensor]
+    attacks: Mapping[str, Any]
+
+
+class Alignment(Protocol):
+    """What `correlation` draws: mean correlation ``(before, after)`` by group."""
+
+    correlation: Mapping[str, tuple[float, float]]
+
+
+class History(Protocol):
+    """What `history` draws: the loss of each epoch, and its means in bins of t."""
+
+    loss: Sequence[float]
+    loss_by_t: Sequence[Sequence[float | None]]
+
+
+class Fit(Protocol):
+    """Something learned, with its history if there is one."""
+
+    history: History | None
+
+
+class Comparison(Protocol):
+    """What `comparison` draws: by row and column one value for each pair."""
+
+    values: Mapping[str, Mapping[str, Sequence[float]]]
+    columns: Sequence[str]
+
 
 Correlation = Mapping[str, tuple[float, float]]
 """Mean correlation ``(before, after)`` by group."""
@@ -150,7 +193,7 @@ def correlation(
     return _finished(ax, legend=True)
 
 
-def history(*fits: Connection | History, labels: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+def history(*fits: Fit | History, labels: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
     """Draw the training loss of each epoch of one or several fits, and its range over ten bins of t.
 
     Args:

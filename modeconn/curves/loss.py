@@ -3,16 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _NormBase
 
 from modeconn.curves import Curve
-from modeconn.measure.profile import Objective
 from modeconn.network.batches import num_examples
+from modeconn.network.loss import Forward
+from modeconn.network.modes import flags_kept, use_batch_statistics
+from modeconn.network.recipe import autocast
 from modeconn.network.weights import Workspace
 from modeconn.tools.rng import preserved, reseed
 
@@ -37,7 +38,7 @@ class CurveLoss:
         theta_a: Network a, ``(P,)``.
         forward: ``forward(model, batch) -> loss``.
         sample: See `Sample`.
-        autocast: Precision of the forward passes, None for the model's own.
+        precision: Of the forward passes, None for the model's own.
 
     References:
         Tatro et al., 2020, https://arxiv.org/abs/2009.02439
@@ -48,24 +49,18 @@ class CurveLoss:
         workspace: Workspace,
         curve: Curve,
         theta_a: Tensor,
-        forward: Objective,
+        forward: Forward,
         sample: Sample,
-        autocast: torch.dtype | None = None,
+        precision: torch.dtype | None = None,
     ) -> None:
         self._workspace, self._theta_a, self._forward = workspace, theta_a, forward
-        self._modules = list(workspace.model.modules())
-        self._norms = [module for module in self._modules if isinstance(module, _NormBase)]
-        self._parameters = list(workspace.model.parameters())
         self._batches = [batch for _, batch in sample]
         sizes = torch.tensor([num_examples(batch) for batch in self._batches], dtype=torch.float64)
         self._shares = (sizes / sizes.mean()).tolist()
         basis = curve.basis(torch.tensor([t for t, _ in sample], dtype=torch.float64))
         self._inner = basis[:, 1:-1].tolist()
-        self._share_of_b = (basis @ positions(curve)).tolist()
-        device = theta_a.device.type
-        self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-        if autocast is not None:
-            self._autocast = lambda: torch.autocast(device, dtype=autocast)
+        self._share_of_b = (basis @ line_positions(curve)).tolist()
+        self._precision = precision
 
     @contextlib.contextmanager
     def _quiet(self) -> Any:
@@ -73,22 +68,11 @@ class CurveLoss:
 
         Gradients reach frozen parameters too, since these move with the units.
         """
-        modes = [module.training for module in self._modules]
-        frozen = [parameter for parameter in self._parameters if not parameter.requires_grad]
-        for module in self._modules:
-            module.training = False
-        for layer in self._norms:
-            layer.training = True
-        for parameter in frozen:
-            parameter.requires_grad_(True)
-        try:
-            with preserved(self._theta_a.device):
-                yield
-        finally:
-            for parameter in frozen:
-                parameter.requires_grad_(False)
-            for module, mode in zip(self._modules, modes, strict=True):
-                module.training = mode
+        model = self._workspace.model
+        with flags_kept(model), preserved(self._theta_a.device):
+            use_batch_statistics(model)
+            model.requires_grad_(True)
+            yield
 
     def value(self, theta_b: Tensor, bend: Tensor) -> float:
         """Return the loss of the curve to ``theta_b (P,)``, the relabelled b, with ``bend (K - 2, P)``."""
@@ -134,11 +118,11 @@ class CurveLoss:
         for row, weight in zip(bend, self._inner[place], strict=True):
             theta.add_(row, alpha=weight)
         reseed(place, theta.device)
-        with self._autocast():
+        with autocast(theta.device, self._precision):
             return self._shares[place] * self._forward(self._workspace.model, self._batches[place])
 
 
-def positions(curve: Curve) -> Tensor:
+def line_positions(curve: Curve) -> Tensor:
     """Return how far along the straight line each control point lies at first, float64 ``(K,)``."""
     ends = torch.tensor([[0.0], [1.0]], dtype=torch.float64)
     return curve.initial_control_points(*ends)[:, 0]

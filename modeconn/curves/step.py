@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Callable, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -11,8 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.curves import Curve, mix
-from modeconn.measure.profile import Objective
-from modeconn.network.recipe import Recipe
+from modeconn.network.loss import Forward
+from modeconn.network.recipe import Recipe, autocast
 from modeconn.network.weights import Workspace
 
 BLOCK = 64
@@ -49,27 +48,21 @@ class CurveStep:
     """
 
     def __init__(self, workspace: Workspace, curve: Curve, control_points: Tensor, recipe: Recipe) -> None:
-        self.curve = curve
-        self.control_points = control_points
-        self.workspace = workspace
+        self.curve, self.control_points = curve, control_points
+        self.workspace, self.recipe = workspace, recipe
         self._trained = nn.Parameter(control_points[curve.trained])  # shares memory with the control points
         self._trained.grad = torch.zeros_like(self._trained)
         self._is_single = curve.num_trained == 1
         if self._is_single:
             workspace.gather_in(self._trained.grad[0])
         self.optimizer = recipe.make_optimizer([self._trained])
-        self._weight_decay = recipe.weight_decay
         self._anchor: Tensor | None = None
         self._pull = 0.0
-        device = control_points.device.type
-        self._autocast: Callable[[], contextlib.AbstractContextManager[Any]] = contextlib.nullcontext
-        if recipe.autocast is not None:
-            self._autocast = lambda: torch.autocast(device, dtype=recipe.autocast)
-        self._scaler = torch.amp.GradScaler(device, enabled=recipe.autocast == torch.float16)
+        self._scaler = torch.amp.GradScaler(control_points.device.type, enabled=recipe.autocast == torch.float16)
         workspace.model.train()
         self._model = torch.compile(workspace.model) if recipe.compile else workspace.model
 
-    def __call__(self, batch: Any, weights: Sequence[float], forward: Objective) -> Tensor:
+    def __call__(self, batch: Any, weights: Sequence[float], forward: Forward) -> Tensor:
         """Take one step.
 
         Args:
@@ -83,7 +76,7 @@ class CurveStep:
         """
         mix(self.control_points, weights, self.workspace.theta)
         self.workspace.zero_grad()
-        with self._autocast():
+        with autocast(self.control_points.device, self.recipe.autocast):
             loss = forward(self._model, batch)
         self._pull_back(loss, weights[self.curve.trained])
         self._scaler.step(self.optimizer)
@@ -103,7 +96,7 @@ class CurveStep:
         # Scaling the loss in place of the gradient spares the usual, single control point two passes over memory.
         factor = weights[0] if self._is_single else 1.0
         self._scaler.scale(loss * factor).backward()
-        decay = self._weight_decay * factor * self._scaler.get_scale()
+        decay = self.recipe.weight_decay * factor * self._scaler.get_scale()
         gradient = self.workspace.gather_grad(weight_decay=decay)
         if not self._is_single:
             for weight, row in zip(weights, self._trained.grad, strict=True):
@@ -123,7 +116,7 @@ class CurveStep:
         return tensors, {"optimizer": scalars, "scaler": self._scaler.state_dict(), "pull": self._pull}
 
     @torch.no_grad()
-    def load_state(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Take up where `state` was."""
         self.control_points.copy_(tensors["control_points"])
         for name, buffer in self.workspace.model.named_buffers():  # some modules do learn in them

@@ -100,6 +100,14 @@ class TensorLoader:
         """Return a loader of the same tensors with other settings, such as ``with_(augment=(), shuffle=False)``."""
         return dataclasses.replace(self, **changes)
 
+    def in_order(self) -> TensorLoader:
+        """Return a loader of the same tensors, always in their order and without augmentation."""
+        return self.with_(shuffle=False, augment=())
+
+    def shuffled(self) -> TensorLoader:
+        """Return a loader of the same tensors, augmented alike, each pass in an order of its own."""
+        return self.with_(shuffle=True)
+
     def to(self, device: torch.device | str) -> TensorLoader:
         """Return the loader with its tensors on ``device``."""
         return self.with_(inputs=self.inputs.to(device), targets=self.targets.to(device))
@@ -124,7 +132,7 @@ class TensorLoader:
             )
         order = torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(seed))
         rest, held_out = order[:-num_held_out], order[-num_held_out:]
-        return self.subset(rest), self.subset(held_out).with_(shuffle=False, augment=())
+        return self.subset(rest), self.subset(held_out).in_order()
 
     def mean(self) -> Tensor:
         """Return the mean of the inputs per channel (or feature), float32, shape ``(C,)``; without augmentation."""

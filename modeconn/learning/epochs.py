@@ -9,31 +9,24 @@ import signal
 import threading
 import time
 import warnings
-import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.connection import History
 from modeconn.curves.step import BLOCK, CurveStep, stratified_positions
-from modeconn.learning.step_loss import Objectives
-from modeconn.network.batches import batches, num_examples
-from modeconn.network.recipe import Recipe
-from modeconn.tools import files
-from modeconn.tools.files import Checkpoint
+from modeconn.learning.checkpoint import Resumable, RunFile, State, pack_rng, unpack_rng
+from modeconn.learning.history import History
+from modeconn.learning.step_loss import StepLoss
+from modeconn.network.batches import batches, checksum, num_examples
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, set_rng_state
 
-if TYPE_CHECKING:
-    from modeconn.refinement.pam import Refinement
+_LOGGER = logging.getLogger(__name__)
 
-logger = logging.getLogger(__name__)
-
-KIND = "checkpoint of fit_curve"
 NUM_BINS = 10
 """Bins of t in the history."""
 
@@ -73,25 +66,38 @@ class _Progress:
         self.start_epoch_anew()
 
 
-@dataclass(frozen=True)
-class Keeper:
-    """What a run needs to keep checkpoints.
+class BetweenEpochs(Resumable, Protocol):
+    """What changes a run between its epochs, as `PAM` does.
 
-    Args:
-        checkpoint: Where and how often.
-        about: What every checkpoint of the run says besides the run's own state.
-        tensors: What else it holds.
+    Attributes:
+        turns: What it did each time.
+        is_finished: Whether the run ends here.
     """
 
-    checkpoint: Checkpoint
-    about: dict[str, Any]
-    tensors: dict[str, Tensor]
+    turns: list[dict[str, Any]]
+    is_finished: bool
 
-    def write(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any], device: torch.device) -> None:
-        """Write a checkpoint of the run's own state."""
-        conditions = {"environment": files.environment(device)}
-        path = self.checkpoint.path
-        files.write(path, KIND, {**self.tensors, **tensors}, {**self.about, **conditions, **about})
+    def before_epoch(self, epoch: int) -> None:
+        """Do what is due before an epoch."""
+        ...
+
+
+class NothingBetween:
+    """Leaves a run alone."""
+
+    def __init__(self) -> None:
+        self.turns: list[dict[str, Any]] = []
+        self.is_finished = False
+
+    def before_epoch(self, epoch: int) -> None:
+        """Do nothing."""
+
+    def state(self) -> State:
+        """Return nothing: nothing changes."""
+        return {}, {}
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Do nothing."""
 
 
 class Run:
@@ -102,31 +108,26 @@ class Run:
     inside an epoch by starting it from that state and leaving out the batches already seen.
 
     Args:
-        step: Takes the steps; its control points are learned in place.
+        step: Takes the steps by its recipe; its control points are learned in place.
         loader: Batches.
-        recipe: Epochs and schedule.
-        objectives: What the steps lower.
+        loss: What the steps lower.
         seed: For t and the model's stream.
-        keeper: For checkpoints, or None.
-        refinement: What changes the relabelling of b between epochs, or None.
-        progress: Whether to show a progress bar.
+        file: Where the run saves itself, and goes on from.
+        between: What changes the relabelling of b between epochs.
     """
 
     def __init__(
         self,
         step: CurveStep,
         loader: Iterable[Any],
-        recipe: Recipe,
-        objectives: Objectives,
+        loss: StepLoss,
         *,
-        seed: int = 0,
-        keeper: Keeper | None = None,
-        refinement: Refinement | None = None,
-        progress: bool = False,
+        seed: int,
+        file: RunFile,
+        between: BetweenEpochs,
     ) -> None:
-        self._refinement = refinement
-        self._step, self._loader, self._recipe, self._objectives = step, loader, recipe, objectives
-        self._seed, self._keeper, self._show = seed, keeper, progress
+        self._step, self._loader, self._recipe, self._loss = step, loader, step.recipe, loss
+        self._seed, self._file, self._between = seed, file, between
         self._device = step.control_points.device
         self._progress = _Progress()
         with contextlib.suppress(TypeError):  # a loader without length shows it in the first epoch
@@ -141,48 +142,54 @@ class Run:
         self._weights: list[list[float]] = []
         self._pending: list[tuple[float, Tensor, int]] = []
         self._last_batch: Any = None
-        self._last_saved = time.monotonic()
         self._started = time.perf_counter()
         self._waiting = self._interrupted = False
 
-    def train(self) -> History:
-        """Train to the end and return the history.
+    def train(self, *, progress: bool = False) -> History:
+        """Train to the end, from where the run was saved if it was, and return the history.
+
+        Args:
+            progress: Whether to show a progress bar.
 
         Raises:
             FloatingPointError: If loss or weights stop being finite.
             KeyboardInterrupt: After Ctrl-C, when the step is done and a checkpoint, if there are any, written.
         """
+        self._file.resume(*self._parts)
         self._started = time.perf_counter() - self._progress.seconds
-        bar = progress_bar(show=self._show, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
+        bar = progress_bar(show=progress, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
         with bar, self._interrupts_between_steps():
             while self._progress.epoch < self._recipe.epochs:
-                if self._refinement and self._progress.batch == 0:
-                    self._refinement.before_epoch(self._progress.epoch)
-                    if self._refinement.is_finished:
+                if self._progress.batch == 0:
+                    self._between.before_epoch(self._progress.epoch)
+                    if self._between.is_finished:
                         break
                 self._train_epoch()
                 bar.update()
                 bar.set_postfix(loss=f"{self._progress.loss[-1]:.4g}")
             if self._interrupted:
                 raise KeyboardInterrupt
-        turns = self._refinement.turns if self._refinement else []
-        return History(self._progress.loss, self._progress.loss_by_t, self._progress.seconds, turns)
+        return History(self._progress.loss, self._progress.loss_by_t, self._progress.seconds, self._between.turns)
+
+    @property
+    def _parts(self) -> tuple[Resumable, ...]:
+        return self._step, self._loss, self._between, self
 
     def _train_epoch(self) -> None:
         iterator = self._start_epoch()
         self._set_positions()
         while (batch := self._next(iterator)) is not None:
             self._train_batch(batch)
-            if self._keeper and self._keeper.checkpoint.is_due(self._progress.batch, self._last_saved):
+            if self._file.is_due(self._progress.batch):
                 self._save()
         self._read_losses()
         self._progress.end_epoch()
         self._epoch_start = self._states()
         self._save()
-        logger.info("epoch %d: training loss %.4f", self._progress.epoch, self._progress.loss[-1])
+        _LOGGER.info("epoch %d: training loss %.4f", self._progress.epoch, self._progress.loss[-1])
 
     def _train_batch(self, batch: Any) -> None:
-        for _ in range(self._objectives.num_replays):
+        for _ in range(self._loss.num_replays):
             self._take_step(batch)
         self._last_batch = batch
         self._progress.batch += 1
@@ -194,7 +201,7 @@ class Run:
             self._read_losses()
             self._set_positions()
         self._recipe.set_learning_rate(self._step.optimizer, progress.fractional_epoch)
-        loss = self._step(batch, self._weights[place], self._objectives.at(progress.epoch))
+        loss = self._step(batch, self._weights[place], self._loss.at(progress.epoch))
         self._pending.append((self._positions[place], loss, num_examples(batch)))
         progress.step += 1
 
@@ -219,8 +226,8 @@ class Run:
             raise FloatingPointError(self._lost("the control points stopped being finite", t))
 
     def _lost(self, what: str, t: float) -> str:
-        kept = f" The last good checkpoint is kept in {str(self._keeper.checkpoint.path)!r}." if self._keeper else ""
-        return f"{what} in epoch {self._progress.epoch} at t={t:.4f}; try a lower learning rate.{kept}"
+        where = f"in epoch {self._progress.epoch} at t={t:.4f}"
+        return f"{what} {where}; try a lower learning rate.{self._file}"
 
     # -- randomness and data
 
@@ -260,7 +267,7 @@ class Run:
             batch = self._fetch(iterator)
         self._last_batch = batch
         self._set_states(now)
-        return _checksum(batch) == self._seen
+        return checksum(batch) == self._seen
 
     def _states(self) -> dict[str, Any]:
         return {**rng_state(self._device), "data": self._data_stream}
@@ -282,7 +289,7 @@ class Run:
             self._interrupted = True
 
         in_main_thread = threading.current_thread() is threading.main_thread()
-        if self._keeper is None or handler is not signal.default_int_handler or not in_main_thread:
+        if not self._file.is_kept or handler is not signal.default_int_handler or not in_main_thread:
             yield
             return
         signal.signal(signal.SIGINT, on_interrupt)
@@ -310,55 +317,35 @@ class Run:
     def _save(self) -> None:
         self._read_losses()
         self._progress.seconds = time.perf_counter() - self._started
-        if self._keeper is None:
-            return
-        tensors, about = self._step.state()
-        rng = {"start": self._epoch_start, "now": self._states()}
-        for moment, states in rng.items():
-            rng_tensors, about[f"rng_{moment}"] = files.pack_rng(states, f"rng_{moment}.")
-            tensors |= rng_tensors
-        tensors |= self._objectives.state()
-        if self._refinement:
-            refined, about["refinement"] = self._refinement.state()
-            tensors |= refined
-        about |= {
-            "progress": asdict(self._progress),
-            "last_batch": _checksum(self._last_batch) if self._progress.batch else None,
-        }
-        self._keeper.write(tensors, about, self._device)
-        self._last_saved = time.monotonic()
+        self._file.save(*self._parts)
 
-    def resume(self, tensors: dict[str, Tensor], about: dict[str, Any]) -> None:
-        """Go on from a checkpoint of the same settings, as `modeconn.tools.files.read` returns it."""
-        files.warn_about_environment(about["environment"], files.environment(self._device))
-        self._step.load_state(tensors, about)
-        self._objectives.load_state(tensors)
-        if self._refinement:
-            self._refinement.load_state(about["refinement"])
+    def state(self) -> State:
+        """Return how far the run has come, and the state of all generators, now and at the start of the epoch."""
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {
+            "progress": asdict(self._progress),
+            "last_batch": checksum(self._last_batch) if self._progress.batch else None,
+        }
+        for moment, states in {"start": self._epoch_start, "now": self._states()}.items():
+            rng_tensors, about[f"rng_{moment}"] = pack_rng(states, f"rng_{moment}.")
+            tensors |= rng_tensors
+        return tensors, about
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take up where `state` was."""
         self._progress = _Progress(**about["progress"])
-        self._epoch_start = files.unpack_rng(tensors, about["rng_start"], "rng_start.")
+        self._epoch_start = unpack_rng(tensors, about["rng_start"], "rng_start.")
         at_start = self._progress.batch == 0
-        self._set_states(self._epoch_start if at_start else files.unpack_rng(tensors, about["rng_now"], "rng_now."))
+        self._set_states(self._epoch_start if at_start else unpack_rng(tensors, about["rng_now"], "rng_now."))
         self._seen = about["last_batch"]
         if at_start and self._progress.epoch < self._recipe.epochs and _has_own_generator(self._loader):
             warnings.warn(
                 "the loader draws from a generator of its own, which no checkpoint holds: the run will not "
                 "end with the same bits as an uninterrupted one.",
-                stacklevel=4,
+                stacklevel=6,
             )
 
 
 def _has_own_generator(loader: Any) -> bool:
     """Whether a DataLoader, or its sampler, does not draw from the global generator."""
     return any(getattr(part, "generator", None) is not None for part in (loader, getattr(loader, "sampler", None)))
-
-
-def _checksum(batch: Any) -> int:
-    """Return a CRC of all tensors of a batch (nested tuples, lists, dicts)."""
-    if isinstance(batch, Tensor):
-        return zlib.crc32(batch.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy())
-    if isinstance(batch, dict):
-        batch = list(batch.values())
-    if isinstance(batch, (tuple, list)):
-        return zlib.crc32(repr([_checksum(part) for part in batch]).encode())
-    return 0

@@ -14,12 +14,11 @@ from modeconn.matching.activation_matching import ActivationMatching
 from modeconn.matching.method import Method, check_data, check_method, correlations
 from modeconn.matching.statistics import collect
 from modeconn.matching.weight_matching import WeightMatching
-from modeconn.network.batches import check_rereadable, first_batch, inputs_of
-from modeconn.network.weights import WeightSpace
+from modeconn.network.batches import Opened, check_rereadable, first_batch, inputs_of
+from modeconn.network.weights import WeightSpace, device_of
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.graph import ExportError, InputMismatch
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import PermutationSpec
+from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.rng import seeded
 
 _LOGGER = logging.getLogger(__name__)
@@ -102,13 +101,28 @@ def align(
         method = WeightMatching() if loader is None else ActivationMatching()
     check_method(method)
     check_data(method, loader)
-    with seeded(0, space.device):
-        spec = find_spec(model_a, loader, spec, example_input, verify=verify)
-        match = method.match(spec, model_a, model_b, loader)
+    data = None if loader is None else Opened(loader, space.device)
+    return find_alignment(model_a, model_b, data, method, spec=spec, example_input=example_input, verify=verify)
+
+
+def find_alignment(
+    model_a: nn.Module,
+    model_b: nn.Module,
+    data: Opened | None,
+    method: Method,
+    *,
+    spec: PermutationSpec | None,
+    example_input: Any,
+    verify: bool,
+) -> Alignment:
+    """Do what `align` does for networks that were checked, with data of which one pass has begun."""
+    with seeded(0, device_of(model_a)):
+        spec = find_spec(model_a, data, spec, example_input, verify=verify)
+        match = method.match(spec, model_a, model_b, data)
     correlation = match.correlation
-    if not correlation and loader is not None:
+    if not correlation and data is not None:
         with suppress(InputMismatch):  # the method itself read nothing of these batches
-            moments = collect(spec, model_a, model_b, loader, num_examples_at_most=2_048, before_activation=False)
+            moments = collect(spec, model_a, model_b, data, num_examples_at_most=2_048, before_activation=False)
             correlation = correlations(moments, match.permutation)
     return Alignment(
         model_b=match.permutation.apply(model_b),
@@ -131,7 +145,7 @@ def find_spec(
 
     The loader is checked in any case. To be used inside one seeded stretch of random numbers, from which it draws.
     """
-    if loader is not None:
+    if loader is not None and not isinstance(loader, Opened):
         check_rereadable(loader)
     if spec is None:
         first = None if loader is None else inputs_of(first_batch(loader))

@@ -10,8 +10,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import Group, PermutationSpec
+from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
 
 
 def match_units(similarity: Tensor) -> Tensor:

@@ -1,12 +1,14 @@
-"""What learned matchings minimise over the weights of b, and the best permutation that they met."""
+"""What learned matchings share: what they minimise over the weights of b, and the best permutation that they met."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
 from itertools import repeat
-from typing import Any, Literal, Protocol
+from typing import Any, ClassVar, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -14,29 +16,113 @@ from torch import Tensor, nn
 from modeconn.curves import Curve, Line
 from modeconn.curves.loss import CurveLoss
 from modeconn.curves.step import stratified_positions
-from modeconn.learning.step_loss import supervised
+from modeconn.matching.method import Match, Start, check_data, check_start, starting_permutation
+from modeconn.matching.sinkhorn_operator import soft_matrices
+from modeconn.matching.soft import SoftPermutation
 from modeconn.network.batch_norm import calibration_batches
 from modeconn.network.batches import check_loader, endless_batches
-from modeconn.network.loss import LossFn
+from modeconn.network.loss import LossFn, cross_entropy, supervised
 from modeconn.network.weights import WeightSpace, Workspace
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import PermutationSpec
+from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.tools.checks import check_integers, check_positive
+from modeconn.tools.rng import seeded
 
 _POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 
 
-class Objective(Protocol):
+class Target(Protocol):
     """What is minimised over b's weights ``(P,)``, and over ``offsets`` that are learned along, ``(0, P)`` if none."""
 
     offsets: nn.Parameter
 
     def value(self, theta_b: Tensor) -> float:
-        """Return the objective on fixed data."""
+        """Return the value on fixed data."""
         ...
 
     def gradient(self, theta_b: Tensor) -> Tensor:
         """Return its gradient on the next data."""
         ...
+
+
+@dataclass(frozen=True)
+class LearnedMatching(ABC):
+    """A way to match that follows the gradient of an objective: settings, data, and the best permutation kept.
+
+    A subclass says what it moves in `_learn`. Its own settings come after these.
+    """
+
+    start: Start = None
+    objective: Literal["midpoint", "line", "weights"] | Curve = "midpoint"
+    num_steps: int = 300
+    learning_rate: float = 0.1
+    curve_learning_rate: float = 1e-3
+    loss_fn: LossFn = cross_entropy
+    batches_per_step: int = 1
+    num_examples: int = 2_048
+    num_rounds: int = 30
+    seed: int = 0
+
+    objectives: ClassVar[tuple[str, ...]] = ("midpoint", "line")
+
+    def __post_init__(self) -> None:
+        check_start(self.start)
+        check_integers(self, "num_steps", "batches_per_step", "num_examples", "num_rounds", "seed")
+        self._check_objective()
+        check_positive(self, "num_steps", "learning_rate", "curve_learning_rate")
+        check_positive(self, "batches_per_step", "num_examples", "num_rounds")
+
+    def _check_objective(self) -> None:
+        """Raise unless the objective is a curve of fixed ends or one of the names."""
+        objective = self.objective
+        if not isinstance(objective, Curve) and objective not in self.objectives:
+            raise ValueError(
+                f"objective must be {', '.join(map(repr, self.objectives))} or a curve, got objective={objective!r}."
+            )
+        if isinstance(objective, Curve) and objective.free_ends:
+            raise ValueError(f"objective must be a curve with fixed ends, but {objective!r} frees its ends.")
+
+    def match(
+        self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
+    ) -> Match:
+        """Return the relabelling of b; ``loader`` yields training data, for all objectives but "weights".
+
+        Raises:
+            ValueError: If data is missing, or the loss at the start is not finite.
+        """
+        check_data(self, loader)
+        space = WeightSpace(model_a)
+        theta_b = space.flatten(model_b, name="b")
+        with seeded(self.seed, space.device):
+            target = self._target(space, model_a, loader)
+            start = starting_permutation(self.start, spec, model_a, model_b, loader)
+            if not spec.groups:
+                return Match(start)
+            incumbent = Incumbent(spec, space, theta_b, target, start)
+            self._learn(model_a, model_b, target, incumbent)
+        return Match(incumbent.permutation, history=tuple(incumbent.history))
+
+    def _target(self, space: WeightSpace, model_a: nn.Module, loader: Iterable[Any] | None) -> Target:
+        if self.objective == "weights":
+            return Distance(space.flatten(model_a))
+        return PathLoss(
+            model_a,
+            loader,
+            self.loss_fn,
+            path=self.objective,
+            num_examples=self.num_examples,
+            batches_per_step=self.batches_per_step,
+            seed=self.seed,
+        )
+
+    @abstractmethod
+    def _learn(self, model_a: nn.Module, model_b: nn.Module, target: Target, incumbent: Incumbent) -> None:
+        """Take all steps, offering permutations to the incumbent on the way."""
+
+    def _adam(self, parameters: Iterable[Tensor], target: Target) -> torch.optim.Optimizer:
+        """Return Adam for what is learned and for the control points of a curve that is learned along."""
+        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+        optimizer.add_param_group({"params": [target.offsets], "lr": self.curve_learning_rate})
+        return optimizer
 
 
 class Distance:
@@ -121,14 +207,18 @@ class Incumbent:
     with the best so far on the curve as it is bent now.
 
     Attributes:
+        spec: The groups.
+        space: The weight space of the networks.
+        theta_b: b as it is, ``(P,)``.
         permutation: The best, at first the start.
         history: The value of the best at the start and after each offer.
     """
 
     def __init__(
-        self, spec: PermutationSpec, space: WeightSpace, theta_b: Tensor, objective: Objective, start: Permutation
+        self, spec: PermutationSpec, space: WeightSpace, theta_b: Tensor, target: Target, start: Permutation
     ) -> None:
-        self._space, self._weights_b, self._objective = space, space.unflatten(theta_b), objective
+        self.spec, self.space, self.theta_b = spec, space, theta_b
+        self._weights_b, self._target = space.unflatten(theta_b), target
         self._theta = torch.empty_like(theta_b)
         self.permutation = start
         self.history = [self._value(start)]
@@ -140,15 +230,15 @@ class Incumbent:
 
     def offer(self, permutation: Permutation) -> None:
         """Keep a permutation if it is better."""
-        best = self._value(self.permutation) if self._objective.offsets.numel() else self.history[-1]
+        best = self._value(self.permutation) if self._target.offsets.numel() else self.history[-1]
         value = best if permutation == self.permutation else self._value(permutation)
         if value < best:
             self.permutation = permutation
         self.history.append(min(value, best))
 
     def _value(self, permutation: Permutation) -> float:
-        write(permutation.relabel(self._weights_b), self._theta, self._space)
-        return self._objective.value(self._theta)
+        write(permutation.relabel(self._weights_b), self._theta, self.space)
+        return self._target.value(self._theta)
 
 
 @torch.no_grad()
@@ -158,22 +248,80 @@ def write(tensors: Mapping[str, Tensor], theta: Tensor, space: WeightSpace) -> N
         view.copy_(tensors[name])
 
 
-def evenly(rounds: int, steps: int) -> set[int]:
-    """Return the steps, of 1 to ``steps``, after which one of ``rounds`` looks is due; the last is one of them.
+class SoftWeights:
+    """The weights of b mixed by soft permutations, and gradients pulled back to the matrices.
+
+    Args:
+        spec: The groups.
+        space: The weight space of the networks.
+        theta_b: b, ``(P,)``.
+    """
+
+    def __init__(self, spec: PermutationSpec, space: WeightSpace, theta_b: Tensor) -> None:
+        self._spec, self._space = spec, space
+        self._weights_b, self._mixed = space.unflatten(theta_b), torch.empty_like(theta_b)
+
+    def backward(self, matrices: Mapping[str, Tensor], gradient: Callable[[Tensor], Tensor]) -> None:
+        """Add to the gradients of what ``matrices`` are made of; ``gradient`` is called with the mixed weights."""
+        mixed = SoftPermutation(self._spec, matrices).relabel(self._weights_b)
+        write(mixed, self._mixed, self._space)
+        slopes = self._space.unflatten(gradient(self._mixed))
+        moving = [name for name in mixed if mixed[name].requires_grad]
+        torch.autograd.backward([mixed[name] for name in moving], [slopes[name] for name in moving])
+
+    def round(self, matrices: Mapping[str, Tensor]) -> Permutation:
+        """Return the permutation of largest total weight."""
+        return SoftPermutation(self._spec, {name: matrix.detach() for name, matrix in matrices.items()}).round()
+
+
+def learn_softly(
+    weights: SoftWeights,
+    logits: Mapping[str, Tensor],
+    optimizer: torch.optim.Optimizer,
+    gradient: Callable[[Tensor], Tensor],
+    offer: Callable[[Permutation], object],
+    *,
+    num_steps: int,
+    num_rounds: int,
+    temperature: Callable[[int], float],
+) -> None:
+    """Move the logits of soft permutations down a gradient, rounding them on the way (Peña et al., 2023).
+
+    Args:
+        weights: What the permutations mix.
+        logits: From `logits_of`.
+        optimizer: Of the logits.
+        gradient: Returns that of the loss with respect to b's weights, at each step.
+        offer: Is called with the rounded permutation, evenly often.
+        num_steps: How many steps.
+        num_rounds: How many times the matrices are rounded.
+        temperature: What logits are divided by, from the number of the step, which counts from 1.
+    """
+    looks = evenly(num_rounds, num_steps)
+    for step in range(1, num_steps + 1):
+        optimizer.zero_grad()
+        weights.backward(soft_matrices(logits, temperature(step)), gradient)
+        optimizer.step()
+        if step in looks:
+            offer(weights.round(soft_matrices(logits, temperature(step))))
+
+
+def logits_of(permutation: Permutation, strength: float, space: WeightSpace) -> dict[str, nn.Parameter]:
+    """Return logits by group: ``strength`` where a permutation puts a unit, and 0 elsewhere."""
+    hard = SoftPermutation.of(permutation).matrices
+    return {
+        name: nn.Parameter(strength * matrix.to(space.device, space.wide_dtype)) for name, matrix in hard.items()
+    }
+
+
+def evenly(num_rounds: int, num_steps: int) -> set[int]:
+    """Return the steps, of 1 to ``num_steps``, after which one of ``num_rounds`` looks is due; the last is one.
 
     Example:
         >>> sorted(evenly(3, 10))
         [3, 7, 10]
     """
-    return {round(steps * k / rounds) for k in range(1, rounds + 1)} - {0}
-
-
-def check_objective(objective: Any, *names: str) -> None:
-    """Raise unless an objective is a curve of fixed ends or one of the names."""
-    if not isinstance(objective, Curve) and objective not in names:
-        raise ValueError(f"objective must be {', '.join(map(repr, names))} or a curve, got objective={objective!r}.")
-    if isinstance(objective, Curve) and objective.free_ends:
-        raise ValueError(f"objective must be a curve with fixed ends, but {objective!r} frees its ends.")
+    return {round(num_steps * k / num_rounds) for k in range(1, num_rounds + 1)} - {0}
 
 
 def _stratified(seed: int) -> Iterator[float]:

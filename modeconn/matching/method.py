@@ -9,8 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from modeconn.matching.statistics import Moments
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import PermutationSpec
+from modeconn.symmetry.spec import Permutation, PermutationSpec
 
 
 @dataclass(frozen=True)

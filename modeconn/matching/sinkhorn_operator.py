@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -52,6 +53,17 @@ def sinkhorn(log_scores: Tensor, *, tolerance: float = _TOLERANCE) -> Tensor:
     if not bool(torch.isfinite(log_scores).all()):
         raise ValueError("log_scores must be finite; they hold NaN or infinite entries.")
     return _Sinkhorn.apply(log_scores, tolerance)
+
+
+def soft_matrices(logits: Mapping[str, Tensor], temperature: float) -> dict[str, Tensor]:
+    """Return the doubly stochastic matrices of all logits, those of one size together."""
+    matrices: dict[str, Tensor] = {}
+    for size in {tensor.shape[-1] for tensor in logits.values()}:
+        chosen = {name: tensor for name, tensor in logits.items() if tensor.shape[-1] == size}
+        flat = [tensor.reshape(-1, size, size) for tensor in chosen.values()]
+        parts = sinkhorn(torch.cat(flat) / temperature).split([len(part) for part in flat])
+        matrices |= {name: part.view_as(logits[name]) for name, part in zip(chosen, parts, strict=True)}
+    return matrices
 
 
 class _Sinkhorn(torch.autograd.Function):

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_groups
 from modeconn.network.copies import copy_of
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import Group, PermutationSpec
+from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
 from modeconn.symmetry.structure import Labels, find_label
 
 _TOLERANCE = 1e-4

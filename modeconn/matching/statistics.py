@@ -11,7 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.network.attack import Attack, attacked_in_eval_mode
-from modeconn.network.batches import batches, check_pair, first_examples, inputs_of
+from modeconn.network.batches import batches, check_pair, first_examples, in_order, inputs_of
+from modeconn.network.weights import device_of
 from modeconn.symmetry.discover import traces_of
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.spec import Group, PermutationSpec, Tap, Trace
@@ -214,7 +215,7 @@ def collect(
     With an adversary, ``(inputs, targets)`` become each network's own adversarial examples first. A loader that
     shuffles gives the same examples every time; the caller's random state stays.
     """
-    device = next(model_a.parameters()).device
+    device = device_of(model_a)
     moments: dict[str, Moments] = {}
     trace, chosen = None, {}
     with seeded(0, device):
@@ -233,8 +234,7 @@ def collect(
 
 def _first_batches(loader: Iterable[Any], device: torch.device, limit: int | None) -> Iterator[Any]:
     """Yield batches, without augmentation, up to ``limit`` examples; the last batch may be cut."""
-    plain = loader.with_(augment=(), shuffle=False) if hasattr(loader, "with_") else loader
-    return first_examples(batches(plain, device), limit)
+    return first_examples(batches(in_order(loader), device), limit)
 
 
 def _where_to_read(

@@ -16,7 +16,6 @@ from modeconn.matching.method import Match, check_data, correlations
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
 from modeconn.matching.statistics import Moments, collect
-from modeconn.matching.trees import trees
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import Group, PermutationSpec
 from modeconn.tools.checks import check_at_least, check_integers
@@ -109,7 +108,7 @@ class TransportMatching:
         )
         plan = SoftPermutation.of(spec.identity())
         carried: set[int] = set()
-        for tree in sorted(trees(spec), key=lambda tree: min(map(spec.groups.index, tree))):
+        for tree in sorted(spec.trees(), key=lambda tree: min(map(spec.groups.index, tree))):
             costs: dict[str, Tensor] = {}
             for name, x, y in _units(spec, tree, carried, a, plan.relabel(b)):
                 costs[name] = costs.get(name, 0) + torch.cdist(x, y).square()

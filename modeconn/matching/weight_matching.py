@@ -12,10 +12,8 @@ from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_tree
 from modeconn.matching.method import Match, Start, check_start, starting_permutation
-from modeconn.matching.trees import trees
 from modeconn.network.weights import WeightSpace
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import Group, PermutationSpec
+from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
 from modeconn.symmetry.structure import Labels, Perms, Structure
 from modeconn.tools.checks import check_at_least, check_integers
 
@@ -87,7 +85,7 @@ class _Descent:
         self._a, self._b = (_weights(spec, model) for model in (model_a, model_b))
         self._moved = {name: torch.empty_like(weight) for name, weight in self._a.items()}
         self._sources: dict[str, Tensor] = {}  # which unit of b lies at each place of a group, numbered row-major
-        self._trees = [_Tree(spec.structure, groups) for groups in trees(spec)]
+        self._trees = [_Tree(spec.structure, groups) for groups in spec.trees()]
         for piece in self._pieces():
             sharing = [tree for tree in self._trees if tree.holds(piece)]
             for tree in sharing:

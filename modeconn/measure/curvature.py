@@ -5,18 +5,19 @@ from __future__ import annotations
 import json
 import os
 import warnings
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from modeconn.network.attack import under_attack
-from modeconn.network.batches import batches, check_loader, num_examples
+from modeconn.network.batches import batches, check_loader, inputs_and_targets, num_examples
 from modeconn.network.loss import LossFn, check_targets, cross_entropy
 from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
+from modeconn.tools.files import write_text
+from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 from modeconn.tools.table import html_table, table
 
@@ -47,9 +48,7 @@ class Curvature:
         """Return all fields as JSON; also write it to ``path`` if given."""
         values = {"t": self.t.tolist(), "eigenvalue": self.eigenvalue.tolist()}
         text = json.dumps({**values, "wrt": self.wrt, "num_examples": self.num_examples}, indent=1) + "\n"
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return write_text(text, path)
 
     def __repr__(self) -> str:
         return f"Curvature({self.num_examples} examples)\n{table(*self._table())}"
@@ -60,6 +59,23 @@ class Curvature:
     def _table(self) -> tuple[list[str], list[list[str]]]:
         points = zip(self.t.tolist(), self.eigenvalue.tolist(), strict=True)
         return ["t", f"largest eigenvalue, {self.wrt}"], [[f"{t:g}", f"{value:.4g}"] for t, value in points]
+
+
+def curvature_along(
+    model_at: Callable[[float], nn.Module],
+    t: Sequence[float],
+    loader: Iterable[Any],
+    *,
+    wrt: Literal["weights", "inputs"] = "weights",
+    progress: bool = False,
+    **settings: Any,
+) -> Curvature:
+    """Return the largest eigenvalue at every t; ``settings`` are those of `largest_eigenvalue`."""
+    found = []
+    for position in progress_bar(t, show=progress, desc="curvature"):
+        value, num_examples = largest_eigenvalue(model_at(position), loader, wrt=wrt, **settings)
+        found.append(value)
+    return Curvature(torch.tensor(t, dtype=torch.float64), torch.tensor(found, dtype=torch.float64), wrt, num_examples)
 
 
 def largest_eigenvalue(
@@ -110,7 +126,7 @@ def largest_eigenvalue(
     device = device_of(model)
     with seeded(seed, device), under_attack(model), torch.enable_grad():
         check_loader(loader)
-        data = list(batches(loader, device))
+        data = list(map(inputs_and_targets, batches(loader, device)))
         _check(model, data)
         count = sum(num_examples(batch) for batch in data)
         if wrt == "weights":
@@ -177,7 +193,7 @@ def _largest(product: _Product, start: Tensor, num_steps: int, tolerance: float)
             values, settled = _ritz(diagonal, beside, lengths, tolerance)
             if step == size or settled.all():
                 return values
-        # a vector that is rounding alone goes on as a random one: the products so far have shown all they can reach
+        # A residual that is rounding noise: the Krylov space is exhausted, so restart from a random direction.
         spent = lengths <= _ROUNDING * torch.finfo(moved.dtype).eps * torch.stack(diagonal).abs().amax(0)
         beside.append(lengths.masked_fill(spent, 0))
         moved = torch.where(spent[:, None], torch.randn_like(moved), moved)

@@ -1,4 +1,4 @@
-"""Loss and accuracy of one network, and of all networks along a curve."""
+"""Loss and accuracy of all networks along a curve."""
 
 from __future__ import annotations
 
@@ -6,107 +6,22 @@ import csv
 import io
 import json
 import os
-from collections.abc import Callable, Iterable
+import time
+from collections.abc import Sequence
 from dataclasses import dataclass, fields
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from modeconn.network.batches import batches, num_examples
-from modeconn.network.loss import LossFn, check_targets, is_classification, main_output
-from modeconn.tools.table import html_table
+from modeconn import plot
+from modeconn.measure.meter import Meter
+from modeconn.tools.files import write_text
+from modeconn.tools.progress import progress_bar
+from modeconn.tools.table import html_table, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
-
-Objective = Callable[[nn.Module, Any], Tensor]
-"""``forward(model, batch) -> loss``, a mean over the examples of the batch."""
-
-_KEPT_BYTES = 1 << 30
-
-
-def fetch(loader: Iterable[Any], device: torch.device, *, limit: int = _KEPT_BYTES) -> Iterable[Any]:
-    """Read a loader once and keep its batches on ``device``, to be used for every point of a curve.
-
-    More than ``limit`` bytes are not kept: the loader is then read anew for every point.
-    """
-    kept, size = [], 0
-    for batch in batches(loader, device):
-        kept.append(batch)
-        size += _num_bytes(batch)
-        if size > limit:
-            return _Reread(loader, device)
-    return kept
-
-
-@dataclass(frozen=True)
-class _Reread:
-    loader: Iterable[Any]
-    device: torch.device
-
-    def __iter__(self) -> Any:
-        return batches(self.loader, self.device)
-
-
-def _num_bytes(batch: Any) -> int:
-    if isinstance(batch, Tensor):
-        return batch.nbytes
-    if isinstance(batch, dict):
-        return sum(map(_num_bytes, batch.values()))
-    return sum(map(_num_bytes, batch)) if isinstance(batch, (tuple, list)) else 0
-
-
-class Meter:
-    """Measures networks on the same data: mean loss per example and, for class targets, accuracy.
-
-    Results stay on the device until they are read, so that measuring many networks does not wait for each.
-
-    Args:
-        data: Batches on the device of the networks, from `fetch`.
-        loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
-        forward: ``forward(model, batch) -> loss`` in its place, for batches that are no ``(inputs, targets)``; there is
-            then no accuracy.
-    """
-
-    def __init__(self, data: Iterable[Any], loss_fn: LossFn, forward: Objective | None = None) -> None:
-        self._data = data
-        self._loss_fn = loss_fn
-        self._forward = forward
-        self._checked = False
-        self._totals: list[Tensor] = []
-        self.num_examples = 0
-
-    @torch.no_grad()
-    def measure(self, model: nn.Module) -> None:
-        """Measure one network, in the mode it is in."""
-        totals, self.num_examples = [], 0
-        for batch in self._data:
-            size = num_examples(batch)
-            totals.append(self._batch_means(model, batch) * size)  # by size: the last batch may be a small one
-            self.num_examples += size
-        self._totals.append(torch.stack(totals).sum(0) / self.num_examples)
-        self._checked = True
-
-    def results(self) -> tuple[Tensor, Tensor | None]:
-        """Return loss and accuracy, each float64 ``(M,)`` on the CPU, of all networks measured so far."""
-        loss, accuracy = torch.stack(self._totals).cpu().unbind(1)
-        return loss, None if accuracy.isnan().all() else accuracy
-
-    def _batch_means(self, model: nn.Module, batch: Any) -> Tensor:
-        if self._forward is not None:
-            loss = self._forward(model, batch).double()
-            return torch.stack([loss, torch.full_like(loss, torch.nan)])
-        inputs, targets = batch
-        outputs = model(inputs)
-        if not self._checked:
-            check_targets(outputs, targets, self._loss_fn)
-        loss = self._loss_fn(outputs, targets).double()
-        if not is_classification(outputs, targets):
-            return torch.stack([loss, torch.full_like(loss, torch.nan)])
-        correct = main_output(outputs).argmax(1) == targets
-        return torch.stack([loss, correct.double().mean()])
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -200,10 +115,7 @@ class Profile:
         """Return all fields and, for readers, the summary as JSON; also write it to ``path`` if given."""
         record = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
         record |= {"barrier": self.barrier, "accuracy_drop": self.accuracy_drop, "summary": self.summary()}
-        text = json.dumps(record, indent=1)
-        if path is not None:
-            Path(path).write_text(text, encoding="utf-8")
-        return text
+        return write_text(json.dumps(record, indent=1), path)
 
     @classmethod
     def from_json(cls, text: str) -> Profile:
@@ -224,37 +136,29 @@ class Profile:
         writer = csv.writer(buffer, lineterminator="\n")
         writer.writerow(columns)
         writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
-        if path is not None:
-            Path(path).write_text(buffer.getvalue(), encoding="utf-8")
-        return buffer.getvalue()
+        return write_text(buffer.getvalue(), path)
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
         """Draw the profile with matplotlib; see `modeconn.plot.profile`."""
-        from modeconn import plot
-
         return plot.profile(self, ax=ax)
 
     def __repr__(self) -> str:
         title = f"Profile({len(self.t)} points, {self.num_examples} examples, {self.seconds:.1f} s)"
-        rows = self._table()
-        widths = [max(len(row[column]) for row in rows) for column in range(len(rows[0]))]
-        lines = ["  ".join(cell.rjust(width) for cell, width in zip(row, widths, strict=True)) for row in rows]
-        return "\n".join([title, *lines])
+        return "\n".join([title, table(*self._table())])
 
     def _repr_html_(self) -> str:
-        header, *rows = self._table()
-        return html_table(header, rows)
+        return html_table(*self._table())
 
-    def _table(self) -> list[list[str]]:
-        """One row for the loss and, if there is one, one for the accuracy; accuracies in percent."""
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Header, and one row for the loss and, if there is one, one for the accuracy; accuracies in percent."""
         header = ["", "t=0", "t=1", "min", "max", "mean", "arc mean", "barrier"]
         has_own = self.own_loss is not None
         if has_own:
             header[3:3] = ["own t=0", "own t=1"]
-        rows = [header, self._row("loss", self.loss, self.own_loss, self.barrier, "{:.4f}")]
+        rows = [self._row("loss", self.loss, self.own_loss, self.barrier, "{:.4f}")]
         if self.accuracy is not None:
             rows.append(self._row("accuracy", self.accuracy, self.own_accuracy, self.accuracy_drop, "{:.2%}"))
-        return rows
+        return header, rows
 
     def _row(self, name: str, values: Tensor, own: Tensor | None, barrier: float, form: str) -> list[str]:
         own_ends = [] if own is None else own.tolist()
@@ -263,6 +167,56 @@ class Profile:
 
     def _between_ends(self, values: Tensor) -> Tensor:
         return (1 - self.t) * values[0] + self.t * values[-1]
+
+
+class Networks(Protocol):
+    """One network that can be moved along a curve."""
+
+    @property
+    def ends_have_their_own(self) -> bool:
+        """Whether both ends came with other statistics than those they have when the network is moved there."""
+        ...
+
+    def __call__(self, t: float) -> nn.Module:
+        """Return the network at ``t``; the next call may change it."""
+        ...
+
+    def as_it_came(self, end: int) -> nn.Module:
+        """Return the network at one end, 0 or 1, with its own statistics; the next call may change it."""
+        ...
+
+
+def profile_along(
+    networks: Networks, meter: Meter, t: Sequence[float], arc_length: Tensor, *, started: float, progress: bool
+) -> Profile:
+    """Measure the networks at the positions ``t``, then both ends as they came.
+
+    Args:
+        networks: What is measured.
+        meter: A new one.
+        t: From 0 to 1, rising.
+        arc_length: Of the curve up to each position, ``(N,)``.
+        started: When the work began, by `time.perf_counter`.
+        progress: Whether to show a progress bar.
+    """
+    for position in progress_bar(t, show=progress, desc="evaluate"):
+        meter.measure(networks(position))
+    count, own = len(t), [0, len(t) - 1]
+    if networks.ends_have_their_own:
+        own = [count, count + 1]
+        for end in (0, 1):
+            meter.measure(networks.as_it_came(end))
+    loss, accuracy = meter.results()
+    return Profile(
+        t=torch.tensor(t, dtype=torch.float64),
+        loss=loss[:count],
+        accuracy=None if accuracy is None else accuracy[:count],
+        arc_length=arc_length,
+        own_loss=loss[own],
+        own_accuracy=None if accuracy is None else accuracy[own],
+        num_examples=meter.num_examples,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def _plain(value: Any) -> Any:

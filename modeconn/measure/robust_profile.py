@@ -12,7 +12,6 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +19,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn import plot
+from modeconn.tools.files import write_text
 from modeconn.tools.table import html_table, table
 
 if TYPE_CHECKING:
@@ -30,7 +31,7 @@ CLEAN, WORST = "clean", "worst"
 _DEVIATES = 1.959964  # of a normal distribution, on both sides of 95% of it
 _STANDARD_ERRORS = 2.0
 _STRENGTHS = ("eps", "max_epsilon", "steps", "num_steps", "num_iter_set", "n_queries", "num_restarts", "n_restarts")
-_FREE = ("step_size", "alpha")  # a larger ball has larger steps
+_FREE = ("step_size", "alpha")  # step sizes grow with eps, so attacks compared for strength may differ in them
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -209,7 +210,7 @@ class RobustProfile:
             "correct": {row: pack_bits(right) for row, right in self.correct.items()},
             "losses": {row: pack_floats(losses) for row, losses in self.losses.items()},
         }
-        return _written(json.dumps(record, indent=1) + "\n", path)
+        return write_text(json.dumps(record, indent=1) + "\n", path)
 
     @classmethod
     def from_json(cls, text: str) -> RobustProfile:
@@ -238,12 +239,10 @@ class RobustProfile:
             for row in self.accuracy:
                 numbers = (self.loss[row][place], self.accuracy[row][place], *self.interval[row][place])
                 writer.writerow([t, row, *map(float, numbers)])
-        return _written(buffer.getvalue(), path)
+        return write_text(buffer.getvalue(), path)
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
         """Draw the profile with matplotlib; see `modeconn.plot.robust_profile`."""
-        from modeconn import plot
-
         return plot.robust_profile(self, ax=ax)
 
     def __repr__(self) -> str:
@@ -372,9 +371,3 @@ def pack_floats(values: Tensor) -> str:
 def unpack_floats(text: str, shape: tuple[int, ...]) -> Tensor:
     """Invert `pack_floats`."""
     return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)).reshape(shape)
-
-
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text

@@ -25,7 +25,7 @@ from modeconn.measure.robust_profile import (
     unpack_floats,
 )
 from modeconn.network.attack import Attack, check_examples, under_attack
-from modeconn.network.batches import batches, check_loader
+from modeconn.network.batches import batches, check_loader, inputs_and_targets
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, is_classification, main_output, per_example
 from modeconn.network.weights import check_eval_mode, device_of
 from modeconn.tools.fingerprint import digest, identify
@@ -63,10 +63,10 @@ def robustness(model: nn.Module, loader: Iterable[Any], attacks: Attacks, **sett
         >>> bool(profile.accuracy["worst"] <= profile.accuracy["clean"])
         True
     """
-    return along(lambda t: model, [0.0], loader, attacks, **settings)
+    return robustness_along(lambda t: model, [0.0], loader, attacks, **settings)
 
 
-def along(
+def robustness_along(
     model_at: Callable[[float], nn.Module],
     t: Sequence[float],
     loader: Iterable[Any],
@@ -84,7 +84,7 @@ def along(
     networks = [model_at(position) for position in t] if transfer else []
     first = networks[0] if transfer else model_at(t[0])
     data = _read(loader, device_of(first), num_examples)
-    trial = _Trial(data, loss_fn, seed, known, networks)
+    trial = _Attacking(data, loss_fn, seed, known, networks)
     names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}  # while they are as given
     rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
     bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
@@ -108,14 +108,20 @@ def along(
 
 @dataclass(frozen=True)
 class _Measured:
-    """Of each example whether it is answered right, and its loss, ``(M,)``; accuracies of other networks, ``(N,)``."""
+    """Results of one network under one attack.
+
+    Args:
+        correct: Whether each example is answered right, bool ``(M,)``.
+        losses: The loss of each example, float32 ``(M,)``.
+        elsewhere: Accuracy of the networks at all positions on the same adversarial examples, float64 ``(N,)``.
+    """
 
     correct: Tensor
     losses: Tensor
     elsewhere: Tensor
 
 
-class _Trial:
+class _Attacking:
     """What is done with every network and attack, on the same batches."""
 
     def __init__(
@@ -210,7 +216,7 @@ def _read(loader: Iterable[Any], device: torch.device, limit: int | None) -> lis
     room = math.inf if limit is None else limit
     with seeded(0, device):
         check_loader(loader)
-        for x, y in batches(loader, device):
+        for x, y in map(inputs_and_targets, batches(loader, device)):
             kept.append((x[: min(room, len(x))], y[: min(room, len(x))]))
             _check_range(kept[-1][0])
             room -= len(x)

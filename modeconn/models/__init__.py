@@ -15,7 +15,8 @@ from modeconn.models.resnet import resnet20, resnet32
 from modeconn.models.tinyten import tinyten
 from modeconn.models.training import DIGITS_RECIPE, train
 from modeconn.models.vgg import vgg11, vgg11_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
-from modeconn.models.zoo import Normalize, build, describe, names
+from modeconn.models.zoo import Normalize
+from modeconn.network.registry import build, describe, names
 
 __all__ = [
     "DIGITS_RECIPE",

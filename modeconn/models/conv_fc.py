@@ -5,7 +5,8 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from modeconn.models.init import he_init_convolutions
-from modeconn.models.zoo import Statistic, ZooModel, factory
+from modeconn.models.zoo import Statistic, ZooModel
+from modeconn.network.registry import factory
 
 _CHANNELS = (32, 64, 128)
 _HIDDEN = 1000

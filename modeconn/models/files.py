@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.models.zoo import build, describe
 from modeconn.network.copies import copy_of
+from modeconn.network.registry import build, describe
 from modeconn.tools import files as checkpoint
 
 KIND = "model"

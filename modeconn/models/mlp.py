@@ -6,7 +6,8 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
-from modeconn.models.zoo import Statistic, ZooModel, factory
+from modeconn.models.zoo import Statistic, ZooModel
+from modeconn.network.registry import factory
 
 
 class MLP(ZooModel):

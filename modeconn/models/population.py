@@ -16,14 +16,14 @@ from modeconn.models.training import count_batches
 from modeconn.network.batches import check_loader
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy
-from modeconn.network.recipe import Recipe
+from modeconn.network.recipe import Recipe, autocast
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import WeightSpace, named_places
 from modeconn.tools.fingerprint import identify
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
 
-logger = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -84,7 +84,7 @@ def train_population(
     with seeded(seeds[0], device):
         num_batches = count_batches(loader, any_batch=False)
         reading = _Reading(loader, seeds, device)
-        _Training(trained, recipe, loss_fn).run(reading, num_batches, progress=progress)
+        _PopulationRun(trained, recipe, loss_fn).run(reading, num_batches, progress=progress)
     return [model.eval() for model in trained]
 
 
@@ -144,7 +144,7 @@ class _Reading:
                 return
 
 
-class _Training:
+class _PopulationRun:
     """One run over stacked weights, which are written into ``models`` at its end."""
 
     def __init__(self, models: Sequence[nn.Module], recipe: Recipe, loss_fn: LossFn) -> None:
@@ -177,7 +177,7 @@ class _Training:
                 self.recipe.set_learning_rate(self.optimizer, epoch + step / num_batches)
                 losses.append(self._step(inputs, targets))
             mean = self._mean_loss(torch.stack(losses), epoch)
-            logger.info("epoch %d of %d: mean training loss %.4f", epoch + 1, self.recipe.epochs, mean)
+            _LOGGER.info("epoch %d of %d: mean training loss %.4f", epoch + 1, self.recipe.epochs, mean)
             bar.set_postfix(loss=f"{mean:.4f}")
         self._write_back()
 
@@ -190,7 +190,7 @@ class _Training:
     def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
         """Make one step of every network and return the losses before it, ``(M,)``."""
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, self.recipe.autocast, enabled=self.recipe.autocast is not None):
+        with autocast(self.device, self.recipe.autocast):
             losses = self.losses(self.state, inputs, targets)
         losses.sum().backward()  # no weight is in two of them, so each network gets the gradient of its own
         self.optimizer.step()

@@ -7,7 +7,8 @@ from collections.abc import Callable, Sequence
 from torch import Tensor, nn
 
 from modeconn.models.init import he_init_convolutions
-from modeconn.models.zoo import Statistic, ZooModel, factory
+from modeconn.models.zoo import Statistic, ZooModel
+from modeconn.network.registry import factory
 
 Branch = Callable[[int, int, int], list[nn.Conv2d]]
 """``branch(in_channels, out_channels, stride)`` lists the convolutions of one residual branch."""

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from modeconn.models.zoo import Statistic, ZooModel, factory
+from modeconn.models.zoo import Statistic, ZooModel
+from modeconn.network.registry import factory
 
 # (channels, kernel size, stride, padding); the seventh convolution is unpadded.
 _LAYERS = (

@@ -11,19 +11,18 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.attacks.training import AdversaryLike
-from modeconn.learning.step_loss import Objectives
-from modeconn.measure.profile import Objective
+from modeconn.learning.step_loss import StepLoss
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import calibration_batches, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
 from modeconn.network.batches import batches, check_loader, first_batch
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import LossFn, cross_entropy
-from modeconn.network.recipe import Recipe, one_cycle
+from modeconn.network.loss import Forward, LossFn, cross_entropy
+from modeconn.network.recipe import Recipe, autocast, one_cycle
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 
-logger = logging.getLogger(__name__)
+_LOGGER = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -39,7 +38,7 @@ def train(
     *,
     recipe: Recipe = _DEFAULT_RECIPE,
     loss_fn: LossFn = cross_entropy,
-    forward: Objective | None = None,
+    forward: Forward | None = None,
     adversary: AdversaryLike | None = None,
     recalibrate: Iterable[Any] | AdversarialExamples | bool | None = None,
     seed: int = 0,
@@ -88,12 +87,12 @@ def train(
     parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
     if not parameters:
         raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")
-    device, goals = parameters[0].device, Objectives(loss_fn, forward, adversary)
+    device, goals = parameters[0].device, StepLoss(loss_fn, forward, adversary)
 
     with seeded(seed, device):
         num_batches = count_batches(loader, any_batch=forward is not None)
     with seeded(seed, device):
-        _Training(trained, parameters, recipe, goals).run(loader, num_batches, progress=progress)
+        _EndpointRun(trained, parameters, recipe, goals).run(loader, num_batches, progress=progress)
     if recalibrate is None:
         recalibrate = adversary is not None
     if recalibrate is not False and norm_layers(trained):
@@ -111,7 +110,7 @@ def count_batches(loader: Iterable[Any], *, any_batch: bool) -> int:
         return sum(1 for _ in loader)
 
 
-class _Training:
+class _EndpointRun:
     """One training run, which changes ``model`` in place."""
 
     def __init__(
@@ -119,10 +118,10 @@ class _Training:
         model: nn.Module,
         parameters: list[nn.Parameter],
         recipe: Recipe,
-        objectives: Objectives,
+        loss: StepLoss,
     ) -> None:
         self.recipe = recipe
-        self.objectives = objectives
+        self.loss = loss
         self.runner = torch.compile(model) if recipe.compile else model
         self.optimizer = recipe.make_optimizer(parameters, weight_decay=recipe.weight_decay)
         self.device = parameters[0].device
@@ -134,16 +133,16 @@ class _Training:
             losses = []
             for step, batch in enumerate(batches(loader, self.device)):
                 self.recipe.set_learning_rate(self.optimizer, epoch + step / num_batches)
-                for _ in range(self.objectives.num_replays):
-                    losses.append(self._step(batch, self.objectives.at(epoch)))
+                for _ in range(self.loss.num_replays):
+                    losses.append(self._step(batch, self.loss.at(epoch)))
             mean = self._mean_loss(torch.stack(losses), epoch)
-            logger.info("epoch %d of %d: training loss %.4f", epoch + 1, self.recipe.epochs, mean)
+            _LOGGER.info("epoch %d of %d: training loss %.4f", epoch + 1, self.recipe.epochs, mean)
             bar.set_postfix(loss=f"{mean:.4f}")
         self.optimizer.zero_grad()
 
-    def _step(self, batch: Any, forward: Objective) -> Tensor:
+    def _step(self, batch: Any, forward: Forward) -> Tensor:
         self.optimizer.zero_grad()
-        with torch.autocast(self.device.type, self.recipe.autocast, enabled=self.recipe.autocast is not None):
+        with autocast(self.device, self.recipe.autocast):
             loss = forward(self.runner, batch)
         self.scaler.scale(loss).backward()
         self.scaler.step(self.optimizer)

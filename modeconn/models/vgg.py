@@ -7,7 +7,8 @@ from collections.abc import Callable
 from torch import Tensor, nn
 
 from modeconn.models.init import he_init_convolutions
-from modeconn.models.zoo import Statistic, ZooModel, factory
+from modeconn.models.zoo import Statistic, ZooModel
+from modeconn.network.registry import factory
 
 _STAGE_CHANNELS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}

@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from modeconn.network.batches import inputs_and_targets
+from modeconn.network.modes import flags_kept
 from modeconn.tools.rng import seeded
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -35,25 +37,20 @@ def under_attack(model: nn.Module) -> Iterator[None]:
     hand. But no running statistic moves, dropout is off, and so are heads that exist for training alone. A network in
     eval mode stays as it is. Gradients are on, and all flags are as before at the end, also after an exception.
     """
-    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     training = [module for module in model.modules() if module.training]
     counting = [module for module in training if isinstance(module, _BatchNorm) and module.track_running_stats]
-    try:
-        for parameter in parameters:
-            parameter.requires_grad_(False)
+    with flags_kept(model):
+        model.requires_grad_(False)
         for module in training:
             module.training = isinstance(module, _BatchNorm)
-        for layer in counting:
-            layer.track_running_stats = False
-        with torch.enable_grad():
-            yield
-    finally:
-        for layer in counting:
-            layer.track_running_stats = True
-        for module in training:
-            module.training = True
-        for parameter in parameters:
-            parameter.requires_grad_(True)
+        try:
+            for layer in counting:
+                layer.track_running_stats = False
+            with torch.enable_grad():
+                yield
+        finally:
+            for layer in counting:
+                layer.track_running_stats = True
 
 
 def attacked_in_eval_mode(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
@@ -82,5 +79,5 @@ class AdversarialExamples:
         """Return the batches as adversarial examples of one network; always the same for the same network."""
         return [
             (attacked_in_eval_mode(self.attack, model, inputs, targets, seed=number), targets)
-            for number, (inputs, targets) in enumerate(self.loader)
+            for number, (inputs, targets) in enumerate(map(inputs_and_targets, self.loader))
         ]

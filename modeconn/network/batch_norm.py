@@ -6,7 +6,7 @@ fit between them, nor does any mixture of the two (Garipov et al., 2018, https:/
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -16,13 +16,14 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.network.attack import AdversarialExamples
-from modeconn.network.batches import batches, first_examples, inputs_of, without_singles
+from modeconn.network.batches import batches, first_examples, inputs_of, shuffled, without_singles
+from modeconn.network.loss import Forward
+from modeconn.network.modes import flags_kept, use_batch_statistics
 from modeconn.tools.rng import seeded
 
 NUM_EXAMPLES = 2048
 """How many training examples re-estimate the statistics, where the caller does not say."""
 
-Forward = Callable[[nn.Module, Any], Any]
 _Calls = list[tuple[int, Tensor]]
 
 
@@ -64,10 +65,8 @@ def calibration_batches(
     """
     if isinstance(loader, AdversarialExamples):
         return replace(loader, loader=calibration_batches(loader.loader, device, limit=limit, seed=seed, name=name))
-    if hasattr(loader, "with_"):  # a TensorLoader
-        loader = loader.with_(shuffle=True)
     with seeded(seed, device):
-        return list(without_singles(first_examples(batches(loader, device, name=name), limit)))
+        return list(without_singles(first_examples(batches(shuffled(loader), device, name=name), limit)))
 
 
 @torch.no_grad()
@@ -109,7 +108,6 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
 @contextmanager
 def _batch_statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[dict[_BatchNorm, _Calls]]:
     """Let ``layers`` alone train, each call writing its batch's statistics to a row of its own; undo all that after."""
-    training = [module.training for module in model.modules()]
     saved = [(layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in layers]
     calls: dict[_BatchNorm, _Calls] = {layer: [] for layer in layers}
 
@@ -121,16 +119,14 @@ def _batch_statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[di
 
     hooks = [layer.register_forward_pre_hook(new_row, with_kwargs=True) for layer in layers]
     try:
-        model.eval()
-        for layer in layers:
-            layer.train()
-            layer.momentum, layer.num_batches_tracked = 1.0, None
-        yield calls
+        with flags_kept(model):
+            use_batch_statistics(model, _BatchNorm)
+            for layer in layers:
+                layer.momentum, layer.num_batches_tracked = 1.0, None
+            yield calls
     finally:
         for hook in hooks:
             hook.remove()
-        for module, flag in zip(model.modules(), training, strict=True):
-            module.training = flag
         for layer, values in zip(layers, saved, strict=True):
             layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked = values
 

@@ -1,17 +1,135 @@
-"""Data as any re-iterable of ``(inputs, targets)``: checked at the door, moved to the model's device."""
+"""What a batch is: its tensors, its inputs and targets, its size; and the passes over a loader of batches."""
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
-from typing import Any
+import zlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
 
-Loader = Iterable[tuple[Tensor, Tensor]]
+from modeconn.tools.rng import rng_state, seeded, set_rng_state
 
 _WAY_OUT = "Pass a DataLoader or a list of (inputs, targets) batches."
+
+# -- one batch: tensors in mappings, sequences, data classes, and objects that know how to move to a device
+
+
+def inputs_of(batch: Any) -> Any:
+    """Return what the model reads of a batch: the inputs of a pair, what is alone in a tuple, or the whole."""
+    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) else batch
+
+
+def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
+    """Return both halves of a batch that is a pair, as losses and attacks read it."""
+    inputs, targets = batch
+    return inputs, targets
+
+
+def num_examples(batch: Any) -> int:
+    """Return the batch size: the first dimension of the first tensor that has one.
+
+    Raises:
+        ValueError: If the batch holds no such tensor.
+    """
+    for tensor in tensors_of(batch):
+        if tensor.dim():
+            return tensor.shape[0]
+    raise ValueError(f"a batch must hold a tensor whose first dimension counts its examples, got {_kind(batch)}.")
+
+
+def to_device(batch: Any, device: torch.device | str) -> Any:
+    """Return a batch with every tensor on ``device``; objects of other kinds move by their own ``to(device)``."""
+
+    def move(leaf: Any) -> Any:
+        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf.to(device)
+
+    return _map(move, batch)
+
+
+def tensors_of(batch: Any) -> Iterator[Tensor]:
+    """Yield the tensors of a batch, in the order in which it holds them."""
+    if isinstance(batch, Tensor):
+        yield batch
+        return
+    parts = _parts(batch)
+    if parts is None and _can_move(batch):
+        parts = vars(batch)
+    for part in (parts or {}).values():
+        yield from tensors_of(part)
+
+
+def num_bytes(batch: Any) -> int:
+    """Return how many bytes the tensors of a batch take."""
+    return sum(tensor.nbytes for tensor in tensors_of(batch))
+
+
+def checksum(batch: Any) -> int:
+    """Return a CRC of all tensors of a batch."""
+    found = 0
+    for tensor in tensors_of(batch):
+        found = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), found)
+    return found
+
+
+def _parts(value: Any) -> Mapping[Any, Any] | None:
+    """Return what a mapping, sequence or data class holds, by key; None for anything else."""
+    if isinstance(value, Mapping):
+        return dict(value.items())
+    if isinstance(value, (list, tuple)):
+        return dict(enumerate(value))
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        return {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    return None
+
+
+def _rebuilt(value: Any, parts: dict[Any, Any]) -> Any:
+    """Return a mapping, sequence or data class like ``value`` with other parts."""
+    if isinstance(value, (list, tuple)):
+        return type(value)(*parts.values()) if hasattr(value, "_fields") else type(value)(parts.values())
+    if isinstance(value, Mapping):
+        if type(value) is dict or not isinstance(value, MutableMapping):
+            return parts
+        rebuilt = copy.copy(value)
+        for key, part in parts.items():
+            rebuilt[key] = part
+        return rebuilt
+    rebuilt = copy.copy(value)
+    for name, part in parts.items():
+        object.__setattr__(rebuilt, name, part)  # also in frozen data classes
+    return rebuilt
+
+
+def _can_move(value: Any) -> bool:
+    """Whether an object is neither tensor nor mapping, but moves to a device by itself."""
+    return not isinstance(value, (Tensor, Mapping, type)) and callable(getattr(value, "to", None))
+
+
+def _map(function: Callable[..., Any], batch: Any, *others: Any) -> Any:
+    """Return a batch whose tensors, and objects that can move, are what ``function`` makes of them.
+
+    Further batches of the same structure lend further arguments.
+    """
+    if isinstance(batch, Tensor) or _can_move(batch):
+        return function(batch, *others)
+    parts = _parts(batch)
+    if parts is None:
+        return batch
+    theirs = [_parts(other) or {} for other in others]
+    if any(other.keys() != parts.keys() for other in theirs):
+        raise ValueError("these batches are of different structure.")
+    return _rebuilt(batch, {key: _map(function, part, *(o[key] for o in theirs)) for key, part in parts.items()})
+
+
+def _kind(value: Any) -> str:
+    return f"one {type(value).__name__}" if not isinstance(value, (tuple, list)) else f"{len(value)} things"
+
+
+# -- what a loader must be
 
 
 def check_loader(loader: Any, *, name: str = "loader") -> Any:
@@ -26,8 +144,9 @@ def check_loader(loader: Any, *, name: str = "loader") -> Any:
 def check_pair(batch: Any, *, name: str = "loader") -> Any:
     """Raise unless a loader's first batch is a pair; return it."""
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
-        what = f"one {type(batch).__name__}" if not isinstance(batch, (tuple, list)) else f"{len(batch)} things"
-        raise ValueError(f"{name} must yield (inputs, targets) pairs, but its first batch is {what}. {_WAY_OUT}")
+        raise ValueError(
+            f"{name} must yield (inputs, targets) pairs, but its first batch is {_kind(batch)}. {_WAY_OUT}"
+        )
     return batch
 
 
@@ -44,28 +163,104 @@ def check_rereadable(loader: Any, *, name: str = "loader") -> None:
 
 
 def first_batch(loader: Any, *, name: str = "loader") -> Any:
-    """Return the first batch of a re-iterable, whatever it holds."""
+    """Return the first batch of a re-iterable, whatever it holds; of an `Opened` one without reading it again."""
+    if isinstance(loader, Opened):
+        return loader.first
     check_rereadable(loader, name=name)
     for batch in loader:
         return batch
     raise ValueError(f"{name} is empty: it yields no batch.")
 
 
-def inputs_of(batch: Any) -> Any:
-    """Return what the model reads of a batch: the inputs of a pair, what is alone in a tuple, or the whole."""
-    return batch[0] if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) else batch
+# -- passes over a loader
 
 
-def to_device(batch: Any, device: torch.device) -> Any:
-    """Move every tensor of a batch (nested tuples, lists, dicts) to ``device``."""
-    if isinstance(batch, Tensor):
-        return batch.to(device, non_blocking=True)
-    if isinstance(batch, dict):
-        return {key: to_device(value, device) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        moved = [to_device(value, device) for value in batch]
-        return type(batch)(*moved) if hasattr(batch, "_fields") else type(batch)(moved)
-    return batch
+@runtime_checkable
+class Rearrangeable(Protocol):
+    """A loader that can also be read in other ways, as `modeconn.data.TensorLoader` can."""
+
+    def in_order(self) -> Iterable[Any]:
+        """Return a loader of the same examples, always in the same order and without augmentation."""
+        ...
+
+    def shuffled(self) -> Iterable[Any]:
+        """Return a loader of the same examples, augmented alike, in an order of its own on each pass."""
+        ...
+
+
+def in_order(loader: Any) -> Any:
+    """Return the loader without shuffling and augmentation where it knows how, else as it is."""
+    return loader.in_order() if isinstance(loader, Rearrangeable) else loader
+
+
+def shuffled(loader: Any) -> Any:
+    """Return the loader shuffled where it knows how, else as it is."""
+    return loader.shuffled() if isinstance(loader, Rearrangeable) else loader
+
+
+class Opened:
+    """A loader of which one pass has begun, in order, under a seed of its own.
+
+    Its first batch was looked at; whoever reads the loader in order next goes on in the same pass, so that looking at
+    data before it is used costs no pass more. Any other reading is as if nothing had been read.
+
+    Args:
+        loader: Any re-iterable of batches.
+        device: Whose random state the loader may draw from.
+        name: What an error message calls the loader.
+
+    Attributes:
+        first: The first batch.
+
+    Raises:
+        ValueError: If the loader can be read only once, or is empty.
+    """
+
+    def __init__(self, loader: Any, device: torch.device, *, name: str = "loader") -> None:
+        check_rereadable(loader, name=name)
+        self._loader, self._device = loader, device
+        with seeded(0, device):
+            begun = iter(in_order(loader))
+            for batch in begun:
+                self.first = batch
+                break
+            else:
+                raise ValueError(f"{name} is empty: it yields no batch.")
+            self._begun: tuple[Iterator[Any], dict[str, object]] | None = begun, rng_state(device)
+
+    def __iter__(self) -> Iterator[Any]:
+        return iter(self._loader)
+
+    def __len__(self) -> int:
+        return len(self._loader)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.__dict__["_loader"], name)  # what is read of a loader besides its batches is its own
+
+    def in_order(self) -> Iterable[Any]:
+        """Return the loader in order: the first time, to be read in a seeded stretch, the pass that has begun."""
+        return in_order(self._loader) if self._begun is None else _Resumed(self)
+
+    def shuffled(self) -> Iterable[Any]:
+        """Return the loader shuffled where it knows how."""
+        return shuffled(self._loader)
+
+    def _go_on(self) -> Iterator[Any]:
+        if self._begun is None:
+            yield from in_order(self._loader)
+            return
+        (begun, state), self._begun = self._begun, None
+        yield self.first
+        set_rng_state(state, self._device)
+        yield from begun
+
+
+@dataclasses.dataclass(frozen=True)
+class _Resumed:
+    opened: Opened
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.opened._go_on()
 
 
 def batches(loader: Any, device: torch.device, *, name: str = "loader") -> Iterator[Any]:
@@ -89,20 +284,12 @@ def endless_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any
                 yield waiting.pop(0)
 
 
-def num_examples(inputs: Any) -> int:
-    """Return the batch size of inputs: the first dimension of their first tensor."""
-    if isinstance(inputs, Tensor):
-        return inputs.shape[0]
-    values = inputs.values() if isinstance(inputs, dict) else inputs
-    return num_examples(next(iter(values)))
-
-
 def first_examples(data: Iterable[Any], limit: int | None) -> Iterator[Any]:
     """Yield the first batches, together no more than ``limit`` examples: the last one may be cut. None: all."""
     room = math.inf if limit is None else limit
     for batch in data:
         size = num_examples(batch)
-        yield batch if size <= room else _first(batch, int(room))
+        yield batch if size <= room else _cut(batch, size, int(room))
         room -= size
         if room <= 0:
             return
@@ -129,30 +316,19 @@ def without_singles(data: Iterable[Any]) -> Iterator[Any]:
 def _joined(first: Any, second: Any) -> list[Any]:
     """Return one batch of two, or both as they are where their shapes do not fit."""
     try:
-        return [_concatenated(first, second)]
-    except (RuntimeError, ValueError):
+        return [_map(_concatenated, first, second)]
+    except (RuntimeError, ValueError, TypeError):
         return [first, second]
 
 
-def _concatenated(first: Any, second: Any) -> Any:
-    """Concatenate the tensors of two batches (nested tuples, lists, dicts)."""
-    if isinstance(first, Tensor):
-        return torch.cat([first, second])
-    if isinstance(first, dict):
-        return {key: _concatenated(value, second[key]) for key, value in first.items()}
-    if isinstance(first, (tuple, list)):
-        both = [_concatenated(*pair) for pair in zip(first, second, strict=True)]
-        return type(first)(*both) if hasattr(first, "_fields") else type(first)(both)
-    return first
+def _concatenated(first: Any, second: Any) -> Tensor:
+    return torch.cat([first, second])  # a TypeError for objects that are no tensors: such batches are not joined
 
 
-def _first(batch: Any, size: int) -> Any:
-    """Return the first ``size`` examples of a batch (nested tuples, lists, dicts of tensors)."""
-    if isinstance(batch, Tensor):
-        return batch[:size]
-    if isinstance(batch, dict):
-        return {key: _first(value, size) for key, value in batch.items()}
-    if isinstance(batch, (tuple, list)):
-        cut = [_first(value, size) for value in batch]
-        return type(batch)(*cut) if hasattr(batch, "_fields") else type(batch)(cut)
-    return batch
+def _cut(batch: Any, size: int, count: int) -> Any:
+    """Return the first ``count`` of the ``size`` examples of a batch; an object that cannot be cut stays whole."""
+
+    def cut(leaf: Any) -> Any:
+        return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size else leaf
+
+    return _map(cut, batch)

@@ -1,15 +1,22 @@
-"""Losses that understand what the zoo's models return."""
+"""What training and measuring lower: a loss of outputs and targets, or a function of model and batch."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
+
+from modeconn.network.batches import inputs_and_targets
 
 LossFn = Callable[[Tensor, Tensor], Tensor]
+"""``loss_fn(outputs, targets) -> loss``, a mean over the examples of the batch."""
+
+Forward = Callable[[nn.Module, Any], Tensor]
+"""``forward(model, batch) -> loss``, a mean over the examples of the batch."""
 
 AUXILIARY_WEIGHT = 0.3
 
@@ -61,6 +68,60 @@ def is_classification(outputs: Tensor | tuple[Tensor, ...], targets: object) -> 
         and not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
         and logits.ndim == targets.ndim + 1
     )
+
+
+@dataclass(frozen=True)
+class TrainingData:
+    """What a fit knew of its data and loss, remembered in memory, never in files.
+
+    Args:
+        loader: Training data, or None.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
+        forward: ``forward(model, batch) -> loss`` in its place, or None.
+    """
+
+    loader: Iterable[Any] | None = None
+    loss_fn: LossFn = cross_entropy
+    forward: Forward | None = None
+
+
+def supervised(loss_fn: LossFn, *, check: bool = False) -> Forward:
+    """Return ``forward(model, batch) -> loss`` for ``(inputs, targets)``.
+
+    Args:
+        loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
+        check: Whether to check that targets are classes of the model.
+    """
+    compare = checked(loss_fn) if check else loss_fn
+
+    def forward(model: nn.Module, batch: Any) -> Tensor:
+        inputs, targets = inputs_and_targets(batch)
+        return compare(model(inputs), targets)
+
+    return forward
+
+
+def checked(loss_fn: LossFn) -> LossFn:
+    """Return the same loss with a look at its targets, see `check_targets`."""
+
+    def looked_at(outputs: Tensor, targets: Tensor) -> Tensor:
+        check_targets(outputs, targets, loss_fn)
+        return loss_fn(outputs, targets)
+
+    return looked_at
+
+
+def checked_forward(forward: Forward) -> Forward:
+    """Return the same function with a look at what it returns."""
+
+    def looked_at(model: nn.Module, batch: Any) -> Tensor:
+        loss = forward(model, batch)
+        if not isinstance(loss, Tensor) or loss.numel() != 1:
+            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+            raise ValueError(f"forward= must return the mean loss of a batch, a tensor of one number, got {what}.")
+        return loss
+
+    return looked_at
 
 
 def check_targets(

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -13,6 +15,11 @@ from torch import Tensor
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 Schedule = Callable[[float, int], float]
 """``schedule(epoch, epochs)`` is the factor on the optimizer's own rate; ``epoch`` counts from 0, with fractions."""
+
+
+def autocast(device: torch.device, dtype: torch.dtype | None) -> contextlib.AbstractContextManager[Any]:
+    """Return what forward passes run in: ``torch.autocast`` to ``dtype``, or nothing if that is None."""
+    return contextlib.nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def constant(epoch: float, epochs: int) -> float:

@@ -17,9 +17,10 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
-from modeconn.network.batch_norm import NUM_EXAMPLES, Forward, calibration_batches, norm_layers, pool, recalibrate
+from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, pool, recalibrate
 from modeconn.network.batches import inputs_of
 from modeconn.network.copies import copy_of
+from modeconn.network.loss import Forward
 from modeconn.network.weights import WeightSpace
 
 Statistics = dict[str, tuple[Tensor, Tensor]]

@@ -12,7 +12,6 @@ import torch
 
 from modeconn.connection import Connection
 from modeconn.curves.loss import CurveLoss, straight
-from modeconn.matching.trees import trees
 from modeconn.measure.profile import Objective
 from modeconn.network.loss import LossFn
 from modeconn.network.weights import Workspace
@@ -104,7 +103,7 @@ def best_swap(
 
     gradient, moves = b.gradient(), []
     num_swaps = sum(prod(g.shape[:-1]) * comb(g.size, 2) for g in b.spec.groups)
-    for tree in trees(b.spec):
+    for tree in b.spec.trees():
         costs = linear_costs(b.spec, tree, gradient, b.parameters)
         moves += exchanges(b.spec, tree, costs, num_swaps if max_tries is None else max_tries)
     moves.sort(key=lambda move: -move.gain)

@@ -5,21 +5,19 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from modeconn.connection import History, TrainingData, permutation_tensors
 from modeconn.curves.loss import CurveLoss, straight
 from modeconn.curves.step import CurveStep
+from modeconn.learning.checkpoint import RunFile, State, permutation_tensors
+from modeconn.learning.history import History
 from modeconn.network.batches import batches
+from modeconn.network.loss import TrainingData
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
-from modeconn.tools.files import environment, warn_about_environment
-
-if TYPE_CHECKING:
-    from modeconn.learning.epochs import Keeper
 
 _SUFFICIENT = 1e-4  # the share of the linear decrease that a step must reach (Armijo)
 _SMALLEST = 1e-12
@@ -33,7 +31,7 @@ class Descent:
         permutation: How b was relabelled at the start.
         step: Holds control points, which are changed, and module; its optimizer is not used.
         training: Loader and loss.
-        keeper: For checkpoints, one after every step, or None.
+        file: Where the run saves itself, after every step.
 
     Attributes:
         permutation: How b is relabelled now.
@@ -41,10 +39,10 @@ class Descent:
     """
 
     def __init__(
-        self, pam: PAM, permutation: Permutation, step: CurveStep, training: TrainingData, keeper: Keeper | None
+        self, pam: PAM, permutation: Permutation, step: CurveStep, training: TrainingData, file: RunFile
     ) -> None:
         self.permutation, self.history = permutation, History()
-        self._pam, self._step, self._keeper = pam, step, keeper
+        self._pam, self._step, self._file = pam, step, file
         self._points, self._curve = step.control_points, step.curve
         data = list(batches(training.loader, self._points.device))
         grid = torch.linspace(0, 1, pam.num_points, dtype=torch.float64).tolist()
@@ -58,10 +56,11 @@ class Descent:
     def _line(self) -> Tensor:
         return straight(self._curve, self._points[0], self._points[-1])
 
-    def run(self, num_steps: int) -> History:
-        """Take all turns, with ``num_steps`` steps of gradient descent divided among them."""
+    def run(self) -> History:
+        """Take all turns, from where the run was saved, one step of gradient descent for each epoch."""
+        self._file.resume(self)
         started = time.perf_counter()
-        history, pam = self.history, self._pam
+        history, pam, num_steps = self.history, self._pam, self._step.recipe.epochs
         for iteration in range(pam.iterations):
             if iteration == len(history.turns):
                 self._take_turn()
@@ -96,15 +95,16 @@ class Descent:
         return self._loss.value(self._points[-1], bend) + _proximal(bend, self._held, self._pam.nu_curve)
 
     def _save(self) -> None:
-        if self._keeper is None:
-            return
+        self._file.save(self)
+
+    def state(self) -> State:
+        """Return all that changes from step to step, as tensors and as JSON can hold it."""
         tensors = {"control_points": self._points, "bend": self._bend, "held": self._held}
         about = {"loss": self.history.loss, "turns": self.history.turns, "rate": self._rate}
-        self._keeper.write({**tensors, **permutation_tensors(self.permutation)}, about, self._points.device)
+        return {**tensors, **permutation_tensors(self.permutation)}, about
 
-    def resume(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Go on from a checkpoint of the same settings; ``permutation`` is already its own."""
-        warn_about_environment(about["environment"], environment(self._points.device))
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take up where `state` was; a run begins with the permutation of its checkpoint."""
         self._points.copy_(tensors["control_points"])
         self._bend, self._held = (tensors[name].to(self._points.device) for name in ("bend", "held"))
         self.history, self._rate = History(about["loss"], turns=about["turns"]), about["rate"]

@@ -13,8 +13,7 @@ import torch
 from torch import Tensor
 
 from modeconn.matching.assignment import match_tree
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import Group, PermutationSpec
+from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
 
 
 @dataclass(frozen=True, eq=False)

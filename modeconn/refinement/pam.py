@@ -8,29 +8,25 @@ import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import cycle, islice
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.connection import History, TrainingData, permutation_tensors
 from modeconn.curves import Curve
 from modeconn.curves.loss import CurveLoss, Sample, straight
 from modeconn.curves.step import CurveStep
-from modeconn.learning.step_loss import supervised
-from modeconn.measure.profile import Objective
+from modeconn.learning.checkpoint import RunFile, State, permutation_tensors
+from modeconn.learning.history import History
 from modeconn.network.batches import batches
+from modeconn.network.loss import Forward, TrainingData, supervised
 from modeconn.network.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Permutation
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
-from modeconn.tools.files import environment, warn_about_environment
 from modeconn.tools.rng import seeded
-
-if TYPE_CHECKING:
-    from modeconn.learning.epochs import Keeper
 
 _LOGGER = logging.getLogger(__name__)
 _ENOUGH = 16  # positions that tell how the loss is along the curve
@@ -67,8 +63,8 @@ class PAM:
             in twice the time.)
         nu_permutation: Proximal weight of P, infinite for none.
         nu_curve: Proximal weight of the curve, infinite for none. The paper's is 1000, for both.
-        tol: Turns end early when no move is accepted and the loss has fallen by less than this share of itself since
-            the turn before; 0 for never.
+        tolerance: Turns end early when no move is accepted and the loss has fallen by less than this share of itself
+            since the turn before; 0 for never.
         exact: For small data: the loss on all of it, at a grid of `num_points`, in both steps; the curve moves by
             gradient descent with backtracking, one step an epoch of the recipe (whose optimizer, schedule and weight
             decay then do not matter). The objective never rises.
@@ -87,7 +83,7 @@ class PAM:
     standard_errors: float = 2.0
     nu_permutation: float = math.inf
     nu_curve: float = 1000.0
-    tol: float = 0.0
+    tolerance: float = 0.0
     exact: bool = False
     num_points: int = 11
 
@@ -101,7 +97,7 @@ class PAM:
         if not isinstance(self.exact, bool):
             raise ValueError(f"exact must be True or False, got exact={self.exact!r}.")
         check_positive(self, "nu_permutation", "nu_curve")
-        check_at_least(self, 0, "tol", "standard_errors")
+        check_at_least(self, 0, "tolerance", "standard_errors")
 
     def check(self, curve: Curve, recipe: Recipe, loader: Any) -> None:
         """Raise a ValueError if a fit of this curve by this recipe on this data cannot be refined."""
@@ -178,16 +174,16 @@ def draw_sample(
     return list(zip(t.tolist(), islice(cycle(drawn), count), strict=True)), is_part
 
 
-def objective_of(training: TrainingData) -> Objective:
+def objective_of(training: TrainingData) -> Forward:
     """Return ``forward(model, batch) -> loss`` of a fit, which looks whether targets are classes."""
     return training.forward or supervised(training.loss_fn, check=True)
 
 
 def is_finished(pam: PAM, turns: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether turns end here: the last one accepted no move, and the loss fell by less than `tol` since before."""
-    if not pam.tol or len(turns) < 2 or turns[-1]["num_accepted"]:
+    """Whether turns end here: the last accepted no move, and the loss fell by less than the tolerance since before it."""
+    if not pam.tolerance or len(turns) < 2 or turns[-1]["num_accepted"]:
         return False
-    return turns[-2]["loss_after"] - turns[-1]["loss_before"] < pam.tol * turns[-1]["loss_before"]
+    return turns[-2]["loss_after"] - turns[-1]["loss_before"] < pam.tolerance * turns[-1]["loss_before"]
 
 
 def _finite(weight: float) -> float | None:
@@ -202,7 +198,6 @@ class Refinement:
         permutation: How b was relabelled at the start.
         step: Takes the steps of curve training; its control points and its anchor are changed.
         training: Loader and loss.
-        recipe: Of the curve training.
         seed: For the samples.
 
     Attributes:
@@ -218,15 +213,14 @@ class Refinement:
         permutation: Permutation,
         step: CurveStep,
         training: TrainingData,
-        recipe: Recipe,
         *,
         seed: int,
     ) -> None:
         self.permutation = permutation
         self.turns: list[dict[str, Any]] = []
         self.is_finished = False
-        self._pam, self._step, self._training, self._recipe, self._seed = pam, step, training, recipe, seed
-        self._starts = {math.ceil(i * recipe.epochs / pam.iterations) for i in range(pam.iterations)}
+        self._pam, self._step, self._training, self._seed = pam, step, training, seed
+        self._starts = {math.ceil(i * step.recipe.epochs / pam.iterations) for i in range(pam.iterations)}
 
     def before_epoch(self, epoch: int) -> None:
         """Take a turn if one is due and was not taken before the run was interrupted."""
@@ -238,36 +232,28 @@ class Refinement:
             self.is_finished = is_finished(self._pam, self.turns)
             self._step.hold(self._pam.nu_curve)
 
-    def relabel_only(self, epochs: int, keeper: Keeper | None) -> History:
-        """Take all turns along a curve that has nothing to learn: the straight line."""
+    def relabel_only(self, file: RunFile) -> History:
+        """Take all turns along a curve that has nothing to learn, the straight line, from where the run was saved."""
         start = time.perf_counter()
-        for epoch in range(epochs):
+        file.resume(self._step, self)
+        for epoch in range(self._step.recipe.epochs):
             if not self.is_finished:
                 self.before_epoch(epoch)
-                if keeper:
-                    tensors, about = self.state()
-                    points = self._step.control_points
-                    keeper.write({"control_points": points, **tensors}, {"refinement": about}, points.device)
+                file.save(self._step, self)
         return History(seconds=time.perf_counter() - start, turns=self.turns)
 
     def _turn(self, epoch: int, sample: Sample, is_part: bool) -> dict[str, Any]:
         step, forward = self._step, objective_of(self._training)
-        loss = CurveLoss(step.workspace, step.curve, step.control_points[0], forward, sample, self._recipe.autocast)
+        loss = CurveLoss(step.workspace, step.curve, step.control_points[0], forward, sample, step.recipe.autocast)
         found = improve_permutation(self._pam, step, loss, self.permutation, epoch=epoch, is_part=is_part)
         self.permutation, turn = found
         return turn
 
-    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    def state(self) -> State:
         """Return all that changes from turn to turn, as tensors and as JSON can hold it."""
-        return permutation_tensors(self.permutation), {"turns": self.turns, "is_finished": self.is_finished}
+        about = {"turns": self.turns, "is_finished": self.is_finished}
+        return permutation_tensors(self.permutation), {"refinement": about}
 
-    def resume(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Go on along a straight line from a checkpoint of the same settings."""
-        points = self._step.control_points
-        warn_about_environment(about["environment"], environment(points.device))
-        points.copy_(tensors["control_points"])
-        self.load_state(about["refinement"])
-
-    def load_state(self, about: Mapping[str, Any]) -> None:
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Take up where `state` was; a run begins with the permutation of its checkpoint."""
-        self.turns, self.is_finished = about["turns"], about["is_finished"]
+        self.turns, self.is_finished = about["refinement"]["turns"], about["refinement"]["is_finished"]

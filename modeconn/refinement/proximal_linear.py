@@ -6,7 +6,6 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
 
-from modeconn.matching.trees import trees
 from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.tools.checks import check_at_least, check_integers
@@ -47,7 +46,7 @@ class ProximalLinear:
 
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place."""
-        forest = trees(b.spec)
+        forest = b.spec.trees()
         for _ in range(self.max_rounds):
             if not self._round(b, forest):
                 return

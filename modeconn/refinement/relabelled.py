@@ -11,8 +11,7 @@ from torch import Tensor
 from modeconn.curves.loss import CurveLoss
 from modeconn.network.weights import WeightSpace
 from modeconn.refinement.moves import Move
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import PermutationSpec
+from modeconn.symmetry.spec import Permutation, PermutationSpec
 
 _FIRST_LOOK = 8  # places of the sample after which a move may be given up, then twice as many, and so on
 _STANDARD_ERRORS = 2.0

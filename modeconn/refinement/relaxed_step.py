@@ -13,8 +13,7 @@ from modeconn.matching.assignment import match_units
 from modeconn.matching.soft import SoftPermutation
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.refinement.sinkhorn_step import SoftPath
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import PermutationSpec
+from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 
 _TOLERANCE = 1e-5
@@ -34,9 +33,9 @@ class RelaxedStep:
     steps.
 
     Args:
-        steps: Gradient steps; the paper makes 20 epochs of them.
-        learning_rate: Of these steps, halved ``halvings`` times on the way.
-        halvings: See there.
+        num_steps: Gradient steps; the paper makes 20 epochs of them.
+        learning_rate: Of these steps, halved ``num_halvings`` times on the way.
+        num_halvings: How many times the learning rate is halved, evenly spread over the steps.
         nu: Proximal weight.
         num_samples: Permutations drawn.
         num_parts: Parts of the decomposition to draw from, the largest ones.
@@ -49,18 +48,18 @@ class RelaxedStep:
         ValueError: If a setting is not positive.
     """
 
-    steps: int = 300
+    num_steps: int = 300
     learning_rate: float = 0.05
-    halvings: int = 0
+    num_halvings: int = 0
     nu: float = 1000.0
     num_samples: int = 32
     num_parts: int = 11
     seed: int = 0
 
     def __post_init__(self) -> None:
-        check_integers(self, "steps", "halvings", "num_samples", "num_parts", "seed")
-        check_positive(self, "steps", "learning_rate", "nu", "num_samples", "num_parts")
-        check_at_least(self, 0, "halvings")
+        check_integers(self, "num_steps", "num_halvings", "num_samples", "num_parts", "seed")
+        check_positive(self, "num_steps", "learning_rate", "nu", "num_samples", "num_parts")
+        check_at_least(self, 0, "num_halvings")
 
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place."""
@@ -72,16 +71,16 @@ class RelaxedStep:
         }
         matrices = {name: nn.Parameter(matrix.clone()) for name, matrix in first.items()}
         path, start = SoftPath(b), b.permutation
-        for step in range(self.steps):
-            rate = self.learning_rate * 0.5 ** (step * (self.halvings + 1) // self.steps)
-            path.backward(matrices, step % len(b.loss))
+        for step in range(self.num_steps):
+            rate = self.learning_rate * 0.5 ** (step * (self.num_halvings + 1) // self.num_steps)
+            path.weights.backward(matrices, path.next_gradient)
             with torch.no_grad():
                 for name, matrix in matrices.items():
                     moved = matrix - rate * matrix.grad
                     moved = (moved + rate / self.nu * first[name]) / (1 + rate / self.nu)
                     matrix.copy_(project(moved))
                     matrix.grad = None
-        path.offer(matrices)
+        path.offer(path.weights.round(matrices))
         generator = torch.Generator().manual_seed(self.seed)
         parts = {name: _decompose_all(m.detach().double().cpu(), self.num_parts) for name, m in matrices.items()}
         for _ in range(self.num_samples):

@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import dataclass
+from itertools import cycle
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from modeconn.matching.learned import evenly, write
-from modeconn.matching.sinkhorn import soft_matrices
-from modeconn.matching.soft import SoftPermutation
+from modeconn.matching.learned import SoftWeights, learn_softly, logits_of
 from modeconn.refinement.relabelled import Relabelled
+from modeconn.symmetry.spec import Permutation
 from modeconn.tools.checks import check_integers, check_positive
 
 
@@ -23,10 +22,10 @@ class SinkhornStep:
     batches. Every few steps the matrices are rounded by assignment, and the result is kept if the exact loss falls.
 
     Args:
-        steps: Gradient steps.
+        num_steps: Gradient steps.
         strength: The logits begin as ``strength`` where a unit is, and 0 elsewhere.
         learning_rate: Adam's, of the logits.
-        rounds: How many times the matrices are rounded and compared.
+        num_rounds: How many times the matrices are rounded and compared.
 
     References:
         Peña et al., 2023, https://arxiv.org/abs/2212.12042
@@ -35,55 +34,49 @@ class SinkhornStep:
         ValueError: If a setting is not positive.
     """
 
-    steps: int = 300
+    num_steps: int = 300
     strength: float = 1.0
     learning_rate: float = 0.1
-    rounds: int = 30
+    num_rounds: int = 30
 
     def __post_init__(self) -> None:
-        check_integers(self, "steps", "rounds")
-        check_positive(self, "steps", "strength", "learning_rate", "rounds")
+        check_integers(self, "num_steps", "num_rounds")
+        check_positive(self, "num_steps", "strength", "learning_rate", "num_rounds")
 
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place."""
         if not b.spec.groups:
             return
-        hard = SoftPermutation.of(b.spec.identity()).matrices
-        logits = {
-            name: nn.Parameter(self.strength * matrix.to(b.space.device, b.space.wide_dtype))
-            for name, matrix in hard.items()
-        }
-        optimizer = torch.optim.Adam(logits.values(), lr=self.learning_rate)
-        path = SoftPath(b)
-        looks = evenly(self.rounds, self.steps)
-        for step in range(1, self.steps + 1):
-            optimizer.zero_grad()
-            path.backward(soft_matrices(logits, 1.0), (step - 1) % len(b.loss))
-            optimizer.step()
-            if step in looks:
-                path.offer(soft_matrices(logits, 1.0))
+        logits, path = logits_of(b.spec.identity(), self.strength, b.space), SoftPath(b)
+        learn_softly(
+            path.weights,
+            logits,
+            torch.optim.Adam(logits.values(), lr=self.learning_rate),
+            path.next_gradient,
+            path.offer,
+            num_steps=self.num_steps,
+            num_rounds=self.num_rounds,
+            temperature=lambda step: 1.0,
+        )
 
 
 class SoftPath:
-    """The loss of the curve as a function of soft permutations of b as it was at first."""
+    """The loss of the curve as a function of soft permutations of b as it was at first.
+
+    Attributes:
+        weights: What the permutations mix: b as it was at first.
+    """
 
     def __init__(self, b: Relabelled) -> None:
         self._b, self._first = b, b.permutation
-        self._theta_b = b.theta_b.clone()
-        self._parameters = b.space.unflatten(self._theta_b)
-        self._mixed = torch.empty_like(self._theta_b)
+        self.weights = SoftWeights(b.spec, b.space, b.theta_b.clone())
+        self._places = cycle(range(len(b.loss)))
 
-    def backward(self, matrices: Mapping[str, Tensor], place: int) -> None:
-        """Add to the gradients of what ``matrices`` are made of that of the loss at one place of the sample."""
-        b = self._b
-        mixed = SoftPermutation(b.spec, matrices).relabel(self._parameters)
-        write(mixed, self._mixed, b.space)
-        _, gradient, _ = b.loss.gradient(self._mixed, b.bend, [place])
-        moving = [name for name in mixed if mixed[name].requires_grad]
-        slopes = b.space.unflatten(gradient)
-        torch.autograd.backward([mixed[name] for name in moving], [slopes[name] for name in moving])
+    def next_gradient(self, theta_b: Tensor) -> Tensor:
+        """Return the gradient with respect to b's weights at the next place of the sample, one after the other."""
+        _, gradient, _ = self._b.loss.gradient(theta_b, self._b.bend, [next(self._places)])
+        return gradient
 
-    def offer(self, matrices: Mapping[str, Tensor]) -> None:
-        """Round by assignment; b keeps the result if its loss falls."""
-        rounded = SoftPermutation(self._b.spec, {name: m.detach() for name, m in matrices.items()}).round()
-        self._b.replace(rounded @ self._first)
+    def offer(self, permutation: Permutation) -> None:
+        """Relabel b as it was at first; the result is kept if the loss falls."""
+        self._b.replace(permutation @ self._first)

@@ -1,9 +1,10 @@
 """Which hidden units of a model may be relabelled together without changing its function."""
 
 from modeconn.symmetry.discover import UnknownOperatorWarning, discover
-from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.groups import Group
 from modeconn.symmetry.rules import RULES
-from modeconn.symmetry.spec import Group, PermutationSpec, VerificationError
+from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.symmetry.verify import VerificationError, verify
 
 __all__ = [
     "RULES",
@@ -13,4 +14,5 @@ __all__ = [
     "UnknownOperatorWarning",
     "VerificationError",
     "discover",
+    "verify",
 ]

@@ -21,12 +21,16 @@ from torch.utils import _pytree as pytree
 
 from modeconn.network.batches import to_device
 from modeconn.network.copies import plain_tensors
-from modeconn.symmetry.rules.elementwise import UNINITIALISED
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
 _LOGGER = logging.getLogger(__name__)
+_UNINITIALISED = {
+    getattr(torch.ops.aten, name)
+    for name in ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided")
+}
+"""Operators whose values mean nothing until something is written there."""
 
 
 @dataclass(frozen=True)
@@ -539,7 +543,7 @@ def _call(
     if dtype is not None and not tensors_in and isinstance(value, Tensor):
         value = value.to(_in_precision(value.dtype, dtype))  # made by the graph, in torch's default type
     # What stands in memory that nobody has written to is not the same in two runs.
-    return value.zero_() if getattr(node.target, "overloadpacket", None) in UNINITIALISED else value
+    return value.zero_() if getattr(node.target, "overloadpacket", None) in _UNINITIALISED else value
 
 
 def _in_precision(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:

@@ -6,12 +6,12 @@ import html
 import json
 import math
 from collections import defaultdict
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
 
-if TYPE_CHECKING:
-    from modeconn.symmetry.spec import Group, PermutationSpec, UnknownOperator
+from modeconn.symmetry.findings import UnknownOperator
+from modeconn.symmetry.groups import Group
+from modeconn.tools.table import html_table
 
 _PLACES_SHOWN = 4
 
@@ -37,22 +37,37 @@ class SymmetryReport:
     unknown: tuple[UnknownOperator, ...]
 
     @classmethod
-    def of(cls, spec: PermutationSpec) -> SymmetryReport:
-        """Sum up a spec."""
-        sizes = {name: math.prod(shape) for name, shape in spec.shapes.items()}
-        moving = {name for group in spec.groups for name, _ in group.places}
-        fixed: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
-        for name, reasons in spec.fixed.items():
+    def of(
+        cls,
+        groups: tuple[Group, ...],
+        shapes: Mapping[str, tuple[int, ...]],
+        fixed: Mapping[str, Sequence[str | None]],
+        unread: tuple[str, ...],
+        unknown: tuple[UnknownOperator, ...],
+    ) -> SymmetryReport:
+        """Sum up what discovery found.
+
+        Args:
+            groups: The groups.
+            shapes: The shape of every parameter and buffer, by name.
+            fixed: Why each of their axes is fixed, None where it moves.
+            unread: Parameters and buffers in neither graph.
+            unknown: Operators without a rule.
+        """
+        sizes = {name: math.prod(shape) for name, shape in shapes.items()}
+        moving = {name for group in groups for name, _ in group.places}
+        by_reason: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+        for name, reasons in fixed.items():
             for dim, why in enumerate(reasons):
                 if why:
-                    fixed[why].append((name, dim, spec.shapes[name][dim]))
+                    by_reason[why].append((name, dim, shapes[name][dim]))
         return cls(
-            groups=spec.groups,
-            log10_size=spec.log10_size,
+            groups=groups,
+            log10_size=sum(group.log10_size for group in groups),
             share_moving=sum(sizes[name] for name in moving) / max(sum(sizes.values()), 1),
-            fixed={why: tuple(axes) for why, axes in fixed.items()},
-            unread=spec.unread,
-            unknown=spec.unknown,
+            fixed={why: tuple(axes) for why, axes in by_reason.items()},
+            unread=unread,
+            unknown=unknown,
         )
 
     def to_json(self) -> str:
@@ -102,16 +117,10 @@ class SymmetryReport:
         return "\n".join([*lines, *([""] if self._remarks() else []), *self._remarks()])
 
     def _repr_html_(self) -> str:
-        def table(head: Sequence[str], rows: list[list[str]]) -> str:
-            cells: list[Any] = [f"<tr>{''.join(f'<th>{h}</th>' for h in head)}</tr>"]
-            cells += [f"<tr>{''.join(f'<td>{html.escape(c)}</td>' for c in row)}</tr>" for row in rows]
-            return f"<table>{''.join(cells)}</table>"
-
         remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        return (
-            f"<p>{html.escape(self._headline)}</p>{table(('group', 'size', 'where'), self._group_rows())}"
-            f"{table(('fixed because', 'axes', 'where'), self._fixed_rows())}{remarks}"
-        )
+        groups = html_table(("group", "size", "where"), self._group_rows())
+        fixed = html_table(("fixed because", "axes", "where"), self._fixed_rows())
+        return f"<p>{html.escape(self._headline)}</p>{groups}{fixed}{remarks}"
 
 
 def _some(names: Sequence[str]) -> str:

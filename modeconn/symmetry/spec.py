@@ -1,117 +1,33 @@
-"""What discovery found: the groups of units of a model that may be relabelled."""
+"""What discovery found, the groups of units that may be relabelled, and a relabelling: apply, compose, undo, keep."""
 
 from __future__ import annotations
 
 import json
 import math
 import os
-import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modeconn.network.copies import copy_of
 from modeconn.symmetry.axes import Axis, atoms_of
-from modeconn.symmetry.graph import Graph
+from modeconn.symmetry.explore import explore
+from modeconn.symmetry.findings import Findings, Trace, UnknownOperator
+from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_perms
+from modeconn.symmetry.report import SymmetryReport
 from modeconn.symmetry.structure import Structure
-from modeconn.tools import files as checkpoint
-
-if TYPE_CHECKING:
-    from torch.fx import Node
-
-    from modeconn.symmetry.permutation import Permutation
-    from modeconn.symmetry.report import SymmetryReport
+from modeconn.symmetry.verify import verify
+from modeconn.tools import files
 
 FORMAT = 1
 
 
-@dataclass(frozen=True)
-class Group:
-    """Units that are relabelled together.
-
-    Args:
-        name: After the first module that makes them.
-        atom: Their number in the spec's structure.
-        size: How many they are.
-        parents: Sizes of what their relabelling may vary with, by the name of the group, or "" for a fixed axis:
-            ``{"attention": 12}`` for the units of a head, of which each head has its own relabelling.
-        places: Where they appear: ``(parameter or buffer, dimension)``.
-    """
-
-    name: str
-    atom: int
-    size: int
-    parents: tuple[tuple[str, int], ...]
-    places: tuple[tuple[str, int], ...]
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of this group's ``perm``."""
-        return (*(size for _, size in self.parents), self.size)
-
-    @property
-    def log10_size(self) -> float:
-        """Decimal logarithm of the number of its relabellings."""
-        return math.prod(self.shape[:-1]) * math.lgamma(self.size + 1) / math.log(10)
-
-    def __str__(self) -> str:
-        return " in each of ".join([f"{self.size} units", *(f"{n} {name or 'places'}" for name, n in self.parents)])
-
-
-@dataclass(frozen=True)
-class UnknownOperator:
-    """An operator without a rule and what it cost."""
-
-    operator: str
-    module: str
-    num_axes: int
-    num_units: int
-
-    def __str__(self) -> str:
-        place = f"in '{self.module}'" if self.module else "in the model itself"
-        axes = "axis stays" if self.num_axes == 1 else "axes stay"
-        return f"{self.operator} ({place}); its {self.num_axes} {axes} fixed ({self.num_units} units)"
-
-
-@dataclass(frozen=True)
-class Tap:
-    """A tensor at the point where some of its units are summed over.
-
-    Args:
-        node: The graph node that makes it.
-        axis: The axis that is summed over, or the part of it.
-    """
-
-    node: Node
-    axis: Axis
-
-
-@dataclass(frozen=True)
-class Trace:
-    """One exported mode with the axes of every tensor in it.
-
-    Args:
-        graph: The graph.
-        axes: By node, the axes of its output: a tuple, or a list of tuples for several outputs.
-        taps: Where units are summed over.
-        model: A weak reference to the model that was exported.
-    """
-
-    graph: Graph
-    axes: dict[Node, Any]
-    taps: tuple[Tap, ...]
-    model: weakref.ref[nn.Module]
-
-
-class VerificationError(ValueError):
-    """A relabelling changed a tensor in another way than predicted: the spec is wrong for this model."""
-
-
 @dataclass(frozen=True, repr=False, eq=False)
-class PermutationSpec:
+class PermutationSpec(Findings):
     """Every group of hidden units of a model that may be relabelled, and where each appears.
 
     Made by `modeconn.discover`; prints as a table.
@@ -125,38 +41,12 @@ class PermutationSpec:
         traces: The exported graphs, eval mode first; empty for a loaded spec.
     """
 
-    structure: Structure
-    state: dict[str, tuple[Axis, ...]]
-    fixed: dict[str, tuple[str | None, ...]]
-    unread: tuple[str, ...] = ()
-    unknown: tuple[UnknownOperator, ...] = ()
-    traces: tuple[Trace, ...] = ()
-
     # ---------------------------------------------------------------- reading
 
     @cached_property
     def groups(self) -> tuple[Group, ...]:
         """The groups, in the order in which they first appear among the model's parameters."""
-        places = {atom: [] for atom in self.structure.parents}
-        for name, axes in self.state.items():
-            for dim, axis in enumerate(axes):
-                for atom in self.structure.moving_atoms(axis):
-                    places[atom].append((name, dim))
-        order = {name: i for i, name in enumerate(self.state)}
-        depth = {atom: len(parents) for atom, parents in self.structure.parents.items()}
-        atoms = sorted(places, key=lambda a: (min((d > 0, order[name], d) for name, d in places[a]), depth[a], a))
-        names = _unique_names([_module_of(places[atom]) for atom in atoms])
-        by_atom = dict(zip(atoms, names, strict=True))
-        return tuple(
-            Group(
-                name=by_atom[atom],
-                atom=atom,
-                size=self.structure.sizes[atom],
-                parents=tuple((by_atom.get(p, ""), self.structure.sizes[p]) for p in self.structure.parents[atom]),
-                places=tuple(places[atom]),
-            )
-            for atom in atoms
-        )
+        return groups_of(self.structure, self.state)
 
     @cached_property
     def shapes(self) -> dict[str, tuple[int, ...]]:
@@ -184,6 +74,10 @@ class PermutationSpec:
 
     __hash__ = None
 
+    def __fingerprint__(self) -> str:
+        """Return what tells one spec from another, as `modeconn.tools.fingerprint` asks: all but the graphs."""
+        return self.to_json()
+
     def __repr__(self) -> str:
         count, units = len(self.groups), self.num_units
         head = f"PermutationSpec({count} group{'s' * (count != 1)}, {units:,} units)"
@@ -197,29 +91,30 @@ class PermutationSpec:
 
     def report(self) -> SymmetryReport:
         """Return the groups, the size of the symmetry group, and what stayed fixed and why: prints, HTML, JSON."""
-        from modeconn.symmetry.report import SymmetryReport
-
-        return SymmetryReport.of(self)
+        return SymmetryReport.of(self.groups, self.shapes, self.fixed, self.unread, self.unknown)
 
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()
+
+    def trees(self) -> list[list[Group]]:
+        """Return the groups in sets that can be relabelled one after another: a group and all that vary with it."""
+        found: list[list[Group]] = []
+        for group in sorted(self.groups, key=lambda g: len(g.parents)):
+            names = {name for name, _ in group.parents if name}
+            home = [tree for tree in found if names & {g.name for g in tree}]
+            merged = [g for tree in home for g in tree] + [group]
+            found = [tree for tree in found if tree not in home] + [merged]
+        return found
 
     # ---------------------------------------------------------------- permutations
 
     def identity(self) -> Permutation:
         """Return the relabelling that moves nothing."""
-        from modeconn.symmetry.permutation import Permutation
-
-        return Permutation(self, {g.name: torch.arange(g.size).expand(g.shape).contiguous() for g in self.groups})
+        return Permutation(self, identity_perms(self.groups))
 
     def random(self, generator: torch.Generator | None = None) -> Permutation:
         """Return a relabelling drawn uniformly, with a CPU ``generator``."""
-        from modeconn.symmetry.permutation import Permutation
-
-        return Permutation(
-            self,
-            {g.name: torch.rand(g.shape, generator=generator, dtype=torch.float64).argsort(-1) for g in self.groups},
-        )
+        return Permutation(self, random_perms(self.groups, generator))
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError unless the model has the parameters and shapes this spec was made for."""
@@ -258,15 +153,33 @@ class PermutationSpec:
                 makes nothing but NaN, on redrawn weights, so that nothing can be proved.
             ValueError: If the model, or the shape of the input, is not the one the spec was found for.
         """
-        from modeconn.symmetry.verify import verify
-
         return verify(self, model, example_input, tolerance=tolerance, seed=seed)
+
+    def traces_in(self, model: nn.Module, example_input: Any = None) -> tuple[Trace, ...]:
+        """Return the exported graphs behind the spec; a loaded one has none, so ``model`` is exported anew.
+
+        Args:
+            model: The model that the spec was found in.
+            example_input: As for `modeconn.discover`.
+
+        Raises:
+            ValueError: If discovery does not find this spec in the model.
+        """
+        if self.traces:
+            return self.traces
+        fresh = PermutationSpec(**vars(explore(model, example_input)))
+        if fresh != self:
+            raise ValueError(
+                "the saved spec is not what discover finds in this model now (another model, version or rules); "
+                "run discover again."
+            )
+        return fresh.traces
 
     # ---------------------------------------------------------------- files
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the spec to a file, all or nothing; the graphs stay behind."""
-        checkpoint.write(path, "spec", {}, {"spec": self.to_json()})
+        files.write(path, "spec", {}, {"spec": self.to_json()})
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
@@ -275,7 +188,7 @@ class PermutationSpec:
         Raises:
             ValueError: If the file is no spec that modeconn wrote.
         """
-        return cls.from_json(checkpoint.read(path, "spec")[1]["spec"])
+        return cls.from_json(files.read(path, "spec")[1]["spec"])
 
     def to_json(self) -> str:
         """Return everything but the graphs as JSON."""
@@ -314,24 +227,162 @@ class PermutationSpec:
         return cls(structure, state, fixed, tuple(data["unread"]), unknown)
 
 
+@dataclass(frozen=True, eq=False)
+class Permutation:
+    """One permutation per group of a spec.
+
+    Unit ``perm[i]`` takes place ``i``: ``w.index_select(dim, perm)``, as a matrix ``P[i, perm[i]] = 1``. The units of a
+    group with parents (a head, say) have one permutation for each place of the parents, ``perm`` of shape
+    ``(*parent sizes, n)``, so that place ``(h, i)`` holds what was unit ``(perm_parent[h], perm[h, i])``.
+
+    Args:
+        spec: The groups.
+        perms: By group name, int64 of the group's shape, on the CPU.
+
+    Raises:
+        ValueError: If a group is missing or unknown, or its ``perm`` is not a permutation of that group.
+    """
+
+    spec: PermutationSpec
+    perms: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        names = {group.name for group in self.spec.groups}
+        if names != self.perms.keys():
+            odd = sorted(names ^ self.perms.keys())[0]
+            problem = "is missing from the permutation" if odd in names else "is no group of this spec"
+            raise ValueError(f"group '{odd}' {problem}.")
+        for group in self.spec.groups:
+            _check_perm(group, self.perms[group.name])
+
+    def apply(self, model: nn.Module) -> nn.Module:
+        """Return a relabelled copy of ``model``; parameters and saved buffers move, the function stays.
+
+        Raises:
+            ValueError: If the model is not of this permutation's spec.
+        """
+        return relabelled_copy(self.spec, model, self.relabel)
+
+    def relabel(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return named parameters and buffers with their units moved; names that the spec does not know stay."""
+        return self.spec.structure.relabel_all(tensors, self.spec.state, self.by_atom())
+
+    def by_atom(self) -> dict[int, Tensor]:
+        """Return the perms under the numbers that the spec's structure uses."""
+        return {group.atom: self.perms[group.name] for group in self.spec.groups}
+
+    def flat_sources(self, name: str) -> Tensor:
+        """Return the source of every unit of a group, blocks and units inside them numbered row-major, ``(N,)``."""
+        group = self.spec[name]
+        flat = torch.zeros(group.shape, dtype=torch.int64)
+        for source, size in zip([*self._parent_sources(group), self.perms[name]], group.shape, strict=True):
+            flat = flat * size + source
+        return flat.flatten()
+
+    def inverse(self) -> Permutation:
+        """Return the relabelling that undoes this one."""
+        return Permutation(self.spec, {g.name: self._inverse(g) for g in self.spec.groups})
+
+    def _inverse(self, group: Group) -> Tensor:
+        perm = self.perms[group.name]
+        inverse = torch.empty_like(perm)
+        inverse[(*self._parent_sources(group), perm)] = torch.arange(group.size).expand(group.shape)
+        return inverse
+
+    def __matmul__(self, other: Permutation) -> Permutation:
+        """``(p @ q).apply(m)`` equals ``p.apply(q.apply(m))``."""
+        if (other.spec.state, other.spec.shapes) != (self.spec.state, self.spec.shapes):
+            raise ValueError("these permutations are of different specs, so they cannot be composed.")
+        return Permutation(
+            self.spec,
+            {g.name: other.perms[g.name][(*self._parent_sources(g), self.perms[g.name])] for g in self.spec.groups},
+        )
+
+    def _parent_sources(self, group: Group) -> list[Tensor]:
+        """For each parent, which of its units stands at each place of the group, in shapes that broadcast."""
+        structure, by_atom = self.spec.structure, self.by_atom()
+        parents = structure.parents[group.atom]
+        here = [
+            torch.arange(structure.sizes[p]).view([-1 if d == i else 1 for d in range(len(parents) + 1)])
+            for i, p in enumerate(parents)
+        ]
+        sources = []
+        for i, parent in enumerate(parents):
+            if parent in by_atom:
+                above = [here[parents.index(p)] for p in structure.parents[parent]]
+                sources.append(by_atom[parent][(*above, here[i])])
+            else:
+                sources.append(here[i])
+        return sources
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Permutation):
+            return NotImplemented
+        return self.perms.keys() == other.perms.keys() and all(
+            torch.equal(perm, other.perms[name]) for name, perm in self.perms.items()
+        )
+
+    __hash__ = None
+
+    @property
+    def num_moved(self) -> int:
+        """The number of units that are not in their own place."""
+        return sum(int((perm != torch.arange(perm.shape[-1])).sum()) for perm in self.perms.values())
+
+    def __repr__(self) -> str:
+        return f"Permutation({len(self.perms)} groups, {self.num_moved:,} of {self.spec.num_units:,} units moved)"
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write the permutation and its spec to a safetensors file, all or nothing."""
+        files.write(path, "permutation", self.perms, {"spec": self.spec.to_json()})
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Permutation:
+        """Read what `save` wrote.
+
+        Raises:
+            ValueError: If the file is no permutation that modeconn wrote.
+        """
+        perms, about = files.read(path, "permutation")
+        return cls(PermutationSpec.from_json(about["spec"]), perms)
+
+
+def _check_perm(group: Group, perm: Tensor) -> None:
+    if perm.dtype != torch.int64 or tuple(perm.shape) != group.shape:
+        raise ValueError(
+            f"permutation for group '{group.name}' must be int64 of shape {group.shape}, "
+            f"got {str(perm.dtype).removeprefix('torch.')} of shape {tuple(perm.shape)}."
+        )
+    ordered = perm.sort(-1).values
+    if not torch.equal(ordered, torch.arange(group.size).expand(group.shape)):
+        twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
+        what = f"uses unit {int(twice[0])} twice" if len(twice) else f"uses unit {int(ordered.flatten()[-1])}"
+        raise ValueError(
+            f"permutation for group '{group.name}' {what}; it must contain each of 0..{group.size - 1} once."
+        )
+
+
+def relabelled_copy(
+    spec: PermutationSpec, model: nn.Module, relabel: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
+) -> nn.Module:
+    """Return a copy of ``model`` with what ``relabel`` makes of the parameters and saved buffers that a spec knows.
+
+    Raises:
+        ValueError: If the model is not of this spec.
+    """
+    spec.check_model(model)
+    relabelled = copy_of(model)
+    tensors = dict(_named_state(relabelled))
+    with torch.no_grad():
+        moved = relabel({name: tensors[name] for name in spec.state})
+        for name in {id(tensors[name]): name for name in reversed(moved)}.values():  # tied ones once
+            tensors[name].copy_(moved[name])
+    return relabelled
+
+
 def _named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
     yield from model.named_parameters(remove_duplicate=False)
     yield from model.named_buffers(remove_duplicate=False)
-
-
-def _module_of(places: Sequence[tuple[str, int]]) -> str:
-    """Name a group after the module of the first tensor that has it as its first axis, else as any."""
-    name = min(places, key=lambda place: place[1] > 0)[0]
-    return name.rpartition(".")[0] or name
-
-
-def _unique_names(names: Sequence[str]) -> list[str]:
-    seen: dict[str, int] = {}
-    unique = []
-    for name in names:
-        seen[name] = seen.get(name, 0) + 1
-        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
-    return unique
 
 
 def _closure(structure: Structure, axes: Sequence[Axis]) -> set[int]:

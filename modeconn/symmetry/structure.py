@@ -104,6 +104,15 @@ class Structure:
             x = picked.view(moved.shape).movedim(tuple(range(len(dims))), dims)
         return x
 
+    def relabel_all(
+        self, tensors: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis]], perms: Perms
+    ) -> dict[str, Tensor]:
+        """Return named tensors relabelled, without gradients; names that ``axes`` does not know stay."""
+        return {
+            name: self.relabel(tensor.detach(), axes[name], perms) if name in axes else tensor
+            for name, tensor in tensors.items()
+        }
+
     def _coupled(self, axes: Sequence[Axis], perms: Perms) -> list[tuple[int, ...]]:
         """Return the dimensions that move, those together where one tells how another one moves."""
         moving = [self.moving_atoms(axis) & perms.keys() for axis in axes]

@@ -3,43 +3,69 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
 from itertools import count
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from modeconn.symmetry.axes import Axis
+from modeconn.symmetry.explore import example_for
+from modeconn.symmetry.findings import Trace
 from modeconn.symmetry.graph import Example, export, first_line
-from modeconn.symmetry.permutation import Permutation
-from modeconn.symmetry.spec import Group, PermutationSpec, Trace, VerificationError
+from modeconn.symmetry.groups import Group, NamedPerms, identity_perms, random_perms
+from modeconn.symmetry.structure import Structure
 from modeconn.tools.rng import seeded
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
 
-def verify(spec: PermutationSpec, model: nn.Module, example_input: Any, *, tolerance: float, seed: int) -> float:
-    """See `PermutationSpec.verify`."""
-    from modeconn.symmetry.discover import example_for, traces_of
+class Provable(Protocol):
+    """A spec, as its proof sees it."""
 
+    structure: Structure
+    state: dict[str, tuple[Axis, ...]]
+
+    @property
+    def groups(self) -> tuple[Group, ...]:
+        """The groups."""
+        ...
+
+    def check_model(self, model: nn.Module) -> None:
+        """Raise a ValueError unless the model has the parameters and shapes that the spec was made for."""
+        ...
+
+    def traces_in(self, model: nn.Module, example_input: Any = None) -> tuple[Trace, ...]:
+        """Return the exported graphs behind the spec."""
+        ...
+
+
+class VerificationError(ValueError):
+    """A relabelling changed a tensor in another way than predicted: the spec is wrong for this model."""
+
+
+def verify(
+    spec: Provable, model: nn.Module, example_input: Any = None, *, tolerance: float = 1e-9, seed: int = 0
+) -> float:
+    """Prove a spec on a model, see `PermutationSpec.verify`, which says what the arguments are."""
     spec.check_model(model)
     given = example_for(model, example_input)
-    example = _float64(given.to("cpu"))
-    traces = traces_of(spec, model, example_input)
+    traces = spec.traces_in(model, example_input)
     for trace in traces:
         trace.graph.check_inputs(given)
     _check_function(traces, model, given)
     generator = torch.Generator().manual_seed(seed)
-    state = redraw_state(model, generator)
+    proof = _Proof(spec, redraw_state(model, generator), _float64(given.to("cpu")), seed)
     worst = 0.0
-    for permutation in telling_relabellings(spec, generator):
+    for perms in telling_relabellings(spec.groups, generator):
         for trace in traces:
-            for name, error in _differences(spec, trace, state, permutation, example, seed):
+            for name, error in proof.differences(trace, perms):
                 if not error <= tolerance:
-                    message = _blame(spec, trace, state, permutation, example, tolerance, seed, name, error)
-                    raise VerificationError(message)
+                    raise VerificationError(proof.blame(trace, perms, name, error, tolerance))
                 worst = max(worst, error)
     return worst
 
@@ -56,43 +82,39 @@ def _check_function(traces: Sequence[Trace], model: nn.Module, example: Example)
             )
 
 
-def telling_relabellings(spec: PermutationSpec, generator: torch.Generator) -> Iterator[Permutation]:
+def telling_relabellings(groups: Sequence[Group], generator: torch.Generator) -> Iterator[NamedPerms]:
     """Draw relabellings until every place has had another unit, and another one than in any other group of that size.
 
     The first is drawn at random. One in three such moves every unit of a group, and few tell all pairs of groups apart
     at all places; so what is missing is made. Blocks are told apart in the same way as groups.
     """
     seen: dict[int, Tensor] = {}  # by size: for each group or block and each place, a number for all its units so far
-    permutation = spec.random(generator)
+    by_size = {size: [group for group in groups if group.size == size] for size in {group.size for group in groups}}
+    perms = random_perms(groups, generator)
     for digit in count():
-        yield permutation
-        for size, groups in _by_size(spec).items():
-            rows = torch.cat([permutation.perms[group.name].view(-1, size) for group in groups])
+        yield perms
+        for size, alike in by_size.items():
+            rows = torch.cat([perms[group.name].view(-1, size) for group in alike])
             rows = torch.cat([rows, torch.arange(size)[None]])  # what stays where it is
             seen[size] = seen.get(size, 0) * size + rows
         if all(bool((codes.sort(0).values.diff(dim=0) != 0).all()) for codes in seen.values()):
             return
-        permutation = _turned_apart(spec, generator, digit)
+        perms = _turned_apart(by_size, generator, digit)
 
 
-def _turned_apart(spec: PermutationSpec, generator: torch.Generator, digit: int) -> Permutation:
+def _turned_apart(by_size: Mapping[int, Sequence[Group]], generator: torch.Generator, digit: int) -> NamedPerms:
     """Return a relabelling that turns all groups and blocks of one size along one random circle.
 
     The k-th is turned by that digit of k = 1, 2, ... in the number system of its size. No two have all digits alike.
     """
-    perms = {}
-    for size, groups in _by_size(spec).items():
+    perms: NamedPerms = {}
+    for size, groups in by_size.items():
         counts = [math.prod(group.shape[:-1]) for group in groups]
         turns = torch.arange(1, sum(counts) + 1) // size**digit % size
         circle = torch.randperm(size, generator=generator)
         rows = circle[(circle.argsort() + turns[:, None]) % size]
         perms |= {g.name: part.view(g.shape) for g, part in zip(groups, rows.split(counts), strict=True)}
-    return Permutation(spec, perms)
-
-
-def _by_size(spec: PermutationSpec) -> dict[int, list[Group]]:
-    sizes = {group.size for group in spec.groups}
-    return {size: [group for group in spec.groups if group.size == size] for size in sizes}
+    return perms
 
 
 def redraw_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
@@ -130,37 +152,74 @@ def _fan_in(tensor: Tensor) -> int:
     return max(math.prod(tensor.shape[1:]), 1)
 
 
-def _differences(
-    spec: PermutationSpec, trace: Trace, state: dict[str, Tensor], permutation: Permutation, example: Example, seed: int
-) -> Iterator[tuple[str, float]]:
-    """Run the model and its relabelled twin node by node; yield each node's name and relative difference.
+@dataclass(frozen=True)
+class _Proof:
+    """What a spec is proved with.
 
-    The twin then goes on from the prediction, so that every operator is judged on exact inputs: rounding does not add
-    up, and deep networks that amplify it need no wider tolerance.
+    Args:
+        spec: The spec.
+        state: Redrawn parameters and buffers, in float64.
+        example: Inputs, in float64.
+        seed: For random numbers that the model draws.
     """
-    perms = permutation.by_atom()
-    if trace.graph.free_batch:
-        example = example.with_batch_of_two() or example
-    plain = trace.graph.run(state, example, dtype=torch.float64)
-    moved = trace.graph.run(permutation.relabel(state), example, dtype=torch.float64)
-    largest: dict[Any, float] = {}
-    for number in range(len(trace.graph.nodes)):
-        node, value, twin = _next(plain, moved, seed + number)
-        if node is None:
-            return
-        largest[node] = 0.0
-        scale = max((largest[source] for source in node.all_input_nodes), default=0.0)
-        for x, y, axes in _tensors(value, twin, trace.axes.get(node)):
-            if not x.numel():
-                continue
-            expected, is_inexact = spec.structure.relabel(x, axes, perms), x.is_floating_point() or x.is_complex()
-            if is_inexact:
-                largest[node] = max(largest[node], _size(node, x))
-            if torch.equal(expected, y):
-                yield node.name, 0.0
-            else:
-                yield node.name, _relative(expected, y, scale) if is_inexact else math.inf
-                y.copy_(expected)
+
+    spec: Provable
+    state: dict[str, Tensor]
+    example: Example
+    seed: int
+
+    def differences(self, trace: Trace, perms: NamedPerms) -> Iterator[tuple[str, float]]:
+        """Run the model and its relabelled twin node by node; yield each node's name and relative difference.
+
+        The twin then goes on from the prediction, so that every operator is judged on exact inputs: rounding does not
+        add up, and deep networks that amplify it need no wider tolerance.
+        """
+        structure = self.spec.structure
+        by_atom = {group.atom: perms[group.name] for group in self.spec.groups}
+        example = (self.example.with_batch_of_two() if trace.graph.free_batch else None) or self.example
+        twin_state = structure.relabel_all(self.state, self.spec.state, by_atom)
+        plain, moved = (trace.graph.run(x, example, dtype=torch.float64) for x in (self.state, twin_state))
+        largest: dict[Any, float] = {}
+        for number in range(len(trace.graph.nodes)):
+            node, value, twin = _next(plain, moved, self.seed + number)
+            if node is None:
+                return
+            largest[node] = 0.0
+            scale = max((largest[source] for source in node.all_input_nodes), default=0.0)
+            for x, y, axes in _tensors(value, twin, trace.axes.get(node)):
+                if not x.numel():
+                    continue
+                expected, is_inexact = structure.relabel(x, axes, by_atom), x.is_floating_point() or x.is_complex()
+                if is_inexact:
+                    largest[node] = max(largest[node], _size(node, x))
+                if torch.equal(expected, y):
+                    yield node.name, 0.0
+                else:
+                    yield node.name, _relative(expected, y, scale) if is_inexact else math.inf
+                    y.copy_(expected)
+
+    def blame(self, trace: Trace, perms: NamedPerms, name: str, error: float, tolerance: float) -> str:
+        """Move the groups at the first wrong tensor one at a time to find those behind it."""
+        identity, guilty = identity_perms(self.spec.groups), []
+        for group in self._groups_at(trace, name):
+            alone = {**identity, group.name: perms[group.name]}
+            if any(not e <= tolerance for _, e in self.differences(trace, alone)):
+                guilty.append(f"'{group.name}'")
+        mode = "train" if trace.graph.training else "eval"
+        who = f"group {', '.join(guilty)}" if guilty else "several groups together"
+        return (
+            f"relabelling {who} changes the function: in {mode} mode tensor '{name}' differs from its prediction by "
+            f"{error:.1e} standard deviations."
+        )
+
+    def _groups_at(self, trace: Trace, name: str) -> Iterator[Group]:
+        """Yield the groups that move the tensor called ``name`` or one that it is computed from."""
+        node = next(node for node in trace.graph.nodes if node.name == name)
+        moving: set[int] = set()
+        for axes in pytree.tree_leaves([trace.axes.get(n) for n in (node, *node.all_input_nodes)], is_leaf=_is_tensor):
+            if axes is not None:
+                moving |= {atom for axis in axes for atom in self.spec.structure.moving_atoms(axis)}
+        yield from (group for group in self.spec.groups if group.atom in moving)
 
 
 def _next(plain: Iterator[Any], moved: Iterator[Any], seed: int) -> tuple[Node | None, Any, Any]:
@@ -216,42 +275,6 @@ def _relative(expected: Tensor, actual: Tensor, scale: float) -> float:
     spread = float(expected.std()) if expected.numel() > 1 else 0.0
     spread = spread if spread > 1e-9 * size else size
     return difference / max(spread, 1e-6 * scale, 1e-300)
-
-
-def _blame(
-    spec: PermutationSpec,
-    trace: Trace,
-    state: dict[str, Tensor],
-    permutation: Permutation,
-    example: Example,
-    tolerance: float,
-    seed: int,
-    name: str,
-    error: float,
-) -> str:
-    """Move the groups at the first wrong tensor one at a time to find those behind it."""
-    identity = spec.identity().perms
-    guilty = []
-    for group in _groups_at(spec, trace, name):
-        alone = Permutation(spec, {**identity, group.name: permutation.perms[group.name]})
-        if any(not e <= tolerance for _, e in _differences(spec, trace, state, alone, example, seed)):
-            guilty.append(f"'{group.name}'")
-    mode = "train" if trace.graph.training else "eval"
-    who = f"group {', '.join(guilty)}" if guilty else "several groups together"
-    return (
-        f"relabelling {who} changes the function: in {mode} mode tensor '{name}' differs from its prediction by "
-        f"{error:.1e} standard deviations."
-    )
-
-
-def _groups_at(spec: PermutationSpec, trace: Trace, name: str) -> Iterator[Group]:
-    """Yield the groups that move the tensor called ``name`` or one that it is computed from."""
-    node = next(node for node in trace.graph.nodes if node.name == name)
-    moving: set[int] = set()
-    for axes in pytree.tree_leaves([trace.axes.get(n) for n in (node, *node.all_input_nodes)], is_leaf=_is_tensor):
-        if axes is not None:
-            moving |= {atom for axis in axes for atom in spec.structure.moving_atoms(axis)}
-    yield from (group for group in spec.groups if group.atom in moving)
 
 
 def _is_tensor(axes: Any) -> bool:

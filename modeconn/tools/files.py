@@ -5,14 +5,10 @@ from __future__ import annotations
 import contextlib
 import json
 import os
-import time
-import warnings
 from collections.abc import Mapping
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import safetensors
 import safetensors.torch
 import torch
@@ -124,85 +120,8 @@ def _sync_folder(folder: Path) -> None:
         os.close(descriptor)
 
 
-@dataclass(frozen=True)
-class Checkpoint:
-    """Where and how often a long run saves itself. It saves after every epoch, and inside epochs if you say so.
-
-    Args:
-        path: The file; if it exists, a run of the same settings goes on from it.
-        every_batches: Save also after so many batches.
-        every_seconds: Save also after so many seconds.
-
-    Raises:
-        ValueError: If an interval is not positive.
-    """
-
-    path: str | os.PathLike[str]
-    every_batches: int | None = None
-    every_seconds: float | None = None
-
-    def __post_init__(self) -> None:
-        for name in ("every_batches", "every_seconds"):
-            value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ValueError(f"{name} must be positive, got {name}={value}.")
-
-    def is_due(self, batch: int, last_saved: float) -> bool:
-        """Whether to save inside an epoch after ``batch`` batches of it; ``last_saved`` is a `time.monotonic`."""
-        by_batches = self.every_batches is not None and batch % self.every_batches == 0
-        return by_batches or (self.every_seconds is not None and time.monotonic() - last_saved >= self.every_seconds)
-
-
-def pack_rng(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split a state of `modeconn.tools.rng.rng_state` into tensors, their names beginning with ``prefix``, and JSON."""
-    tensors = {f"{prefix}{name}": value for name, value in state.items() if isinstance(value, Tensor)}
-    numpy_state = json.loads(json.dumps(state["numpy"], default=np.ndarray.tolist))
-    return tensors, {"numpy": numpy_state, "python": state["python"]}
-
-
-def unpack_rng(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Invert `pack_rng`."""
-    version, internal, gauss = about["python"]
-    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return {**state, "numpy": about["numpy"], "python": (version, tuple(internal), gauss)}
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """Return what the bits of a run depend on besides its settings."""
-    on_gpu = device.type == "cuda"
-    return {
-        "torch": torch.__version__,
-        "numpy": np.__version__,
-        "threads": torch.get_num_threads(),
-        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
-        "cpu": torch.backends.cpu.get_cpu_capability(),
-    }
-
-
-def warn_about_environment(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Warn if a run goes on elsewhere than where it began: it will not end with the same bits."""
-    changes = [
-        f"{name} was {saved.get(name)} and is {value}" for name, value in current.items() if saved.get(name) != value
-    ]
-    if changes:
-        warnings.warn(
-            f"the run was interrupted under other conditions ({'; '.join(changes)}); it goes on, but will not end with "
-            f"the same bits as an uninterrupted one.",
-            stacklevel=4,
-        )
-
-
-def check_settings(path: str | os.PathLike[str], saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Raise unless a checkpoint belongs to the run at hand.
-
-    Raises:
-        ValueError: Naming the first setting that differs, and both values.
-    """
-    current = json.loads(json.dumps(current))
-    for name in [*current, *saved]:
-        if saved.get(name) != current.get(name):
-            raise ValueError(
-                f"checkpoint {os.fspath(path)!r} is of another run: {name} is {saved.get(name)} in it and "
-                f"{current.get(name)} here. "
-                f"Pass another path, or delete the file to start anew."
-            )
+def write_text(text: str, path: str | os.PathLike[str] | None) -> str:
+    """Write a text to ``path``, unless that is None; return the text."""
+    if path is not None:
+        Path(path).write_text(text, encoding="utf-8")
+    return text

@@ -18,8 +18,6 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-from modeconn.symmetry.spec import PermutationSpec
-
 _OF_EVERY_MODULE = {*vars(nn.Module()), "training"}
 _DEEPEST = 50  # objects inside one another; what lies deeper is told by its class alone
 _LONGEST = 2_000  # characters; what is longer is told by its digest
@@ -107,8 +105,8 @@ def _object(value: Any, inside: Callable[[Any], str]) -> str:
         held = {key: v for key, v in vars(value).items() if key not in _OF_EVERY_MODULE}
         parts = (dict(value.named_parameters(recurse=False)), dict(value.named_buffers(recurse=False)))
         return _call(name, (), {**held, **parts[0], **parts[1], **dict(value.named_children())}, inside)
-    if isinstance(value, PermutationSpec):  # whose graphs do not matter
-        return f"{name} of digest {_hash(value.to_json())}"
+    if hasattr(type(value), "__fingerprint__"):  # objects that hold more than what tells them apart
+        return f"{name} of digest {_hash(value.__fingerprint__())}"
     if dataclasses.is_dataclass(value):
         return _call(name, (), {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}, inside)
     slots = [slot for base in type(value).__mro__ for slot in getattr(base, "__slots__", ())]

@@ -12,7 +12,6 @@ from torch import Tensor, nn
 
 from modeconn import ActivationMatching, Permutation, PermutationSpec, WeightMatching, align, discover, models
 from modeconn.matching import Match, match_groups, weight_matching
-from modeconn.matching.trees import trees
 from modeconn.tools.memory import peak_memory
 from tests.cases import clone, same_bits
 from tests.symmetry.cases import CASES, ExpertBank, conv

@@ -13,7 +13,6 @@ from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, Relax
 from modeconn.curves.loss import CurveLoss
 from modeconn.learning.step_loss import supervised
 from modeconn.matching import match_units
-from modeconn.matching.trees import trees
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
 from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.refinement.exact import Descent
@@ -22,7 +21,7 @@ from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.refinement.relaxed_step import decompose, project
 from modeconn.refinement.sinkhorn_step import SoftPath
-from modeconn.symmetry.permutation import Permutation
+from modeconn.symmetry.spec import Permutation
 from tests import symmetry_cases
 from tests.cases import CASE, batches, same_bits
 from tests.learning.resume_worker import fit, loader

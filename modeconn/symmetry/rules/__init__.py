@@ -19,7 +19,7 @@ from __future__ import annotations
 from typing import Any
 
 from modeconn.symmetry.rules import contractions, elementwise, lookup, recurrent, reductions, shapes, space
-from modeconn.symmetry.rules.traced import Rule
+from modeconn.symmetry.walk import Rule
 
 RULES: dict[Any, Rule] = {
     operator: rule

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.rules.elementwise import broadcast
+from modeconn.symmetry.rules.operators import table
 from modeconn.symmetry.rules.shapes import transpose
-from modeconn.symmetry.rules.traced import Rule, Traced, table, traced_in
-
-if TYPE_CHECKING:
-    from modeconn.symmetry.discover import Walk
+from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
 
 
 def contraction(walk: Walk, operands: Sequence[Traced], labels: Sequence[str], out: str) -> list[Axis]:

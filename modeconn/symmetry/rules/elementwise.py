@@ -3,13 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modeconn.symmetry.axes import UNIT, Axis
-from modeconn.symmetry.rules.traced import Traced, aten, table, traced_in
-
-if TYPE_CHECKING:
-    from modeconn.symmetry.discover import Walk
+from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.walk import Traced, Walk, traced_in
 
 
 def broadcast(walk: Walk, tensors: Iterable[Traced], num_dims: int) -> list[Axis]:
@@ -117,8 +115,3 @@ RULES = table(
         prelu: "prelu",
     }
 )
-UNINITIALISED = {
-    getattr(aten, name)
-    for name in ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided")
-}
-"""Operators whose values mean nothing until something is written there."""

@@ -4,16 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.rules.elementwise import broadcast
-from modeconn.symmetry.rules.traced import Traced, table, traced_in
-
-if TYPE_CHECKING:
-    from modeconn.symmetry.discover import Walk
+from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.walk import Traced, Walk, traced_in
 
 
 def embedding(walk: Walk, weight: Traced, indices: Traced, *settings: Any) -> list[Axis]:

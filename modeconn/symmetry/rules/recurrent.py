@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.rules.elementwise import broadcast
-from modeconn.symmetry.rules.traced import Traced, aten, table
-
-if TYPE_CHECKING:
-    from modeconn.symmetry.discover import Walk
+from modeconn.symmetry.rules.operators import aten, table
+from modeconn.symmetry.walk import Traced, Walk
 
 
 def _cell(walk: Walk, x: Axis, weights: Sequence[Traced], hidden: Axis, projection: Axis | None = None) -> None:

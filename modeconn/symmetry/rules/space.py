@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.rules.elementwise import broadcast, reordered
-from modeconn.symmetry.rules.traced import Rule, Traced, table
-
-if TYPE_CHECKING:
-    from modeconn.symmetry.discover import Walk
+from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.walk import Rule, Traced, Walk
 
 
 def spatial(num_dims: int) -> Rule:

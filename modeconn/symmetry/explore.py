@@ -1,4 +1,4 @@
-"""Find the relabellings of hidden units that leave a model's function as it is."""
+"""Walk the exported graphs of a model, operator by operator, and settle which of its axes may move."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from torch import nn
 from torch.utils import _pytree as pytree
 
 from modeconn.network.weights import device_of
-from modeconn.symmetry.axes import UNIT, Axis, Space, atoms_of, expand
+from modeconn.symmetry.axes import Axis, atoms_of, expand
+from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
 from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import pointwise
-from modeconn.symmetry.rules.traced import Rule, Traced, traced_in
-from modeconn.symmetry.spec import PermutationSpec, Tap, Trace, UnknownOperator
 from modeconn.symmetry.structure import Structure, dependencies
+from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -30,46 +30,14 @@ _ABOUT_SIZES = ("sym_", "_assert", "_check", "item", "_local_scalar_dense", "is_
 """Beginnings of the names of operators without tensors among their outputs, which say nothing of units."""
 
 
-class UnknownOperatorWarning(UserWarning):
-    """An operator without a rule: everything it touches stays fixed."""
-
-
-def discover(
+def explore(
     model: nn.Module,
     example_input: Any = None,
     *,
     rules: Mapping[Any, Rule] = RULES,
     freeze: Sequence[str] = (),
-) -> PermutationSpec:
-    """Find every group of hidden units of a model that may be relabelled without changing its function.
-
-    The model is exported in eval and in train mode (`torch.export`; nothing is computed, no weights are copied) and
-    both graphs are walked with one rule per operator. No rule looks at a module's class or name.
-
-    Args:
-        model: Any module that `torch.export` can export; it is not changed. Its weights may be on the meta device.
-        example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
-            Default: ``model.example_input()``, where the model has that method. The result holds for any batch size.
-        rules: Rule by operator; extend with ``{**RULES, torch.ops.mylib.scan.default: my_rule}``.
-        freeze: Names of parameters or buffers, or patterns such as ``"blocks.0.*"``, all of whose axes stay fixed.
-
-    Returns:
-        The groups and where each of them appears.
-
-    Raises:
-        ValueError: If there is no example input, the model does not run on it or cannot be exported, or a pattern in
-            ``freeze`` matches nothing.
-
-    Warns:
-        UserWarning: If only eval mode can be exported (layers dropped at random in train mode, say).
-        UnknownOperatorWarning: Once for each operator without a rule, with its place and what it costs.
-
-    Example:
-        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
-        >>> discover(net, torch.zeros(2, 4))
-        PermutationSpec(1 group, 8 units)
-          0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
-    """
+) -> Findings:
+    """Export a model in both modes and walk its graphs; arguments and errors are those of `modeconn.discover`."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         what = "a class" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ValueError(f"model must be an ordinary nn.Module, which torch.export can follow, got {what}.")
@@ -78,17 +46,12 @@ def discover(
     try:
         graphs.append(export(model, example, training=True))
     except ExportError as error:
-        warnings.warn(f"{error} The groups hold for eval mode only.", stacklevel=2)
-    walk = Walk(model, rules, frozenset().union(*(graph.written_state for graph in graphs)))
+        warnings.warn(f"{error} The groups hold for eval mode only.", stacklevel=3)
+    walk = Exploration(model, rules, frozenset().union(*(graph.written_state for graph in graphs)))
     walk.freeze(freeze)
     for graph in graphs:
         walk.run(graph)
-    spec = walk.finish()
-    for unknown in spec.unknown:
-        warnings.warn(
-            f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning, stacklevel=2
-        )
-    return spec
+    return walk.finish()
 
 
 def example_for(model: nn.Module, example_input: Any = None, batch: Any = None) -> Example:
@@ -106,23 +69,6 @@ def example_for(model: nn.Module, example_input: Any = None, batch: Any = None) 
     return Example.of(example_input).to(device)
 
 
-def traces_of(spec: PermutationSpec, model: nn.Module, example_input: Any = None) -> tuple[Trace, ...]:
-    """Return the exported graphs behind a spec; a loaded one has none, so the model is exported anew.
-
-    Raises:
-        ValueError: If discovery does not find this spec in the model.
-    """
-    if spec.traces:
-        return spec.traces
-    fresh = discover(model, example_input)
-    if fresh != spec:
-        raise ValueError(
-            "the saved spec is not what discover finds in this model now (another model, version or rules); "
-            "run discover again."
-        )
-    return fresh.traces
-
-
 @dataclass
 class _Unknown:
     """An operator without a rule, as it was met."""
@@ -132,50 +78,18 @@ class _Unknown:
     axes: list[Axis] = field(default_factory=list)
 
 
-class Walk(Space):
-    """One space of atoms, and the walk through the graphs that fills it.
-
-    Rules see it as their first argument: the methods of `Space`, and ``shape``, ``shapes``, ``arguments``, ``show``,
-    ``contract``, ``dtype``.
-    """
+class Exploration(Walk):
+    """The walk through the graphs of one model, in all of its modes."""
 
     def __init__(self, model: nn.Module, rules: Mapping[Any, Rule], written: Collection[str] = ()) -> None:
         super().__init__()
         self._rules = rules
         self._model = weakref.ref(model)
-        self._written = written  # constants that are none, as some graph writes to them
+        self._written = written  # buffers that some graph mutates must not be treated as constants
         self._graphs: list[Graph] = []
         self._values: list[dict[Node, Any]] = []
-        self._shown: set[tuple[Axis, ...]] = set()
-        self._seen: list[Axis] = []  # contracted, so they matter though no output has them
-        self._contracted: list[list[tuple[Node, Axis]]] = []
         self._unknown: list[_Unknown] = []
         self.state = self._place_state(model)
-        self.shapes: list[tuple[int, ...]] = []
-        self.arguments: dict[str, Any] = {}
-
-    # ---------------------------------------------------------------- for rules
-
-    @property
-    def shape(self) -> tuple[int, ...]:
-        """The shape of the first output."""
-        return self.shapes[0]
-
-    def show(self, axes: Iterable[Axis]) -> None:
-        """Record a tensor that an operator forms inside."""
-        self._shown.add(tuple(axes))
-
-    def contract(self, tensor: Traced, axis: Axis) -> None:
-        """Record that an operator sums over ``axis``, which is an axis of ``tensor`` or part of one: a tap."""
-        if axis == UNIT:
-            return
-        self._seen.append(axis)
-        if tensor.node is not None:
-            self._contracted[-1].append((tensor.node, axis))
-
-    def dtype(self, tensor: Traced) -> torch.dtype | None:
-        """Return the type of a tensor of the graph."""
-        return None if tensor.node is None else tensor.node.meta["val"].dtype
 
     # ---------------------------------------------------------------- the walk
 
@@ -342,7 +256,7 @@ class Walk(Space):
 
     # ---------------------------------------------------------------- the result
 
-    def finish(self) -> PermutationSpec:
+    def finish(self) -> Findings:
         """Settle what may vary with what, and read off the groups."""
         read = {name for graph in self._graphs for name in graph.used_state}
         self._fix_unread(read)
@@ -350,7 +264,7 @@ class Walk(Space):
         self._fix_unseen()
         tensors = {tuple(map(self.normal, tensor)) for tensor in tensors}
         state = {name: tuple(map(self.normal, axes)) for name, axes in self.state.items()}
-        return PermutationSpec(
+        return Findings(
             structure=self._structure(state, tensors),
             state=state,
             fixed={name: tuple(self.why_fixed(axis) for axis in axes) for name, axes in state.items()},
