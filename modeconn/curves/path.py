@@ -1,0 +1,172 @@
+"""The networks along a curve: weights, buffers and statistics at every t."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.curves.curve import Curve
+from modeconn.curves.line import Line
+from modeconn.network.attack import AdversarialExamples
+from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
+from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
+from modeconn.network.copies import copy_of
+from modeconn.network.loss import TrainingData
+from modeconn.network.repair import Statistics, impose, measure, mix
+from modeconn.network.weights import WeightSpace, load_buffers, named_buffers
+
+
+class Path:
+    """A curve through weight space with the networks on it.
+
+    At t=0 it is network a and at t=1 network b, both bit for bit, weights and buffers; between them weights follow the
+    curve, batch norm is recalibrated on training data, and other buffers are a's.
+
+    Args:
+        template: A network of the architecture; it is copied, and its weights do not matter.
+        curve: The curve.
+        control_points: ``(K, P)``, in the weight space of ``template``.
+        buffers: All buffers of both ends, by name.
+        space: The weight space of ``template``, if known.
+        training: Data and loss of the fit, if there was one.
+
+    Raises:
+        ValueError: If the control points have another shape.
+    """
+
+    def __init__(
+        self,
+        template: nn.Module,
+        curve: Curve,
+        control_points: Tensor,
+        buffers: tuple[dict[str, Tensor], dict[str, Tensor]],
+        *,
+        space: WeightSpace | None = None,
+        training: TrainingData | None = None,
+    ) -> None:
+        self.space = space or WeightSpace(template)
+        expected = (curve.num_control_points, self.space.num_parameters)
+        if control_points.shape != expected:
+            raise ValueError(f"control_points must have shape {expected}, got {tuple(control_points.shape)}.")
+        self.curve, self.control_points, self.buffers = curve, control_points.detach(), buffers
+        self.training = training or TrainingData()
+        self.template = copy_of(template).eval()
+        self._calibration: dict[int | None, Any] = {}
+
+    @classmethod
+    def straight_between(cls, model_a: nn.Module, model_b: nn.Module, training: TrainingData | None = None) -> Path:
+        """Connect two networks by a straight line, as they are.
+
+        Raises:
+            ValueError: If they differ in architecture, dtype or device, or hold weights that are not finite.
+        """
+        space = WeightSpace(model_a)
+        ends = torch.stack([space.flatten(model_a, name="a"), space.flatten(model_b, name="b")])
+        buffers = named_buffers(model_a), named_buffers(model_b)
+        return cls(model_a, Line(), ends, buffers, space=space, training=training)
+
+    def model_at(
+        self,
+        t: float,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
+        num_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+    ) -> nn.Module:
+        """Return the network at ``t`` as a new model in eval mode; see `networks` for the other arguments.
+
+        At the ends, which have statistics of their own, nothing is recalibrated unless there is ``recalibrate``.
+        """
+        if recalibrate is None and t in (0, 1) and not self.curve.free_ends:
+            return Networks(self, [], None)(t)
+        return self.networks(recalibrate, num_examples, repair)(t)
+
+    def networks(
+        self,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
+        num_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+    ) -> Networks:
+        """Return the networks along the path, statistics set right in one way at all of them, the ends included.
+
+        Args:
+            recalibrate: Training data that batch norm is recalibrated on, or `AdversarialExamples` of it. Default: the
+                fit's training loader.
+            num_examples: How many examples of it to use, None for all.
+            repair: Whether networks without batch norm have their pre-activations repaired, see `modeconn.repair`.
+
+        Raises:
+            ValueError: If batch norm or repair needs training data that is neither remembered nor given.
+        """
+        data = self._calibration_data(recalibrate, num_examples, repair)
+        return Networks(self, data, self._statistics_of_ends(data) if repair else None)
+
+    def _statistics_of_ends(self, calibration: list[Any]) -> tuple[Statistics, ...] | None:
+        """Return what repair takes from the ends; None for a model with batch norm, which recalibration repairs."""
+        if norm_layers(self.template) or not calibration:
+            return None
+        ends = Networks(self, [], None)
+        return tuple(measure(ends.as_it_came(end), calibration, forward=self.training.forward) for end in (0, 1))
+
+    def _calibration_data(
+        self, loader: Iterable[Any] | AdversarialExamples | None, limit: int | None, repair: bool
+    ) -> list[Any] | AdversarialExamples:
+        """Return the batches to recalibrate or repair on; none for a model that needs neither."""
+        device = self.space.device
+        if not (repair or norm_layers(self.template)):
+            return []
+        if isinstance(loader, AdversarialExamples) and not norm_layers(self.template):
+            raise ValueError("repair knows clean data alone: pass recalibrate= a plain loader.")
+        if loader is not None:
+            return calibration_batches(loader, device, limit=limit, name="recalibrate")
+        if self.training.loader is None:
+            raise ValueError(
+                f"between the ends of a connection {'repair' if repair else 'batch norm'} needs statistics of training "
+                "data, but this connection remembers none: it was loaded, or made without a loader. Pass recalibrate=, "
+                "a loader of such data."
+            )
+        if limit not in self._calibration:
+            self._calibration[limit] = calibration_batches(self.training.loader, device, limit=limit)
+        return self._calibration[limit]
+
+
+class Networks:
+    """One network that is moved along a path: calling it with ``t`` returns it as it is there, in eval mode.
+
+    Args:
+        path: The path.
+        calibration: What batch norm is recalibrated on, or pre-activations repaired; empty for neither.
+        ends: The statistics between which repair interpolates, or None.
+    """
+
+    def __init__(
+        self, path: Path, calibration: list[Any] | AdversarialExamples, ends: tuple[Statistics, ...] | None
+    ) -> None:
+        self._path, self._calibration, self._ends = path, calibration, ends
+        self._model, self._theta = copy_of(path.template), torch.empty_like(path.control_points[0])
+
+    @property
+    def ends_have_their_own(self) -> bool:
+        """Whether the ends came with other statistics than those they have here; trained ends have no others."""
+        return bool(self._calibration) and not self._path.curve.free_ends
+
+    def __call__(self, t: float) -> nn.Module:
+        """Return the network at ``t``, always the same module."""
+        path, forward = self._path, self._path.training.forward
+        model = self._place(path.curve.point(path.control_points, t, out=self._theta), t)
+        if self._calibration:
+            recalibrate_statistics(model, self._calibration, forward=forward)
+        if self._ends is not None and 0 < t < 1:
+            impose(model, mix(self._ends, (1 - t, t)), self._calibration, forward=forward)
+        return model
+
+    def as_it_came(self, end: int) -> nn.Module:
+        """Return the network at one end, 0 or 1, with its own statistics."""
+        return self._place(self._path.control_points[-end], end)
+
+    def _place(self, theta: Tensor, t: float) -> nn.Module:
+        self._path.space.load(theta, self._model)
+        load_buffers(self._path.buffers[1 if t == 1 else 0], self._model)
+        return self._model

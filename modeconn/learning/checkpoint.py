@@ -1,0 +1,216 @@
+"""Runs that survive: what a run is made of, and the one file that it saves itself to and goes on from."""
+
+from __future__ import annotations
+
+import json
+import os
+import time
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.tools import files
+
+_KIND = "checkpoint of fit_curve"
+_FORMAT = 2
+_PERMUTATION = "permutation."
+
+State = tuple[dict[str, Tensor], dict[str, Any]]
+"""All that changes in a part of a run: as tensors, and as JSON can hold it."""
+
+
+class Resumable(Protocol):
+    """A part of a run that can be taken up where it was."""
+
+    def state(self) -> State:
+        """Return all that changes from step to step; no other part of the run uses these names."""
+        ...
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take up where `state` was, from what all parts of the run returned, tensors on the CPU."""
+        ...
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Where and how often a long run saves itself. It saves after every epoch, and inside epochs if you say so.
+
+    Args:
+        path: The file; if it exists, a run of the same settings goes on from it.
+        every_batches: Save also after so many batches.
+        every_seconds: Save also after so many seconds.
+
+    Raises:
+        ValueError: If an interval is not positive.
+    """
+
+    path: str | os.PathLike[str]
+    every_batches: int | None = None
+    every_seconds: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("every_batches", "every_seconds"):
+            value = getattr(self, name)
+            if value is not None and not value > 0:
+                raise ValueError(f"{name} must be positive, got {name}={value}.")
+
+    def is_due(self, batch: int, last_saved: float) -> bool:
+        """Whether to save inside an epoch after ``batch`` batches of it; ``last_saved`` is a `time.monotonic`."""
+        by_batches = self.every_batches is not None and batch % self.every_batches == 0
+        return by_batches or (self.every_seconds is not None and time.monotonic() - last_saved >= self.every_seconds)
+
+
+class RunFile:
+    """The file of one run: read when the run begins, written as it goes on; nobody else touches it.
+
+    A run that is not kept has one too, which holds nothing and writes nothing.
+
+    Args:
+        checkpoint: Where and how often to save; None for a run that is not kept.
+        settings: Returns what makes the run what it is, under the names its caller knows; not called if there is no
+            file to compare with or to write.
+        device: Where the run computes.
+
+    Attributes:
+        saved: What the file held, or None.
+
+    Raises:
+        ValueError: If the file belongs to another run.
+        OSError: If it cannot be written.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint | None, settings: Callable[[], dict[str, Any]], device: torch.device
+    ) -> None:
+        self._checkpoint, self._device = checkpoint, device
+        self._tensors: dict[str, Tensor] = {}
+        self._about: dict[str, Any] = {}
+        self._last_saved = time.monotonic()
+        self.saved: State | None = None
+        if checkpoint is None:
+            return
+        self._about = {"format": _FORMAT, "settings": settings(), "permutation": None}
+        if not Path(checkpoint.path).exists():
+            files.check_writable(checkpoint.path)
+            return
+        tensors, about = files.read(checkpoint.path, _KIND)
+        _check_settings(checkpoint.path, {"format": about.get("format")}, {"format": _FORMAT})
+        _check_settings(checkpoint.path, about["settings"], self._about["settings"])
+        _warn_about_environment(about["environment"], environment(device))
+        self.saved = tensors, about
+
+    def permutation(self) -> Permutation | None:
+        """Return how b was relabelled when the run was saved; None if it was not, or nothing is saved."""
+        return None if self.saved is None else saved_permutation(self.saved[0], self.saved[1]["permutation"])
+
+    def keep(self, permutation: Permutation | None) -> None:
+        """Let every checkpoint hold how b was relabelled at the start."""
+        self._tensors = permutation_tensors(permutation)
+        self._about["permutation"] = None if permutation is None else permutation.spec.to_json()
+
+    def is_due(self, batch: int) -> bool:
+        """Whether to save inside an epoch, after ``batch`` batches of it."""
+        return self._checkpoint is not None and self._checkpoint.is_due(batch, self._last_saved)
+
+    def save(self, *parts: Resumable) -> None:
+        """Write the state of all parts of the run."""
+        if self._checkpoint is None:
+            return
+        tensors, about = dict(self._tensors), {**self._about, "environment": environment(self._device)}
+        for part_tensors, part_about in (part.state() for part in parts):
+            tensors |= part_tensors
+            about |= part_about
+        files.write(self._checkpoint.path, _KIND, tensors, about)
+        self._last_saved = time.monotonic()
+
+    def resume(self, *parts: Resumable) -> None:
+        """Take all parts of the run to where they were saved; nothing happens if nothing was."""
+        if self.saved is not None:
+            for part in parts:
+                part.load_state(*self.saved)
+
+    @property
+    def is_kept(self) -> bool:
+        """Whether the run saves itself."""
+        return self._checkpoint is not None
+
+    def __str__(self) -> str:
+        """Say where the run is kept, for a message about its end."""
+        return (
+            "" if self._checkpoint is None else f" The last good checkpoint is kept in {str(self._checkpoint.path)!r}."
+        )
+
+
+def permutation_tensors(permutation: Permutation | None) -> dict[str, Tensor]:
+    """Return the tensors by which a file holds a permutation; its spec goes into the description."""
+    return {} if permutation is None else {f"{_PERMUTATION}{name}": perm for name, perm in permutation.perms.items()}
+
+
+def saved_permutation(tensors: Mapping[str, Tensor], spec: Any) -> Permutation | None:
+    """Invert `permutation_tensors`, with the spec as JSON; None if there is none."""
+    if spec is None:
+        return None
+    perms = {name.removeprefix(_PERMUTATION): perm for name, perm in tensors.items() if name.startswith(_PERMUTATION)}
+    return Permutation(PermutationSpec.from_json(spec), perms)
+
+
+def pack_rng(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a state of `modeconn.tools.rng.rng_state` into tensors, their names beginning with ``prefix``, and JSON."""
+    tensors = {f"{prefix}{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+    numpy_state = json.loads(json.dumps(state["numpy"], default=np.ndarray.tolist))
+    return tensors, {"numpy": numpy_state, "python": state["python"]}
+
+
+def unpack_rng(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Invert `pack_rng`."""
+    version, internal, gauss = about["python"]
+    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {**state, "numpy": about["numpy"], "python": (version, tuple(internal), gauss)}
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """Return what the bits of a run depend on besides its settings."""
+    on_gpu = device.type == "cuda"
+    return {
+        "torch": torch.__version__,
+        "numpy": np.__version__,
+        "threads": torch.get_num_threads(),
+        "device": torch.cuda.get_device_name(device) if on_gpu else device.type,
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+    }
+
+
+def _warn_about_environment(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Warn if a run goes on elsewhere than where it began: it will not end with the same bits."""
+    changes = [
+        f"{name} was {saved.get(name)} and is {value}" for name, value in current.items() if saved.get(name) != value
+    ]
+    if changes:
+        warnings.warn(
+            f"the run was interrupted under other conditions ({'; '.join(changes)}); it goes on, but will not end with "
+            f"the same bits as an uninterrupted one.",
+            stacklevel=4,
+        )
+
+
+def _check_settings(path: str | os.PathLike[str], saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Raise unless a checkpoint belongs to the run at hand.
+
+    Raises:
+        ValueError: Naming the first setting that differs, and both values.
+    """
+    current = json.loads(json.dumps(current))
+    for name in [*current, *saved]:
+        if saved.get(name) != current.get(name):
+            raise ValueError(
+                f"checkpoint {os.fspath(path)!r} is of another run: {name} is {saved.get(name)} in it and "
+                f"{current.get(name)} here. "
+                f"Pass another path, or delete the file to start anew."
+            )

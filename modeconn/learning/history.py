@@ -1,0 +1,23 @@
+"""What happened while a curve was learned."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class History:
+    """What happened while a curve was learned.
+
+    Args:
+        loss: Mean training loss of each epoch, without the weight penalty.
+        loss_by_t: The same for ten equal bins of t, one list of ten an epoch; None where no batch fell into a bin.
+        seconds: Time of training alone, over all parts of an interrupted run.
+        turns: What each step of `PAM` in the permutation did.
+    """
+
+    loss: list[float] = field(default_factory=list)
+    loss_by_t: list[list[float | None]] = field(default_factory=list)
+    seconds: float = 0.0
+    turns: list[dict[str, Any]] = field(default_factory=list)

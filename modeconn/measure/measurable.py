@@ -1,0 +1,215 @@
+"""The verbs that measure what lies on a curve, for anything that has a network at every position."""
+
+from __future__ import annotations
+
+import os
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from functools import partial
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.measure.along import chosen_positions
+from modeconn.measure.curvature import Curvature, curvature_along
+from modeconn.measure.meter import Meter, fetch
+from modeconn.measure.profile import Networks, Profile, profile_along
+from modeconn.measure.robust_profile import RobustProfile
+from modeconn.measure.robustness import Attacks, robustness_along
+from modeconn.network.attack import AdversarialExamples
+from modeconn.network.batch_norm import NUM_EXAMPLES
+from modeconn.network.batches import check_loader, first_batch
+from modeconn.network.loss import Forward, LossFn, TrainingData
+from modeconn.tools.rng import seeded
+
+
+class Measurable(ABC):
+    """Networks at every position t in [0, 1], and what can be measured of them.
+
+    Attributes:
+        training: Data and loss of the fit.
+    """
+
+    training: TrainingData
+
+    @property
+    @abstractmethod
+    def device(self) -> torch.device:
+        """Where the networks are."""
+
+    @abstractmethod
+    def model_at(
+        self,
+        t: float,
+        *,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+    ) -> nn.Module:
+        """Return the network at ``t`` as a new model in eval mode."""
+
+    @abstractmethod
+    def networks(
+        self, recalibrate: Iterable[Any] | AdversarialExamples | None, num_examples: int | None, repair: bool
+    ) -> Networks:
+        """Return one network that can be moved along the curve, its statistics set right at every position."""
+
+    @abstractmethod
+    def arc_length(self, t: Sequence[float]) -> Tensor:
+        """Return the length of the curve from 0 to each position, float64 ``(N,)``."""
+
+    def evaluate(
+        self,
+        loader: Iterable[Any],
+        *,
+        num_points: int = 61,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+        loss_fn: LossFn | None = None,
+        forward: Forward | None = None,
+        progress: bool = False,
+    ) -> Profile:
+        """Measure loss and accuracy at points evenly spaced in t, batch norm recalibrated at each, ends included.
+
+        Test data and the data for recalibration are read once. The caller's random state is left as it was.
+
+        Args:
+            loader: Data to measure on; it is never what batch norm is recalibrated on, unless you say so.
+            num_points: How many points, both ends included.
+            recalibrate: Training data for batch norm, or `AdversarialExamples` of it; default the fit's training
+                loader.
+            recalibration_examples: How many examples of it to use, None for all.
+            repair: Whether to repair the networks between the ends where there is no batch norm, see `model_at`.
+            loss_fn: Default that of the fit, or cross entropy.
+            forward: ``forward(model, batch) -> loss`` for batches that are no ``(inputs, targets)``; default that of
+                the fit, unless ``loss_fn`` is given.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If the loader is empty, can be read only once or has targets outside the classes, or training
+                data is needed to recalibrate.
+        """
+        t = chosen_positions(None, num_points)
+        if forward is None and loss_fn is None:
+            forward = self.training.forward
+        started = time.perf_counter()
+        with seeded(0, self.device):
+            check_loader(loader) if forward is None else first_batch(loader)
+            networks = self.networks(recalibrate, recalibration_examples, repair)
+            meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward)
+            return profile_along(networks, meter, t, self.arc_length(t), started=started, progress=progress)
+
+    def robustness(
+        self,
+        loader: Iterable[Any],
+        attacks: Attacks,
+        *,
+        t: Sequence[float] | None = None,
+        num_points: int = 11,
+        num_examples: int | None = None,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+        transfer: bool = False,
+        loss_fn: LossFn | None = None,
+        checkpoint: str | os.PathLike[str] | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> RobustProfile:
+        """Attack the network at each t, as `model_at` returns it: loss and accuracy, clean and under every attack.
+
+        Every adversarial example is checked: it must be finite, in its ball and in the pixel range.
+
+        Args:
+            loader: Data to attack, inputs in [0, 1]; the normalisation belongs into the model.
+            attacks: One or several attacks ``attack(model, x, y) -> x_adv``, such as `PGD` or those of
+                `modeconn.attacks.build`; a dict gives them names.
+            t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
+            num_points: How many.
+            num_examples: Attack only so many examples, the first. None for all.
+            recalibrate: What batch norm is recalibrated on. Default: between the ends, the fit's training data, clean,
+                while the ends keep the statistics they came with. A loader recalibrates the ends too;
+                `AdversarialExamples` takes each network's own, as Tatro et al. (2020) do.
+            recalibration_examples: How many examples of it to use, None for all.
+            repair: Without batch norm, give every pre-activation between the ends the interpolation of the ends' means
+                and standard deviations, see `modeconn.repair`.
+            transfer: Whether to evaluate what an attack finds at each t at all others too, which keeps the networks at
+                all t in memory. Once a position is added, everything is attacked again.
+            loss_fn: Default that of the fit, or cross entropy.
+            checkpoint: A file of finished measurements, a line for each t, attack and batch. What is in it is not
+                measured again, also if attacks or positions have been added meanwhile (positions not with transfer).
+            seed: Of the attacks: the same random numbers at every t.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If inputs are outside [0, 1], positions are wrong, training data is needed to recalibrate, or an
+                attack leaves its ball or the pixel range.
+            FloatingPointError: If an attack returns NaN.
+        """
+        return robustness_along(
+            self._model_at(recalibrate, recalibration_examples, repair),
+            chosen_positions(t, num_points),
+            loader,
+            attacks,
+            num_examples=num_examples,
+            transfer=transfer,
+            loss_fn=loss_fn or self.training.loss_fn,
+            checkpoint=checkpoint,
+            seed=seed,
+            progress=progress,
+        )
+
+    def curvature(
+        self,
+        loader: Iterable[Any],
+        *,
+        wrt: Literal["weights", "inputs"] = "weights",
+        t: Sequence[float] | None = None,
+        num_points: int = 11,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+        num_steps: int = 100,
+        tolerance: float = 1e-3,
+        loss_fn: LossFn | None = None,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Curvature:
+        """Measure the largest eigenvalue of the Hessian of the loss along the curve, by the method of Lanczos.
+
+        Args:
+            loader: Data whose loss is looked at.
+            wrt: "weights", or "inputs", to which the robust loss is related.
+            t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
+            num_points: How many.
+            recalibrate: What batch norm is recalibrated on. Default: between the ends, the fit's training data; the
+                ends keep the statistics they came with. A loader recalibrates the ends too.
+            recalibration_examples: How many examples of it to use, None for all.
+            repair: Without batch norm, give every pre-activation between the ends the interpolation of the ends' means
+                and standard deviations, see `modeconn.repair`.
+            num_steps: How many products with the Hessian at most, at each position.
+            tolerance: How large the residual of the eigenvector may be, relative to the eigenvalue.
+            loss_fn: Default that of the fit, or cross entropy.
+            seed: Of the random vectors that the method begins with.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If a setting is out of range, or training data is needed to recalibrate.
+        """
+        return curvature_along(
+            self._model_at(recalibrate, recalibration_examples, repair),
+            chosen_positions(t, num_points),
+            loader,
+            wrt=wrt,
+            num_steps=num_steps,
+            tolerance=tolerance,
+            loss_fn=loss_fn or self.training.loss_fn,
+            seed=seed,
+            progress=progress,
+        )
+
+    def _model_at(self, recalibrate: Any, num_examples: int | None, repair: bool) -> Any:
+        return partial(self.model_at, recalibrate=recalibrate, recalibration_examples=num_examples, repair=repair)

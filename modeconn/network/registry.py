@@ -1,0 +1,90 @@
+"""Which factory made a model, so that files can say how to build it again; `modeconn.models` enters its factories."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable
+from typing import Any, ParamSpec, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from modeconn.tools.rng import seeded
+
+P = ParamSpec("P")
+M = TypeVar("M", bound=nn.Module)
+
+_FACTORIES: dict[str, Callable[..., nn.Module]] = {}
+
+
+def factory(make: Callable[P, M]) -> Callable[P, M]:
+    """Enter a function that makes a model into the zoo, under its own name.
+
+    The decorated function initialises the model with its argument ``seed`` and leaves the global random state as it
+    was; the model remembers its name and its other arguments, for `describe`.
+    """
+    signature = inspect.signature(make)
+
+    @functools.wraps(make)
+    def make_seeded(*args: P.args, **kwargs: P.kwargs) -> M:
+        bound = signature.bind(*args, **kwargs)
+        bound.apply_defaults()
+        arguments = {name: _json_value(value) for name, value in bound.arguments.items() if name != "seed"}
+        with seeded(bound.arguments["seed"], torch.get_default_device()):
+            model = make(*args, **kwargs)
+        model.zoo_entry = (make.__name__, arguments)
+        return model
+
+    _FACTORIES[make.__name__] = make_seeded
+    return make_seeded
+
+
+def _json_value(value: Any) -> Any:
+    if isinstance(value, Tensor):
+        return value.tolist()
+    if isinstance(value, (list, tuple)):
+        return [_json_value(item) for item in value]
+    return value
+
+
+def names() -> tuple[str, ...]:
+    """Return the names of all models of the zoo, sorted.
+
+    Example:
+        >>> from modeconn import models
+        >>> "tinyten" in models.names()
+        True
+    """
+    return tuple(sorted(_FACTORIES))
+
+
+def build(name: str, **arguments: Any) -> nn.Module:
+    """Make the zoo's model ``name``: ``build("mlp", num_inputs=64, ...)`` is ``mlp(num_inputs=64, ...)``.
+
+    Raises:
+        ValueError: If the zoo has no model of that name, or the model no such argument.
+    """
+    if name not in _FACTORIES:
+        raise ValueError(f"the zoo has no model {name!r}; it has {', '.join(names())}.")
+    try:
+        inspect.signature(_FACTORIES[name]).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"model {name!r} cannot be made from {arguments}: {error}.") from None
+    return _FACTORIES[name](**arguments)
+
+
+def describe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:
+    """Return name and arguments from which `build` makes the same architecture; None for a model not of the zoo.
+
+    The seed is left out: two endpoints of one architecture have equal descriptions. The arguments are plain numbers,
+    strings and lists, and go through JSON unchanged.
+
+    Example:
+        >>> from modeconn import models
+        >>> name, arguments = models.describe(models.resnet20(100, width=2, seed=7))
+        >>> name, arguments["num_classes"], arguments["width"]
+        ('resnet20', 100, 2)
+    """
+    entry = getattr(model, "zoo_entry", None)
+    return None if entry is None else (entry[0], dict(entry[1]))

@@ -1,0 +1,62 @@
+"""Find the relabellings of hidden units that leave a model's function as it is."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from torch import nn
+
+from modeconn.symmetry.explore import explore
+from modeconn.symmetry.rules import RULES
+from modeconn.symmetry.spec import PermutationSpec
+from modeconn.symmetry.walk import Rule
+
+
+class UnknownOperatorWarning(UserWarning):
+    """An operator without a rule: everything it touches stays fixed."""
+
+
+def discover(
+    model: nn.Module,
+    example_input: Any = None,
+    *,
+    rules: Mapping[Any, Rule] = RULES,
+    freeze: Sequence[str] = (),
+) -> PermutationSpec:
+    """Find every group of hidden units of a model that may be relabelled without changing its function.
+
+    The model is exported in eval and in train mode (`torch.export`; nothing is computed, no weights are copied) and
+    both graphs are walked with one rule per operator. No rule looks at a module's class or name.
+
+    Args:
+        model: Any module that `torch.export` can export; it is not changed. Its weights may be on the meta device.
+        example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+            Default: ``model.example_input()``, where the model has that method. The result holds for any batch size.
+        rules: Rule by operator; extend with ``{**RULES, torch.ops.mylib.scan.default: my_rule}``.
+        freeze: Names of parameters or buffers, or patterns such as ``"blocks.0.*"``, all of whose axes stay fixed.
+
+    Returns:
+        The groups and where each of them appears.
+
+    Raises:
+        ValueError: If there is no example input, the model does not run on it or cannot be exported, or a pattern in
+            ``freeze`` matches nothing.
+
+    Warns:
+        UserWarning: If only eval mode can be exported (layers dropped at random in train mode, say).
+        UnknownOperatorWarning: Once for each operator without a rule, with its place and what it costs.
+
+    Example:
+        >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
+        >>> discover(net, torch.zeros(2, 4))
+        PermutationSpec(1 group, 8 units)
+          0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
+    """
+    spec = PermutationSpec(**vars(explore(model, example_input, rules=rules, freeze=freeze)))
+    for unknown in spec.unknown:
+        warnings.warn(
+            f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning, stacklevel=2
+        )
+    return spec

@@ -1,0 +1,82 @@
+"""What a walk through the graphs of a model finds."""
+
+from __future__ import annotations
+
+import weakref
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from torch import nn
+
+from modeconn.symmetry.axes import Axis
+from modeconn.symmetry.graph import Graph
+from modeconn.symmetry.structure import Structure
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+
+@dataclass(frozen=True)
+class UnknownOperator:
+    """An operator without a rule and what it cost."""
+
+    operator: str
+    module: str
+    num_axes: int
+    num_units: int
+
+    def __str__(self) -> str:
+        place = f"in '{self.module}'" if self.module else "in the model itself"
+        axes = "axis stays" if self.num_axes == 1 else "axes stay"
+        return f"{self.operator} ({place}); its {self.num_axes} {axes} fixed ({self.num_units} units)"
+
+
+@dataclass(frozen=True)
+class Tap:
+    """A tensor at the point where some of its units are summed over.
+
+    Args:
+        node: The graph node that makes it.
+        axis: The axis that is summed over, or the part of it.
+    """
+
+    node: Node
+    axis: Axis
+
+
+@dataclass(frozen=True)
+class Trace:
+    """One exported mode with the axes of every tensor in it.
+
+    Args:
+        graph: The graph.
+        axes: By node, the axes of its output: a tuple, or a list of tuples for several outputs.
+        taps: Where units are summed over.
+        model: A weak reference to the model that was exported.
+    """
+
+    graph: Graph
+    axes: dict[Node, Any]
+    taps: tuple[Tap, ...]
+    model: weakref.ref[nn.Module]
+
+
+@dataclass(frozen=True)
+class Findings:
+    """All that is known of a model's symmetries once its graphs are walked.
+
+    Args:
+        structure: The atoms, and what may vary with what.
+        state: The axes of every saved parameter and floating buffer, by name.
+        fixed: Why each of those axes is fixed, None where it moves, by name.
+        unread: Parameters and buffers in neither graph; they stay as they are.
+        unknown: Operators without a rule.
+        traces: The exported graphs, eval mode first.
+    """
+
+    structure: Structure
+    state: dict[str, tuple[Axis, ...]]
+    fixed: dict[str, tuple[str | None, ...]]
+    unread: tuple[str, ...] = ()
+    unknown: tuple[UnknownOperator, ...] = ()
+    traces: tuple[Trace, ...] = ()

@@ -1,0 +1,105 @@
+"""The groups of units of a model that may be relabelled, read off from the axes of its tensors."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from modeconn.symmetry.axes import Axis
+from modeconn.symmetry.structure import Structure
+
+NamedPerms = dict[str, Tensor]
+"""By group name, int64 of the group's shape, on the CPU: unit ``perm[i]`` takes place ``i``."""
+
+
+@dataclass(frozen=True)
+class Group:
+    """Units that are relabelled together.
+
+    Args:
+        name: After the first module that makes them.
+        atom: Their number in the spec's structure.
+        size: How many they are.
+        parents: Sizes of what their relabelling may vary with, by the name of the group, or "" for a fixed axis:
+            ``{"attention": 12}`` for the units of a head, of which each head has its own relabelling.
+        places: Where they appear: ``(parameter or buffer, dimension)``.
+    """
+
+    name: str
+    atom: int
+    size: int
+    parents: tuple[tuple[str, int], ...]
+    places: tuple[tuple[str, int], ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """The shape of this group's ``perm``."""
+        return (*(size for _, size in self.parents), self.size)
+
+    @property
+    def log10_size(self) -> float:
+        """Decimal logarithm of the number of its relabellings."""
+        return math.prod(self.shape[:-1]) * math.lgamma(self.size + 1) / math.log(10)
+
+    def __str__(self) -> str:
+        return " in each of ".join([f"{self.size} units", *(f"{n} {name or 'places'}" for name, n in self.parents)])
+
+
+def groups_of(structure: Structure, state: Mapping[str, tuple[Axis, ...]]) -> tuple[Group, ...]:
+    """Return the groups in the order in which they first appear among a model's parameters.
+
+    Args:
+        structure: The atoms of the model.
+        state: The axes of every saved parameter and floating buffer, by name.
+    """
+    places: dict[int, list[tuple[str, int]]] = {atom: [] for atom in structure.parents}
+    for name, axes in state.items():
+        for dim, axis in enumerate(axes):
+            for atom in structure.moving_atoms(axis):
+                places[atom].append((name, dim))
+    order = {name: i for i, name in enumerate(state)}
+    depth = {atom: len(parents) for atom, parents in structure.parents.items()}
+    atoms = sorted(places, key=lambda a: (min((d > 0, order[name], d) for name, d in places[a]), depth[a], a))
+    names = _unique_names([_module_of(places[atom]) for atom in atoms])
+    by_atom = dict(zip(atoms, names, strict=True))
+    return tuple(
+        Group(
+            name=by_atom[atom],
+            atom=atom,
+            size=structure.sizes[atom],
+            parents=tuple((by_atom.get(p, ""), structure.sizes[p]) for p in structure.parents[atom]),
+            places=tuple(places[atom]),
+        )
+        for atom in atoms
+    )
+
+
+def identity_perms(groups: Sequence[Group]) -> NamedPerms:
+    """Return the perms that move nothing."""
+    return {group.name: torch.arange(group.size).expand(group.shape).contiguous() for group in groups}
+
+
+def random_perms(groups: Sequence[Group], generator: torch.Generator | None = None) -> NamedPerms:
+    """Return perms drawn uniformly, with a CPU ``generator``."""
+    return {
+        group.name: torch.rand(group.shape, generator=generator, dtype=torch.float64).argsort(-1) for group in groups
+    }
+
+
+def _module_of(places: Sequence[tuple[str, int]]) -> str:
+    """Name a group after the module of the first tensor that has it as its first axis, else as any."""
+    name = min(places, key=lambda place: place[1] > 0)[0]
+    return name.rpartition(".")[0] or name
+
+
+def _unique_names(names: Sequence[str]) -> list[str]:
+    seen: dict[str, int] = {}
+    unique = []
+    for name in names:
+        seen[name] = seen.get(name, 0) + 1
+        unique.append(name if seen[name] == 1 else f"{name}#{seen[name]}")
+    return unique
