@@ -23,8 +23,7 @@ from modeconn import PGD, models
 from modeconn.attacks.training import AdversarialTraining
 from modeconn.curves import Bezier
 from modeconn.curves.step import CurveStep, stratified_positions
-from modeconn.learning.step_loss import supervised
-from modeconn.network.loss import cross_entropy
+from modeconn.network.loss import cross_entropy, supervised
 from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, Workspace
 

@@ -33,7 +33,7 @@ def methods() -> dict[str, Method]:
     return {
         "activations": ActivationMatching(),
         "weights": WeightMatching(),
-        "weights, 10 starts": WeightMatching(starts=10),
+        "weights, 10 starts": WeightMatching(num_starts=10),
         "activations, then weights": chained,
         "transport, activations": TransportMatching(),
         "transport, weights": TransportMatching(cost="weights"),

@@ -30,8 +30,8 @@ METHODS = {
     "activations": ActivationMatching(num_examples=5_000),
     "weights": WeightMatching(),
     "activations, then weights": WeightMatching(start=ActivationMatching(num_examples=5_000)),
-    "Sinkhorn from activations": Sinkhorn(start=ActivationMatching(num_examples=5_000), steps=100, rounds=5),
-    "straight-through from weights": StraightThrough(start=WeightMatching(), steps=100),
+    "Sinkhorn from activations": Sinkhorn(start=ActivationMatching(num_examples=5_000), num_steps=100, num_rounds=5),
+    "straight-through from weights": StraightThrough(start=WeightMatching(), num_steps=100),
 }
 
 

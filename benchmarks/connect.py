@@ -36,7 +36,7 @@ SETTINGS = {
         "curve_epochs": 5,
     },
 }
-REFINEMENT = PAM(iterations=2, step=ProximalLinear(max_tries=32, max_rounds=5))
+REFINEMENT = PAM(iterations=2, step=ProximalLinear(num_tries=32, num_rounds=5))
 ROWS = ("straight", "straight aligned", "curve", "PAM curve", "curve aligned", "PAM curve aligned")
 
 

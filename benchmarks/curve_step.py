@@ -20,8 +20,7 @@ from torch import Tensor, nn
 from modeconn import models
 from modeconn.curves import Bezier
 from modeconn.curves.step import CurveStep, stratified_positions
-from modeconn.learning.step_loss import supervised
-from modeconn.network.loss import cross_entropy
+from modeconn.network.loss import cross_entropy, supervised
 from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, Workspace
 

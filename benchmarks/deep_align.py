@@ -37,7 +37,7 @@ Networks = list[nn.Module]
 
 
 def fitted(seed: int, train: data.TensorLoader, work: Path, steps: int | None = None) -> DeepAlign:
-    settings = DeepAlign(seed=seed) if steps is None else DeepAlign(seed=seed, steps=steps)
+    settings = DeepAlign(seed=seed) if steps is None else DeepAlign(seed=seed, num_steps=steps)
     path = work / f"aligner-{settings.steps}-{seed}.safetensors"
     if not path.exists():
         networks = [population(number, size, train, work) for number, size in ((TRAIN, 1000), (VALIDATION, 100))]
@@ -68,7 +68,7 @@ def starts(aligners: dict[int, DeepAlign]) -> dict[str, Method | None]:
 
 def short(aligners: dict[int, DeepAlign]) -> dict[str, Method]:
     return {
-        f"{name} x{strength}, Sinkhorn 50": Sinkhorn(start=start, strength=strength, steps=50)
+        f"{name} x{strength}, Sinkhorn 50": Sinkhorn(start=start, strength=strength, num_steps=50)
         for name, start in starts(aligners).items()
         for strength in STRENGTHS
     }
@@ -108,7 +108,7 @@ def throughput(aligner: DeepAlign, tests: Networks, work: Path) -> dict[str, Any
 def wide(features: int, rounds: int = 5) -> dict[str, float | None]:
     """What it takes to compare two networks of the size that is usual for MNIST."""
     pair = [models.mlp(784, (128, 128, 128), 10, seed=seed) for seed in range(2)]
-    untrained = DeepAlign(features=features, steps=0, connectivity=0, validation_pairs=1)
+    untrained = DeepAlign(features=features, num_steps=0, connectivity=0, num_validation_pairs=1)
     aligner = untrained.fit(pair, example_input=torch.rand(2, 784))
     seconds = []
     for _ in range(rounds):

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 import modeconn
 from modeconn import models
-from modeconn.symmetry.discover import Walk, example_for
+from modeconn.symmetry.explore import Exploration, example_for
 from modeconn.symmetry.graph import export
 from modeconn.symmetry.rules import RULES
 
@@ -109,7 +109,7 @@ def measure(name: str) -> dict[str, float]:
     start = time.perf_counter()
     graphs = [export(model, example_for(model, example), training=mode) for mode in (False, True)]
     exported = time.perf_counter()
-    walk = Walk(model, RULES)
+    walk = Exploration(model, RULES)
     for graph in graphs:
         walk.run(graph)
     spec = walk.finish()

@@ -20,8 +20,9 @@ from timing import environment, interleaved, ratio
 from torch import Tensor, nn
 
 from modeconn import attacks, models
-from modeconn.connection import Connection, TrainingData
+from modeconn.connection import Connection
 from modeconn.network.attack import Attack
+from modeconn.network.loss import TrainingData
 
 Batches = list[tuple[Tensor, Tensor]]
 

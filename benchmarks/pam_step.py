@@ -20,9 +20,8 @@ from torch import Tensor, nn
 import modeconn
 from modeconn import Line, models
 from modeconn.curves.loss import CurveLoss, Sample
-from modeconn.learning.step_loss import supervised
 from modeconn.matching.assignment import match_tree
-from modeconn.network.loss import cross_entropy
+from modeconn.network.loss import cross_entropy, supervised
 from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.refinement import moves
 from modeconn.refinement.proximal_linear import ProximalLinear
@@ -35,12 +34,12 @@ FORWARD = supervised(cross_entropy)
 class Step:
     """One permutation step from the identity, always the same; what it did is counted."""
 
-    def __init__(self, a: nn.Module, b: nn.Module, spec: PermutationSpec, sample: Sample, max_tries: int) -> None:
+    def __init__(self, a: nn.Module, b: nn.Module, spec: PermutationSpec, sample: Sample, num_tries: int) -> None:
         self.spec, self.space = spec, WeightSpace(a)
         self.theta_b = self.space.flatten(b)
         self.bend = self.theta_b.new_zeros((0, len(self.theta_b)))
         self.loss = CurveLoss(Workspace(a, self.space), Line(), self.space.flatten(a), FORWARD, sample)
-        self.step = ProximalLinear(max_rounds=2, max_tries=max_tries)
+        self.step = ProximalLinear(num_rounds=2, num_tries=num_tries)
         self.gradients = 0
         self.looked_at: list[int] = []  # places of the sample, one after another
         self.assignments: list[tuple[list, dict[str, Tensor]]] = []
@@ -106,7 +105,7 @@ def main() -> None:
         for _ in range(options.batches)
     ]
     sample = [((i + 0.5) / len(batches), batch) for i, batch in enumerate(batches)]
-    step = Step(a, b, modeconn.discover(a), sample, options.max_tries)
+    step = Step(a, b, modeconn.discover(a), sample, options.num_tries)
     step.count()
     seconds = interleaved({"step": step, "parts": parts(step, a.train(), sample)}, options.rounds, device)
 

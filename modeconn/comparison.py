@@ -9,28 +9,29 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Sized
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from modeconn.connection import Connection, TrainingData
+from modeconn import plot
+from modeconn.connection import Connection
 from modeconn.curves import Bezier, Curve
 from modeconn.fit import fit_curve
 from modeconn.matching import Match, Method, match_units
 from modeconn.matching.alignment import find_spec
 from modeconn.matching.method import check_method
-from modeconn.measure.profile import Meter, Profile, fetch
+from modeconn.measure.meter import Meter, fetch
+from modeconn.measure.profile import Profile
 from modeconn.network.batch_norm import norm_layers
-from modeconn.network.batches import check_loader, num_examples
-from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.network.batches import check_loader, num_examples, tensors_of
+from modeconn.network.loss import LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
-from modeconn.network.weights import WeightSpace, load_buffers
+from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import Permutation, PermutationSpec
+from modeconn.tools.files import write_text
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
@@ -126,7 +127,7 @@ class Comparison:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return all values and, for readers, the summary as JSON; also write it to ``path`` if given."""
-        return _written(json.dumps({**asdict(self), "summary": self.summary()}, indent=1) + "\n", path)
+        return write_text(json.dumps({**asdict(self), "summary": self.summary()}, indent=1) + "\n", path)
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
@@ -142,12 +143,10 @@ class Comparison:
         for pair in range(self.num_pairs):
             for row, columns in self.values.items():
                 writer.writerow([pair, row, *(columns[column][pair] for column in self.columns)])
-        return _written(buffer.getvalue(), path)
+        return write_text(buffer.getvalue(), path)
 
     def plot(self, *, column: str = "line", ax: Axes | None = None) -> Axes:
         """Draw one column with matplotlib; see `modeconn.plot.comparison`."""
-        from modeconn import plot
-
         return plot.comparison(self, column=column, ax=ax)
 
     def __repr__(self) -> str:
@@ -241,9 +240,12 @@ def compare(
         measured = fetch(test, space.device)
         about = [loss_fn, curve, recipe, num_points, repair, seed, _num_batches(loader)]
         about += [[(group.name, group.parents, group.places) for group in spec.groups]]
-        about += [digest(_tensors([check_loader(loader)])), digest(_tensors(measured))]
+        about += [
+            digest(tensors_of(check_loader(loader))),
+            digest(one for batch in measured for one in tensors_of(batch)),
+        ]
         names = {row: identify(method) for row, method in named.items()}  # before any method changes itself
-    trial = _Trial(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)
+    trial = _Matching(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)
     match_units(torch.eye(2))  # so that the time and memory of one-time imports are those of no method
     known = Records(checkpoint)
     records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
@@ -259,16 +261,12 @@ def compare(
     return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured))
 
 
-def _tensors(data: Iterable[Any]) -> Iterator[Tensor]:
-    return (leaf for batch in data for leaf in pytree.tree_leaves(batch) if isinstance(leaf, Tensor))
-
-
 def _num_batches(loader: Iterable[Any]) -> int | None:
     return len(loader) if isinstance(loader, Sized) else None
 
 
 @dataclass(frozen=True)
-class _Trial:
+class _Matching:
     """What is done with every pair and method."""
 
     spec: PermutationSpec
@@ -302,7 +300,7 @@ class _Trial:
         return record | cost
 
     def _match(self, method: Method, model_a: nn.Module, model_b: nn.Module) -> tuple[Permutation, _Record]:
-        device = next(model_a.parameters()).device
+        device = device_of(model_a)
         with seeded(self.seed, device), peak_memory(device) as peak:
             begin = time.perf_counter()
             permutation = method.match(self.spec, model_a, model_b, self.training.loader).permutation
@@ -397,9 +395,3 @@ def _cell(column: str, found: Mapping[str, float]) -> str:
     scale, form, unit = (100, ".2f", " %") if column.endswith("accuracy") else (1, ".4f", "")
     spread = f" ± {scale * found['std']:{form}}" if "std" in found else ""
     return f"{scale * found['mean']:{form}}{spread}{unit}"
-
-
-def _written(text: str, path: str | os.PathLike[str] | None) -> str:
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text

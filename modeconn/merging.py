@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.connection import Connection, warn_about_buffers
+from modeconn.connection import warn_about_buffers
+from modeconn.curves.path import Path
 from modeconn.matching.alignment import find_spec
 from modeconn.matching.method import Method, check_data, check_method
 from modeconn.matching.weight_matching import WeightMatching
@@ -49,8 +50,7 @@ def interpolate(
         True
     """
     warn_about_buffers(model_a, model_b)
-    line = Connection.straight_between(model_a, model_b)
-    return line.model_at(t, recalibrate=recalibrate, recalibration_examples=recalibration_examples, repair=repair)
+    return Path.straight_between(model_a, model_b).model_at(t, recalibrate, recalibration_examples, repair)
 
 
 @dataclass(frozen=True)
@@ -90,7 +90,7 @@ def merge_many(
     *,
     method: Method | None = None,
     start: Method | None = None,
-    max_rounds: int = 100,
+    num_rounds: int = 100,
     repair: bool = False,
     spec: PermutationSpec | None = None,
     example_input: Any = None,
@@ -110,7 +110,7 @@ def merge_many(
         method: How to align a network with the mean of the others. Default: `WeightMatching`. A method that compares
             activations sees a mean whose batch norm was recalibrated.
         start: A method that first aligns every network with the first one, without any mean.
-        max_rounds: Stop after so many rounds at the latest; 0 keeps the ``start``.
+        num_rounds: Stop after so many rounds at the latest; 0 keeps the ``start``.
         repair: Without batch norm, repair the mean, see `modeconn.repair`; with it, it is recalibrated in any case.
         spec: What `discover` found for this architecture. Default: it is discovered here.
         example_input: For discovery, where there is neither a loader nor ``models[0].example_input()``.
@@ -132,8 +132,8 @@ def merge_many(
     """
     models = list(models)
     space = _check(models, loader, repair=repair)
-    if max_rounds < 0:
-        raise ValueError(f"max_rounds must be at least 0, got max_rounds={max_rounds}.")
+    if num_rounds < 0:
+        raise ValueError(f"num_rounds must be at least 0, got num_rounds={num_rounds}.")
     method = method or WeightMatching()
     for name, one in (("start", start), ("method", method)):
         if one is not None:
@@ -145,7 +145,7 @@ def merge_many(
         if start is not None:
             names.follow_the_first(start, loader)
             history.append(names.spread())
-        history += names.follow_the_others(method, loader, max_rounds, seed)
+        history += names.follow_the_others(method, loader, num_rounds, seed)
     back = names.permutations[0].inverse()
     permutations = tuple(back @ permutation for permutation in names.permutations)
     merged = back.apply(names.mean())
@@ -189,7 +189,7 @@ class _CommonNames:
             self._move(i, step, moved := step.apply(model), self._space.flatten(moved).double())
 
     def follow_the_others(
-        self, method: Method, loader: Iterable[Any] | None, max_rounds: int, seed: int
+        self, method: Method, loader: Iterable[Any] | None, num_rounds: int, seed: int
     ) -> Iterator[float]:
         """Align every network with the mean of the others, round after round; yield the spread after each step.
 
@@ -200,7 +200,7 @@ class _CommonNames:
         calibration = []
         if loader is not None and norm_layers(others):
             calibration = calibration_batches(loader, self._space.device)
-        for _ in range(max_rounds):
+        for _ in range(num_rounds):
             start = self.spread()
             for i in torch.randperm(len(self.models), generator=generator).tolist():
                 rest = torch.cat([self._thetas[:i], self._thetas[i + 1 :]])

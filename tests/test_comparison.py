@@ -17,10 +17,10 @@ from torch import nn
 
 import modeconn
 from modeconn import ActivationMatching, Bezier, Comparison, Connection, Recipe, WeightMatching, compare, data, models
-from modeconn.connection import TrainingData
 from modeconn.data import TensorLoader
 from modeconn.matching import Match, alignment
 from modeconn.measure.profile import Meter, Profile
+from modeconn.network.loss import TrainingData
 from modeconn.tools.memory import peak_memory
 from tests.cases import Residual
 

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 
 from modeconn import models
-from modeconn.connection import Connection, History, TrainingData, warn_about_buffers
+from modeconn.connection import Connection, warn_about_buffers
 from modeconn.curves import Bezier, Line, PolyChain
+from modeconn.learning.history import History
 from modeconn.network.batch_norm import calibration_batches, recalibrate
-from modeconn.network.loss import cross_entropy
+from modeconn.network.loss import TrainingData, cross_entropy
 from modeconn.network.weights import WeightSpace, named_buffers
 from modeconn.tools.rng import rng_state
 from tests.cases import CASE, CASES, batches, clone, same_bits

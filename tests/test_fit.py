@@ -19,11 +19,11 @@ from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.curves.step import BLOCK, stratified_positions
 from modeconn.data import TensorLoader
 from modeconn.fit import fit_curve
+from modeconn.learning.checkpoint import Checkpoint
 from modeconn.network.loss import cross_entropy
 from modeconn.network.recipe import Recipe, constant, one_cycle
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry import discover
-from modeconn.tools.files import Checkpoint
 from modeconn.tools.rng import rng_state
 from tests.cases import CASE, CASES, batches, clone, same_bits
 from tests.reference import fit_by_autograd

@@ -23,9 +23,9 @@ from modeconn import (
     merge_many,
     models,
 )
-from modeconn.connection import TrainingData
 from modeconn.models.training import DIGITS_RECIPE, train
 from modeconn.network.batch_norm import calibration_batches, recalibrate
+from modeconn.network.loss import TrainingData
 from modeconn.network.repair import measure, mix
 from tests.cases import CASE, batches, same_bits
 from tests.cli.test_app import run
@@ -204,7 +204,7 @@ def test_the_networks_come_closer_with_every_step_and_the_mean_is_theirs(method,
 
 def test_no_round_and_no_start_is_the_mean_of_the_networks_as_they_are():
     networks, spec = strangers("plain")
-    merged = merge_many(networks, max_rounds=0, spec=spec)
+    merged = merge_many(networks, num_rounds=0, spec=spec)
     assert all(permutation == spec.identity() for permutation in merged.permutations)
     naive = torch.stack([m[0].weight for m in networks]).mean(0)
     torch.testing.assert_close(merged.model[0].weight, naive)
@@ -221,7 +221,7 @@ def test_the_order_is_drawn_from_the_seed_and_the_random_state_stays():
 
 @pytest.mark.parametrize(
     "method",
-    [ActivationMatching(num_examples=16), StraightThrough(steps=2, rounds=1)],
+    [ActivationMatching(num_examples=16), StraightThrough(num_steps=2, num_rounds=1)],
     ids=["activations", "straight-through"],
 )
 def test_a_loader_that_shuffles_leaves_the_mean_and_the_random_state_to_themselves(method):
@@ -231,7 +231,7 @@ def test_a_loader_that_shuffles_leaves_the_mean_and_the_random_state_to_themselv
     for seed in (1, 2):
         torch.manual_seed(seed)
         before = torch.get_rng_state()
-        found.append(merge_many(networks, data, method=method, start=method, max_rounds=2, repair=True))
+        found.append(merge_many(networks, data, method=method, start=method, num_rounds=2, repair=True))
         assert torch.equal(torch.get_rng_state(), before)
     assert same_bits(*(merged.model for merged in found)) and found[0].history == found[1].history
 
@@ -240,7 +240,7 @@ def test_a_loader_that_shuffles_leaves_the_mean_and_the_random_state_to_themselv
 @pytest.mark.parametrize("name", ["plain", "grouped", "attention 3hd"])
 def test_relabellings_of_pairs_compose_exactly_with_the_blocks(name, rounds):
     networks, spec = strangers(name)
-    merged = merge_many(networks, spec=spec, start=WeightMatching(), max_rounds=rounds)
+    merged = merge_many(networks, spec=spec, start=WeightMatching(), num_rounds=rounds)
     assert merged.permutations[0] == spec.identity()
     assert merged.pairwise(0, 1) @ merged.pairwise(1, 2) @ merged.pairwise(2, 0) == spec.identity()
     alone = [WeightMatching().match(spec, networks[i], networks[j]).permutation for i, j in ((0, 1), (1, 2), (2, 0))]
@@ -267,8 +267,8 @@ def test_merging_refuses_what_does_not_belong_together():
     for name in ("method", "start"):
         with pytest.raises(ValueError, match=f"{name} must be an object with a match"):
             merge_many([a, b], **{name: modeconn.align(a, b).permutation})
-    with pytest.raises(ValueError, match="max_rounds must be at least 0"):
-        merge_many([a, b], max_rounds=-1)
+    with pytest.raises(ValueError, match="num_rounds must be at least 0"):
+        merge_many([a, b], num_rounds=-1)
     with pytest.raises(ValueError, match=r"training data for repair: pass loader="):
         merge_many([a, b], repair=True)
     with pytest.raises(ValueError, match=r"training data for batch norm: pass loader="):
@@ -404,7 +404,7 @@ def test_repair_lowers_the_loss_between_networks_trained_on_digits():
         return float(Connection.straight_between(model, model).evaluate(test, num_points=2).loss[0])
 
     merged = merge_many(networks, start=WeightMatching())
-    assert loss(merged.model) < 0.3 * loss(merge_many(networks, max_rounds=0).model)
+    assert loss(merged.model) < 0.3 * loss(merge_many(networks, num_rounds=0).model)
 
 
 def test_repair_refuses_layers_that_cannot_hold_it():

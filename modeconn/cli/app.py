@@ -32,9 +32,10 @@ from modeconn.cli import demo as story
 from modeconn.cli.files import describe_file, draw_files
 from modeconn.cli.options import DataOptions, change_recipe, template
 from modeconn.cli.options import bars as _bars
-from modeconn.connection import TrainingData
+from modeconn.learning.checkpoint import Checkpoint
 from modeconn.matching import ActivationMatching
-from modeconn.tools import files as checkpoint
+from modeconn.network.loss import TrainingData
+from modeconn.tools import files
 from modeconn.tools.measurements import Records
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -91,7 +92,7 @@ def _check_outputs(*paths: Path | None) -> None:
     asked = [path for path in paths if path is not None]
     places = [path.absolute() for path in asked]
     for path, place in zip(asked, places, strict=True):
-        checkpoint.check_writable(path)
+        files.check_writable(path)
         if places.count(place) > 1:
             raise ValueError(f"several results would be written to {str(path)!r}. Give them names that differ.")
 
@@ -180,7 +181,7 @@ def demo(
         data, root, batch_size, augment, plan.train_examples, plan.test_examples, data_seed, device
     ).load()
     out.mkdir(parents=True, exist_ok=True)
-    checkpoint.check_writable(out / "results.json")
+    files.check_writable(out / "results.json")
 
     def make(seed: int) -> torch.nn.Module:
         return parse.make_model(plan.model, plan.arguments, loaders[0], seed=seed).to(device)
@@ -243,7 +244,7 @@ def train(
         compile=compile,
     )
     opponent = options.adversary(adversary, eps, step_size, attack_steps)
-    checkpoint.check_writable(out)
+    files.check_writable(out)
     loader, test = DataOptions(
         data, root, batch_size, augment, train_examples=train_examples, seed=data_seed, device=device
     ).load()
@@ -331,7 +332,7 @@ def merge(
         modeconn merge a.safetensors b.safetensors c.safetensors \
             --data digits --start activation --repair --out merged.safetensors
     """
-    checkpoint.check_writable(out)
+    files.check_writable(out)
     chosen, first = parse.method(method), None if start is None else parse.method(start)
     loader, test = (None, None) if data is None else DataOptions(data, root, seed=data_seed, device=device).load()
     architecture = template(model, model_arg, loader)
@@ -426,7 +427,7 @@ def fit(
             recipe=recipe,
             refine=refinement,
             adversary=opponent,
-            checkpoint=checkpoint.Checkpoint(kept, every_seconds=save_every),
+            checkpoint=Checkpoint(kept, every_seconds=save_every),
             seed=seed,
             progress=_bars(progress),
         )
@@ -468,8 +469,8 @@ def evaluate(
         modeconn evaluate curve.safetensors --data digits --points 25
     """
     base = connection.with_suffix("") if out is None else out
-    files = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
-    _check_outputs(*files)
+    results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
+    _check_outputs(*results)
     loaders = DataOptions(data, root, batch_size, test_examples=test_examples, seed=data_seed, device=device).load()
     if on not in ("train", "test"):
         raise ValueError(f"--on must be train or test, got {on!r}.")
@@ -477,10 +478,10 @@ def evaluate(
     architecture = template(model, model_arg, loaders[0])
     loaded = Connection.load(connection, architecture, device=device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=loaders[0], progress=_bars(progress))
-    profile.to_json(files[0])
-    profile.to_csv(files[1])
+    profile.to_json(results[0])
+    profile.to_csv(results[1])
     typer.echo(repr(profile))
-    typer.echo(f"Wrote {files[0]}, {files[1]}")
+    typer.echo(f"Wrote {results[0]}, {results[1]}")
 
 
 @app.command()
@@ -551,13 +552,13 @@ def robustness(
         raise ValueError(f"--statistics must be clean or adversarial, got {statistics!r}.")
     bases = [(out or path.parent) / f"{path.stem}.robust" for path in connections]
     results = [[base.with_name(f"{base.name}.{ending}") for ending in ("json", "csv", "png")] for base in bases]
-    _check_outputs(*(file for files in results for file in files))
+    _check_outputs(*(file for written in results for file in written))
     loaders = DataOptions(data, root, batch_size, seed=data_seed, device=device).load()
     architecture = template(model, model_arg, loaders[0])
     training: Any = loaders[0]
     if statistics == "adversarial":
         training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=ball))
-    for path, base, files in zip(connections, bases, results, strict=True):
+    for path, base, written in zip(connections, bases, results, strict=True):
         kept = checkpoint_file or base.with_name(f"{base.name}.checkpoint")
         Records(kept)  # another file than a checkpoint is refused here, before anything is said of it
         loaded = Connection.load(path, architecture, device=device)
@@ -577,15 +578,15 @@ def robustness(
             if kept.exists():
                 _say(f"what is measured is kept in {kept}; give the same command again to go on.")
             raise
-        found.to_json(files[0])
-        found.to_csv(files[1])
+        found.to_json(written[0])
+        found.to_csv(written[1])
         figure = Figure(figsize=(5.4, 3.6), layout="constrained")
         plot.robust_profile(found, ax=figure.subplots())
-        figure.savefig(files[2], dpi=150)
+        figure.savefig(written[2], dpi=150)
         if checkpoint_file is None:
             kept.unlink(missing_ok=True)
         typer.echo(f"{path}: {found!r}")
-        typer.echo(f"Wrote {', '.join(map(str, files))}")
+        typer.echo(f"Wrote {', '.join(map(str, written))}")
 
 
 @app.command()
@@ -694,7 +695,7 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    checkpoint.check_writable(out)
+    files.check_writable(out)
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     draw_files(files, _legend(files, labels), quantity, figure.subplots())
     figure.savefig(out, dpi=150)

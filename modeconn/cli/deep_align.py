@@ -11,7 +11,6 @@ from torch import nn
 from modeconn import ActivationMatching, DeepAlign, Recipe, WeightMatching, compare, models
 from modeconn.cli import options, parse
 from modeconn.cli.options import DataOptions, bars, change_recipe, template
-from modeconn.tools import files as checkpoint
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -59,7 +58,7 @@ def fit(
     """
     recipe = change_recipe(Recipe(), epochs=epochs, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay)
     aligner = parse.deep_align(settings)
-    checkpoint.check_writable(out)
+    files.check_writable(out)
     loader, _ = DataOptions(data, root, batch_size, augment, seed=data_seed, device=device).load()
     shape = template(model, model_arg, loader)
     if not (files or networks) or (networks and not model):

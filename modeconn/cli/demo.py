@@ -15,10 +15,10 @@ import torch
 from torch import nn
 
 from modeconn import Alignment, Connection, Profile, Recipe, align, fit_curve, models, plot
-from modeconn.connection import TrainingData
 from modeconn.data import TensorLoader
+from modeconn.learning.checkpoint import environment
+from modeconn.network.loss import TrainingData
 from modeconn.network.recipe import one_cycle
-from modeconn.tools import files as checkpoint
 from modeconn.tools.fingerprint import identify
 from modeconn.tools.table import table
 
@@ -187,7 +187,7 @@ def write(story: Story, folder: Path, settings: dict[str, Any]) -> None:
         row.profile.to_json(folder / f"{_file_name(row)}.json")
     numbers = {
         "settings": settings,
-        "environment": checkpoint.environment(story.rows[0].connection.device),
+        "environment": environment(story.rows[0].connection.device),
         "table": {row.name: row.numbers() for row in story.rows},
         "correlation": story.alignment.correlation,
     }

@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn import Comparison, DeepAlign, Permutation, Profile, RobustProfile, plot
-from modeconn.connection import History
-from modeconn.tools import files as checkpoint
+from modeconn.learning.history import History
+from modeconn.tools import files
 from modeconn.tools.table import table
 
 if TYPE_CHECKING:
@@ -24,7 +24,7 @@ def describe_file(path: Path) -> str:
         kind, content = _read_json(path)
         text = _correlation_table(content) if isinstance(content, dict) else repr(content)
     else:
-        tensors, about = checkpoint.read(path)
+        tensors, about = files.read(path)
         kind, text = about["kind"], _SAFETENSORS[about["kind"]](path, tensors, about)
     return f"{path}: {kind}\n{text}"
 
@@ -73,7 +73,7 @@ def _read_json(path: Path) -> tuple[str, Profile | RobustProfile | Comparison | 
 
 
 def _history(path: Path) -> History | None:
-    kept = checkpoint.read(path, "connection")[1]["history"]
+    kept = files.read(path, "connection")[1]["history"]
     return None if kept is None else History(**kept)
 
 

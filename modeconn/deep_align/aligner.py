@@ -14,21 +14,20 @@ from torch import Tensor, nn
 
 from modeconn.deep_align.augmentation import Augmentation
 from modeconn.deep_align.encoder import Encoder
-from modeconn.deep_align.training import Training
+from modeconn.deep_align.settings import Settings
+from modeconn.deep_align.training import EncoderTraining, PopulationNetwork
 from modeconn.deep_align.unit_graph import Entry, UnitGraph, difference, layout_of, spec_difference
 from modeconn.matching import Match, match_groups
 from modeconn.matching.alignment import find_spec
-from modeconn.matching.statistics import inputs_of
-from modeconn.network.batches import first_batch
+from modeconn.network.batches import first_batch, inputs_of
 from modeconn.network.loss import LossFn, cross_entropy
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.tools import files as checkpoint
-from modeconn.tools.checks import check_at_least, check_integers, check_positive
+from modeconn.tools import files
 from modeconn.tools.fingerprint import digest
 from modeconn.tools.rng import seeded
 
-_FORMAT = 2
+_FORMAT = 3
 _KIND = "deep align"
 _ENOUGH = 20  # networks of a population of which some can be spared for validation
 
@@ -55,7 +54,7 @@ class Fitted:
 
 
 @dataclass(frozen=True)
-class DeepAlign:
+class DeepAlign(Settings):
     r"""Learn to align from a population of networks; then read two of them and say how to relabel the second.
 
     A Siamese, equivariant `Encoder` turns the weights of a network into one feature vector :math:`f_i` of unit length
@@ -79,15 +78,15 @@ class DeepAlign:
         edge_features: Channels of the edge between two units.
         depth: Number of blocks.
         scale: ``s`` at the beginning.
-        steps: Training steps; 0 leaves the encoder untrained, for comparison.
+        num_steps: Training steps; 0 leaves the encoder untrained, for comparison.
         batch_size: Pairs of networks in a step.
         learning_rate: AdamW's highest, of a one-cycle schedule.
         weight_decay: AdamW's.
-        supervised: Weight of that loss, like the next two 0 or more.
-        alignment: Likewise.
-        connectivity: Likewise; if 0, no data is needed.
+        supervised: Weight of that loss, 0 or more.
+        alignment: Weight of that loss, 0 or more.
+        connectivity: Weight of that loss, 0 or more; if 0, no data is needed.
         augmentation: How the copies of the supervised loss differ from their originals.
-        validation_pairs: How many fixed pairs choose the best state.
+        num_validation_pairs: How many fixed pairs choose the best state.
         validate_every: After so many steps.
         seed: Of initial weights, pairs, copies, points on the line and the order of data.
         fitted: What `fit` or `load` fills in.
@@ -102,44 +101,12 @@ class DeepAlign:
         >>> from modeconn import align, data, models
         >>> train, _ = data.load("digits")
         >>> networks = [models.mlp(64, (8,), 10, seed=seed) for seed in range(4)]
-        >>> aligner = DeepAlign(features=8, depth=1, steps=2).fit(networks, train)
+        >>> aligner = DeepAlign(features=8, depth=1, num_steps=2).fit(networks, train)
         >>> align(networks[0], networks[0], method=aligner).permutation.num_moved
         0
     """
 
-    features: int = 64
-    edge_features: int = 4
-    depth: int = 4
-    scale: float = 6.0
-    steps: int = 400
-    batch_size: int = 32
-    learning_rate: float = 2e-3
-    weight_decay: float = 5e-4
-    supervised: float = 1.0
-    alignment: float = 1.0
-    connectivity: float = 1.0
-    augmentation: Augmentation = field(default_factory=Augmentation)
-    validation_pairs: int = 64
-    validate_every: int = 50
-    seed: int = 0
     fitted: Fitted | None = field(default=None, compare=False)
-
-    def __post_init__(self) -> None:
-        check_integers(
-            self, "features", "edge_features", "depth", "steps", "batch_size", "validation_pairs", "validate_every",
-            "seed",
-        )  # fmt: skip
-        check_positive(
-            self, "features", "edge_features", "depth", "scale", "batch_size", "learning_rate", "validation_pairs",
-            "validate_every",
-        )  # fmt: skip
-        check_at_least(self, 0, "steps", "weight_decay", "supervised", "alignment", "connectivity")
-        if self.supervised == self.alignment == self.connectivity == 0:
-            raise ValueError("one of supervised, alignment and connectivity must be positive, all of them are 0.")
-        if self.features % self.edge_features:
-            raise ValueError(
-                f"features must be a multiple of edge_features={self.edge_features}, got features={self.features}."
-            )
 
     def fit(
         self,
@@ -204,7 +171,8 @@ class DeepAlign:
             encoder = Encoder(graph, self.features, self.edge_features, self.depth, self.scale)
             encoder = encoder.to(device=states.device, dtype=states.dtype)
             encoder.standardise(states)
-            training = Training(self, encoder, models[0], states, held_out, loader, loss_fn, example)
+            network = PopulationNetwork(models[0], loss_fn)
+            training = EncoderTraining(self, encoder, network, states, held_out, loader, example)
             training.run(progress=progress)
         fitted = Fitted(encoder.requires_grad_(False), training.history, training.validations)
         return replace(self, fitted=fitted)
@@ -262,7 +230,7 @@ class DeepAlign:
             "history": self.fitted.history,
             "validation": [(step, value if isfinite(value) else None) for step, value in self.fitted.validation],
         }
-        checkpoint.write(path, _KIND, self._encoder.state_dict(), about)
+        files.write(path, _KIND, self._encoder.state_dict(), about)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DeepAlign:
@@ -271,7 +239,7 @@ class DeepAlign:
         Raises:
             ValueError: If the file is no aligner of modeconn, or of another version's format.
         """
-        tensors, about = checkpoint.read(path, _KIND)
+        tensors, about = files.read(path, _KIND)
         if about["format"] != _FORMAT:
             raise ValueError(
                 f"{os.fspath(path)!r} has format {about['format']}; this version of modeconn reads {_FORMAT}. Fit the "

@@ -6,7 +6,7 @@ import copy
 import logging
 from collections.abc import Iterable
 from math import inf, isfinite
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -15,8 +15,9 @@ from torch.func import functional_call
 
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Encoder
+from modeconn.deep_align.settings import Settings
 from modeconn.matching import match_units
-from modeconn.matching.sinkhorn import soft_matrices
+from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.network.batch_norm import calibration_batches, norm_layers
 from modeconn.network.batches import check_loader, endless_batches, to_device
 from modeconn.network.copies import copy_of
@@ -24,48 +25,43 @@ from modeconn.network.loss import LossFn, check_targets, main_output
 from modeconn.network.recipe import one_cycle
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import named_places
-from modeconn.symmetry.discover import example_for
+from modeconn.symmetry.explore import example_for
 from modeconn.symmetry.graph import Example
 from modeconn.tools.progress import progress_bar
-
-if TYPE_CHECKING:
-    from modeconn.deep_align.aligner import DeepAlign
 
 _LOGGER = logging.getLogger(__name__)
 _CLIP = 1.0
 _VALIDATION_EXAMPLES = 512
 
 
-class Training:
+class EncoderTraining:
     """One run, inside one seeded stretch of random numbers.
 
     Args:
         settings: What to do.
         encoder: Changed in place; at the end it has the weights that were best on the validation pairs.
-        model: Any network of the population, for its architecture.
+        network: The architecture of the population.
         states: The population ``(N, P)``.
         validation: Networks ``(V, P)`` of which fixed pairs choose the best step.
         loader: Training data, not read if the loss of the networks is not needed.
-        loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         example: Inputs of a network, by which rescaling is checked; None where the networks have some themselves.
     """
 
     def __init__(
         self,
-        settings: DeepAlign,
+        settings: Settings,
         encoder: Encoder,
-        model: nn.Module,
+        network: PopulationNetwork,
         states: Tensor,
         validation: Tensor,
         loader: Iterable[Any] | None,
-        loss_fn: LossFn,
         example: Any = None,
     ) -> None:
         self.settings, self.encoder, self.graph = settings, encoder, encoder.graph
         self.states = states
         spread = states.var(0).masked_fill(self.graph.is_buffer, 0).sum()
         self.distance = 2 * spread.clamp(min=1e-12)  # of two networks, squared, on average
-        self.network = _Network(model, loss_fn)
+        self.network = network
         if settings.connectivity:
             self.batches = endless_batches(loader, states.device)
             self.sample = list(
@@ -73,9 +69,9 @@ class Training:
             )
             self.network.check_targets(*to_device(check_loader(loader), states.device))
         if settings.augmentation.rescale:
-            self._check_rescaling(example_for(model, example))
+            self._check_rescaling(example_for(network.model, example))
         generator = torch.Generator().manual_seed(settings.seed)
-        first, second = _pairs(len(validation), settings.validation_pairs, generator)
+        first, second = _pairs(len(validation), settings.num_validation_pairs, generator)
         self.validation = validation[first], validation[second]
         self.history: dict[str, list[float]] = {name: [] for name in ("supervised", "alignment", "connectivity")}
         self.validations: list[tuple[int, float]] = []
@@ -87,18 +83,18 @@ class Training:
             self.encoder.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
         best = self._validate(0)
-        bar = progress_bar(range(1, settings.steps + 1), show=progress, desc="Deep-Align", unit="step")
+        bar = progress_bar(range(1, settings.num_steps + 1), show=progress, desc="Deep-Align", unit="step")
         for step in bar:
             for group in optimizer.param_groups:
-                group["lr"] = settings.learning_rate * one_cycle(step - 1, settings.steps)
+                group["lr"] = settings.learning_rate * one_cycle(step - 1, settings.num_steps)
             self._step(optimizer, step)
-            if step % settings.validate_every == 0 or step == settings.steps:
+            if step % settings.validate_every == 0 or step == settings.num_steps:
                 found = self._validate(step)
                 best = min(best, found, key=lambda one: one[0])
                 bar.set_postfix(validation=f"{found[0]:.4f}")
         if best[0] == inf:
             raise FloatingPointError(
-                f"the loss in the middle between validation networks is not finite after any of {settings.steps} "
+                f"the loss in the middle between validation networks is not finite after any of {settings.num_steps} "
                 f"steps; look for values in networks or data that are too large."
             )
         self.encoder.load_state_dict(best[1])
@@ -111,7 +107,8 @@ class Training:
         if not total.isfinite():
             values = ", ".join(f"{name} {loss.item():.4g}" for name, loss in losses.items())
             raise FloatingPointError(
-                f"the loss became {total.item()} in step {step} of {settings.steps} ({values}); lower learning_rate."
+                f"the loss became {total.item()} in step {step} of {settings.num_steps} ({values}); "
+                f"lower learning_rate."
             )
         optimizer.zero_grad()
         total.backward()
@@ -176,24 +173,24 @@ class Training:
             value = float(sum(losses)) / sum(len(y) for _, y in self.sample)
         value = value if isfinite(value) else inf
         self.validations.append((step, value))
-        _LOGGER.info("step %d of %d: validation %.4f", step, self.settings.steps, value)
+        _LOGGER.info("step %d of %d: validation %.4f", step, self.settings.num_steps, value)
         return value, copy.deepcopy(self.encoder.state_dict())
 
 
-class _Network:
+class PopulationNetwork:
     """The architecture of the population as a function of stacked weights; norm layers use the batch's statistics."""
 
     def __init__(self, model: nn.Module, loss_fn: LossFn) -> None:
-        self._model = copy_of(model).requires_grad_(False).eval()
-        self._norms = [self._model.get_submodule(layer) for layer in norm_layers(self._model)]
-        self._places = named_places(self._model)
-        self._buffers = {name for name, _ in self._model.named_buffers()}
+        self.model = copy_of(model).requires_grad_(False).eval()
+        self._norms = [self.model.get_submodule(layer) for layer in norm_layers(self.model)]
+        self._places = named_places(self.model)
+        self._buffers = {name for name, _ in self.model.named_buffers()}
         self._loss_fn = loss_fn
 
     def _call(self, state: dict[str, Tensor], inputs: Any) -> Any:
         tensors = {place: state[name] for place, name in self._places.items() if name in state}
         given = Example.of(inputs)
-        return functional_call(self._model, tensors, given.args, given.kwargs, tie_weights=False)
+        return functional_call(self.model, tensors, given.args, given.kwargs, tie_weights=False)
 
     def losses(self, states: dict[str, Tensor], inputs: Any, targets: Tensor) -> Tensor:
         """Return the loss of each of a stack of networks ``(B, ...)`` on the same examples, ``(B,)``."""
@@ -202,7 +199,7 @@ class _Network:
         own = {name: x.detach().clone() if name in self._buffers else x for name, x in states.items()}
         loss = over_networks(
             lambda state: self._loss_fn(self._call(state, inputs), targets),
-            self._model,
+            self.model,
             randomness="same",
             way_out="Use DeepAlign(connectivity=0), which does not run the networks.",
         )
@@ -233,7 +230,7 @@ def supervised_loss(similarities: list[Tensor], perms: list[Tensor]) -> Tensor:
 
 
 def _soft(similarities: list[Tensor]) -> list[Tensor]:
-    matrices = soft_matrices({str(k): x for k, x in enumerate(similarities)}, 1.0)  # in another order
+    matrices = soft_matrices({str(k): x for k, x in enumerate(similarities)}, 1.0)  # it groups matrices by size
     return [matrices[str(k)] for k in range(len(similarities))]
 
 

@@ -10,7 +10,8 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from modeconn.symmetry.spec import Group, PermutationSpec
+from modeconn.symmetry.groups import Group
+from modeconn.symmetry.spec import PermutationSpec
 
 
 class Entry(NamedTuple):

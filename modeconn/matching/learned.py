@@ -309,9 +309,7 @@ def learn_softly(
 def logits_of(permutation: Permutation, strength: float, space: WeightSpace) -> dict[str, nn.Parameter]:
     """Return logits by group: ``strength`` where a permutation puts a unit, and 0 elsewhere."""
     hard = SoftPermutation.of(permutation).matrices
-    return {
-        name: nn.Parameter(strength * matrix.to(space.device, space.wide_dtype)) for name, matrix in hard.items()
-    }
+    return {name: nn.Parameter(strength * matrix.to(space.device, space.wide_dtype)) for name, matrix in hard.items()}
 
 
 def evenly(num_rounds: int, num_steps: int) -> set[int]:

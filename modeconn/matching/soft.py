@@ -11,8 +11,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_groups
-from modeconn.network.copies import copy_of
-from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
+from modeconn.symmetry.groups import Group
+from modeconn.symmetry.spec import Permutation, PermutationSpec, relabelled_copy
 from modeconn.symmetry.structure import Labels, find_label
 
 _TOLERANCE = 1e-4
@@ -79,16 +79,7 @@ class SoftPermutation:
         Raises:
             ValueError: If the model is not of this spec.
         """
-        self.spec.check_model(model)
-        mixed = copy_of(model)
-        tensors = dict(mixed.named_parameters(remove_duplicate=False)) | dict(
-            mixed.named_buffers(remove_duplicate=False)
-        )
-        with torch.no_grad():
-            moved = self.relabel({name: tensors[name] for name in self.spec.state})
-            for name in {id(tensors[name]): name for name in moved}.values():  # tied ones once
-                tensors[name].copy_(moved[name])
-        return mixed
+        return relabelled_copy(self.spec, model, self.relabel)
 
     def relabel(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return named parameters and buffers with their units mixed; names that the spec does not know stay.

@@ -13,9 +13,10 @@ from torch import Tensor, nn
 from modeconn.network.attack import Attack, attacked_in_eval_mode
 from modeconn.network.batches import batches, check_pair, first_examples, in_order, inputs_of
 from modeconn.network.weights import device_of
-from modeconn.symmetry.discover import traces_of
+from modeconn.symmetry.findings import Tap, Trace
 from modeconn.symmetry.graph import Example
-from modeconn.symmetry.spec import Group, PermutationSpec, Tap, Trace
+from modeconn.symmetry.groups import Group
+from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.rng import seeded
 
 if TYPE_CHECKING:
@@ -222,7 +223,7 @@ def collect(
         for number, batch in enumerate(_first_batches(loader, device, num_examples_at_most)):
             inputs = inputs_of(batch)
             if trace is None:
-                trace, chosen = _where_to_read(spec, traces_of(spec, model_a, inputs), before_activation)
+                trace, chosen = _where_to_read(spec, spec.traces_in(model_a, inputs), before_activation)
             own = [inputs, inputs]
             if adversary is not None:
                 own = [attacked_in_eval_mode(adversary, m, *check_pair(batch), seed=number) for m in (model_a, model_b)]

@@ -17,7 +17,8 @@ from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
 from modeconn.matching.statistics import Moments, collect
 from modeconn.network.weights import WeightSpace
-from modeconn.symmetry.spec import Group, PermutationSpec
+from modeconn.symmetry.groups import Group
+from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.checks import check_at_least, check_integers
 
 _TINY = 1e-30

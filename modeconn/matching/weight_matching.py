@@ -31,9 +31,9 @@ class WeightMatching:
     one copy of the weights and, of the units of one group, a matrix of products and one of costs in double precision.
 
     Args:
-        max_sweeps: Stop after so many sweeps at the latest.
+        num_sweeps: Stop after so many sweeps at the latest.
         seed: For the order of the groups and the random starts.
-        starts: How often to begin anew; the best end counts. The first run begins at ``start``, the others at random.
+        num_starts: How often to begin; the best end counts. The first run begins at ``start``, the others at random.
         start: A relabelling, or the method that finds it: ``WeightMatching(start=ActivationMatching())``. Default: b as
             it is.
 
@@ -44,15 +44,15 @@ class WeightMatching:
         ValueError: If a setting is out of range.
     """
 
-    max_sweeps: int = 100
+    num_sweeps: int = 100
     seed: int = 0
-    starts: int = 1
+    num_starts: int = 1
     start: Start = None
 
     def __post_init__(self) -> None:
         check_start(self.start)
-        check_integers(self, "max_sweeps", "seed", "starts")
-        check_at_least(self, 1, "max_sweeps", "starts")
+        check_integers(self, "num_sweeps", "seed", "num_starts")
+        check_at_least(self, 1, "num_sweeps", "num_starts")
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
@@ -70,8 +70,8 @@ class WeightMatching:
         generator = torch.Generator().manual_seed(self.seed)
         descent = _Descent(spec, model_a, model_b)
         ends = []
-        for number in range(self.starts):
-            history = descent.run(spec.random(generator) if number else first, generator, self.max_sweeps)
+        for number in range(self.num_starts):
+            history = descent.run(spec.random(generator) if number else first, generator, self.num_sweeps)
             ends.append((history, descent.permutation()))
         history, permutation = max(ends, key=lambda end: end[0][-1])
         return Match(permutation, constant_units=descent.zero_units(), history=history)
@@ -98,12 +98,12 @@ class _Descent:
             parts = (self._spec.structure.pieces(x, axes) for x in (weight, self._moved[name]))
             yield from (_Piece(a, b, labels, scale) for (a, labels), (b, _) in zip(*parts, strict=True))
 
-    def run(self, start: Permutation, generator: torch.Generator, max_sweeps: int) -> tuple[float, ...]:
+    def run(self, start: Permutation, generator: torch.Generator, num_sweeps: int) -> tuple[float, ...]:
         """Climb from ``start`` until no tree can gain; return the objective at the start and after every step."""
         self._begin(start)
         history = [sum(_inner(a, self._moved[name]) for name, a in self._a.items())]
         waiting = set(self._trees)
-        for _ in range(max_sweeps):
+        for _ in range(num_sweeps):
             for number in torch.randperm(len(self._trees), generator=generator).tolist():
                 tree = self._trees[number]
                 if tree not in waiting:

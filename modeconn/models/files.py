@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from modeconn.network.copies import copy_of
 from modeconn.network.registry import build, describe
-from modeconn.tools import files as checkpoint
+from modeconn.tools import files
 
 KIND = "model"
 _FORMAT = 1
@@ -33,7 +33,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    checkpoint.write(path, KIND, model.state_dict(), {"format": _FORMAT, "model": describe(model)})
+    files.write(path, KIND, model.state_dict(), {"format": _FORMAT, "model": describe(model)})
 
 
 def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.Module:
@@ -41,7 +41,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.
 
     Args:
         path: A file of `save`, or one of ``torch.save(model.state_dict(), path)``, which is read without running code
-            (``weights_only=True``); the state may be the one state among the entries of a larger checkpoint.
+            (``weights_only=True``); the state may be the one state among the entries of a larger files.
         template: A model of the same architecture, whose device the result takes; it is copied. Needed unless `save`
             wrote the file and the model is of `modeconn.models`.
 
@@ -65,7 +65,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.
     if _is_pickle(path):
         state, described = _read_pickle(path), None
     else:
-        state, about = checkpoint.read(path, KIND)
+        state, about = files.read(path, KIND)
         described = about["model"]
     if template is not None:
         model = copy_of(template)

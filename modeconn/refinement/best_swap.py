@@ -6,18 +6,33 @@ from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import comb, prod
 from numbers import Integral
-from typing import Any
+from typing import Any, Protocol
 
 import torch
+from torch import Tensor, nn
 
-from modeconn.connection import Connection
+from modeconn.curves import Curve
 from modeconn.curves.loss import CurveLoss, straight
-from modeconn.measure.profile import Objective
-from modeconn.network.loss import LossFn
-from modeconn.network.weights import Workspace
-from modeconn.refinement.moves import exchanges, linear_costs
+from modeconn.network.loss import Forward, LossFn, TrainingData
+from modeconn.network.weights import WeightSpace, Workspace
+from modeconn.refinement.moves import Move, exchanges, linear_costs
 from modeconn.refinement.pam import draw_sample, objective_of
 from modeconn.refinement.relabelled import Relabelled
+from modeconn.symmetry import Permutation
+
+
+class Swappable(Protocol):
+    """A connection, as far as its end b is moved."""
+
+    control_points: Tensor
+    curve: Curve
+    permutation: Permutation | None
+    space: WeightSpace
+    training: TrainingData
+
+    def model_at(self, t: float) -> nn.Module:
+        """Return the network at ``t``."""
+        ...
 
 
 @dataclass(frozen=True)
@@ -53,13 +68,13 @@ class BestSwap:
 
 
 def best_swap(
-    connection: Connection,
+    connection: Swappable,
     loader: Iterable[Any] | None = None,
     *,
     num_batches: int | None = 64,
-    max_tries: int | None = 1000,
+    num_tries: int | None = 1000,
     loss_fn: LossFn | None = None,
-    forward: Objective | None = None,
+    forward: Forward | None = None,
     seed: int = 0,
 ) -> BestSwap:
     """Look for the exchange of two units of b, or of two blocks, that lowers the loss along a connection most.
@@ -69,10 +84,10 @@ def best_swap(
     as far as was tried.
 
     Args:
-        connection: A connection with a permutation, and a curve whose ends are fixed.
+        connection: A `modeconn.Connection` with a permutation, and a curve whose ends are fixed.
         loader: Training data. Default: the fit's own.
         num_batches: As for `PAM`.
-        max_tries: How many exchanges are tried exactly; None for all.
+        num_tries: How many exchanges are tried exactly; None for all.
         loss_fn: Default that of the fit, or cross entropy.
         forward: ``forward(model, batch) -> loss`` in its place; default that of the fit, if it had one.
         seed: For the sample.
@@ -80,7 +95,7 @@ def best_swap(
     Raises:
         ValueError: If there is no permutation, no data, the curve has free ends, or a number is not positive.
     """
-    for name, value in (("num_batches", num_batches), ("max_tries", max_tries)):
+    for name, value in (("num_batches", num_batches), ("num_tries", num_tries)):
         if value is not None and not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name} must be an integer of at least 1, or None, got {name}={value!r}.")
     training = connection.training
@@ -88,33 +103,43 @@ def best_swap(
         training = replace(training, loader=loader)
     if loss_fn is not None or forward is not None:
         training = replace(training, loss_fn=loss_fn or training.loss_fn, forward=forward)
+    _check(connection, training)
+    b = _relabelled(connection, training, num_batches, seed)
+    num_swaps = sum(prod(g.shape[:-1]) * comb(g.size, 2) for g in b.spec.groups)
+    moves = _most_promising(b, num_swaps if num_tries is None else num_tries)
+    tried = ((b.value_after(move), move) for move in moves)
+    lower = [(value, move) for value, move in tried if value < b.value]
+    if not lower:
+        return BestSwap(None, None, 0.0, b.value, len(moves), num_swaps)
+    value, best = min(lower, key=lambda one: one[0])
+    ((group, perm),) = best.perms.items()
+    i, j = (perm != torch.arange(perm.shape[-1])).flatten().nonzero().flatten().tolist()
+    return BestSwap(group, (i, j), b.value - value, b.value, len(moves), num_swaps)
+
+
+def _check(connection: Swappable, training: TrainingData) -> None:
     if connection.permutation is None:
         raise ValueError("this connection took b as it was, so its groups are not known: fit it with align=.")
     if training.loader is None:
         raise ValueError("this connection remembers no training data: pass loader=.")
     if connection.curve.free_ends:
         raise ValueError(f"best_swap relabels the end b, but {connection.curve!r} has trained its ends.")
-    points, curve = connection.control_points, connection.curve
-    workspace = Workspace(connection.model_at(0), connection.space)
-    sample, _ = draw_sample(training.loader, connection.device, num_batches, seed=seed)
+
+
+def _relabelled(connection: Swappable, training: TrainingData, num_batches: int | None, seed: int) -> Relabelled:
+    """Return the end b of a connection, to be moved, with the loss along it on a sample."""
+    points, curve, space = connection.control_points, connection.curve, connection.space
+    workspace = Workspace(connection.model_at(0), space)
+    sample, _ = draw_sample(training.loader, points.device, num_batches, seed=seed)
     loss = CurveLoss(workspace, curve, points[0], objective_of(training), sample)
     bend = points[1:-1] - straight(curve, points[0], points[-1])
-    b = Relabelled(connection.space, loss, points[-1].clone(), bend, connection.permutation)
+    return Relabelled(space, loss, points[-1].clone(), bend, connection.permutation)
 
+
+def _most_promising(b: Relabelled, count: int) -> list[Move]:
+    """Return the exchanges by which the loss would fall most if it were linear, at most ``count``."""
     gradient, moves = b.gradient(), []
-    num_swaps = sum(prod(g.shape[:-1]) * comb(g.size, 2) for g in b.spec.groups)
     for tree in b.spec.trees():
         costs = linear_costs(b.spec, tree, gradient, b.parameters)
-        moves += exchanges(b.spec, tree, costs, num_swaps if max_tries is None else max_tries)
-    moves.sort(key=lambda move: -move.gain)
-    moves = moves[:max_tries]
-    first, best, value = b.value, None, b.value
-    for move in moves:
-        tried = b.value_after(move)
-        if tried < value:
-            best, value = move, tried
-    if best is None:
-        return BestSwap(None, None, 0.0, first, len(moves), num_swaps)
-    ((group, perm),) = best.perms.items()
-    i, j = (perm != torch.arange(perm.shape[-1])).flatten().nonzero().flatten().tolist()
-    return BestSwap(group, (i, j), first - value, first, len(moves), num_swaps)
+        moves += exchanges(b.spec, tree, costs, count)
+    return sorted(moves, key=lambda move: -move.gain)[:count]

@@ -180,7 +180,7 @@ def objective_of(training: TrainingData) -> Forward:
 
 
 def is_finished(pam: PAM, turns: Sequence[Mapping[str, Any]]) -> bool:
-    """Whether turns end here: the last accepted no move, and the loss fell by less than the tolerance since before it."""
+    """Whether turns end here: no move was accepted, and the loss has fallen by less than the tolerance since before."""
     if not pam.tolerance or len(turns) < 2 or turns[-1]["num_accepted"]:
         return False
     return turns[-2]["loss_after"] - turns[-1]["loss_before"] < pam.tolerance * turns[-1]["loss_before"]

@@ -20,26 +20,26 @@ class ProximalLinear:
     .. math:: \operatorname{argmin}_P \; \langle G, P \rangle + \tfrac{1}{2 \nu} \lVert P - P_k \rVert^2
 
     is one assignment for each group. Solutions at several :math:`1 / \nu` are split into their cycles; with the
-    exchanges of two units that promise most they are tried one by one, most promising first; as far as ``max_tries``
+    exchanges of two units that promise most they are tried one by one, most promising first; as far as ``num_tries``
     allows also those that promise nothing, since the loss is not linear. Moves that touch units which already moved
     wait for the next round, in which the gradient is taken anew. Rounds end when none is accepted.
 
     Args:
-        max_rounds: Gradients at most in one step.
-        max_tries: Moves tried in a round at most, so that the cost stays bounded for wide groups.
+        num_rounds: Gradients in one step, at most.
+        num_tries: Moves tried in a round, at most, so that the cost stays bounded for wide groups.
         weights: Values of :math:`1 / \nu`, in units of the largest entry of :math:`G`.
 
     Raises:
         ValueError: If a setting is out of range.
     """
 
-    max_rounds: int = 20
-    max_tries: int = 128
+    num_rounds: int = 20
+    num_tries: int = 128
     weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
 
     def __post_init__(self) -> None:
-        check_integers(self, "max_rounds", "max_tries")
-        check_at_least(self, 1, "max_rounds", "max_tries")
+        check_integers(self, "num_rounds", "num_tries")
+        check_at_least(self, 1, "num_rounds", "num_tries")
         is_some = isinstance(self.weights, Sequence) and len(self.weights) > 0
         if not (is_some and all(isinstance(weight, Real) and weight >= 0 for weight in self.weights)):
             raise ValueError(f"weights must be one or more numbers of at least 0, got weights={self.weights!r}.")
@@ -47,7 +47,7 @@ class ProximalLinear:
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place."""
         forest = b.spec.trees()
-        for _ in range(self.max_rounds):
+        for _ in range(self.num_rounds):
             if not self._round(b, forest):
                 return
 
@@ -68,6 +68,6 @@ class ProximalLinear:
             costs = linear_costs(b.spec, tree, gradient, b.parameters)
             proposals = proximal_proposals(tree, costs, self.weights)
             parts = [move for perms in proposals for move in cycles(b.spec, tree, perms, costs)]
-            for move in (*parts, *exchanges(b.spec, tree, costs, self.max_tries)):
+            for move in (*parts, *exchanges(b.spec, tree, costs, self.num_tries)):
                 found.setdefault(move.key, move)
-        return sorted(found.values(), key=lambda move: -move.gain)[: self.max_tries]
+        return sorted(found.values(), key=lambda move: -move.gain)[: self.num_tries]

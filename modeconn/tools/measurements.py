@@ -8,7 +8,7 @@ import os
 from pathlib import Path
 from typing import Any
 
-from modeconn.tools import files as checkpoint
+from modeconn.tools import files
 from modeconn.tools.fingerprint import identify
 
 
@@ -27,7 +27,7 @@ class Records:
         self._path = None if path is None else Path(path)
         self._known: dict[str, dict[str, Any]] = {}
         if self._path is not None:
-            checkpoint.check_writable(self._path)
+            files.check_writable(self._path)
             if self._path.exists():
                 self._read(self._path)
 

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 from modeconn import PGD, AdversarialTraining, Connection, data, models
 from modeconn.attacks import Cascade, TorchAttack, autoattack, build
 from modeconn.attacks.torch_attacks import _classes, _defaults
-from modeconn.connection import TrainingData
 from modeconn.models.training import DIGITS_RECIPE
 from modeconn.network.attack import under_attack
+from modeconn.network.loss import TrainingData
 from modeconn.tools.rng import rng_state
 from tests.cases import CASE
 

@@ -27,15 +27,14 @@ from modeconn.attacks.training import adversary_of
 from modeconn.cli import parse
 from modeconn.curves.step import CurveStep
 from modeconn.data import TensorLoader
-from modeconn.learning.step_loss import supervised
 from modeconn.models.training import DIGITS_RECIPE
 from modeconn.network.batch_norm import calibration_batches, recalibrate
-from modeconn.network.loss import cross_entropy
+from modeconn.network.loss import cross_entropy, supervised
 from modeconn.network.recipe import Recipe, constant
 from modeconn.network.weights import WeightSpace, Workspace
-from tests import test_resume
 from tests.cases import CASE, same_bits
 from tests.cli.test_app import run
+from tests.learning import test_resume
 from tests.learning.resume_worker import RECIPE, fit
 
 ATTACK = PGD(0.2, 0.1, 2)

@@ -417,7 +417,7 @@ def test_the_help_of_every_command_has_an_example(command):
         ),
         (
             ("fit", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--data", "digits", "--align", "weight:sweeps=3"),
-            "alignment method 'weight:sweeps=3': got an unexpected keyword argument 'sweeps'; weight takes max_sweeps",
+            "alignment method 'weight:sweeps=3': got an unexpected keyword argument 'sweeps'; weight takes num_sweeps",
         ),
         (("align", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--model-arg", "width=2"), "--model, which is missing"),
         (("evaluate", "{}/a.safetensors", "--data", "digits"), "is a model, not a connection"),
@@ -588,4 +588,6 @@ def test_compare_does_not_write_its_table_over_its_json(folder, tmp_path):
 def test_a_method_may_start_from_another_one():
     expected = modeconn.WeightMatching(seed=2, start=modeconn.ActivationMatching())
     assert parse.method("weight:seed=2,start=activation") == expected
-    assert parse.method("sinkhorn:steps=9,start=weight") == modeconn.Sinkhorn(steps=9, start=modeconn.WeightMatching())
+    assert parse.method("sinkhorn:steps=9,start=weight") == modeconn.Sinkhorn(
+        num_steps=9, start=modeconn.WeightMatching()
+    )

@@ -24,7 +24,6 @@ from modeconn import (
     PermutationSpec,
     Sinkhorn,
     WeightMatching,
-    checkpoint,
     data,
     discover,
     models,
@@ -34,17 +33,18 @@ from modeconn.cli.app import app
 from modeconn.deep_align import Augmentation
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Block
-from modeconn.deep_align.training import Training, supervised_loss
+from modeconn.deep_align.training import EncoderTraining, PopulationNetwork, supervised_loss
 from modeconn.matching import match_units
 from modeconn.matching.soft import SoftPermutation
 from modeconn.network.batch_norm import norm_layers
 from modeconn.network.recipe import Recipe
+from modeconn.tools import files
 from tests.cases import Residual, batches, same_bits
 from tests.deep_align.reference import UNITS, DWSLayer, block_by_loops, relabel, weight_features
 from tests.symmetry.cases import CASES
 
 BY_NAME = {case.name: case for case in CASES}
-SMALL = DeepAlign(features=16, depth=2, steps=20, batch_size=8, validation_pairs=4, validate_every=10)
+SMALL = DeepAlign(features=16, depth=2, num_steps=20, batch_size=8, num_validation_pairs=4, validate_every=10)
 
 
 def images(num: int = 2) -> Tensor:
@@ -397,7 +397,8 @@ def test_the_scale_of_running_statistics_makes_no_difference_to_a_fit():
 def test_the_unit_of_distance_is_that_of_two_different_networks(count):
     encoder = untrained(perceptron).fitted.encoder
     states = encoder.graph.read([network(perceptron, seed) for seed in range(count)])
-    training = Training(replace(SMALL, connectivity=0), encoder, perceptron(), states, states, None, F.cross_entropy)
+    network = PopulationNetwork(perceptron(), F.cross_entropy)
+    training = EncoderTraining(replace(SMALL, connectivity=0), encoder, network, states, states, None)
     pairs = torch.tensor([(i, j) for i in range(count) for j in range(count) if i != j])
     expected = encoder.graph.distance(states[pairs[:, 0]], states[pairs[:, 1]]).mean()
     torch.testing.assert_close(training.distance, expected)
@@ -621,9 +622,9 @@ def test_align_and_other_methods_take_it(digits, aligner):
     expected = {name: match_units(x) for name, x in aligner.similarities(a, b).items()}
     assert found.permutation == Permutation(spec, expected)
     assert modeconn.align(a, b, train, method=WeightMatching(start=aligner)).permutation.num_moved > 0
-    kept = Sinkhorn(start=aligner, objective="weights", steps=1)
+    kept = Sinkhorn(start=aligner, objective="weights", num_steps=1)
     assert modeconn.align(a, b, method=kept).history[0] == pytest.approx(
-        modeconn.align(a, b, method=Sinkhorn(start=found.permutation, objective="weights", steps=1)).history[0]
+        modeconn.align(a, b, method=Sinkhorn(start=found.permutation, objective="weights", num_steps=1)).history[0]
     )
     refined = modeconn.fit_curve(
         a, b, train, align=aligner, curve=modeconn.Line(), refine=modeconn.PAM(iterations=1, num_batches=2),
@@ -779,9 +780,9 @@ def test_nothing_to_relabel_is_an_error():
 def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
     path = tmp_path / "aligner.safetensors"
     aligner.save(path)
-    tensors, about = checkpoint.read(path)
-    checkpoint.write(path, about.pop("kind"), tensors, {**about, "format": 1})
-    with pytest.raises(ValueError, match="has format 1; this version of modeconn reads 2"):
+    tensors, about = files.read(path)
+    files.write(path, about.pop("kind"), tensors, {**about, "format": 2})
+    with pytest.raises(ValueError, match="has format 2; this version of modeconn reads 3"):
         DeepAlign.load(path)
     models.save(models.mlp(64, (8,), 10), path)
     with pytest.raises(ValueError, match="is a model, not a deep align"):
@@ -816,8 +817,8 @@ def test_settings_out_of_range_are_errors(changes, message):
         (Sinkhorn, "steps"),
         (modeconn.StraightThrough, "rounds"),
         (modeconn.PAM, "iterations"),
-        (refinement.ProximalLinear, "max_tries"),
-        (refinement.RelaxedStep, "halvings"),
+        (refinement.ProximalLinear, "num_tries"),
+        (refinement.RelaxedStep, "num_halvings"),
         (refinement.SinkhornStep, "rounds"),
     ],
 )
@@ -863,7 +864,7 @@ def test_the_command_line_fits_evaluates_and_aligns(digits, aligner, tmp_path):
     for model, file in zip(population, files, strict=True):
         models.save(model, file)
     out = tmp_path / "aligner.safetensors"
-    given = "features=16,depth=2,steps=20,batch_size=8,validation_pairs=4,validate_every=10"
+    given = "features=16,depth=2,steps=20,batch_size=8,num_validation_pairs=4,validate_every=10"
     said = run("deepalign", "fit", *files, "--data", "digits", "--out", out, "--settings", given)
     assert repr(DeepAlign.load(out)) == repr(aligner) and f"Wrote {out}" in said.output
     assert "loss in the middle" in said.output

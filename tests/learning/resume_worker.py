@@ -15,8 +15,8 @@ from modeconn.curves import Bezier
 from modeconn.curves.step import CurveStep
 from modeconn.data import Flip, TensorLoader
 from modeconn.fit import fit_curve
+from modeconn.learning.checkpoint import Checkpoint
 from modeconn.network.recipe import Recipe, one_cycle
-from modeconn.tools.files import Checkpoint
 from tests.cases import CASE, batches
 
 

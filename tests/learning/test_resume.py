@@ -14,12 +14,11 @@ import torch
 from torch.utils.data import DataLoader, Dataset
 
 from modeconn.curves import Bezier, PolyChain
-from modeconn.learning.epochs import KIND
+from modeconn.learning.checkpoint import Checkpoint
 from modeconn.network.loss import cross_entropy
 from modeconn.network.recipe import Recipe, constant
 from modeconn.symmetry import discover
 from modeconn.tools import files
-from modeconn.tools.files import Checkpoint
 from tests.cases import CASE, batches
 from tests.learning.resume_worker import RECIPE, after, fit, loader
 
@@ -65,11 +64,11 @@ def killed(path: Path, where: str, count: int) -> None:
 def test_a_run_killed_in_epochs_and_in_writes_ends_with_the_bits_of_an_uninterrupted_one(tmp_path):
     path = tmp_path / "c.safetensors"
     killed(path, "batch", 6)  # inside the first epoch, two batches after its checkpoint
-    stood = files.read(path, KIND)[1]["progress"]
+    stood = files.read(path, "checkpoint of fit_curve")[1]["progress"]
     assert (stood["epoch"], stood["batch"]) == (0, 3)
     killed(path, "write", 3)  # each write syncs file and folder: inside its second write
     killed(path, "rename", 3)  # with a finished file that has not got its name
-    stood = files.read(path, KIND)[1]["progress"]
+    stood = files.read(path, "checkpoint of fit_curve")[1]["progress"]
     assert (stood["epoch"], stood["batch"]) == (1, 3)
     assert same(fit(path), fit())
     assert os.listdir(tmp_path) == ["c.safetensors"]
@@ -101,7 +100,7 @@ def test_ctrl_c_waits_for_the_step_and_saves(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "c", forward=forward)
     assert signal.getsignal(signal.SIGINT) is handler
-    assert files.read(tmp_path / "c", KIND)[1]["progress"]["batch"] == 5
+    assert files.read(tmp_path / "c", "checkpoint of fit_curve")[1]["progress"]["batch"] == 5
     assert same(fit(tmp_path / "c", forward=forward), fit(forward=forward))
 
 
@@ -116,7 +115,7 @@ def test_a_second_ctrl_c_acts_at_once_and_leaves_the_last_checkpoint(tmp_path):
     steps = []
     with pytest.raises(KeyboardInterrupt):
         fit(Checkpoint(tmp_path / "c", every_batches=4), forward=forward)
-    assert files.read(tmp_path / "c", KIND)[1]["progress"]["batch"] == 4
+    assert files.read(tmp_path / "c", "checkpoint of fit_curve")[1]["progress"]["batch"] == 4
     assert same(fit(tmp_path / "c", forward=forward), fit(forward=forward))
 
 
@@ -275,7 +274,7 @@ def test_a_spoiled_checkpoint_is_an_error_and_stays_as_it_is(tmp_path, spoil):
 def test_going_on_under_other_conditions_is_warned_of(tmp_path):
     with pytest.raises(KeyboardInterrupt):
         fit(tmp_path / "c", Breaking(loader(), 5))
-    tensors, about = files.read(tmp_path / "c", KIND)
+    tensors, about = files.read(tmp_path / "c", "checkpoint of fit_curve")
     about["environment"]["threads"] = 77
     files.write(tmp_path / "c", about.pop("kind"), tensors, about)
     with pytest.warns(UserWarning, match=rf"threads was 77 and is {torch.get_num_threads()}"):
@@ -294,6 +293,6 @@ def test_intervals_must_be_positive(tmp_path):
 
 def test_a_checkpoint_describes_itself_in_json(tmp_path):
     fit(tmp_path / "c")
-    about = files.read(tmp_path / "c", KIND)[1]
+    about = files.read(tmp_path / "c", "checkpoint of fit_curve")[1]
     assert about["settings"]["curve"] == "Bezier(degree=3, free_ends=False)" and json.dumps(about)
     assert about["environment"]["torch"] == torch.__version__

@@ -355,7 +355,7 @@ def test_settings_out_of_range_are_refused(settings: dict, message: str) -> None
 
 
 def test_a_wrong_spec_is_caught_before_it_is_used(monkeypatch: pytest.MonkeyPatch) -> None:
-    from modeconn.symmetry.discover import Walk
+    from modeconn.symmetry.walk import Walk
 
     def skip(walk: Walk, input, weight, bias=None):
         walk.contract(input, input.axes[1])
@@ -395,8 +395,8 @@ def test_heads_are_compared_by_their_units_and_not_mixed_over_them() -> None:
         WeightMatching(start=ActivationMatching(num_examples=16)),
         TransportMatching(num_examples=16),
         TransportMatching(cost="weights"),
-        Sinkhorn(steps=2, rounds=1),
-        StraightThrough(steps=2, rounds=1),
+        Sinkhorn(num_steps=2, num_rounds=1),
+        StraightThrough(num_steps=2, num_rounds=1),
     ],
     ids=lambda method: type(method).__name__,
 )

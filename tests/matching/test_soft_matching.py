@@ -233,13 +233,13 @@ def test_soft_permutations_say_what_is_wrong_with_them(generator: torch.Generato
 # ---------------------------------------------------------------- what learns
 
 LEARNED = [
-    Sinkhorn(steps=12, rounds=4),
-    Sinkhorn(steps=12, rounds=4, objective="line"),
-    Sinkhorn(steps=12, rounds=4, objective="weights", temperature=2.0, final_temperature=0.5),
-    Sinkhorn(steps=12, rounds=4, objective=Bezier(3)),
-    StraightThrough(steps=12, rounds=4),
-    StraightThrough(steps=12, rounds=4, objective="midpoint"),
-    StraightThrough(steps=12, rounds=4, objective=Bezier(2)),
+    Sinkhorn(num_steps=12, num_rounds=4),
+    Sinkhorn(num_steps=12, num_rounds=4, objective="line"),
+    Sinkhorn(num_steps=12, num_rounds=4, objective="weights", temperature=2.0, final_temperature=0.5),
+    Sinkhorn(num_steps=12, num_rounds=4, objective=Bezier(3)),
+    StraightThrough(num_steps=12, num_rounds=4),
+    StraightThrough(num_steps=12, num_rounds=4, objective="midpoint"),
+    StraightThrough(num_steps=12, num_rounds=4, objective=Bezier(2)),
 ]
 IDS = ["midpoint", "line", "weights", "curve", *(f"straight-through {p}" for p in ("line", "midpoint", "curve"))]
 
@@ -313,9 +313,9 @@ def test_a_step_that_gains_nothing_returns_the_start(generator: torch.Generator)
     planted = spec.random(generator)
     loader = [(torch.rand(12, 8, generator=generator), torch.randint(3, (12,), generator=generator))]
     for method in (
-        Sinkhorn(objective="weights", steps=5, start=planted.inverse()),
-        Sinkhorn(objective="weights", steps=1, learning_rate=1e-12, strength=9.0, start=planted.inverse()),
-        StraightThrough(steps=3, start=planted.inverse(), learning_rate=1e-9),
+        Sinkhorn(objective="weights", num_steps=5, start=planted.inverse()),
+        Sinkhorn(objective="weights", num_steps=1, learning_rate=1e-12, strength=9.0, start=planted.inverse()),
+        StraightThrough(num_steps=3, start=planted.inverse(), learning_rate=1e-9),
     ):
         assert method.match(spec, model, planted.apply(model), loader).permutation @ planted == spec.identity()
 
@@ -330,10 +330,10 @@ def test_batch_norm_is_learned_through_though_the_last_batch_has_one_example(met
 @pytest.mark.parametrize(
     "method",
     [
-        Sinkhorn(steps=20, rounds=2, final_temperature=0.05),
-        Sinkhorn(steps=20, rounds=2, objective="weights", start=WeightMatching()),
-        Sinkhorn(steps=20, rounds=2, objective=Bezier(2)),
-        StraightThrough(steps=5, rounds=1, objective=Bezier(2)),
+        Sinkhorn(num_steps=20, num_rounds=2, final_temperature=0.05),
+        Sinkhorn(num_steps=20, num_rounds=2, objective="weights", start=WeightMatching()),
+        Sinkhorn(num_steps=20, num_rounds=2, objective=Bezier(2)),
+        StraightThrough(num_steps=5, num_rounds=1, objective=Bezier(2)),
         TransportMatching(cost="weights"),
         TransportMatching(cost="weights", regularization=0.05),
         TransportMatching(regularization=0.05),
@@ -358,7 +358,7 @@ def test_free_weights_take_steps_that_are_too_small_for_half_precision(monkeypat
 
     monkeypatch.setattr(WeightMatching, "match", watching)
     a, b = (models.mlp(8, (6,), 3, seed=seed).bfloat16() for seed in (1, 2))
-    StraightThrough(steps=4, learning_rate=1e-6).match(discover(a), a, b, batches(dtype=torch.bfloat16))
+    StraightThrough(num_steps=4, learning_rate=1e-6).match(discover(a), a, b, batches(dtype=torch.bfloat16))
     assert not torch.equal(seen[0], seen[-1])
 
 
@@ -367,7 +367,7 @@ def test_weights_alone_recover_a_planted_permutation(strength: float, generator:
     model = models.mlp(12, (10, 9), 5, seed=1)
     spec = discover(model)
     planted = spec.random(generator)
-    method = Sinkhorn(objective="weights", strength=strength, learning_rate=0.3, steps=200)
+    method = Sinkhorn(objective="weights", strength=strength, learning_rate=0.3, num_steps=200)
     assert align(model, planted.apply(model), method=method, spec=spec).permutation @ planted == spec.identity()
 
 
@@ -565,8 +565,8 @@ def test_sinkhorn_leaves_at_most_60_percent_of_the_barrier_of_its_start_on_the_d
     start = WeightMatching()
     methods = {
         "start": start,
-        "Sinkhorn": Sinkhorn(start=start, steps=150),
-        "STE": StraightThrough(start=start, steps=150),
+        "Sinkhorn": Sinkhorn(start=start, num_steps=150),
+        "STE": StraightThrough(start=start, num_steps=150),
     }
     found = compare(list(pairwise(networks)), methods, train, test, repair=False)
     assert found.ratio("Sinkhorn", "start")[0] < 0.6

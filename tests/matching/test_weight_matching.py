@@ -49,7 +49,7 @@ def naive(spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, *, seed
     """Relabel all of b for every tree of groups, match it, and compare the whole objective, until a sweep is idle."""
     a, b = moving(spec, model_a), moving(spec, model_b)
     generator = torch.Generator().manual_seed(seed)
-    found, history, groups = spec.identity(), [inner(spec, model_a, model_b)], trees(spec)
+    found, history, groups = spec.identity(), [inner(spec, model_a, model_b)], spec.trees()
     idle = False
     while not idle:
         idle = True
@@ -119,7 +119,7 @@ def test_the_objective_rises_at_every_step_and_is_that_of_the_relabelled_network
 ) -> None:
     spec, a, b = pair(name)
     a, b = clone(a).to(dtype), clone(b).to(dtype)
-    result = WeightMatching(starts=2).match(spec, a, b)
+    result = WeightMatching(num_starts=2).match(spec, a, b)
     assert all(y > x for x, y in pairwise(result.history))
     gained = inner(spec, a, result.permutation.apply(b)) - inner(spec, a, b)
     first = WeightMatching().match(spec, a, b)
@@ -147,7 +147,7 @@ def test_the_networks_and_the_global_generator_stay_as_they_were() -> None:
     a, b = (models.mlp(6, (8, 8), 3, seed=s) for s in (1, 2))
     copies = [models.mlp(6, (8, 8), 3, seed=s) for s in (1, 2)]
     state = torch.get_rng_state()
-    WeightMatching(starts=3).match(discover(a), a, b)
+    WeightMatching(num_starts=3).match(discover(a), a, b)
     assert all(same_bits(left, right) for left, right in zip((a, b), copies, strict=True))
     assert torch.equal(torch.get_rng_state(), state)
 
@@ -199,7 +199,7 @@ def test_a_planted_permutation_is_recovered_with_its_blocks(name: str, generator
     spec, model, _ = pair(name)
     for _ in range(3):
         planted = spec.random(generator)
-        found = WeightMatching(starts=4).match(spec, model, planted.apply(model)).permutation
+        found = WeightMatching(num_starts=4).match(spec, model, planted.apply(model)).permutation
         assert found @ planted == spec.identity()
 
 
@@ -246,14 +246,14 @@ def test_units_without_weights_are_where_b_has_them_and_are_counted(start: str, 
 
 def test_the_seed_decides_the_result() -> None:
     spec, a, b = pair("residual")
-    first, again = (WeightMatching(seed=3, starts=3).match(spec, a, b) for _ in range(2))
+    first, again = (WeightMatching(seed=3, num_starts=3).match(spec, a, b) for _ in range(2))
     assert (first.permutation, first.history) == (again.permutation, again.history)
 
 
 def test_more_starts_are_never_worse() -> None:
     a, b = (models.mlp(8, (12, 12, 12), 3, seed=s) for s in (1, 2))
     spec = discover(a)
-    ends = [WeightMatching(starts=n).match(spec, a, b).history[-1] for n in (1, 2, 4, 8)]
+    ends = [WeightMatching(num_starts=n).match(spec, a, b).history[-1] for n in (1, 2, 4, 8)]
     assert ends == sorted(ends)
     assert ends[-1] > ends[0]
 
@@ -303,7 +303,7 @@ def test_starts_that_do_not_fit_are_refused() -> None:
         WeightMatching(start=ActivationMatching()).match(discover(a), a, a)
 
 
-@pytest.mark.parametrize("name", ["max_sweeps", "starts"])
+@pytest.mark.parametrize("name", ["num_sweeps", "starts"])
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {name}=0"):
         WeightMatching(**{name: 0})
@@ -316,7 +316,7 @@ def test_beside_the_weights_there_is_one_matrix_of_products_and_one_of_costs() -
             b[0].weight.copy_(a[0].weight)
         spec = discover(a, torch.randn(2, 3))
         with peak_memory(torch.device("cpu")) as found:
-            WeightMatching(max_sweeps=1).match(spec, a, b)
+            WeightMatching(num_sweeps=1).match(spec, a, b)
         return found.num_bytes
 
     num_units = 2_000

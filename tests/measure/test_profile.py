@@ -8,7 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeconn.measure.profile import Meter, Profile, fetch
+from modeconn.measure.meter import Meter, fetch
+from modeconn.measure.profile import Profile
 from modeconn.network.loss import cross_entropy
 from tests.cases import CASE, batches
 

@@ -21,9 +21,9 @@ from typer.testing import CliRunner
 
 from modeconn import PGD, AdversarialExamples, Connection, Ensemble, RobustProfile, data, models, plot, robustness
 from modeconn.cli.app import app
-from modeconn.connection import TrainingData
 from modeconn.measure.curvature import largest_eigenvalue
 from modeconn.measure.robust_profile import pack_bits, pack_floats, unpack_bits, unpack_floats
+from modeconn.network.loss import TrainingData
 from tests.cases import CASE
 
 STRONG, WEAK = PGD(0.3, 0.1, 4, seed=3), PGD(0.1, 0.05, 1, seed=3)

@@ -11,21 +11,21 @@ from torch import nn
 import modeconn
 from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, RelaxedStep, SinkhornStep, models
 from modeconn.curves.loss import CurveLoss
-from modeconn.learning.step_loss import supervised
 from modeconn.matching import match_units
+from modeconn.matching.learned import SoftWeights
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
+from modeconn.network.loss import supervised
 from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.moves import Move, cycles, exchanges, gain, linear_costs, proximal_proposals
 from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.refinement.relaxed_step import decompose, project
-from modeconn.refinement.sinkhorn_step import SoftPath
 from modeconn.symmetry.spec import Permutation
-from tests import symmetry_cases
 from tests.cases import CASE, batches, same_bits
 from tests.learning.resume_worker import fit, loader
 from tests.learning.test_resume import Breaking
+from tests.symmetry import cases as symmetry_cases
 
 SYMMETRIES = {case.name: case for case in symmetry_cases.CASES}
 ONCE = ["plain", "residual", "dense block", "channel shuffle", "vit", "expert bank"]
@@ -55,7 +55,7 @@ def linear_loss(theta, gradient) -> float:
 def test_a_move_promises_exactly_what_a_linear_loss_falls_by(name):
     spec, theta_b, gradient = setting(name)
     generator = torch.Generator().manual_seed(1)
-    for tree in trees(spec):
+    for tree in spec.trees():
         costs = linear_costs(spec, tree, gradient, theta_b)
         drawn = spec.random(generator).perms
         perms = {group.name: drawn[group.name] for group in tree}
@@ -72,7 +72,7 @@ def test_the_cycles_of_a_relabelling_compose_to_it(name):
     spec, theta_b, gradient = setting(name)
     drawn = spec.random(torch.Generator().manual_seed(2))
     composed = spec.identity()
-    for tree in trees(spec):
+    for tree in spec.trees():
         costs = linear_costs(spec, tree, gradient, theta_b)
         parts = list(cycles(spec, tree, {g.name: drawn.perms[g.name] for g in tree}, costs))
         for one, other in itertools.combinations(parts, 2):
@@ -86,7 +86,7 @@ def test_the_cycles_of_a_relabelling_compose_to_it(name):
 def test_exchanges_are_the_best_of_all_pairs(name):
     spec, theta_b, gradient = setting(name)
     before = linear_loss(theta_b, gradient)
-    for tree in trees(spec):
+    for tree in spec.trees():
         found = list(exchanges(spec, tree, linear_costs(spec, tree, gradient, theta_b), 3))
         for group in tree:
             falls = []
@@ -106,7 +106,7 @@ def test_exchanges_are_the_best_of_all_pairs(name):
 
 def test_without_a_proximal_weight_the_proposal_minimises_a_linear_loss():
     spec, theta_b, gradient = setting("plain")
-    (tree, _) = trees(spec)
+    (tree, _) = spec.trees()
     costs = linear_costs(spec, tree, gradient, theta_b)
     (group,) = tree
     best = min(
@@ -195,7 +195,7 @@ def test_a_move_is_given_up_early_and_accepted_only_on_the_whole_sample(monkeypa
         return values(loss, theta_b, bend, places)
 
     gradient, tried = state.gradient(), []
-    (tree, *_) = trees(spec)
+    (tree, *_) = spec.trees()
     for move in exchanges(spec, tree, linear_costs(spec, tree, gradient, state.parameters), 40):
         before, fallen = state.theta_b.clone(), state.value_after(move) - state.value
         looked_at.clear()
@@ -275,7 +275,9 @@ def test_the_proximal_weights_hold_permutation_and_curve():
 def test_turns_end_when_nothing_is_accepted_and_the_loss_stands_still():
     a, b = pair()
     settings = {"align": False, "curve": Line(), "recipe": Recipe(epochs=8)}
-    connection = modeconn.fit_curve(a, b, batches(8), refine=PAM(iterations=8, tol=0.5, num_batches=None), **settings)
+    connection = modeconn.fit_curve(
+        a, b, batches(8), refine=PAM(iterations=8, tolerance=0.5, num_batches=None), **settings
+    )
     turns = connection.history.turns
     assert len(turns) < 8 and turns[-1]["num_accepted"] == 0
 
@@ -352,7 +354,7 @@ def test_the_exact_mode_goes_on_from_between_two_steps_of_descent(tmp_path, monk
 
 def test_the_exact_mode_ends_too_when_nothing_is_accepted():
     a, b = pair()
-    pam = PAM(iterations=9, exact=True, num_points=5, tol=0.9)
+    pam = PAM(iterations=9, exact=True, num_points=5, tolerance=0.9)
     connection = modeconn.fit_curve(a, b, batches(3), align=False, refine=pam, recipe=Recipe(epochs=9))
     assert len(connection.history.turns) < 9 and connection.history.turns[-1]["num_accepted"] == 0
 
@@ -422,11 +424,11 @@ def test_best_swap_measures_what_the_fit_lowered():
 
     spec = modeconn.discover(a, data[0]["x"])
     fitted = modeconn.fit_curve(a, b, data, align=spec.identity(), forward=forward, recipe=Recipe(epochs=1))
-    own, given = (modeconn.best_swap(fitted, loader, max_tries=5) for loader in (None, data))
+    own, given = (modeconn.best_swap(fitted, loader, num_tries=5) for loader in (None, data))
     assert own == given
-    other = modeconn.best_swap(fitted, batches(4), loss_fn=nn.functional.cross_entropy, max_tries=5)
+    other = modeconn.best_swap(fitted, batches(4), loss_fn=nn.functional.cross_entropy, num_tries=5)
     assert other.loss != own.loss
-    for bad in ({"num_batches": 0}, {"max_tries": -3}, {"max_tries": 2.5}):
+    for bad in ({"num_batches": 0}, {"num_tries": -3}, {"num_tries": 2.5}):
         with pytest.raises(ValueError, match="must be an integer of at least 1, or None"):
             modeconn.best_swap(fitted, **bad)
 
@@ -445,7 +447,7 @@ def test_it_runs_on_any_architecture(name):
     (a, shape), (b, _) = (ARCHITECTURES[name](seed) for seed in (0, 1))
     outputs = a.eval()(torch.rand(shape)).shape[1]
     data = [(torch.rand(shape), torch.arange(shape[0]) % outputs) for _ in range(2)]
-    pam = PAM(iterations=1, step=ProximalLinear(max_rounds=2, max_tries=4))
+    pam = PAM(iterations=1, step=ProximalLinear(num_rounds=2, num_tries=4))
     spec = modeconn.discover(a, data[0][0])
     connection = modeconn.fit_curve(
         a, b, data, align=False, spec=spec, curve=Line(), refine=pam, recipe=Recipe(epochs=1)
@@ -472,7 +474,7 @@ def test_it_runs_on_any_architecture(name):
         ({"exact": True, "num_points": 2}, "num_points must be at least 3"),
         ({"exact": "false"}, "exact must be True or False, got exact='false'"),
         ({"nu_curve": None}, "nu_curve must be positive, got nu_curve=None"),
-        ({"tol": "x"}, "tol must be at least 0, got tol='x'"),
+        ({"tol": "x"}, "tol must be at least 0, got tolerance='x'"),
         ({"iterations": None}, "iterations must be an integer, got iterations=None"),
         ({"step": "sinkhorn"}, r"step must be a step in P such as ProximalLinear\(\)"),
         ({"step": SinkhornStep}, "step must be a step in P"),
@@ -489,7 +491,7 @@ def test_settings_out_of_range(settings, message):
         (ProximalLinear, {"weights": 0.1}, "weights must be one or more numbers of at least 0, got weights=0.1"),
         (ProximalLinear, {"weights": (math.nan,)}, "weights must be one or more numbers"),
         (ProximalLinear, {"weights": ()}, "weights must be one or more numbers"),
-        (RelaxedStep, {"halvings": -1}, "halvings must be at least 0, got halvings=-1"),
+        (RelaxedStep, {"num_halvings": -1}, "num_halvings must be at least 0, got num_halvings=-1"),
         (RelaxedStep, {"seed": None}, "seed must be an integer, got seed=None"),
     ],
 )
@@ -525,15 +527,17 @@ def test_a_model_without_free_groups(caplog):
 # ---------------------------------------------------------------- other steps, and a measure of local optimality
 
 
-@pytest.mark.parametrize("step", [SinkhornStep(steps=3, rounds=1), RelaxedStep(steps=60, num_samples=2)], ids=repr)
+@pytest.mark.parametrize(
+    "step", [SinkhornStep(num_steps=3, num_rounds=1), RelaxedStep(num_steps=60, num_samples=2)], ids=repr
+)
 def test_soft_steps_are_learned_in_single_precision_where_networks_are_of_half(step, monkeypatch):
-    learned, backward = [], SoftPath.backward
+    learned, backward = [], SoftWeights.backward
 
-    def noted(path, matrices, place):
+    def noted(weights, matrices, gradient):
         learned.extend(matrix.dtype for matrix in matrices.values())
-        backward(path, matrices, place)
+        backward(weights, matrices, gradient)
 
-    monkeypatch.setattr(SoftPath, "backward", noted)
+    monkeypatch.setattr(SoftWeights, "backward", noted)
     a, b = (CASE["mlp"].make(seed, torch.bfloat16) for seed in (0, 1))
     data = [(x.bfloat16(), y) for x, y in batches()]
     connection = modeconn.fit_curve(
@@ -543,7 +547,9 @@ def test_soft_steps_are_learned_in_single_precision_where_networks_are_of_half(s
     assert set(learned) == {torch.float32}
 
 
-@pytest.mark.parametrize("step", [SinkhornStep(steps=40, rounds=4), RelaxedStep(steps=40, num_samples=4)], ids=repr)
+@pytest.mark.parametrize(
+    "step", [SinkhornStep(num_steps=40, num_rounds=4), RelaxedStep(num_steps=40, num_samples=4)], ids=repr
+)
 @pytest.mark.parametrize("name", ["mlp", "vit"])
 def test_other_steps_keep_the_incumbent_unless_they_find_better(name, step):
     torch.manual_seed(0)
@@ -592,7 +598,7 @@ def test_the_best_swap_is_the_best_of_all():
     a, b = pair(dtype=torch.float64)
     data = batches(8, dtype=torch.float64)
     straight = modeconn.fit_curve(a, b, data, curve=Line())
-    found = modeconn.best_swap(straight, max_tries=None, num_batches=None)
+    found = modeconn.best_swap(straight, num_tries=None, num_batches=None)
     assert found.num_tried == found.num_swaps == 28
     sample, _ = draw_sample(data, straight.device, None, seed=0)
 
@@ -622,10 +628,10 @@ def test_the_best_swap_is_the_best_of_all():
 
 def test_nothing_is_left_to_swap_after_pam():
     a, b = pair()
-    step = ProximalLinear(max_tries=100)  # more than there are swaps
+    step = ProximalLinear(num_tries=100)  # more than there are swaps
     pam = PAM(iterations=1, num_batches=None, step=step)
     refined = modeconn.fit_curve(a, b, batches(8), align=False, curve=Line(), refine=pam, recipe=Recipe(epochs=1))
-    found = modeconn.best_swap(refined, num_batches=None, max_tries=None)
+    found = modeconn.best_swap(refined, num_batches=None, num_tries=None)
     assert found.loss == pytest.approx(refined.history.turns[0]["loss_after"], rel=1e-5)
     assert found.decrease == pytest.approx(0, abs=1e-6)
 

@@ -14,10 +14,10 @@ import modeconn
 from modeconn import RULES, discover, models
 from modeconn.symmetry import UnknownOperatorWarning, VerificationError
 from modeconn.symmetry.axes import Axis
-from modeconn.symmetry.discover import Walk, example_for
+from modeconn.symmetry.explore import Exploration, example_for
 from modeconn.symmetry.graph import _grouped_matmul, export
 from modeconn.symmetry.rules.contractions import contraction
-from modeconn.symmetry.rules.traced import Traced
+from modeconn.symmetry.walk import Traced, Walk
 from tests.symmetry.cases import CASES, SPELLINGS, Case, attention
 
 ZOO = {
@@ -109,7 +109,7 @@ def test_one_wrong_axis_in_any_of_40_groups_of_a_plain_network_is_seen() -> None
     graphs = [export(model, example_for(model, example), training=mode) for mode in (False, True)]
 
     def spec_with(rules: dict) -> modeconn.PermutationSpec:
-        walk = Walk(model, rules)
+        walk = Exploration(model, rules)
         for graph in graphs:
             walk.run(graph)
         return walk.finish()

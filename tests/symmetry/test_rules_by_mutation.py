@@ -17,8 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeconn import RULES, PermutationSpec, VerificationError
-from modeconn.symmetry.discover import Walk, example_for
+from modeconn.symmetry.explore import Exploration, example_for
 from modeconn.symmetry.graph import Graph, export
+from modeconn.symmetry.walk import Walk
 from tests.symmetry.cases import CASES, Case
 
 SAMPLE = None if os.environ.get("MODECONN_MUTATIONS") == "all" else 8
@@ -46,7 +47,7 @@ class Forgetful:
 
 
 def discover_with(wrap: Wrap, model: nn.Module, graphs: list[Graph]) -> PermutationSpec:
-    walk = Walk(model, {op: wrap(op, rule) for op, rule in RULES.items()})
+    walk = Exploration(model, {op: wrap(op, rule) for op, rule in RULES.items()})
     for graph in graphs:
         walk.run(graph)
     return walk.finish()

@@ -6,16 +6,14 @@ import pickle
 import pytest
 import torch
 
-from modeconn.tools import files as checkpoint
+from modeconn.tools import files
 
 TENSORS = {"x": torch.arange(6.0).reshape(2, 3), "empty": torch.empty(0), "n": torch.tensor(3)}
 
 
 def test_a_file_brings_tensors_and_description_back(tmp_path):
-    checkpoint.write(
-        tmp_path / "a.safetensors", "thing", {**TENSORS, "t": TENSORS["x"].t()}, {"seed": 3, "loss": [0.1]}
-    )
-    tensors, about = checkpoint.read(tmp_path / "a.safetensors", "thing")
+    files.write(tmp_path / "a.safetensors", "thing", {**TENSORS, "t": TENSORS["x"].t()}, {"seed": 3, "loss": [0.1]})
+    tensors, about = files.read(tmp_path / "a.safetensors", "thing")
     assert about == {"kind": "thing", "seed": 3, "loss": [0.1]}
     assert tensors.keys() == {*TENSORS, "t"} and torch.equal(tensors["t"], TENSORS["x"].t())
     assert all(torch.equal(tensors[name], TENSORS[name]) for name in TENSORS)
@@ -25,21 +23,21 @@ def test_a_file_brings_tensors_and_description_back(tmp_path):
 @pytest.mark.parametrize("step", ["fsync", "replace"])
 def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monkeypatch, step):
     path = tmp_path / "a.safetensors"
-    checkpoint.write(path, "thing", TENSORS, {"version": "old"})
+    files.write(path, "thing", TENSORS, {"version": "old"})
 
     def fail(*_):
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, step, fail)
     with pytest.raises(OSError, match=r"cannot write '.*a\.safetensors' \(No space left on device\)"):
-        checkpoint.write(path, "thing", TENSORS, {"version": "new"})
-    assert checkpoint.read(path, "thing")[1]["version"] == "old"
+        files.write(path, "thing", TENSORS, {"version": "new"})
+    assert files.read(path, "thing")[1]["version"] == "old"
     assert os.listdir(tmp_path) == ["a.safetensors"]
 
 
 def test_a_folder_that_does_not_exist_is_named_and_not_made(tmp_path):
     path = tmp_path / "missing" / "a.safetensors"
-    for attempt in (lambda: checkpoint.check_writable(path), lambda: checkpoint.write(path, "thing", TENSORS, {})):
+    for attempt in (lambda: files.check_writable(path), lambda: files.write(path, "thing", TENSORS, {})):
         with pytest.raises(FileNotFoundError, match=r"cannot write '.*missing/a\.safetensors' \(No such file"):
             attempt()
     assert os.listdir(tmp_path) == []
@@ -47,21 +45,21 @@ def test_a_folder_that_does_not_exist_is_named_and_not_made(tmp_path):
 
 def test_a_folder_is_no_file_to_write(tmp_path):
     with pytest.raises(IsADirectoryError, match="it is a folder"):
-        checkpoint.check_writable(tmp_path)
+        files.check_writable(tmp_path)
 
 
 def test_checking_that_a_file_can_be_written_leaves_nothing(tmp_path):
-    checkpoint.check_writable(tmp_path / "a.safetensors")
+    files.check_writable(tmp_path / "a.safetensors")
     assert os.listdir(tmp_path) == []
 
 
 @pytest.mark.parametrize("keep", [0, 5, 200, -1], ids=["nothing", "part of the header", "no data", "all but a byte"])
 def test_a_truncated_file_is_an_error_that_says_so(tmp_path, keep):
     path = tmp_path / "a.safetensors"
-    checkpoint.write(path, "thing", {"x": torch.ones(100)}, {})
+    files.write(path, "thing", {"x": torch.ones(100)}, {})
     path.write_bytes(path.read_bytes()[:keep])
     with pytest.raises(ValueError, match=r"a\.safetensors' is truncated or no safetensors file"):
-        checkpoint.read(path, "thing")
+        files.read(path, "thing")
 
 
 class Bomb:
@@ -75,22 +73,22 @@ def test_a_pickle_is_refused_and_runs_nothing(tmp_path, monkeypatch, dump):
     path = tmp_path / "a.safetensors"
     dump(Bomb(), path)
     with pytest.raises(ValueError, match=r"is a pickle .* which could run code"):
-        checkpoint.read(path, "thing")
+        files.read(path, "thing")
     assert not (tmp_path / "boom").exists()
 
 
 def test_no_header_length_is_taken_for_a_pickle(tmp_path):
     for length in range(0, 256, 8):  # headers are padded to multiples of 8 bytes
-        checkpoint.write(tmp_path / "a", "thing", {}, {"text": "x" * length})
-        assert checkpoint.read(tmp_path / "a", "thing")[1]["text"] == "x" * length
+        files.write(tmp_path / "a", "thing", {}, {"text": "x" * length})
+        assert files.read(tmp_path / "a", "thing")[1]["text"] == "x" * length
 
 
 def test_a_file_of_another_kind_or_program_is_refused(tmp_path):
-    checkpoint.write(tmp_path / "ours", "connection", TENSORS, {})
+    files.write(tmp_path / "ours", "connection", TENSORS, {})
     with pytest.raises(ValueError, match="ours' is a connection, not a thing"):
-        checkpoint.read(tmp_path / "ours", "thing")
-    (tmp_path / "theirs").write_bytes(checkpoint.safetensors.torch.save({"x": torch.ones(2)}))
+        files.read(tmp_path / "ours", "thing")
+    (tmp_path / "theirs").write_bytes(files.safetensors.torch.save({"x": torch.ones(2)}))
     with pytest.raises(ValueError, match="theirs' was not written by modeconn; it should be a thing"):
-        checkpoint.read(tmp_path / "theirs", "thing")
+        files.read(tmp_path / "theirs", "thing")
     with pytest.raises(FileNotFoundError, match="nowhere"):
-        checkpoint.read(tmp_path / "nowhere", "thing")
+        files.read(tmp_path / "nowhere", "thing")

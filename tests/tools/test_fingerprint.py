@@ -108,7 +108,7 @@ def test_permutations_and_aligners_are_told_apart_by_what_they_hold():
     p, q = (Permutation(spec, {group.name: torch.tensor(perm) for group in spec.groups}) for perm in PERMS)
     assert identify(WeightMatching(start=p)) != identify(WeightMatching(start=q))
     assert identify(p) == identify(modeconn.discover(networks[1]).identity() @ p)
-    settings = DeepAlign(features=8, depth=1, steps=0, connectivity=0.0)
+    settings = DeepAlign(features=8, depth=1, num_steps=0, connectivity=0.0)
     fitted = [settings.fit(part, example_input=torch.rand(2, 4)) for part in (networks[:2], networks[2:])]
     assert identify(fitted[0]) != identify(fitted[1])
 
