@@ -23,7 +23,8 @@ from modeconn import PGD, models
 from modeconn.attacks.training import AdversarialTraining
 from modeconn.curves import Bezier
 from modeconn.curves.step import CurveStep, stratified_positions
-from modeconn.network.loss import cross_entropy, supervised
+from modeconn.learning.step_loss import StepLoss
+from modeconn.network.loss import cross_entropy
 from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, Workspace
 
@@ -66,7 +67,7 @@ def curve_step(model_a: nn.Module, model_b: nn.Module, batch: Batch, attack: PGD
     points = curve.initial_control_points(space.flatten(model_a), space.flatten(model_b))
     step = CurveStep(Workspace(model_a, space), curve, points, Recipe(optimizer=SGD))
     weights = iter(curve.basis(torch.cat([stratified_positions(0, block) for block in range(16)])).tolist())
-    forward = supervised(cross_entropy, adversary=AdversarialTraining(attack))
+    forward = StepLoss(cross_entropy, adversary=AdversarialTraining(attack)).at(1)
     return lambda: step(batch, next(weights), forward)
 
 

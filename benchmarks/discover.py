@@ -20,7 +20,7 @@ from timing import environment
 from torch import Tensor, nn
 
 import modeconn
-from modeconn import models
+from modeconn import PermutationSpec, models
 from modeconn.symmetry.explore import Exploration, example_for
 from modeconn.symmetry.graph import export
 from modeconn.symmetry.rules import RULES
@@ -112,7 +112,7 @@ def measure(name: str) -> dict[str, float]:
     walk = Exploration(model, RULES)
     for graph in graphs:
         walk.run(graph)
-    spec = walk.finish()
+    spec = PermutationSpec.of(walk.finish())
     walked = time.perf_counter()
     return {
         "export": exported - start,

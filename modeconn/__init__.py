@@ -12,6 +12,7 @@ connection = modeconn.fit_curve(a, b, train, align=True)   # a low-loss curve be
 profile = connection.evaluate(test)                        # loss and accuracy along it
 """
 
+from modeconn import attacks, data, models, plot
 from modeconn._version import __version__
 from modeconn.attacks.pgd import PGD
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
@@ -20,6 +21,8 @@ from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.deep_align import DeepAlign
 from modeconn.fit import fit_curve
+from modeconn.learning.checkpoint import Checkpoint
+from modeconn.learning.history import History
 from modeconn.matching import (
     ActivationMatching,
     Alignment,
@@ -30,13 +33,15 @@ from modeconn.matching import (
     WeightMatching,
     align,
 )
+from modeconn.measure.curvature import Curvature
 from modeconn.measure.profile import Profile
 from modeconn.measure.robust_profile import RobustProfile
 from modeconn.measure.robustness import robustness
 from modeconn.merging import Merge, interpolate, merge_many
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.ensemble import Ensemble
-from modeconn.network.recipe import Recipe
+from modeconn.network.loss import TrainingData, cross_entropy
+from modeconn.network.recipe import Recipe, constant, halving, one_cycle, piecewise_linear
 from modeconn.network.repair import repair
 from modeconn.network.weights import WeightSpace
 from modeconn.refinement import PAM, BestSwap, ProximalLinear, RelaxedStep, SinkhornStep, best_swap
@@ -47,51 +52,76 @@ from modeconn.symmetry import (
     UnknownOperatorWarning,
     VerificationError,
     discover,
+    verify,
 )
 
-__all__ = [
-    "PAM",
-    "PGD",
-    "RULES",
-    "TRADES",
-    "ActivationMatching",
-    "AdversarialExamples",
-    "AdversarialTraining",
-    "Alignment",
-    "BestSwap",
-    "Bezier",
-    "Comparison",
-    "Connection",
-    "DeepAlign",
-    "Ensemble",
-    "FreeAdversarialTraining",
-    "Line",
-    "Merge",
-    "Permutation",
-    "PermutationSpec",
-    "PolyChain",
-    "Profile",
-    "ProximalLinear",
-    "Recipe",
-    "RelaxedStep",
-    "RobustProfile",
-    "Sinkhorn",
-    "SinkhornStep",
-    "SoftPermutation",
-    "StraightThrough",
-    "TransportMatching",
-    "UnknownOperatorWarning",
-    "VerificationError",
-    "WeightMatching",
-    "WeightSpace",
+__all__ = [  # noqa: RUF022  # in the order of the stages
     "__version__",
-    "align",
-    "best_swap",
-    "compare",
+    "plot",
+    "data",
+    # network
+    "WeightSpace",
+    "TrainingData",
+    "cross_entropy",
+    "Recipe",
+    "constant",
+    "piecewise_linear",
+    "halving",
+    "one_cycle",
+    "AdversarialExamples",
+    "repair",
+    "Ensemble",
+    # symmetry
+    "RULES",
     "discover",
-    "fit_curve",
+    "UnknownOperatorWarning",
+    "PermutationSpec",
+    "Permutation",
+    "verify",
+    "VerificationError",
+    # attacks
+    "attacks",
+    "PGD",
+    "AdversarialTraining",
+    "TRADES",
+    "FreeAdversarialTraining",
+    # measure
+    "Profile",
+    "RobustProfile",
+    "robustness",
+    "Curvature",
+    # curves
+    "Line",
+    "Bezier",
+    "PolyChain",
+    # matching
+    "align",
+    "Alignment",
+    "ActivationMatching",
+    "WeightMatching",
+    "TransportMatching",
+    "SoftPermutation",
+    "Sinkhorn",
+    "StraightThrough",
+    # learning
+    "Checkpoint",
+    "History",
+    # refinement
+    "PAM",
+    "ProximalLinear",
+    "SinkhornStep",
+    "RelaxedStep",
+    "best_swap",
+    "BestSwap",
+    # deep_align
+    "DeepAlign",
+    "models",
+    # connections, merging, fits, comparisons
+    "Connection",
     "interpolate",
     "merge_many",
-    "repair",
-    "robustness",
+    "Merge",
+    "fit_curve",
+    "compare",
+    "Comparison",
 ]

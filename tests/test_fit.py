@@ -2,7 +2,6 @@ from __future__ import annotations
 
 import copy
 import random
-import sys
 import types
 import warnings
 from dataclasses import replace
@@ -14,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+import modeconn
+from modeconn import ActivationMatching, WeightMatching
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.curves.step import BLOCK, stratified_positions
@@ -246,28 +247,32 @@ def test_a_finished_permutation_or_alignment_relabels_b():
         assert same_bits(connection.model_at(1), permutation.apply(b)) and not same_bits(connection.model_at(1), b)
 
 
-@pytest.mark.parametrize(("align", "method"), [(True, None), ("a method", "a method")])
+@pytest.mark.parametrize(
+    ("align", "method"), [(True, ActivationMatching()), (WeightMatching(seed=3), WeightMatching(seed=3))]
+)
 def test_alignment_is_asked_for_with_what_the_caller_gave(monkeypatch, align, method):
     a, b, permutation = planted()
     calls = []
 
     def fake(*args, **kwargs):
         calls.append((args, kwargs))
-        return types.SimpleNamespace(permutation=permutation)
+        return types.SimpleNamespace(permutation=permutation, model_b=permutation.apply(b))
 
-    monkeypatch.setitem(sys.modules, "modeconn.matching", types.SimpleNamespace(align=fake))
+    monkeypatch.setattr(modeconn.fit, "find_alignment", fake)
     data = batches()
     connection = fit_curve(a, b, data, align=align, recipe=SHORT, spec="spec", example_input="x")
-    assert calls == [((a, b, data), {"method": method, "spec": "spec", "example_input": "x"})]
+    ((first, second, opened, used), given) = calls.pop()
+    assert first is a and second is b and opened.first is data[0] and used == method and not calls
+    assert given == {"spec": "spec", "example_input": "x", "verify": True}
     assert same_bits(connection.model_at(1), permutation.apply(b))
 
 
 def test_the_alignment_does_not_move_the_order_of_the_data(monkeypatch):
     def fake(*args, **kwargs):
         torch.rand(3)
-        return types.SimpleNamespace(permutation=None)
+        return types.SimpleNamespace(permutation=None, model_b=args[1])
 
-    monkeypatch.setitem(sys.modules, "modeconn.matching", types.SimpleNamespace(align=fake))
+    monkeypatch.setattr(modeconn.fit, "find_alignment", fake)
     inputs, targets = (torch.cat(parts) for parts in zip(*batches(), strict=True))
     data = TensorLoader(inputs, targets, batch_size=12, shuffle=True)
     fits = [fit_curve(*pair(), data, align=align, recipe=SHORT) for align in (True, False)]
@@ -276,8 +281,8 @@ def test_the_alignment_does_not_move_the_order_of_the_data(monkeypatch):
 
 def test_without_a_loader_the_straight_connection_comes_with_one_warning(monkeypatch):
     a, b, permutation = planted("residual")
-    result = types.SimpleNamespace(permutation=permutation)
-    monkeypatch.setitem(sys.modules, "modeconn.matching", types.SimpleNamespace(align=lambda *args, **kwargs: result))
+    result = types.SimpleNamespace(permutation=permutation, model_b=permutation.apply(b))
+    monkeypatch.setattr(modeconn.fit, "find_alignment", lambda *args, **kwargs: result)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         connection = fit_curve(a, b, align=True)

@@ -35,7 +35,7 @@ from modeconn.cli.options import bars as _bars
 from modeconn.learning.checkpoint import Checkpoint
 from modeconn.matching import ActivationMatching
 from modeconn.network.loss import TrainingData
-from modeconn.tools import files
+from modeconn.tools.files import check_writable
 from modeconn.tools.measurements import Records
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
@@ -92,7 +92,7 @@ def _check_outputs(*paths: Path | None) -> None:
     asked = [path for path in paths if path is not None]
     places = [path.absolute() for path in asked]
     for path, place in zip(asked, places, strict=True):
-        files.check_writable(path)
+        check_writable(path)
         if places.count(place) > 1:
             raise ValueError(f"several results would be written to {str(path)!r}. Give them names that differ.")
 
@@ -181,7 +181,7 @@ def demo(
         data, root, batch_size, augment, plan.train_examples, plan.test_examples, data_seed, device
     ).load()
     out.mkdir(parents=True, exist_ok=True)
-    files.check_writable(out / "results.json")
+    check_writable(out / "results.json")
 
     def make(seed: int) -> torch.nn.Module:
         return parse.make_model(plan.model, plan.arguments, loaders[0], seed=seed).to(device)
@@ -244,7 +244,7 @@ def train(
         compile=compile,
     )
     opponent = options.adversary(adversary, eps, step_size, attack_steps)
-    files.check_writable(out)
+    check_writable(out)
     loader, test = DataOptions(
         data, root, batch_size, augment, train_examples=train_examples, seed=data_seed, device=device
     ).load()
@@ -332,7 +332,7 @@ def merge(
         modeconn merge a.safetensors b.safetensors c.safetensors \
             --data digits --start activation --repair --out merged.safetensors
     """
-    files.check_writable(out)
+    check_writable(out)
     chosen, first = parse.method(method), None if start is None else parse.method(start)
     loader, test = (None, None) if data is None else DataOptions(data, root, seed=data_seed, device=device).load()
     architecture = template(model, model_arg, loader)
@@ -695,7 +695,7 @@ def draw(
     """
     from matplotlib.figure import Figure
 
-    files.check_writable(out)
+    check_writable(out)
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     draw_files(files, _legend(files, labels), quantity, figure.subplots())
     figure.savefig(out, dpi=150)

@@ -11,6 +11,7 @@ from torch import nn
 from modeconn import ActivationMatching, DeepAlign, Recipe, WeightMatching, compare, models
 from modeconn.cli import options, parse
 from modeconn.cli.options import DataOptions, bars, change_recipe, template
+from modeconn.tools.files import check_writable
 
 app = typer.Typer(
     no_args_is_help=True,
@@ -58,7 +59,7 @@ def fit(
     """
     recipe = change_recipe(Recipe(), epochs=epochs, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay)
     aligner = parse.deep_align(settings)
-    files.check_writable(out)
+    check_writable(out)
     loader, _ = DataOptions(data, root, batch_size, augment, seed=data_seed, device=device).load()
     shape = template(model, model_arg, loader)
     if not (files or networks) or (networks and not model):

@@ -54,7 +54,7 @@ def discover(
         PermutationSpec(1 group, 8 units)
           0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
     """
-    spec = PermutationSpec(**vars(explore(model, example_input, rules=rules, freeze=freeze)))
+    spec = PermutationSpec.of(explore(model, example_input, rules=rules, freeze=freeze))
     for unknown in spec.unknown:
         warnings.warn(
             f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning, stacklevel=2

@@ -41,6 +41,11 @@ class PermutationSpec(Findings):
         traces: The exported graphs, eval mode first; empty for a loaded spec.
     """
 
+    @classmethod
+    def of(cls, findings: Findings) -> PermutationSpec:
+        """Return what a walk through the graphs of a model found as a spec."""
+        return cls(**vars(findings))
+
     # ---------------------------------------------------------------- reading
 
     @cached_property
@@ -167,7 +172,7 @@ class PermutationSpec(Findings):
         """
         if self.traces:
             return self.traces
-        fresh = PermutationSpec(**vars(explore(model, example_input)))
+        fresh = PermutationSpec.of(explore(model, example_input))
         if fresh != self:
             raise ValueError(
                 "the saved spec is not what discover finds in this model now (another model, version or rules); "

@@ -27,9 +27,10 @@ from modeconn.attacks.training import adversary_of
 from modeconn.cli import parse
 from modeconn.curves.step import CurveStep
 from modeconn.data import TensorLoader
+from modeconn.learning.step_loss import StepLoss
 from modeconn.models.training import DIGITS_RECIPE
 from modeconn.network.batch_norm import calibration_batches, recalibrate
-from modeconn.network.loss import cross_entropy, supervised
+from modeconn.network.loss import cross_entropy
 from modeconn.network.recipe import Recipe, constant
 from modeconn.network.weights import WeightSpace, Workspace
 from tests.cases import CASE, same_bits
@@ -310,7 +311,7 @@ def test_a_curve_is_attacked_where_the_step_is_made():
 
     x, y = next(iter(pixels()))
     expected = replace(ATTACK, seed=1)(middle, x, y)
-    loss = step((x, y), basis, supervised(cross_entropy, adversary=adversary_of(attack)))
+    loss = step((x, y), basis, StepLoss(cross_entropy, adversary=attack).at(1))
     torch.testing.assert_close(seen[0], weights(middle))
     torch.testing.assert_close(loss, cross_entropy(middle(expected), y).detach())
 

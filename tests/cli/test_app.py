@@ -588,6 +588,5 @@ def test_compare_does_not_write_its_table_over_its_json(folder, tmp_path):
 def test_a_method_may_start_from_another_one():
     expected = modeconn.WeightMatching(seed=2, start=modeconn.ActivationMatching())
     assert parse.method("weight:seed=2,start=activation") == expected
-    assert parse.method("sinkhorn:steps=9,start=weight") == modeconn.Sinkhorn(
-        num_steps=9, start=modeconn.WeightMatching()
-    )
+    expected = modeconn.Sinkhorn(num_steps=9, start=modeconn.WeightMatching())
+    assert parse.method("sinkhorn:num_steps=9,start=weight") == expected

@@ -104,7 +104,7 @@ def network(make, seed: int, dtype=torch.float64) -> nn.Module:
 @cache
 def untrained(make) -> DeepAlign:
     population = [network(make, seed) for seed in range(4)]
-    return replace(SMALL, steps=0, connectivity=0).fit(population, example_input=images().double())
+    return replace(SMALL, num_steps=0, connectivity=0).fit(population, example_input=images().double())
 
 
 def random(spec: PermutationSpec, seed: int) -> Permutation:
@@ -176,7 +176,7 @@ def with_norm(tensors: dict[str, Tensor], seed: int) -> nn.Module:
 def test_what_is_constant_in_the_population_may_vary_in_other_networks(value):
     constant = {name: torch.full((4,), value) for name in ("weight", "bias", "running_mean", "running_var")}
     population = [with_norm(constant, seed) for seed in range(4)]
-    aligner = replace(SMALL, steps=2, connectivity=0).fit(population, example_input=images())
+    aligner = replace(SMALL, num_steps=2, connectivity=0).fit(population, example_input=images())
     torch.manual_seed(0)
     spec = aligner.fitted.encoder.graph.spec
     for scale in (0.0, 1.0, 100.0):
@@ -194,7 +194,7 @@ NAMES = [
 def test_any_network_whose_units_move_one_by_one_can_be_read(name):
     torch.manual_seed(0)
     model, inputs = BY_NAME[name].build(), BY_NAME[name].inputs()
-    aligner = replace(SMALL, steps=1, batch_size=2, connectivity=0).fit(
+    aligner = replace(SMALL, num_steps=1, batch_size=2, connectivity=0).fit(
         [model, BY_NAME[name].build()], example_input=inputs
     )
     spec = aligner.fitted.encoder.graph.spec
@@ -389,7 +389,7 @@ def test_the_scale_of_running_statistics_makes_no_difference_to_a_fit():
         for model in population:
             model[1].running_mean.mul_(scale)
             model[1].running_var.mul_(scale)
-        fits.append(replace(SMALL, steps=3, connectivity=0).fit(population, example_input=images().double()).fitted)
+        fits.append(replace(SMALL, num_steps=3, connectivity=0).fit(population, example_input=images().double()).fitted)
     assert fits[0].history == fits[1].history and fits[0].validation == fits[1].validation
 
 
@@ -421,7 +421,7 @@ def test_rescaling_networks_that_it_would_change_is_an_error(make, connectivity)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_rescaling_relu_networks_is_none_whatever_their_precision(dtype):
     population = [network(perceptron, seed, dtype) for seed in range(3)]
-    right = replace(SMALL, steps=1, augmentation=Augmentation(rescale=0.1))
+    right = replace(SMALL, num_steps=1, augmentation=Augmentation(rescale=0.1))
     assert right.fit(population, batches(dtype=dtype)).fitted.history["connectivity"][0] > 0
 
 
@@ -449,7 +449,7 @@ def test_the_state_kept_is_the_first_of_the_lowest_validation(digits):
     population, train = digits
     copied = [population[0], random(discover(population[0]), 1).apply(population[0])]
     kept, start = (
-        replace(SMALL, steps=steps, validate_every=1).fit(population, train, validation=copied) for steps in (4, 0)
+        replace(SMALL, num_steps=steps, validate_every=1).fit(population, train, validation=copied) for steps in (4, 0)
     )
     values = [value for _, value in kept.fitted.validation]
     assert len(values) == 5 and min(values) >= values[0] - 1e-6
@@ -474,7 +474,7 @@ def test_fitting_is_deterministic_and_leaves_random_state_and_networks(digits, a
 def test_batch_norm_and_tied_networks_learn_from_the_loss_on_the_line():
     for make in (Residual, convolutions, Recurrent):
         population = [network(make, seed, torch.float32) for seed in range(4)]
-        fitted = replace(SMALL, steps=3).fit(population, batches())
+        fitted = replace(SMALL, num_steps=3).fit(population, batches())
         assert all(value > 0 for value in fitted.fitted.history["connectivity"])
         spec = fitted.fitted.encoder.graph.spec
         p = random(spec, 1)
@@ -495,7 +495,7 @@ class TwoInputs(nn.Module):
 def test_networks_of_several_inputs_learn(connectivity, kind):
     inputs = kind(x=torch.rand(8, 4), y=torch.rand(8, 4)) if kind is dict else (torch.rand(8, 4), torch.rand(8, 4))
     loader = [(inputs, torch.arange(8) % 3)]
-    fitted = replace(SMALL, steps=2, connectivity=connectivity).fit([TwoInputs() for _ in range(3)], loader).fitted
+    fitted = replace(SMALL, num_steps=2, connectivity=connectivity).fit([TwoInputs() for _ in range(3)], loader).fitted
     assert (fitted.history["connectivity"][0] > 0) == bool(connectivity)
 
 
@@ -514,8 +514,8 @@ def test_a_layer_that_cannot_be_run_for_many_networks_is_named(kind):
     loader = [(torch.rand(8, 8), torch.arange(8) % 3)]
     message = rf"'memory' \({kind.__name__}\) cannot be run for many networks at once .* DeepAlign\(connectivity=0\)"
     with pytest.raises(ValueError, match=message):
-        replace(SMALL, steps=1).fit(population, loader)
-    replace(SMALL, steps=1, connectivity=0).fit(population, loader)
+        replace(SMALL, num_steps=1).fit(population, loader)
+    replace(SMALL, num_steps=1, connectivity=0).fit(population, loader)
 
 
 class Masked(nn.Module):
@@ -532,13 +532,13 @@ class Masked(nn.Module):
 
 def test_a_mask_of_infinite_entries_is_no_sign_of_a_bad_network():
     population = [network(Masked, seed, torch.float32) for seed in range(4)]
-    fitted = replace(SMALL, steps=3).fit(population, batches()).fitted
+    fitted = replace(SMALL, num_steps=3).fit(population, batches()).fitted
     values = [*fitted.history["connectivity"], *fitted.history["alignment"], *(value for _, value in fitted.validation)]
     assert torch.tensor(values).isfinite().all()
     for model, wrong in zip(population, (torch.nan, torch.inf), strict=False):
         model.b.bias.data[3] = wrong
     with pytest.warns(UserWarning, match="2 of the 4 networks in population hold NaN"):
-        replace(SMALL, steps=1).fit(population, batches())
+        replace(SMALL, num_steps=1).fit(population, batches())
 
 
 def test_no_data_is_needed_without_the_loss_on_the_line(digits):
@@ -551,8 +551,8 @@ def test_no_data_is_needed_without_the_loss_on_the_line(digits):
 
 def test_validation_networks_may_be_given_or_are_held_out(digits):
     population, train = digits
-    given = replace(SMALL, steps=1).fit(population[:6], train, validation=population[6:])
-    other = replace(SMALL, steps=1).fit(population[:6], train)
+    given = replace(SMALL, num_steps=1).fit(population[:6], train, validation=population[6:])
+    other = replace(SMALL, num_steps=1).fit(population[:6], train)
     assert given.fitted.history == other.fitted.history and given.fitted.validation != other.fitted.validation
 
 
@@ -567,7 +567,7 @@ def test_validation_networks_of_another_precision_are_converted():
     population = [network(perceptron, seed) for seed in range(4)]
     held_out = [network(perceptron, seed, torch.float32) for seed in (8, 9)]
     both = [
-        replace(SMALL, steps=2, connectivity=0).fit(
+        replace(SMALL, num_steps=2, connectivity=0).fit(
             population, validation=[model.to(dtype) for model in held_out], example_input=images().double()
         )
         for dtype in (torch.float32, torch.float64)
@@ -594,12 +594,12 @@ def sometimes_nan(bad: set[int]):
 
 def test_a_validation_that_is_not_finite_never_wins(tmp_path):
     population = [network(perceptron, seed, torch.float32) for seed in range(4)]
-    often = replace(SMALL, steps=2, validate_every=1)
+    often = replace(SMALL, num_steps=2, validate_every=1)
     fitted = often.fit(population, batches(), loss_fn=sometimes_nan({0}))
     assert fitted.fitted.validation[0] == (0, torch.inf)
     fitted.save(tmp_path / "aligner")
     assert DeepAlign.load(tmp_path / "aligner").fitted.validation == fitted.fitted.validation
-    start = replace(often, steps=0).fit(population, batches()).fitted.encoder
+    start = replace(often, num_steps=0).fit(population, batches()).fitted.encoder
     assert not torch.equal(fitted.fitted.encoder.embeddings[0].weight, start.embeddings[0].weight)
     with pytest.raises(FloatingPointError, match="validation networks is not finite after any of 2 steps"):
         often.fit(population, batches(), loss_fn=sometimes_nan(set(range(1000))))
@@ -607,7 +607,7 @@ def test_a_validation_that_is_not_finite_never_wins(tmp_path):
 
 def test_integers_of_numpy_are_integers(tmp_path):
     population = [network(perceptron, seed) for seed in range(2)]
-    one = replace(SMALL, seed=np.int64(3), steps=np.int32(1), connectivity=0)
+    one = replace(SMALL, seed=np.int64(3), num_steps=np.int32(1), connectivity=0)
     one.fit(population, example_input=images().double()).save(tmp_path / "aligner")
     assert DeepAlign.load(tmp_path / "aligner").seed == 3 and "seed=3," in repr(one)
 
@@ -652,7 +652,7 @@ def test_aligners_that_answer_differently_are_written_differently():
     wider = [network(perceptron, seed) for seed in range(4)]
     for model in wider:
         model.load_state_dict({name: 5 * x for name, x in model.state_dict().items()})
-    settings = replace(SMALL, steps=0, connectivity=0)
+    settings = replace(SMALL, num_steps=0, connectivity=0)
     ours, theirs = untrained(perceptron), settings.fit(wider, example_input=images().double())
     for mine, other in zip(ours.fitted.encoder.parameters(), theirs.fitted.encoder.parameters(), strict=True):
         assert torch.equal(mine, other)
@@ -706,7 +706,7 @@ class Tied(nn.Module):
 )
 def test_networks_that_differ_in_any_tensor_or_tie_are_an_error(kinds, found, tmp_path):
     ours, theirs = (Tied(*kind) for kind in kinds)
-    one = replace(SMALL, steps=0, connectivity=0)
+    one = replace(SMALL, num_steps=0, connectivity=0)
     with pytest.raises(ValueError, match=rf"population\[1\] is of another architecture .*: {found}"):
         one.fit([ours, theirs], example_input=torch.rand(2, 8))
     one.fit([ours, Tied(*kinds[0])], example_input=torch.rand(2, 8)).save(tmp_path / "aligner")
@@ -752,7 +752,7 @@ def test_units_in_blocks_are_refused_by_the_name_of_their_group_and_may_be_froze
     torch.manual_seed(0)
     build, inputs = BLOCKED[name]
     population = [build() for _ in range(2)]
-    aligner = replace(SMALL, steps=0, connectivity=0)
+    aligner = replace(SMALL, num_steps=0, connectivity=0)
     every = discover(population[0], inputs())
     with pytest.raises(ValueError, match=r"those of group '.*' lie in blocks \(.* in each of ") as refused:
         aligner.fit(population, example_input=inputs())
@@ -793,10 +793,10 @@ def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
     ("changes", "message"),
     [
         ({"depth": 0}, "depth must be positive, got depth=0"),
-        ({"steps": -1}, "steps must be at least 0, got steps=-1"),
+        ({"num_steps": -1}, "num_steps must be at least 0, got num_steps=-1"),
         ({"alignment": float("nan")}, "alignment must be at least 0"),
         ({"supervised": 0, "alignment": 0, "connectivity": 0}, "all of them are 0"),
-        ({"steps": 2.5}, r"steps must be an integer, got steps=2\.5"),
+        ({"num_steps": 2.5}, r"num_steps must be an integer, got num_steps=2\.5"),
         ({"seed": "abc"}, "seed must be an integer, got seed='abc'"),
         ({"learning_rate": "abc"}, "learning_rate must be positive, got learning_rate='abc'"),
         ({"supervised": "abc"}, "supervised must be at least 0, got supervised='abc'"),
@@ -811,15 +811,15 @@ def test_settings_out_of_range_are_errors(changes, message):
 @pytest.mark.parametrize(
     ("method", "name"),
     [
-        (WeightMatching, "starts"),
+        (WeightMatching, "num_starts"),
         (modeconn.ActivationMatching, "num_examples"),
         (modeconn.TransportMatching, "num_examples"),
-        (Sinkhorn, "steps"),
-        (modeconn.StraightThrough, "rounds"),
+        (Sinkhorn, "num_steps"),
+        (modeconn.StraightThrough, "num_rounds"),
         (modeconn.PAM, "iterations"),
         (refinement.ProximalLinear, "num_tries"),
         (refinement.RelaxedStep, "num_halvings"),
-        (refinement.SinkhornStep, "rounds"),
+        (refinement.SinkhornStep, "num_rounds"),
     ],
 )
 def test_numbers_of_things_are_integers_for_every_method(method, name):
@@ -864,7 +864,7 @@ def test_the_command_line_fits_evaluates_and_aligns(digits, aligner, tmp_path):
     for model, file in zip(population, files, strict=True):
         models.save(model, file)
     out = tmp_path / "aligner.safetensors"
-    given = "features=16,depth=2,steps=20,batch_size=8,num_validation_pairs=4,validate_every=10"
+    given = "features=16,depth=2,num_steps=20,batch_size=8,num_validation_pairs=4,validate_every=10"
     said = run("deepalign", "fit", *files, "--data", "digits", "--out", out, "--settings", given)
     assert repr(DeepAlign.load(out)) == repr(aligner) and f"Wrote {out}" in said.output
     assert "loss in the middle" in said.output
@@ -884,16 +884,16 @@ def test_the_command_line_trains_a_population(tmp_path):
     out, kept = tmp_path / "aligner.safetensors", tmp_path / "networks"
     run(
         "deepalign", "fit", "--networks", 4, "--model", "mlp", "--model-arg", "hidden=8,", "--epochs", 1,
-        "--keep", kept, "--data", "digits", "--out", out, "--settings", "features=8,depth=1,steps=2",
+        "--keep", kept, "--data", "digits", "--out", out, "--settings", "features=8,depth=1,num_steps=2",
     )  # fmt: skip
-    assert len(list(kept.glob("*.safetensors"))) == 4 and DeepAlign.load(out).steps == 2
+    assert len(list(kept.glob("*.safetensors"))) == 4 and DeepAlign.load(out).num_steps == 2
     wrong = run("deepalign", "fit", "--data", "digits", "--out", out, code=1)
     needs = "needs networks: name their files, or train some with --networks and --model"
     assert needs in wrong.output
     files = sorted(kept.glob("*.safetensors"))
     assert needs in run("deepalign", "fit", *files[:2], "--networks", 2, "--out", out, code=1).output
     for wrong, message in (
-        ("steps=1e3", "steps must be an integer, got steps=1000.0"),
+        ("num_steps=1e3", "num_steps must be an integer, got num_steps=1000.0"),
         ("features=abc", "features must be an integer, got features='abc'"),
         ("noise=abc", "noise must lie in [0, inf), got noise='abc'"),
     ):

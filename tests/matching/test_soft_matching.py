@@ -407,12 +407,12 @@ def test_what_learns_through_the_loss_asks_for_data(method: Any) -> None:
 
 def test_settings_are_checked() -> None:
     for kind, setting in [
-        (Sinkhorn, {"steps": 0}),
+        (Sinkhorn, {"num_steps": 0}),
         (Sinkhorn, {"learning_rate": 0.0}),
         (Sinkhorn, {"temperature": -1.0}),
         (Sinkhorn, {"final_temperature": 0.0}),
         (Sinkhorn, {"batches_per_step": 0}),
-        (StraightThrough, {"steps": -1}),
+        (StraightThrough, {"num_steps": -1}),
         (StraightThrough, {"learning_rate": float("nan")}),
     ]:
         ((name, value),) = setting.items()

@@ -303,7 +303,7 @@ def test_starts_that_do_not_fit_are_refused() -> None:
         WeightMatching(start=ActivationMatching()).match(discover(a), a, a)
 
 
-@pytest.mark.parametrize("name", ["num_sweeps", "starts"])
+@pytest.mark.parametrize("name", ["num_sweeps", "num_starts"])
 def test_settings_out_of_range_are_refused(name: str) -> None:
     with pytest.raises(ValueError, match=f"{name} must be at least 1, got {name}=0"):
         WeightMatching(**{name: 0})

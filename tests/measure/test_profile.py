@@ -1,13 +1,12 @@
 from __future__ import annotations
 
 import csv
-import sys
-import types
 
 import pytest
 import torch
 from torch import nn
 
+from modeconn import plot
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.profile import Profile
 from modeconn.network.loss import cross_entropy
@@ -86,7 +85,7 @@ def test_a_profile_prints_as_a_table():
     assert repr(profile()).splitlines() == [
         "Profile(5 points, 500 examples, 1.5 s)",
         "             t=0     t=1  own t=0  own t=1     min     max    mean  arc mean  barrier",
-        "    loss  0.2000  0.4000   0.2100   0.4100  0.2000  0.9000  0.6250    0.5938   0.6500",
+        "loss      0.2000  0.4000   0.2100   0.4100  0.2000  0.9000  0.6250    0.5938   0.6500",
         "accuracy  90.00%  80.00%   89.00%   79.00%  50.00%  90.00%  66.25%    67.81%   37.50%",
     ]
     html = profile()._repr_html_()
@@ -94,12 +93,8 @@ def test_a_profile_prints_as_a_table():
 
 
 def test_plot_hands_the_profile_to_the_plot_module(monkeypatch):
-    import modeconn
-
     seen = []
-    fake = types.SimpleNamespace(profile=lambda *profiles, ax=None: seen.append((profiles, ax)) or "axes")
-    monkeypatch.setitem(sys.modules, "modeconn.plot", fake)
-    monkeypatch.setattr(modeconn, "plot", fake, raising=False)
+    monkeypatch.setattr(plot, "profile", lambda *profiles, ax=None: seen.append((profiles, ax)) or "axes")
     shown = profile()
     assert shown.plot(ax="ax") == "axes" and seen == [((shown,), "ax")]
 

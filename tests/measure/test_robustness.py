@@ -132,7 +132,7 @@ def test_transfer_holds_the_accuracy_at_each_t_on_what_was_found_at_each_other()
 
 def test_every_point_costs_one_clean_pass_the_attack_and_one_look_at_what_it_found():
     connection, data, passes = connect(), examples(), []
-    connection._template.register_forward_hook(lambda *_: passes.append(1))
+    connection._path.template.register_forward_hook(lambda *_: passes.append(1))
     connection.robustness(data, [STRONG], num_points=4)
     assert len(passes) == 4 * len(data) * (1 + STRONG.num_steps + 1)
 

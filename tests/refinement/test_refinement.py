@@ -289,7 +289,7 @@ def test_a_run_with_pam_goes_on_with_the_same_bits(tmp_path):
     for count in stops:
         path.unlink(missing_ok=True)
         with pytest.raises(KeyboardInterrupt):
-            fit(modeconn.tools.files.Checkpoint(path, every_batches=3), Breaking(loader(), count), refine=refine)
+            fit(modeconn.Checkpoint(path, every_batches=3), Breaking(loader(), count), refine=refine)
         again = fit(path, refine=refine)
         assert torch.equal(again.control_points, whole.control_points)
         assert again.permutation == whole.permutation
@@ -469,7 +469,7 @@ def test_it_runs_on_any_architecture(name):
         ({"nu_permutation": 0.0}, "nu_permutation must be positive, got nu_permutation=0.0"),
         ({"nu_curve": -1.0}, "nu_curve must be positive"),
         ({"nu_curve": math.nan}, "nu_curve must be positive"),
-        ({"tol": -0.1}, "tol must be at least 0"),
+        ({"tolerance": -0.1}, "tolerance must be at least 0"),
         ({"standard_errors": -1.0}, "standard_errors must be at least 0"),
         ({"exact": True, "num_points": 2}, "num_points must be at least 3"),
         ({"exact": "false"}, "exact must be True or False, got exact='false'"),

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, library, nn
 
 import modeconn
-from modeconn import RULES, discover, models
+from modeconn import RULES, PermutationSpec, discover, models
 from modeconn.symmetry import UnknownOperatorWarning, VerificationError
 from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.explore import Exploration, example_for
@@ -112,7 +112,7 @@ def test_one_wrong_axis_in_any_of_40_groups_of_a_plain_network_is_seen() -> None
         walk = Exploration(model, rules)
         for graph in graphs:
             walk.run(graph)
-        return walk.finish()
+        return PermutationSpec.of(walk.finish())
 
     right = spec_with(RULES)
     assert len(right.groups) == 40

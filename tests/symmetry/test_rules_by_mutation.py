@@ -50,7 +50,7 @@ def discover_with(wrap: Wrap, model: nn.Module, graphs: list[Graph]) -> Permutat
     walk = Exploration(model, {op: wrap(op, rule) for op, rule in RULES.items()})
     for graph in graphs:
         walk.run(graph)
-    return walk.finish()
+    return PermutationSpec.of(walk.finish())
 
 
 def forgetting_a_call(count: list[int], dropped: int | None) -> Wrap:
