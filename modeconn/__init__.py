@@ -55,73 +55,18 @@ from modeconn.symmetry import (
     verify,
 )
 
-__all__ = [  # noqa: RUF022  # in the order of the stages
-    "__version__",
-    "plot",
-    "data",
-    # network
-    "WeightSpace",
-    "TrainingData",
-    "cross_entropy",
-    "Recipe",
-    "constant",
-    "piecewise_linear",
-    "halving",
-    "one_cycle",
-    "AdversarialExamples",
-    "repair",
-    "Ensemble",
-    # symmetry
-    "RULES",
-    "discover",
-    "UnknownOperatorWarning",
-    "PermutationSpec",
-    "Permutation",
-    "verify",
-    "VerificationError",
-    # attacks
-    "attacks",
-    "PGD",
-    "AdversarialTraining",
-    "TRADES",
-    "FreeAdversarialTraining",
-    # measure
-    "Profile",
-    "RobustProfile",
-    "robustness",
-    "Curvature",
-    # curves
-    "Line",
-    "Bezier",
-    "PolyChain",
-    # matching
-    "align",
-    "Alignment",
-    "ActivationMatching",
-    "WeightMatching",
-    "TransportMatching",
-    "SoftPermutation",
-    "Sinkhorn",
+__all__ = [  # in the order of the stages
+    "__version__", "plot", "data",
+    "WeightSpace", "TrainingData", "cross_entropy", "Recipe", "constant", "piecewise_linear", "halving", "one_cycle",
+    "AdversarialExamples", "repair", "Ensemble",
+    "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Permutation", "verify", "VerificationError",
+    "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
+    "Profile", "RobustProfile", "robustness", "Curvature",
+    "Line", "Bezier", "PolyChain",
+    "align", "Alignment", "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
     "StraightThrough",
-    # learning
-    "Checkpoint",
-    "History",
-    # refinement
-    "PAM",
-    "ProximalLinear",
-    "SinkhornStep",
-    "RelaxedStep",
-    "best_swap",
-    "BestSwap",
-    # deep_align
-    "DeepAlign",
-    "models",
-    # connections, merging, fits, comparisons
-    "Connection",
-    "interpolate",
-    "merge_many",
-    "Merge",
-    "fit_curve",
-    "compare",
-    "Comparison",
-]
+    "Checkpoint", "History",
+    "PAM", "ProximalLinear", "SinkhornStep", "RelaxedStep", "best_swap", "BestSwap",
+    "DeepAlign", "models",
+    "Connection", "interpolate", "merge_many", "Merge", "fit_curve", "compare", "Comparison",
+]  # fmt: skip

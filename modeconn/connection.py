@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.curves import CURVES, Curve, Line
+from modeconn.curves import CURVES
 from modeconn.curves.path import Networks, Path
 from modeconn.learning.checkpoint import permutation_tensors, saved_permutation
 from modeconn.learning.history import History
@@ -35,33 +35,23 @@ class Connection(Measurable):
     At t=0 it is network a and at t=1 the relabelled network b, both bit for bit, weights and buffers; between them
     weights follow the curve, batch norm is recalibrated on training data, and other buffers are a's.
 
+    Made by `modeconn.fit_curve`, `straight_between` and `load`.
+
     Args:
-        template: A network of the architecture; it is copied, and its weights do not matter.
-        curve: The curve.
-        control_points: ``(K, P)``, in the weight space of ``template``.
-        buffers: All buffers of both ends, by name.
+        path: The curve with the networks on it.
         permutation: How b was relabelled, or None if it was not.
         history: What happened in the fit, or None if nothing was learned.
-        training: Data and loss of the fit.
-        space: The weight space of ``template``, if known.
 
     Attributes:
         space: The weight space, which names the parts of each control point.
+        curve: The curve.
+        control_points: Its control points, ``(K, P)``.
+        buffers: All buffers of both ends, by name.
+        training: Data and loss of the fit, remembered in memory.
     """
 
-    def __init__(
-        self,
-        template: nn.Module,
-        curve: Curve,
-        control_points: Tensor,
-        buffers: tuple[dict[str, Tensor], dict[str, Tensor]],
-        *,
-        permutation: Permutation | None = None,
-        history: History | None = None,
-        training: TrainingData | None = None,
-        space: WeightSpace | None = None,
-    ) -> None:
-        self._path = path = Path(template, curve, control_points, buffers, space=space, training=training)
+    def __init__(self, path: Path, *, permutation: Permutation | None = None, history: History | None = None) -> None:
+        self._path = path
         self.space, self.curve, self.control_points = path.space, path.curve, path.control_points
         self.buffers, self.training = path.buffers, path.training
         self.permutation, self.history = permutation, history
@@ -80,8 +70,7 @@ class Connection(Measurable):
         Raises:
             ValueError: If they differ in architecture, dtype or device, or hold weights that are not finite.
         """
-        line = Path.straight_between(model_a, model_b)
-        return cls(model_a, line.curve, line.control_points, line.buffers, training=training, space=line.space)
+        return cls(Path.straight_between(model_a, model_b, training))
 
     def __repr__(self) -> str:
         parts = [
@@ -147,15 +136,7 @@ class Connection(Measurable):
 
     def straight(self) -> Connection:
         """Return the straight connection of the same ends."""
-        return Connection(
-            self._path.template,
-            Line(),
-            self.control_points[[0, -1]],
-            self.buffers,
-            permutation=self.permutation,
-            training=self.training,
-            space=self.space,
-        )
+        return Connection(self._path.straight(), permutation=self.permutation)
 
     def length(self) -> float:
         """Return the length of the curve in weight space, in the Euclidean norm."""
@@ -217,14 +198,17 @@ class Connection(Measurable):
         if points.dtype != space.dtype:
             raise ValueError(f"the file holds {points.dtype} weights, template has {space.dtype}.")
         name, arguments = about["curve"]
-        return cls(
+        path = Path(
             template,
             CURVES[name](**arguments),
             torch.stack([space.from_canonical(row) for row in points]),
             tuple({name: buffer.to(space.device) for name, buffer in side.items()} for side in buffers),
+            space=space,
+        )
+        return cls(
+            path,
             permutation=saved_permutation(tensors, about["permutation"]),
             history=None if about["history"] is None else History(**about["history"]),
-            space=space,
         )
 
 

@@ -15,6 +15,7 @@ from torch import nn
 from modeconn.attacks.training import AdversaryLike, adversary_of
 from modeconn.connection import Connection, warn_about_buffers
 from modeconn.curves import Bezier, Curve, Line
+from modeconn.curves.path import Path
 from modeconn.curves.step import CurveStep
 from modeconn.learning.checkpoint import Checkpoint, RunFile
 from modeconn.learning.epochs import NothingBetween, Run
@@ -133,16 +134,8 @@ def fit_curve(
             history, moved = _learn(step, loss, training, refine, permutation, file, seed=seed, progress=progress)
             if moved is not permutation:
                 permutation, buffers = moved, (buffers[0], moved.relabel(named_buffers(model_b)))
-    return Connection(
-        model_a,
-        curve,
-        points,
-        buffers,
-        permutation=permutation,
-        history=history,
-        training=training,
-        space=space,
-    )
+    path = Path(model_a, curve, points, buffers, space=space, training=training)
+    return Connection(path, permutation=permutation, history=history)
 
 
 def _learn(

@@ -10,6 +10,7 @@ from torch import nn
 from modeconn import models
 from modeconn.connection import Connection, warn_about_buffers
 from modeconn.curves import Bezier, Line, PolyChain
+from modeconn.curves.path import Path
 from modeconn.learning.history import History
 from modeconn.network.batch_norm import calibration_batches, recalibrate
 from modeconn.network.loss import TrainingData, cross_entropy
@@ -28,7 +29,8 @@ def connect(name="residual", curve=None, *, dtype=torch.float32, **kwargs) -> tu
     points = curve.initial_control_points(space.flatten(a), space.flatten(b))
     points[1:-1] += 0.05 * torch.randn(points[1:-1].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
     kwargs.setdefault("training", TrainingData(batches(seed=5, dtype=dtype)))
-    return Connection(a, curve, points, (named_buffers(a), named_buffers(b)), **kwargs), a, b
+    path = Path(a, curve, points, (named_buffers(a), named_buffers(b)), training=kwargs.pop("training", None))
+    return Connection(path, **kwargs), a, b
 
 
 @parametrize_cases
@@ -233,7 +235,7 @@ def test_positions_points_and_shapes_are_checked():
     with pytest.raises(ValueError, match=r"num_points must be at least 2, .* got num_points=1"):
         connection.evaluate(batches(), num_points=1)
     with pytest.raises(ValueError, match=r"control_points must have shape \(2, \d+\), got \(3, \d+\)"):
-        Connection(a, Line(), connection.control_points, connection.buffers)
+        Path(a, Line(), connection.control_points, connection.buffers)
     with pytest.raises(ValueError, match=r"endpoints differ at '1\.weight'"):
         Connection.straight_between(CASE["mlp"].make(0), CASE["dropout"].make(0))
 

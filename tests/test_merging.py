@@ -23,6 +23,7 @@ from modeconn import (
     merge_many,
     models,
 )
+from modeconn.curves.path import Path
 from modeconn.models.training import DIGITS_RECIPE, train
 from modeconn.network.batch_norm import calibration_batches, recalibrate
 from modeconn.network.loss import TrainingData
@@ -345,7 +346,7 @@ def test_points_of_a_curve_are_repaired_between_its_ends_and_only_there():
     points = torch.cat(
         [line.control_points[:1], line.control_points.mean(0, keepdim=True) + 0.1, line.control_points[1:]]
     )
-    curve = Connection(a, Bezier(2), points, line.buffers, training=TrainingData(loader()))
+    curve = Connection(Path(a, Bezier(2), points, line.buffers, training=TrainingData(loader())))
     assert_statistics(curve.model_at(0.25, repair=True), [a, b], [0.75, 0.25], loader())
     assert same_bits(curve.model_at(0, repair=True), a) and same_bits(curve.model_at(1, repair=True), b)
     profile = curve.evaluate(loader(), num_points=5, repair=True)

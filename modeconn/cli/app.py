@@ -30,7 +30,7 @@ from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversari
 from modeconn.cli import deep_align, options, parse
 from modeconn.cli import demo as story
 from modeconn.cli.files import describe_file, draw_files
-from modeconn.cli.options import DataOptions, change_recipe, template
+from modeconn.cli.options import AdversaryOptions, DataOptions, ModelOptions, RecipeOptions, grouped
 from modeconn.cli.options import bars as _bars
 from modeconn.learning.checkpoint import Checkpoint
 from modeconn.matching import ActivationMatching
@@ -135,22 +135,15 @@ def _under_attack(method: Any, adversary: AdversarialTraining | FreeAdversarialT
 
 
 @app.command()
+@grouped("optimizer", "schedule", "weight_decay", "autocast", "compile", data="digits")
 def demo(
-    data: options.Data = "digits",
-    root: options.Root = None,
+    data: DataOptions,
+    shape: ModelOptions,
+    recipe: RecipeOptions,
     out: Annotated[Path, typer.Option(help="Folder for figures, connections and numbers.")] = Path("modeconn-demo"),
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    epochs: options.Epochs = None,
     curve_epochs: Annotated[int | None, typer.Option(help="The same for curves.", rich_help_panel="Recipe")] = None,
-    train_examples: options.TrainExamples = None,
-    test_examples: options.TestExamples = None,
     points: Annotated[int | None, typer.Option(min=2, help="How many networks to measure on each connection.")] = None,
     seeds: Annotated[tuple[int, int], typer.Option(help="Of the two networks.")] = (1, 2),
-    batch_size: options.BatchSize = None,
-    augment: options.Augment = True,
-    data_seed: options.DataSeed = 0,
-    device: options.Device = "cpu",
     progress: options.Progress = None,
 ) -> None:
     r"""Train two networks and connect them: straight and curved, with and without alignment.
@@ -166,56 +159,42 @@ def demo(
         modeconn demo --data fashion_mnist --root DIR --model tinyten \
             --epochs 20 --train-examples 60000
     """
-    preset = story.DIGITS if data == "digits" else story.IMAGES
-    arguments = parse.settings(model_arg)
+    preset = story.DIGITS if data.data == "digits" else story.IMAGES
+    arguments = parse.settings(shape.model_arg)
     plan = preset.changed(
-        model=model,
-        arguments=arguments if model else {**preset.arguments, **arguments},
-        endpoints=change_recipe(preset.endpoints, epochs=epochs),
-        curve=change_recipe(preset.curve, epochs=curve_epochs),
+        model=shape.model,
+        arguments=arguments if shape.model else {**preset.arguments, **arguments},
+        endpoints=recipe.change(preset.endpoints),
+        curve=RecipeOptions(epochs=curve_epochs).change(preset.curve),
         num_points=points,
-        train_examples=train_examples,
-        test_examples=test_examples,
+        train_examples=data.train_examples,
+        test_examples=data.test_examples,
     )
-    loaders = DataOptions(
-        data, root, batch_size, augment, plan.train_examples, plan.test_examples, data_seed, device
-    ).load()
+    data = replace(data, train_examples=plan.train_examples, test_examples=plan.test_examples)
+    loaders = data.load()
     out.mkdir(parents=True, exist_ok=True)
     check_writable(out / "results.json")
 
     def make(seed: int) -> torch.nn.Module:
-        return parse.make_model(plan.model, plan.arguments, loaders[0], seed=seed).to(device)
+        return parse.make_model(plan.model, plan.arguments, loaders[0], seed=seed).to(data.device)
 
     with story.on_threads(plan.num_threads):
         found = story.tell(plan, make, *loaders, seeds=seeds, say=_say, progress=_bars(progress))
-    story.write(found, out, {"data": data, "data_seed": data_seed, "seeds": seeds, **plan.to_json()})
-    typer.echo(f"{plan.model} on {data}, {found.rows[0].profile.num_examples} test examples\n\n{found.table()}\n")
+    story.write(found, out, {"data": data.data, "data_seed": data.data_seed, "seeds": seeds, **plan.to_json()})
+    typer.echo(f"{plan.model} on {data.data}, {found.rows[0].profile.num_examples} test examples\n\n{found.table()}\n")
     typer.echo(f"Figures (*.png), networks and connections (*.safetensors), numbers (*.json): {out.resolve()}")
 
 
 @app.command()
+@grouped("test_examples")
 def train(
     out: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
-    data: options.Data,
+    data: DataOptions,
     model: options.Model,
+    recipe: RecipeOptions,
+    adversary: AdversaryOptions,
     model_arg: options.ModelArguments = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation of the data, dropout.")] = 0,
-    root: options.Root = None,
-    batch_size: options.BatchSize = None,
-    augment: options.Augment = True,
-    train_examples: options.TrainExamples = None,
-    data_seed: options.DataSeed = 0,
-    epochs: options.Epochs = None,
-    optimizer: options.Optimizer = None,
-    schedule: options.Schedule = None,
-    weight_decay: options.WeightDecay = None,
-    autocast: options.Autocast = "none",
-    compile: options.Compile = False,
-    adversary: options.Adversary = None,
-    eps: options.Eps = None,
-    step_size: options.StepSize = None,
-    attack_steps: options.AttackSteps = None,
-    device: options.Device = "cpu",
     progress: options.Progress = None,
 ) -> None:
     r"""Train one network: an end for a connection.
@@ -234,22 +213,11 @@ def train(
             --model tinyten --adversary pgd --eps 8/255 \
             --step-size 2/255 --attack-steps 5
     """
-    recipe = change_recipe(
-        Recipe(),
-        epochs=epochs,
-        optimizer=optimizer,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        autocast=autocast,
-        compile=compile,
-    )
-    opponent = options.adversary(adversary, eps, step_size, attack_steps)
+    how, opponent = recipe.change(), adversary.opponent()
     check_writable(out)
-    loader, test = DataOptions(
-        data, root, batch_size, augment, train_examples=train_examples, seed=data_seed, device=device
-    ).load()
-    network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed).to(device)
-    trained = models.train(network, loader, recipe=recipe, adversary=opponent, seed=seed, progress=_bars(progress))
+    loader, test = data.load()
+    network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed).to(data.device)
+    trained = models.train(network, loader, recipe=how, adversary=opponent, seed=seed, progress=_bars(progress))
     models.save(trained, out)
     both = Connection.straight_between(trained, trained, training=TrainingData(loader))
     typer.echo(f"{model} on the test set: {_one_line(both.evaluate(test, num_points=2))}")
@@ -257,26 +225,20 @@ def train(
 
 
 @app.command()
+@grouped("batch_size", "augment", "train_examples", "test_examples", data=None)
 def align(
     a: options.File,
     b: options.File,
     out: Annotated[Path, typer.Option(help="File for b, relabelled.")],
+    data: DataOptions,
+    shape: ModelOptions,
+    adversary: AdversaryOptions,
     permutation: Annotated[Path | None, typer.Option(help="File for the relabelling itself.")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file for correlations, for modeconn plot.")] = None,
     method: Annotated[
         str | None,
         typer.Option(help=f"{options.METHOD}; default: activation where there is data."),
     ] = None,
-    data: options.OptionalData = None,
-    root: options.Root = None,
-    data_seed: options.DataSeed = 0,
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    adversary: options.Adversary = None,
-    eps: options.Eps = None,
-    step_size: options.StepSize = None,
-    attack_steps: options.AttackSteps = None,
-    device: options.Device = "cpu",
 ) -> None:
     r"""Relabel the units of network b so that it agrees with network a; its function stays the same.
 
@@ -292,12 +254,9 @@ def align(
             --out b-aligned.safetensors
     """
     _check_outputs(out, permutation, report)
-    chosen = _under_attack(
-        None if method is None else parse.method(method), options.adversary(adversary, eps, step_size, attack_steps)
-    )
-    loader = None if data is None else DataOptions(data, root, seed=data_seed, device=device).load()[0]
-    shape = template(model, model_arg, loader)
-    found = align_models(*(models.load(path, shape).to(device) for path in (a, b)), loader, method=chosen)
+    chosen = _under_attack(None if method is None else parse.method(method), adversary.opponent())
+    loader, _ = data.load_if_given()
+    found = align_models(*shape.read((a, b), loader, data.device), loader, method=chosen)
     models.save(found.model_b, out)
     if permutation is not None:
         found.permutation.save(permutation)
@@ -308,19 +267,16 @@ def align(
 
 
 @app.command()
+@grouped("batch_size", "augment", "train_examples", "test_examples", data=None)
 def merge(
-    networks: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
+    networks: options.Files,
     out: Annotated[Path, typer.Option(help="File for the mean.")],
+    data: DataOptions,
+    shape: ModelOptions,
     method: Annotated[str, typer.Option(help=f"Aligns each with the mean of the others: {options.METHOD}.")] = "weight",
-    start: Annotated[str | None, typer.Option(help="Likewise: first aligns each with the first network.")] = None,
+    start: Annotated[str | None, typer.Option(help="A method that first aligns each with the first network.")] = None,
     repair: Annotated[bool, typer.Option(help="Whether to repair the mean of networks without batch norm.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the networks.")] = 0,
-    data: options.OptionalData = None,
-    root: options.Root = None,
-    data_seed: options.DataSeed = 0,
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    device: options.Device = "cpu",
 ) -> None:
     r"""Bring two or more networks under one set of names, and write their mean.
 
@@ -334,9 +290,8 @@ def merge(
     """
     check_writable(out)
     chosen, first = parse.method(method), None if start is None else parse.method(start)
-    loader, test = (None, None) if data is None else DataOptions(data, root, seed=data_seed, device=device).load()
-    architecture = template(model, model_arg, loader)
-    loaded = [models.load(path, architecture).to(device) for path in networks]
+    loader, test = data.load_if_given()
+    loaded = shape.read(networks, loader, data.device)
     found = merge_many(loaded, loader, method=chosen, start=first, repair=repair, seed=seed)
     models.save(found.model, out)
     typer.echo(repr(found))
@@ -347,11 +302,15 @@ def merge(
 
 
 @app.command()
+@grouped("test_examples")
 def fit(
     a: options.File,
     b: options.File,
     out: Annotated[Path, typer.Option(help="File for the connection.")],
-    data: options.Data,
+    data: DataOptions,
+    shape: ModelOptions,
+    recipe: RecipeOptions,
+    adversary: AdversaryOptions,
     align: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
     curve: Annotated[str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS.")] = "bezier:2",
     refine: Annotated[
@@ -362,29 +321,10 @@ def fit(
         ),
     ] = "none",
     seed: Annotated[int, typer.Option(help="Of t, order and augmentation of the data, dropout.")] = 0,
-    root: options.Root = None,
-    batch_size: options.BatchSize = None,
-    augment: options.Augment = True,
-    train_examples: options.TrainExamples = None,
-    data_seed: options.DataSeed = 0,
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    epochs: options.Epochs = None,
-    optimizer: options.Optimizer = None,
-    schedule: options.Schedule = None,
-    weight_decay: options.WeightDecay = None,
-    autocast: options.Autocast = "none",
-    compile: options.Compile = False,
-    adversary: options.Adversary = None,
-    eps: options.Eps = None,
-    step_size: options.StepSize = None,
-    attack_steps: options.AttackSteps = None,
-    checkpoint_file: Annotated[
-        Path | None,
-        typer.Option("--checkpoint", help="Where the run saves itself; default: OUT.checkpoint, deleted at the end."),
+    checkpoint: Annotated[
+        Path | None, typer.Option(help="Where the run saves itself; default: OUT.checkpoint, deleted at the end.")
     ] = None,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints inside an epoch.")] = 60,
-    device: options.Device = "cpu",
     progress: options.Progress = None,
 ) -> None:
     r"""Align network b with network a, then learn a curve of low loss between them.
@@ -401,32 +341,21 @@ def fit(
         modeconn fit a.safetensors b.safetensors --data digits \
             --out robust.safetensors --adversary pgd --eps 0.1
     """
-    recipe = change_recipe(
-        Recipe(),
-        epochs=epochs,
-        optimizer=optimizer,
-        schedule=schedule,
-        weight_decay=weight_decay,
-        autocast=autocast,
-        compile=compile,
-    )
-    opponent = options.adversary(adversary, eps, step_size, attack_steps)
-    how, shape_of_curve, refinement = parse.alignment(align), parse.curve(curve), parse.refinement(refine)
-    kept = checkpoint_file or out.with_name(out.name + ".checkpoint")
+    settings = {
+        "align": parse.alignment(align),
+        "curve": parse.curve(curve),
+        "recipe": recipe.change(),
+        "refine": parse.refinement(refine),
+        "adversary": adversary.opponent(),
+    }
+    kept = checkpoint or out.with_name(out.name + ".checkpoint")
     _check_outputs(out, kept)
-    loader, _ = DataOptions(
-        data, root, batch_size, augment, train_examples=train_examples, seed=data_seed, device=device
-    ).load()
-    architecture = template(model, model_arg, loader)
+    loader, _ = data.load()
     try:
         connection = fit_curve(
-            *(models.load(path, architecture).to(device) for path in (a, b)),
+            *shape.read((a, b), loader, data.device),
             loader,
-            align=how,
-            curve=shape_of_curve,
-            recipe=recipe,
-            refine=refinement,
-            adversary=opponent,
+            **settings,
             checkpoint=Checkpoint(kept, every_seconds=save_every),
             seed=seed,
             progress=_bars(progress),
@@ -436,28 +365,23 @@ def fit(
             _say(f"the run is kept in {kept}; give the same command again to go on.")
         raise
     connection.save(out)
-    if checkpoint_file is None:
+    if checkpoint is None:
         kept.unlink(missing_ok=True)
     typer.echo(repr(connection))
     typer.echo(f"Wrote {out}")
 
 
 @app.command()
+@grouped("augment", "train_examples")
 def evaluate(
     connection: options.File,
-    data: options.Data,
+    data: DataOptions,
+    shape: ModelOptions,
     out: Annotated[
         Path | None, typer.Option(help="Begin of the names of the JSON and CSV files; default: the connection's name.")
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many networks to measure, both ends included.")] = 61,
     on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
-    root: options.Root = None,
-    batch_size: options.BatchSize = None,
-    test_examples: options.TestExamples = None,
-    data_seed: options.DataSeed = 0,
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    device: options.Device = "cpu",
     progress: options.Progress = None,
 ) -> None:
     """Measure loss and accuracy along a connection.
@@ -471,12 +395,11 @@ def evaluate(
     base = connection.with_suffix("") if out is None else out
     results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
     _check_outputs(*results)
-    loaders = DataOptions(data, root, batch_size, test_examples=test_examples, seed=data_seed, device=device).load()
     if on not in ("train", "test"):
         raise ValueError(f"--on must be train or test, got {on!r}.")
-    measured = loaders[0].with_(augment=(), shuffle=False) if on == "train" else loaders[1]
-    architecture = template(model, model_arg, loaders[0])
-    loaded = Connection.load(connection, architecture, device=device)
+    loaders = data.load()
+    measured = loaders[0].in_order() if on == "train" else loaders[1]
+    loaded = Connection.load(connection, shape.template(loaders[0]), device=data.device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=loaders[0], progress=_bars(progress))
     profile.to_json(results[0])
     profile.to_csv(results[1])
@@ -485,9 +408,11 @@ def evaluate(
 
 
 @app.command()
+@grouped("augment", "train_examples", "test_examples")
 def robustness(
-    connections: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
-    data: options.Data,
+    connections: options.Files,
+    data: DataOptions,
+    shape: ModelOptions,
     attack: Annotated[
         list[str],
         typer.Option(
@@ -512,18 +437,7 @@ def robustness(
         Path | None, typer.Option(help="Folder for NAME.robust.json, .csv and .png; default: the connection's own.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
-    root: options.Root = None,
-    batch_size: options.BatchSize = None,
-    data_seed: options.DataSeed = 0,
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    checkpoint_file: Annotated[
-        Path | None,
-        typer.Option(
-            "--checkpoint", help="Finished measurements; default: NAME.robust.checkpoint, deleted at the end."
-        ),
-    ] = None,
-    device: options.Device = "cpu",
+    checkpoint: options.Finished = None,
     progress: options.Progress = None,
 ) -> None:
     r"""Attack the networks along one or several connections.
@@ -553,15 +467,15 @@ def robustness(
     bases = [(out or path.parent) / f"{path.stem}.robust" for path in connections]
     results = [[base.with_name(f"{base.name}.{ending}") for ending in ("json", "csv", "png")] for base in bases]
     _check_outputs(*(file for written in results for file in written))
-    loaders = DataOptions(data, root, batch_size, seed=data_seed, device=device).load()
-    architecture = template(model, model_arg, loaders[0])
+    loaders = data.load()
+    template = shape.template(loaders[0])
     training: Any = loaders[0]
     if statistics == "adversarial":
         training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=ball))
     for path, base, written in zip(connections, bases, results, strict=True):
-        kept = checkpoint_file or base.with_name(f"{base.name}.checkpoint")
+        kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
         Records(kept)  # another file than a checkpoint is refused here, before anything is said of it
-        loaded = Connection.load(path, architecture, device=device)
+        loaded = Connection.load(path, template, device=data.device)
         try:
             found = loaded.robustness(
                 loaders[1],
@@ -583,16 +497,19 @@ def robustness(
         figure = Figure(figsize=(5.4, 3.6), layout="constrained")
         plot.robust_profile(found, ax=figure.subplots())
         figure.savefig(written[2], dpi=150)
-        if checkpoint_file is None:
+        if checkpoint is None:
             kept.unlink(missing_ok=True)
         typer.echo(f"{path}: {found!r}")
         typer.echo(f"Wrote {', '.join(map(str, written))}")
 
 
 @app.command()
+@grouped("autocast", "compile")
 def compare(
-    networks: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
-    data: options.Data,
+    networks: options.Files,
+    data: DataOptions,
+    shape: ModelOptions,
+    recipe: RecipeOptions,
     out: Annotated[Path, typer.Option(help="JSON file; a CSV file is written beside it.")],
     method: Annotated[
         list[str],
@@ -604,23 +521,7 @@ def compare(
         "bezier:2"
     ),
     seed: Annotated[int, typer.Option(help="Of random relabellings, the order of the data and the curves.")] = 0,
-    root: options.Root = None,
-    batch_size: options.BatchSize = None,
-    augment: options.Augment = True,
-    train_examples: options.TrainExamples = None,
-    test_examples: options.TestExamples = None,
-    data_seed: options.DataSeed = 0,
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    epochs: options.Epochs = None,
-    optimizer: options.Optimizer = None,
-    schedule: options.Schedule = None,
-    weight_decay: options.WeightDecay = None,
-    checkpoint_file: Annotated[
-        Path | None,
-        typer.Option("--checkpoint", help="Finished measurements; default: OUT.checkpoint, deleted at the end."),
-    ] = None,
-    device: options.Device = "cpu",
+    checkpoint: options.Finished = None,
     progress: options.Progress = None,
 ) -> None:
     r"""Compare ways to match on pairs of networks: the first and second file, the third and fourth, and so on.
@@ -635,27 +536,24 @@ def compare(
     """
     if len(networks) % 2:
         raise ValueError(f"networks are compared in pairs, but there are {len(networks)}.")
-    recipe = change_recipe(Recipe(), epochs=epochs, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay)
-    if epochs is None and recipe != Recipe():
+    how = recipe.change()
+    if recipe.epochs is None and how != Recipe():
         raise ValueError(
             "--optimizer, --schedule and --weight-decay are for curves; say with --epochs how long to fit."
         )
     methods, shape_of_curve = {name: parse.method(name) for name in method}, parse.curve(curve)
     table = out.with_suffix(".csv")
-    kept = checkpoint_file or out.with_name(out.name + ".checkpoint")
+    kept = checkpoint or out.with_name(out.name + ".checkpoint")
     _check_outputs(out, table, kept)
-    loaders = DataOptions(
-        data, root, batch_size, augment, train_examples, test_examples, seed=data_seed, device=device
-    ).load()
-    architecture = template(model, model_arg, loaders[0])
-    loaded = [models.load(path, architecture).to(device) for path in networks]
+    loaders = data.load()
+    loaded = shape.read(networks, loaders[0], data.device)
     found = compare_methods(
         list(zip(loaded[::2], loaded[1::2], strict=True)),
         methods,
         *loaders,
         num_points=points,
         repair=repair,
-        recipe=None if epochs is None else recipe,
+        recipe=None if recipe.epochs is None else how,
         curve=shape_of_curve,
         checkpoint=kept,
         seed=seed,
@@ -663,7 +561,7 @@ def compare(
     )
     found.to_json(out)
     found.to_csv(table)
-    if checkpoint_file is None:
+    if checkpoint is None:
         kept.unlink(missing_ok=True)
     typer.echo(repr(found))
     typer.echo(f"Wrote {out}, {table}")
@@ -671,7 +569,7 @@ def compare(
 
 @app.command(name="plot")
 def draw(
-    files: Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)],
+    files: options.Files,
     out: Annotated[Path, typer.Option(help="The figure: .png, .pdf, .svg.")],
     quantity: Annotated[
         str, typer.Option(help="loss, accuracy or error, of profiles; a column of a comparison.")

@@ -8,9 +8,9 @@ from typing import Annotated
 import typer
 from torch import nn
 
-from modeconn import ActivationMatching, DeepAlign, Recipe, WeightMatching, compare, models
+from modeconn import ActivationMatching, DeepAlign, WeightMatching, compare, models
 from modeconn.cli import options, parse
-from modeconn.cli.options import DataOptions, bars, change_recipe, template
+from modeconn.cli.options import DataOptions, ModelOptions, RecipeOptions, bars, grouped
 from modeconn.tools.files import check_writable
 
 app = typer.Typer(
@@ -23,26 +23,18 @@ Networks = Annotated[list[Path] | None, typer.Argument(exists=True, dir_okay=Fal
 
 
 @app.command()
+@grouped("train_examples", "test_examples", "autocast", "compile", data="digits")
 def fit(
+    data: DataOptions,
+    shape: ModelOptions,
+    recipe: RecipeOptions,
     files: Networks = None,
     out: Annotated[Path, typer.Option(help="File for the aligner.")] = Path("aligner.safetensors"),
-    data: options.Data = "digits",
     settings: Annotated[
-        str, typer.Option(metavar="KEY=VALUE,...", help="Of DeepAlign and its augmentation: steps=1000,noise=0.1.")
+        str, typer.Option(metavar="KEY=VALUE,...", help="Of DeepAlign and its augmentation: num_steps=1000,noise=0.1.")
     ] = "",
     networks: Annotated[int, typer.Option(min=0, help="Train so many networks first, with seeds 0, 1, ...")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Folder for the networks trained here.")] = None,
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    epochs: options.Epochs = None,
-    optimizer: options.Optimizer = None,
-    schedule: options.Schedule = None,
-    weight_decay: options.WeightDecay = None,
-    root: options.Root = None,
-    batch_size: options.BatchSize = None,
-    augment: options.Augment = True,
-    data_seed: options.DataSeed = 0,
-    device: options.Device = "cpu",
     progress: options.Progress = None,
 ) -> None:
     r"""Fit an aligner to networks in files, or to networks trained here in one vectorised run, or to both.
@@ -57,18 +49,17 @@ def fit(
 
         modeconn align a.safetensors b.safetensors --method deep_align:aligner.safetensors --out b-aligned.safetensors
     """
-    recipe = change_recipe(Recipe(), epochs=epochs, optimizer=optimizer, schedule=schedule, weight_decay=weight_decay)
-    aligner = parse.deep_align(settings)
+    how, aligner = recipe.change(), parse.deep_align(settings)
     check_writable(out)
-    loader, _ = DataOptions(data, root, batch_size, augment, seed=data_seed, device=device).load()
-    shape = template(model, model_arg, loader)
-    if not (files or networks) or (networks and not model):
+    loader, _ = data.load()
+    if not (files or networks) or (networks and not shape.model):
         raise ValueError("a fit needs networks: name their files, or train some with --networks and --model.")
-    population = [models.load(path, shape).to(device) for path in files or ()]
+    population = shape.read(files or (), loader, data.device)
     if networks:
-        made = [parse.make_model(model, parse.settings(model_arg), loader, seed=seed) for seed in range(networks)]
-        made = [network.to(device) for network in made]
-        trained = models.train_population(made, loader, recipe=recipe, progress=bars(progress))
+        arguments = parse.settings(shape.model_arg)
+        made = [parse.make_model(shape.model, arguments, loader, seed=seed) for seed in range(networks)]
+        made = [network.to(data.device) for network in made]
+        trained = models.train_population(made, loader, recipe=how, progress=bars(progress))
         _keep(trained, keep)
         population += trained
     fitted = aligner.fit(population, loader, progress=bars(progress))
@@ -87,16 +78,13 @@ def _keep(networks: list[nn.Module], folder: Path | None) -> None:
 
 
 @app.command()
+@grouped("batch_size", "augment", "train_examples", "test_examples", data="digits")
 def evaluate(
     aligner: options.File,
+    data: DataOptions,
+    shape: ModelOptions,
     files: Networks = None,
-    data: options.Data = "digits",
     points: Annotated[int, typer.Option(min=2, help="How many networks to measure on each line.")] = 25,
-    model: options.Template = None,
-    model_arg: options.ModelArguments = None,
-    root: options.Root = None,
-    data_seed: options.DataSeed = 0,
-    device: options.Device = "cpu",
     progress: options.Progress = None,
 ) -> None:
     r"""Measure the barriers that an aligner leaves on pairs of networks: the first and second, third and fourth file.
@@ -109,10 +97,9 @@ def evaluate(
     """
     if not files or len(files) % 2:
         raise ValueError(f"networks are compared in pairs, but there are {len(files or ())}.")
-    fitted = DeepAlign.load(aligner, device=device)
-    train, test = DataOptions(data, root, seed=data_seed, device=device).load()
-    shape = template(model, model_arg, train)
-    loaded = [models.load(path, shape).to(device) for path in files]
+    fitted = DeepAlign.load(aligner, device=data.device)
+    train, test = data.load()
+    loaded = shape.read(files, train, data.device)
     found = compare(
         list(zip(loaded[::2], loaded[1::2], strict=True)),
         {

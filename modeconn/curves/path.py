@@ -68,6 +68,11 @@ class Path:
         buffers = named_buffers(model_a), named_buffers(model_b)
         return cls(model_a, Line(), ends, buffers, space=space, training=training)
 
+    def straight(self) -> Path:
+        """Return the straight line between the same ends."""
+        ends = self.control_points[[0, -1]]
+        return Path(self.template, Line(), ends, self.buffers, space=self.space, training=self.training)
+
     def model_at(
         self,
         t: float,

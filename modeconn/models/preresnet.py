@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 
 from torch import Tensor, nn
 
 from modeconn.models.init import he_init_convolutions
+from modeconn.models.stages import stages
 from modeconn.models.zoo import Statistic, ZooModel
 from modeconn.network.registry import factory
 
@@ -56,8 +58,7 @@ class PreActivationResNet(ZooModel):
     def __init__(
         self,
         branch: Branch,
-        stage_channels: Sequence[int],
-        blocks_per_stage: int,
+        layout: Sequence[Sequence[int]],
         num_classes: int,
         in_channels: int,
         image_size: int,
@@ -68,15 +69,8 @@ class PreActivationResNet(ZooModel):
         channels = 16
         biased = branch(channels, channels, 1)[0].bias is not None
         self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=biased)
-        stages = []
-        for stage, out_channels in enumerate(stage_channels):
-            blocks = []
-            for block in range(blocks_per_stage):
-                stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(PreActivationBlock(branch, channels, out_channels, stride))
-                channels = out_channels
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.Sequential(*stages)
+        self.stages = stages(partial(PreActivationBlock, branch), channels, layout)
+        channels = layout[-1][-1]
         self.head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1))
         self.classifier = nn.Linear(channels, num_classes)
         he_init_convolutions(self)
@@ -96,7 +90,9 @@ def preresnet110(
     seed: int = 0,
 ) -> PreActivationResNet:
     """Make a pre-activation ResNet with 12 bottlenecks in each of 3 stages; arguments as for `preresnet164`."""
-    return PreActivationResNet(bottleneck, (64, 128, 256), 12, num_classes, in_channels, image_size, mean, std)
+    return PreActivationResNet(
+        bottleneck, [[channels] * 12 for channels in (64, 128, 256)], num_classes, in_channels, image_size, mean, std
+    )
 
 
 @factory
@@ -122,7 +118,9 @@ def preresnet164(
     References:
         He et al., 2016, https://arxiv.org/abs/1603.05027
     """
-    return PreActivationResNet(bottleneck, (64, 128, 256), 18, num_classes, in_channels, image_size, mean, std)
+    return PreActivationResNet(
+        bottleneck, [[channels] * 18 for channels in (64, 128, 256)], num_classes, in_channels, image_size, mean, std
+    )
 
 
 @factory
@@ -151,4 +149,6 @@ def wideresnet28x10(
     References:
         Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146
     """
-    return PreActivationResNet(wide, (160, 320, 640), 4, num_classes, in_channels, image_size, mean, std)
+    return PreActivationResNet(
+        wide, [[channels] * 4 for channels in (160, 320, 640)], num_classes, in_channels, image_size, mean, std
+    )

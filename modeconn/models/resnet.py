@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor, nn
 
 from modeconn.models.init import he_init_convolutions
+from modeconn.models.stages import stages
 from modeconn.models.zoo import Statistic, ZooModel
 from modeconn.network.registry import factory
 
@@ -52,17 +53,9 @@ class ResNet(ZooModel):
         self.stem = nn.Sequential(
             nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
         )
-        stages = []
-        for stage, out_channels in enumerate(stage_channels):
-            blocks = []
-            for block in range(blocks_per_stage):
-                stride = 2 if stage > 0 and block == 0 else 1
-                blocks.append(BasicBlock(channels, out_channels, stride))
-                channels = out_channels
-            stages.append(nn.Sequential(*blocks))
-        self.stages = nn.Sequential(*stages)
+        self.stages = stages(BasicBlock, channels, [[channels] * blocks_per_stage for channels in stage_channels])
         self.pool = nn.AdaptiveAvgPool2d(1)
-        self.classifier = nn.Linear(channels, num_classes)
+        self.classifier = nn.Linear(stage_channels[-1], num_classes)
         he_init_convolutions(self)
 
     def forward(self, x: Tensor) -> Tensor:

@@ -11,6 +11,7 @@ from torch import nn
 import modeconn
 from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, RelaxedStep, SinkhornStep, models
 from modeconn.curves.loss import CurveLoss
+from modeconn.curves.path import Path
 from modeconn.matching import match_units
 from modeconn.matching.learned import SoftWeights
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
@@ -641,13 +642,8 @@ def test_a_swap_needs_a_permutation_data_and_fixed_ends():
     with pytest.raises(ValueError, match="took b as it was, so its groups are not known"):
         modeconn.best_swap(modeconn.fit_curve(a, b, batches(), align=False, curve=Line()))
     aligned = modeconn.fit_curve(a, b, batches(), curve=Line())
-    free = modeconn.Connection(
-        a,
-        Bezier(2, free_ends=True),
-        aligned.control_points[[0, 0, 1]],
-        aligned.buffers,
-        permutation=aligned.permutation,
-    )
+    path = Path(a, Bezier(2, free_ends=True), aligned.control_points[[0, 0, 1]], aligned.buffers)
+    free = modeconn.Connection(path, permutation=aligned.permutation)
     with pytest.raises(ValueError, match="remembers no training data: pass loader="):
         modeconn.best_swap(free)
     with pytest.raises(ValueError, match="has trained its ends"):
