@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import copy
 import importlib.util
 from collections.abc import Callable, Iterator
 from functools import cache, partial
@@ -88,14 +89,24 @@ def _(agreement: Agreement) -> None:
         agreement.both(lambda at, name=name: spec_of(name).verify(*at.networks(name, 1), at.batches(name)[0][0]))
 
 
-@check("a spec found elsewhere, saved and loaded, aligns", seconds=10)
-def _(agreement: Agreement) -> None:
-    def aligned(at: Place) -> Any:
-        a, b = at.networks("mlp")
-        modeconn.discover(a).save(at.folder / "spec.safetensors")
-        return align(a, b, at.batches("mlp"), spec=PermutationSpec.load(at.folder / "spec.safetensors"))
+def aligned_by_file(at: Place, loader: Any) -> Any:
+    """Align with the symmetries that another network on the device has left in a file."""
+    a, b, c = at.networks("mlp", 3)
+    modeconn.discover(c).save(at.folder / "spec.safetensors")
+    return align(a, b, loader, spec=PermutationSpec.load(at.folder / "spec.safetensors"))
 
-    agreement.both(aligned)
+
+@check("a spec found elsewhere, saved and loaded, aligns by weights")
+def _(agreement: Agreement) -> None:
+    agreement.both(lambda at: aligned_by_file(at, None))
+
+
+@check(
+    "a spec found elsewhere, saved and loaded, aligns by activations",
+    known="the sizes of the axes of activations are not in the file, so reading them raises a KeyError, on the CPU too",
+)
+def _(agreement: Agreement) -> None:
+    agreement.both(lambda at: aligned_by_file(at, at.batches("mlp")))
 
 
 @check("Permutation: apply, inverse, save, load")
@@ -126,12 +137,8 @@ def _(agreement: Agreement) -> None:
         network = models.mlp(64, (32,), 10) if arguments else models.build(name, seed=1)
         network.eval()
 
-        @torch.no_grad()
-        def outputs(at: Place, network: nn.Module = network) -> Tensor:
-            given = at.give(network)
-            return given(given.example_input())
-
-        left, right = (agreement.once(outputs, device) for device in (CPU, agreement.device))
+        with torch.no_grad():
+            left, right = (network.to(d)(network.example_input()) for d in (CPU, agreement.device))
         agreement.difference(name, left, right)
 
 
@@ -147,8 +154,12 @@ def _(agreement: Agreement) -> None:
 
 def matched(agreement: Agreement, method: Any, *names: str) -> None:
     """Align by a method, on the CPU and on the device."""
+
+    def aligned(at: Place, name: str) -> Any:
+        return align(*at.networks(name), at.batches(name), method=method, spec=spec_of(name))
+
     for name in names:
-        agreement.both(lambda at: align(*at.networks(name), at.batches(name), method=method, spec=spec_of(name)))
+        agreement.both(partial(aligned, name=name))
 
 
 @check("align: ActivationMatching")
@@ -226,11 +237,22 @@ def _(agreement: Agreement) -> None:
 
     def loaded(at: Place) -> Any:
         aligner().save(at.folder / "aligner.safetensors")
-        found = DeepAlign.load(at.folder / "aligner.safetensors", device=at.device)
+        with torch.random.fork_rng(devices=[]):  # whether it leaves the random state is a check of its own
+            found = DeepAlign.load(at.folder / "aligner.safetensors", device=at.device)
         a, b = at.networks("small", 8)[6:]
         return found.similarities(a, b), align(a, b, at.batches("small"), method=found, spec=spec_of("small"))
 
     agreement.both(loaded)
+
+
+@check("DeepAlign.load and the random state", known="its encoder draws first weights from the caller's random state")
+def _(agreement: Agreement) -> None:
+    def load(at: Place) -> None:
+        aligner().save(at.folder / "aligner.safetensors")
+        DeepAlign.load(at.folder / "aligner.safetensors", device=at.device)
+
+    aligner()
+    agreement.once(load)
 
 
 @check("DeepAlign: fitted on the device", seconds=10)
@@ -281,7 +303,8 @@ def _(agreement: Agreement) -> None:
         for number, network in enumerate((mlp, conv)):
             models.save(network, at.folder / f"{number}.safetensors")
         agreement.require(
-            next(models.load(at.folder / "0.safetensors", mlp.cpu()).parameters()).device == CPU, "load is not on the CPU"
+            next(models.load(at.folder / "0.safetensors", mlp.cpu()).parameters()).device == CPU,
+            "load is not on the CPU",
         )
         mlp.to(at.device)
         return [models.load(at.folder / f"{number}.safetensors", like) for number, like in enumerate((mlp, conv))]
@@ -444,13 +467,6 @@ def _(agreement: Agreement) -> None:
     _low_precision(agreement, {"bfloat16": torch.bfloat16, "float16": torch.float16}, compiled=False)
 
 
-@check("fit_curve and train: compile=True", seconds=90)
-def _(agreement: Agreement) -> None:
-    if agreement.quick:
-        raise LeftOut("the compiler takes too long for --quick")
-    _low_precision(agreement, {"float32": None, "bfloat16": torch.bfloat16}, compiled=True)
-
-
 def _low_precision(agreement: Agreement, precisions: dict[str, torch.dtype | None], *, compiled: bool) -> None:
     def losses(at: Place, name: str, **how: Any) -> Tensor:
         recipe = Recipe(epochs=2, optimizer=SGD, **how)
@@ -514,9 +530,8 @@ def _(agreement: Agreement) -> None:
         found = [
             Connection.load(at.folder / "mlp", device=at.device),
             Connection.load(at.folder / "conv", template),
-            Connection.load(at.folder / "conv", template.cpu(), device=at.device),
+            Connection.load(at.folder / "conv", copy.deepcopy(template).cpu(), device=at.device),
         ]
-        template.to(at.device)
         agreement.require(Connection.load(at.folder / "mlp").device == CPU, "without device= it is not on the CPU")
         for one, again in zip((mlp, conv, conv), found, strict=True):
             agreement.require(torch.equal(one.control_points, again.control_points), "weights changed in a file")
@@ -643,6 +658,25 @@ def _(agreement: Agreement) -> None:
 
 
 # -- what a device may break
+
+
+@check("float32: real networks, aligned and evaluated", seconds=15)
+def _(agreement: Agreement) -> None:
+    """Full precision as users have it, and a layout that convolutions like on a GPU."""
+    name, size, count = ("tinyten", 12, 32) if agreement.quick else ("resnet20", 32, 256)
+    networks = [models.build(name, image_size=size, seed=seed).eval() for seed in (1, 2)]
+    generator = torch.Generator().manual_seed(0)
+    x, y = torch.rand(count, 3, size, size, generator=generator), torch.randint(10, (count,), generator=generator)
+    batches = list(zip(x.split(count // 2), y.split(count // 2), strict=True))
+    spec = modeconn.discover(networks[0])
+
+    def measured(at: Place) -> Any:
+        a, b = (at.give(network.to(memory_format=torch.channels_last)) for network in networks)
+        aligned = align(a, b, batches, spec=spec)
+        line = Connection.straight_between(a, aligned.model_b)
+        return aligned, align(a, b, spec=spec), line.evaluate(batches, num_points=3, recalibrate=batches)
+
+    agreement.both(measured)
 
 
 @check("recurrent networks: curve, attack, refinement, soft alignment", seconds=10)
@@ -774,3 +808,10 @@ def _(agreement: Agreement) -> None:
         _keep_busy(agreement.device)
         again = tokens * 1
         agreement.difference("what is left", torch.zeros(()), torch.tensor(spec.verify(network, again)), 1e-6)
+
+
+@check("fit_curve and train: compile=True", seconds=90)
+def _(agreement: Agreement) -> None:
+    if agreement.quick:
+        raise LeftOut("the compiler takes too long for --quick")
+    _low_precision(agreement, {"float32": None, "bfloat16": torch.bfloat16}, compiled=True)

@@ -62,9 +62,9 @@ class Report:
         return self._content["parts"]
 
     def put(self, part: str, name: str, result: dict[str, Any]) -> None:
-        """Keep a result; one with ``"ok": False`` counts as failed, one with ``"left out"`` does not."""
+        """Keep a result; one with ``"ok": False`` counts as failed, unless it is of a ``"known"`` fault."""
         self.parts.setdefault(part, {})[name] = result
-        if result.get("ok") is False:
+        if result.get("ok") is False and "known" not in result:
             self.failed.append(f"{part}: {name}")
         self.write()
 
@@ -72,6 +72,11 @@ class Report:
         """Keep why something was not done, and say it."""
         print(f"  left out: {name}: {reason}", flush=True)
         self.put(part, name, {"left out": reason})
+
+    def note_seconds(self, part: str, seconds: float) -> None:
+        """Keep how long a part took, beside the parts."""
+        self._content.setdefault("seconds by part", {})[part] = round(seconds, 1)
+        self.write()
 
     def finish(self, seconds: float) -> None:
         """Note that the run came to its end."""
