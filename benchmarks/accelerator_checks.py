@@ -730,10 +730,9 @@ def _(agreement: Agreement) -> None:
 def _(agreement: Agreement) -> None:
     """Each verb has to say so in a ValueError, or do it right."""
     agreement.need_second_device()
-    spec, (x, y) = spec_of("mlp"), case("mlp").train[0]
+    spec, loader = spec_of("mlp"), case("mlp").train[:1]
     a, b = case("mlp").networks[0], agreement.once(lambda at: at.networks("mlp"))[1]
     networks = [(case("conv").networks[0], agreement.once(lambda at: at.networks("conv"))[1])]
-    loader = [(x, y)]
     verbs: dict[str, Callable[[], Any]] = {
         "fit_curve": lambda: fit_curve(a, b, loader, recipe=SHORT),
         "align": lambda: align(a, b, loader, spec=spec),
@@ -745,9 +744,6 @@ def _(agreement: Agreement) -> None:
         "repair": lambda: modeconn.repair(a, [a, b], loader),
         "compare": lambda: modeconn.compare([(a, b)], [WeightMatching()], loader, loader, spec=spec),
         "train_population": lambda: models.train_population([a, b], loader, recipe=SHORT),
-        "TransportMatching.transport": lambda: TransportMatching().transport(spec, a, b, loader),
-        "ActivationMatching.match": lambda: ActivationMatching().match(spec, a, b, loader),
-        "Ensemble": lambda: Ensemble([a, b])(x),
     }
     for name, verb in verbs.items():
         try:
