@@ -21,6 +21,7 @@ from modeconn.recipe import one_cycle
 PAIRS = ((1, 2), (3, 4), (5, 6))
 _PROBED = 10  # steps whose time says what an epoch takes
 _EVALUATION = 10.0  # seconds, more than a profile takes
+_REFINEMENT = 40.0  # seconds of a turn of PAM, in which nothing looks at the clock
 
 
 @dataclass(frozen=True)
@@ -217,8 +218,9 @@ class Pair:
         plan = self._plan
         name = "-".join(map(str, (*self._seeds, "aligned" if align else "plain", "PAM" if refine else "curve")))
         checkpoint = plan.folder / f"{name}.checkpoint"
-        if not checkpoint.exists():
-            plan.need(3 * self._seconds_of_an_epoch + _EVALUATION, "to begin a curve")
+        if refine or not checkpoint.exists():
+            turn = _REFINEMENT if refine else 0.0
+            plan.need(3 * self._seconds_of_an_epoch + _EVALUATION + turn, "to begin a curve")
         connection = modeconn.fit_curve(
             *self._ends,
             UntilTime(self._train, plan),
