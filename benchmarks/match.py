@@ -66,7 +66,7 @@ class Bound:
             found[name] = found[name].addmm_(a, b.T) if name in found else a @ b.T
         self.products += self.now() - start
         for similarity in found.values():
-            matrix = similarity.double().numpy()
+            matrix = similarity.double().cpu().numpy()
             start = self.now()
             linear_sum_assignment(matrix, maximize=True)
             self.assignments += self.now() - start

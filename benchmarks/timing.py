@@ -32,22 +32,28 @@ def interleaved(rivals: dict[str, Callable[[], object]], rounds: int, device: to
     seconds: dict[str, list[float]] = {name: [] for name in rivals}
     for index in range(rounds + 2):
         for name, run in rivals.items():
-            start = _now(device)
+            start = synchronised(device)
             run()
             if index >= 2:
-                seconds[name].append(_now(device) - start)
+                seconds[name].append(synchronised(device) - start)
     return seconds
 
 
 def ratio(ours: list[float], theirs: list[float]) -> str:
     """Median of the rounds' ratios, with their quartiles, and the ratio of the best times, which noise spares."""
-    ratios = [x / y for x, y in zip(ours, theirs, strict=True)]
-    low, middle, high = statistics.quantiles(ratios, n=4)
+    low, middle, high = quartiles(ours, theirs)
     best = min(ours) / min(theirs)
-    return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f}, n={len(ratios)}); of best times {best:.3f}"
+    return f"{middle:.3f} (quartiles {low:.3f} to {high:.3f}, n={len(ours)}); of best times {best:.3f}"
 
 
-def _now(device: torch.device) -> float:
+def quartiles(ours: list[float], theirs: list[float]) -> tuple[float, float, float]:
+    """Lower quartile, median and upper quartile of the rounds' ratios."""
+    low, middle, high = statistics.quantiles([x / y for x, y in zip(ours, theirs, strict=True)], n=4)
+    return low, middle, high
+
+
+def synchronised(device: torch.device) -> float:
+    """Seconds on the clock once the device has done all that it was asked to."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
     return time.perf_counter()

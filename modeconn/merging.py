@@ -49,8 +49,9 @@ def interpolate(
         >>> torch.equal(interpolate(a, b, 1.0).weight, b.weight)
         True
     """
+    line = Path.straight_between(model_a, model_b)  # first of all, since it checks them
     warn_about_buffers(model_a, model_b)
-    return Path.straight_between(model_a, model_b).model_at(t, recalibrate, recalibration_examples, repair)
+    return line.model_at(t, recalibrate, recalibration_examples, repair)
 
 
 @dataclass(frozen=True)

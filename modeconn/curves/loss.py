@@ -12,7 +12,7 @@ from torch import Tensor
 from modeconn.curves import Curve
 from modeconn.network.batches import num_examples
 from modeconn.network.loss import Forward
-from modeconn.network.modes import flags_kept, use_batch_statistics
+from modeconn.network.modes import backward_in_eval_mode, flags_kept, use_batch_statistics
 from modeconn.network.recipe import autocast
 from modeconn.network.weights import Workspace
 from modeconn.tools.rng import preserved, reseed
@@ -69,7 +69,7 @@ class CurveLoss:
         Gradients reach frozen parameters too, since these move with the units.
         """
         model = self._workspace.model
-        with flags_kept(model), preserved(self._theta_a.device):
+        with flags_kept(model), backward_in_eval_mode(model), preserved(self._theta_a.device):
             use_batch_statistics(model)
             model.requires_grad_(True)
             yield

@@ -25,7 +25,7 @@ from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools import files
 from modeconn.tools.fingerprint import digest
-from modeconn.tools.rng import seeded
+from modeconn.tools.rng import preserved, seeded
 
 _FORMAT = 3
 _KIND = "deep align"
@@ -249,7 +249,8 @@ class DeepAlign(Settings):
         aligner = cls(**{**settings, "augmentation": Augmentation(**settings["augmentation"])})
         layout = {name: Entry(tensor, tuple(shape), role) for name, (tensor, shape, role) in about["layout"].items()}
         graph = UnitGraph(PermutationSpec.from_json(about["spec"]), layout, device)
-        encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)
+        with preserved():  # its first weights are drawn, only to be replaced
+            encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)
         encoder = encoder.to(device=device, dtype=tensors["scale"].dtype).requires_grad_(False)
         encoder.load_state_dict(tensors)
         validation = [(step, inf if value is None else value) for step, value in about["validation"]]

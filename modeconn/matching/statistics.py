@@ -223,7 +223,8 @@ def collect(
         for number, batch in enumerate(_first_batches(loader, device, num_examples_at_most)):
             inputs = inputs_of(batch)
             if trace is None:
-                trace, chosen = _where_to_read(spec, spec.traces_in(model_a, inputs), before_activation)
+                spec = spec.with_traces(model_a, inputs)
+                trace, chosen = _where_to_read(spec, spec.traces, before_activation)
             own = [inputs, inputs]
             if adversary is not None:
                 own = [attacked_in_eval_mode(adversary, m, *check_pair(batch), seed=number) for m in (model_a, model_b)]

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.network.batches import inputs_and_targets
-from modeconn.network.modes import flags_kept
+from modeconn.network.modes import backward_in_eval_mode, flags_kept
 from modeconn.tools.rng import seeded
 
 Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
@@ -46,7 +46,7 @@ def under_attack(model: nn.Module) -> Iterator[None]:
         try:
             for layer in counting:
                 layer.track_running_stats = False
-            with torch.enable_grad():
+            with torch.enable_grad(), backward_in_eval_mode(model):
                 yield
         finally:
             for layer in counting:

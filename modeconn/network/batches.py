@@ -44,9 +44,11 @@ def num_examples(batch: Any) -> int:
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """Return a batch with every tensor on ``device``; objects of other kinds move by their own ``to(device)``."""
+    # The CPU would read what is still being copied to it; an accelerator keeps the order of what it is told.
+    is_safe = torch.device(device).type != "cpu"
 
     def move(leaf: Any) -> Any:
-        return leaf.to(device, non_blocking=True) if isinstance(leaf, Tensor) else leaf.to(device)
+        return leaf.to(device, non_blocking=is_safe) if isinstance(leaf, Tensor) else leaf.to(device)
 
     return _map(move, batch)
 

@@ -5,8 +5,27 @@ from __future__ import annotations
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+import torch
 from torch import nn
 from torch.nn.modules.batchnorm import _NormBase
+
+
+@contextmanager
+def backward_in_eval_mode(model: nn.Module) -> Iterator[None]:
+    """Let gradients flow through recurrent layers in eval mode too, which cuDNN does not do: without it, then.
+
+    Nothing changes for a model without such layers, nor on a CPU.
+    """
+    cudnn = torch.backends.cudnn
+    recurrent = any(isinstance(module, nn.RNNBase) for module in model.modules())
+    if not (recurrent and cudnn.enabled and any(parameter.is_cuda for parameter in model.parameters())):
+        yield
+        return
+    cudnn.enabled = False
+    try:
+        yield
+    finally:
+        cudnn.enabled = True
 
 
 @contextmanager

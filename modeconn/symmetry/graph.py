@@ -8,6 +8,7 @@ import inspect
 import io
 import logging
 import operator
+import re
 import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
@@ -164,6 +165,7 @@ class Graph:
                     value = value.to(_in_precision(value.dtype, dtype))
             elif node.op == "get_attr":
                 value = getattr(self._program.graph_module, node.target)
+                value = value.to(device) if isinstance(value, Tensor) else value
             else:
                 with torch.no_grad():  # not around the yield: two runs in step would restore each other's state
                     value = _call(node, env, device, dtype, running_statistics)
@@ -480,7 +482,8 @@ def _mutates(node: Node) -> bool:
 
 
 def _step(node: Node) -> str:
-    return f"{node.name} = {node.target} {node.args} {node.kwargs}"
+    text = f"{node.name} = {node.target} {node.args} {node.kwargs}"
+    return re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", text)  # one model may be on another
 
 
 def _written_by(node: Node) -> list[Node]:

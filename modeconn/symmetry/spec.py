@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modeconn.network.copies import copy_of
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.explore import explore
-from modeconn.symmetry.findings import Findings, Trace, UnknownOperator
+from modeconn.symmetry.findings import Findings, UnknownOperator
 from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_perms
 from modeconn.symmetry.report import SymmetryReport
 from modeconn.symmetry.structure import Structure
@@ -160,8 +160,8 @@ class PermutationSpec(Findings):
         """
         return verify(self, model, example_input, tolerance=tolerance, seed=seed)
 
-    def traces_in(self, model: nn.Module, example_input: Any = None) -> tuple[Trace, ...]:
-        """Return the exported graphs behind the spec; a loaded one has none, so ``model`` is exported anew.
+    def with_traces(self, model: nn.Module, example_input: Any = None) -> PermutationSpec:
+        """Return the same spec with the exported graphs behind it; for a loaded one, ``model`` is exported anew.
 
         Args:
             model: The model that the spec was found in.
@@ -171,14 +171,14 @@ class PermutationSpec(Findings):
             ValueError: If discovery does not find this spec in the model.
         """
         if self.traces:
-            return self.traces
+            return self
         fresh = PermutationSpec.of(explore(model, example_input))
         if fresh != self:
             raise ValueError(
                 "the saved spec is not what discover finds in this model now (another model, version or rules); "
                 "run discover again."
             )
-        return fresh.traces
+        return fresh
 
     # ---------------------------------------------------------------- files
 

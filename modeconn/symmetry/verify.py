@@ -29,6 +29,7 @@ class Provable(Protocol):
 
     structure: Structure
     state: dict[str, tuple[Axis, ...]]
+    traces: tuple[Trace, ...]
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -39,8 +40,8 @@ class Provable(Protocol):
         """Raise a ValueError unless the model has the parameters and shapes that the spec was made for."""
         ...
 
-    def traces_in(self, model: nn.Module, example_input: Any = None) -> tuple[Trace, ...]:
-        """Return the exported graphs behind the spec."""
+    def with_traces(self, model: nn.Module, example_input: Any = None) -> Provable:
+        """Return the same spec with the exported graphs behind it."""
         ...
 
 
@@ -54,7 +55,8 @@ def verify(
     """Prove a spec on a model, see `PermutationSpec.verify`, which says what the arguments are."""
     spec.check_model(model)
     given = example_for(model, example_input)
-    traces = spec.traces_in(model, example_input)
+    spec = spec.with_traces(model, example_input)
+    traces = spec.traces
     for trace in traces:
         trace.graph.check_inputs(given)
     _check_function(traces, model, given)
