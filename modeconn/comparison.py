@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 import os
@@ -38,7 +36,7 @@ from modeconn.tools.measurements import key as record_key
 from modeconn.tools.memory import peak_memory
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
-from modeconn.tools.table import html_table, table
+from modeconn.tools.table import csv_table, html_table, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -137,13 +135,12 @@ class Comparison:
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one line for each pair and row, as comma-separated values; also write it to ``path`` if given."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["pair", "row", *self.columns])
-        for pair in range(self.num_pairs):
-            for row, columns in self.values.items():
-                writer.writerow([pair, row, *(columns[column][pair] for column in self.columns)])
-        return write_text(buffer.getvalue(), path)
+        rows = [
+            [pair, row, *(columns[column][pair] for column in self.columns)]
+            for pair in range(self.num_pairs)
+            for row, columns in self.values.items()
+        ]
+        return write_text(csv_table(["pair", "row", *self.columns], rows), path)
 
     def plot(self, *, column: str = "line", ax: Axes | None = None) -> Axes:
         """Draw one column with matplotlib; see `modeconn.plot.comparison`."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import warnings
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
 
@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.curves import CURVES
-from modeconn.curves.path import Networks, Path
+from modeconn.curves.path import Path
 from modeconn.learning.checkpoint import permutation_tensors, saved_permutation
 from modeconn.learning.history import History
 from modeconn.measure.measurable import Measurable
@@ -48,12 +48,13 @@ class Connection(Measurable):
         control_points: Its control points, ``(K, P)``.
         buffers: All buffers of both ends, by name.
         training: Data and loss of the fit, remembered in memory.
+        device: Where the control points are.
     """
 
     def __init__(self, path: Path, *, permutation: Permutation | None = None, history: History | None = None) -> None:
-        self._path = path
+        super().__init__(path, path.training, path.space.device)
         self.space, self.curve, self.control_points = path.space, path.curve, path.control_points
-        self.buffers, self.training = path.buffers, path.training
+        self.buffers = path.buffers
         self.permutation, self.history = permutation, history
 
     @classmethod
@@ -83,11 +84,6 @@ class Connection(Measurable):
             parts.append(f"{len(self.history.loss)} epochs, training loss {self.history.loss[-1]:.4g}")
         return f"Connection({', '.join(parts)})"
 
-    @property
-    def device(self) -> torch.device:
-        """Where the control points are."""
-        return self.control_points.device
-
     def weights_at(self, t: float) -> Tensor:
         """Return the weights at ``t`` as a new vector ``(P,)``; ``space.unflatten`` names them."""
         return self.curve.point(self.control_points, t)
@@ -116,23 +112,6 @@ class Connection(Measurable):
                 nor given.
         """
         return self._path.model_at(t, recalibrate, recalibration_examples, repair)
-
-    def networks(
-        self,
-        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
-        num_examples: int | None = NUM_EXAMPLES,
-        repair: bool = False,
-    ) -> Networks:
-        """Return one network that can be moved along the curve: ``networks(t)`` is what stands at t, for the moment.
-
-        Measuring many positions so takes the memory of one network. Statistics are set right in one way at all of
-        them, the ends included; the arguments are those of `model_at`.
-        """
-        return self._path.networks(recalibrate, num_examples, repair)
-
-    def arc_length(self, t: Sequence[float]) -> Tensor:
-        """Return the length of the curve from 0 to each position, float64 ``(N,)``, in the Euclidean norm."""
-        return self.curve.arc_length(self.control_points, torch.tensor(t, dtype=torch.float64))
 
     def straight(self) -> Connection:
         """Return the straight connection of the same ends."""

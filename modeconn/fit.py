@@ -18,7 +18,7 @@ from modeconn.curves import Bezier, Curve, Line
 from modeconn.curves.path import Path
 from modeconn.curves.step import CurveStep
 from modeconn.learning.checkpoint import Checkpoint, RunFile
-from modeconn.learning.epochs import NothingBetween, Run
+from modeconn.learning.epochs import Run
 from modeconn.learning.history import History
 from modeconn.learning.step_loss import StepLoss
 from modeconn.matching import ActivationMatching, Alignment, Method, WeightMatching
@@ -154,7 +154,7 @@ def _learn(
     Returns:
         What happened, and how b is relabelled at the end.
     """
-    between: NothingBetween | Refinement = NothingBetween()
+    between = None
     if refine is not None:
         if not permutation.spec.groups:
             _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
@@ -166,7 +166,7 @@ def _learn(
             return between.relabel_only(file), between.permutation
     with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
         history = Run(step, training.loader, loss, seed=seed, file=file, between=between).train(progress=progress)
-    return history, permutation if refine is None else between.permutation
+    return history, permutation if between is None else between.permutation
 
 
 def _check(

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -11,30 +13,13 @@ import torch
 import typer
 from typer.core import TyperGroup
 
-from modeconn import (
-    AdversarialExamples,
-    Connection,
-    Profile,
-    Recipe,
-    __version__,
-    discover,
-    fit_curve,
-    merge_many,
-    models,
-    plot,
-)
-from modeconn import align as align_models
-from modeconn import compare as compare_methods
-from modeconn.attacks import build as build_attack
-from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
+import modeconn
+from modeconn import Connection, Recipe, models, plot
 from modeconn.cli import deep_align, options, parse
 from modeconn.cli import demo as story
 from modeconn.cli.files import describe_file, draw_files
 from modeconn.cli.options import AdversaryOptions, DataOptions, ModelOptions, RecipeOptions, grouped
 from modeconn.cli.options import bars as _bars
-from modeconn.learning.checkpoint import Checkpoint
-from modeconn.matching import ActivationMatching
-from modeconn.network.loss import TrainingData
 from modeconn.tools.files import check_writable
 from modeconn.tools.measurements import Records
 
@@ -69,7 +54,7 @@ app.add_typer(deep_align.app, name="deepalign")
 
 def _show_version(wanted: bool) -> None:
     if wanted:
-        typer.echo(__version__)
+        typer.echo(modeconn.__version__)
         raise typer.Exit
 
 
@@ -97,13 +82,26 @@ def _check_outputs(*paths: Path | None) -> None:
             raise ValueError(f"several results would be written to {str(path)!r}. Give them names that differ.")
 
 
+@contextmanager
+def _kept_until_done(path: Path, *, is_own: bool) -> Iterator[None]:
+    """Say where an interrupted run is kept; delete the file of a finished one, unless it is the user's own."""
+    try:
+        yield
+    except (KeyboardInterrupt, ValueError, FloatingPointError):
+        if path.exists():
+            _say(f"the run is kept in {path}; give the same command again to go on.")
+        raise
+    if not is_own:
+        path.unlink(missing_ok=True)
+
+
 def _legend(files: list[Path], labels: str | None) -> list[str] | None:
     if labels is not None:
         return labels.split(",")
     return None if len(files) == 1 else [path.stem for path in files]
 
 
-def _one_line(profile: Profile) -> str:
+def _one_line(profile: modeconn.Profile) -> str:
     return f"loss {profile.own_loss[0]:.4f}, accuracy {profile.own_accuracy[0]:.2%}"
 
 
@@ -117,7 +115,7 @@ def _versions() -> str:
     versions = {module.__name__: module.__version__ for module in (torch, numpy, scipy, safetensors)}
     where = torch.cuda.get_device_name() if torch.cuda.is_available() else f"{torch.get_num_threads()} CPU threads"
     return "\n".join(
-        [f"modeconn {__version__}", f"Python {platform.python_version()} on {platform.platform()}"]
+        [f"modeconn {modeconn.__version__}", f"Python {platform.python_version()} on {platform.platform()}"]
         + [f"{name} {version}" for name, version in versions.items()]
         + [where]
     )
@@ -129,9 +127,9 @@ def _under_attack(method: Any, adversary: AdversarialTraining | FreeAdversarialT
         return method
     if not isinstance(adversary, AdversarialTraining) or adversary.clean_weight:
         raise ValueError(f"networks are aligned under an attack, --adversary pgd[:KEY=VALUE,...], got {adversary!r}.")
-    if not isinstance(method, ActivationMatching | None):
+    if not isinstance(method, modeconn.ActivationMatching | None):
         raise ValueError(f"--adversary is for --method activation, which looks at data, got {method!r}.")
-    return replace(method or ActivationMatching(), adversary=adversary.attack)
+    return replace(method or modeconn.ActivationMatching(), adversary=adversary.attack)
 
 
 @app.command()
@@ -219,7 +217,7 @@ def train(
     network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed).to(data.device)
     trained = models.train(network, loader, recipe=how, adversary=opponent, seed=seed, progress=_bars(progress))
     models.save(trained, out)
-    both = Connection.straight_between(trained, trained, training=TrainingData(loader))
+    both = Connection.straight_between(trained, trained, training=modeconn.TrainingData(loader))
     typer.echo(f"{model} on the test set: {_one_line(both.evaluate(test, num_points=2))}")
     typer.echo(f"Wrote {out}")
 
@@ -256,7 +254,7 @@ def align(
     _check_outputs(out, permutation, report)
     chosen = _under_attack(None if method is None else parse.method(method), adversary.opponent())
     loader, _ = data.load_if_given()
-    found = align_models(*shape.read((a, b), loader, data.device), loader, method=chosen)
+    found = modeconn.align(*shape.read((a, b), loader, data.device), loader, method=chosen)
     models.save(found.model_b, out)
     if permutation is not None:
         found.permutation.save(permutation)
@@ -292,11 +290,11 @@ def merge(
     chosen, first = parse.method(method), None if start is None else parse.method(start)
     loader, test = data.load_if_given()
     loaded = shape.read(networks, loader, data.device)
-    found = merge_many(loaded, loader, method=chosen, start=first, repair=repair, seed=seed)
+    found = modeconn.merge_many(loaded, loader, method=chosen, start=first, repair=repair, seed=seed)
     models.save(found.model, out)
     typer.echo(repr(found))
     if test is not None:
-        itself = Connection.straight_between(found.model, found.model, training=TrainingData(loader))
+        itself = Connection.straight_between(found.model, found.model, training=modeconn.TrainingData(loader))
         typer.echo(f"Their mean on the test set: {_one_line(itself.evaluate(test, num_points=2))}")
     typer.echo(f"Wrote {out}")
 
@@ -351,22 +349,17 @@ def fit(
     kept = checkpoint or out.with_name(out.name + ".checkpoint")
     _check_outputs(out, kept)
     loader, _ = data.load()
-    try:
-        connection = fit_curve(
-            *shape.read((a, b), loader, data.device),
+    networks = shape.read((a, b), loader, data.device)
+    with _kept_until_done(kept, is_own=checkpoint is not None):
+        connection = modeconn.fit_curve(
+            *networks,
             loader,
             **settings,
-            checkpoint=Checkpoint(kept, every_seconds=save_every),
+            checkpoint=modeconn.Checkpoint(kept, every_seconds=save_every),
             seed=seed,
             progress=_bars(progress),
         )
-    except KeyboardInterrupt:
-        if kept.exists():
-            _say(f"the run is kept in {kept}; give the same command again to go on.")
-        raise
-    connection.save(out)
-    if checkpoint is None:
-        kept.unlink(missing_ok=True)
+        connection.save(out)
     typer.echo(repr(connection))
     typer.echo(f"Wrote {out}")
 
@@ -461,7 +454,7 @@ def robustness(
     from matplotlib.figure import Figure
 
     radius, ball = parse.number(eps), None if norm is None else parse.norm(norm)
-    attacks = {text: build_attack(text, eps=radius, norm=ball) for text in attack}
+    attacks = {text: modeconn.attacks.build(text, eps=radius, norm=ball) for text in attack}
     if statistics not in ("clean", "adversarial"):
         raise ValueError(f"--statistics must be clean or adversarial, got {statistics!r}.")
     bases = [(out or path.parent) / f"{path.stem}.robust" for path in connections]
@@ -471,12 +464,12 @@ def robustness(
     template = shape.template(loaders[0])
     training: Any = loaders[0]
     if statistics == "adversarial":
-        training = AdversarialExamples(training, build_attack("pgd5", eps=radius, norm=ball))
+        training = modeconn.AdversarialExamples(training, modeconn.attacks.build("pgd5", eps=radius, norm=ball))
     for path, base, written in zip(connections, bases, results, strict=True):
         kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
         Records(kept)  # another file than a checkpoint is refused here, before anything is said of it
         loaded = Connection.load(path, template, device=data.device)
-        try:
+        with _kept_until_done(kept, is_own=checkpoint is not None):
             found = loaded.robustness(
                 loaders[1],
                 attacks,
@@ -488,17 +481,11 @@ def robustness(
                 seed=seed,
                 progress=_bars(progress),
             )
-        except (KeyboardInterrupt, ValueError, FloatingPointError):
-            if kept.exists():
-                _say(f"what is measured is kept in {kept}; give the same command again to go on.")
-            raise
-        found.to_json(written[0])
-        found.to_csv(written[1])
-        figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-        plot.robust_profile(found, ax=figure.subplots())
-        figure.savefig(written[2], dpi=150)
-        if checkpoint is None:
-            kept.unlink(missing_ok=True)
+            found.to_json(written[0])
+            found.to_csv(written[1])
+            figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+            plot.robust_profile(found, ax=figure.subplots())
+            figure.savefig(written[2], dpi=150)
         typer.echo(f"{path}: {found!r}")
         typer.echo(f"Wrote {', '.join(map(str, written))}")
 
@@ -547,22 +534,21 @@ def compare(
     _check_outputs(out, table, kept)
     loaders = data.load()
     loaded = shape.read(networks, loaders[0], data.device)
-    found = compare_methods(
-        list(zip(loaded[::2], loaded[1::2], strict=True)),
-        methods,
-        *loaders,
-        num_points=points,
-        repair=repair,
-        recipe=None if recipe.epochs is None else how,
-        curve=shape_of_curve,
-        checkpoint=kept,
-        seed=seed,
-        progress=_bars(progress),
-    )
-    found.to_json(out)
-    found.to_csv(table)
-    if checkpoint is None:
-        kept.unlink(missing_ok=True)
+    with _kept_until_done(kept, is_own=checkpoint is not None):
+        found = modeconn.compare(
+            list(zip(loaded[::2], loaded[1::2], strict=True)),
+            methods,
+            *loaders,
+            num_points=points,
+            repair=repair,
+            recipe=None if recipe.epochs is None else how,
+            curve=shape_of_curve,
+            checkpoint=kept,
+            seed=seed,
+            progress=_bars(progress),
+        )
+        found.to_json(out)
+        found.to_csv(table)
     typer.echo(repr(found))
     typer.echo(f"Wrote {out}, {table}")
 
@@ -642,7 +628,7 @@ def symmetry(
     else:
         network = parse.make_model(model, parse.settings(model_arg), None)
     example = None if input_shape is None else tuple(map(parse.example_input, input_shape))
-    spec = discover(network, example, freeze=freeze or ())
+    spec = modeconn.discover(network, example, freeze=freeze or ())
     typer.echo(repr(spec.report()))
     if verify:
         error = spec.verify(network, example)

@@ -25,80 +25,21 @@ File = Annotated[Path, typer.Argument(exists=True, dir_okay=False, show_default=
 
 Files = Annotated[list[Path], typer.Argument(exists=True, dir_okay=False, show_default=False)]
 
+_ADVERSARY = """Attack each batch: pgd[:norm=l2,random_start=False,clean_weight=0.5], trades[:beta=6,norm=l2] or
+free[:num_replays=8]."""
+
 METHOD = f"{', '.join(parse.METHODS)}, each [:KEY=VALUE,...], such as weight:start=activation or deep_align:FILE"
 
-Data = Annotated[str, typer.Option("--data", help=f"Data set: {', '.join(data.names())}.", rich_help_panel="Data")]
-Root = Annotated[Path | None, typer.Option(help="Folder of its files; digits need none.", rich_help_panel="Data")]
-BatchSize = Annotated[int | None, typer.Option(help="Default 64 for digits, 128 for images.", rich_help_panel="Data")]
-Augment = Annotated[bool, typer.Option(help="Whether to augment training images.", rich_help_panel="Data")]
-TrainExamples = Annotated[
-    int | None, typer.Option(help="Train on so many examples, drawn with --data-seed.", rich_help_panel="Data")
-]
-TestExamples = Annotated[
-    int | None, typer.Option(help="Measure on so many examples, drawn with --data-seed.", rich_help_panel="Data")
-]
-DataSeed = Annotated[int, typer.Option(help="Which examples are drawn; the split of digits.", rich_help_panel="Data")]
 
-Model = Annotated[
-    str, typer.Option("--model", help="A model of the zoo, or package.module:factory.", rich_help_panel="Model")
-]
-Template = Annotated[
-    str | None,
-    typer.Option(
-        "--model",
-        help="Architecture of files that do not say it themselves: a model of the zoo, or package.module:factory.",
-        rich_help_panel="Model",
-    ),
-]
+def _option(panel: str, help: str, *names: str, metavar: str | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
+
+
+Model = Annotated[str, _option("Model", "A model of the zoo, or package.module:factory.", "--model")]
 ModelArguments = Annotated[
     list[str] | None,
-    typer.Option("--model-arg", metavar="KEY=VALUE", help="For its factory; may be repeated.", rich_help_panel="Model"),
+    _option("Model", "For its factory; may be repeated.", "--model-arg", metavar="KEY=VALUE"),
 ]
-
-Epochs = Annotated[int | None, typer.Option(help="Passes over the training data.", rich_help_panel="Recipe")]
-Optimizer = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME:KEY=VALUE,...",
-        help="Any of torch.optim, such as adam:lr=0.003.",
-        show_default=False,
-        rich_help_panel="Recipe",
-    ),
-]
-Schedule = Annotated[
-    str | None,
-    typer.Option(metavar="NAME", help=f"{', '.join(parse.SCHEDULES)}.", show_default=False, rich_help_panel="Recipe"),
-]
-WeightDecay = Annotated[float | None, typer.Option(help="Strength of the L2 penalty.", rich_help_panel="Recipe")]
-Autocast = Annotated[str, typer.Option(help="none, bfloat16 or float16.", rich_help_panel="Recipe")]
-Compile = Annotated[bool, typer.Option(help="Whether to use torch.compile.", rich_help_panel="Recipe")]
-
-Adversary = Annotated[
-    str | None,
-    typer.Option(
-        metavar="NAME:KEY=VALUE,...",
-        help="Attack each batch: pgd[:norm=l2,random_start=False,clean_weight=0.5], trades[:beta=6,norm=l2] or "
-        "free[:num_replays=8].",
-        show_default=False,
-        rich_help_panel="Adversary",
-    ),
-]
-Eps = Annotated[
-    str | None,
-    typer.Option(
-        metavar="8/255",
-        help="Radius of the attack, in units of the pixel range.",
-        show_default=False,
-        rich_help_panel="Adversary",
-    ),
-]
-StepSize = Annotated[
-    str | None,
-    typer.Option(metavar="2/255", help="Default: eps/4.", show_default=False, rich_help_panel="Adversary"),
-]
-AttackSteps = Annotated[int | None, typer.Option(help="Default: 5.", show_default=False, rich_help_panel="Adversary")]
-
-Device = Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")]
 Progress = Annotated[bool | None, typer.Option(help="Whether to show progress bars; default: in a terminal.")]
 
 
@@ -112,14 +53,14 @@ Finished = Annotated[
 class DataOptions:
     """Which data to load, how much of it, and where to."""
 
-    data: Data
-    root: Root = None
-    batch_size: BatchSize = None
-    augment: Augment = True
-    train_examples: TrainExamples = None
-    test_examples: TestExamples = None
-    data_seed: DataSeed = 0
-    device: Device = "cpu"
+    data: Annotated[str, _option("Data", f"Data set: {', '.join(data.names())}.")]
+    root: Annotated[Path | None, _option("Data", "Folder of its files; digits need none.")] = None
+    batch_size: Annotated[int | None, _option("Data", "Default 64 for digits, 128 for images.")] = None
+    augment: Annotated[bool, _option("Data", "Whether to augment training images.")] = True
+    train_examples: Annotated[int | None, _option("Data", "Train on so many, drawn with --data-seed.")] = None
+    test_examples: Annotated[int | None, _option("Data", "Measure on so many, drawn with --data-seed.")] = None
+    data_seed: Annotated[int, _option("Data", "Which examples are drawn; the split of digits.")] = 0
+    device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu"
 
     def load(self) -> tuple[TensorLoader, TensorLoader]:
         """Return training and test data."""
@@ -151,7 +92,9 @@ class DataOptions:
 class ModelOptions:
     """The architecture of files that do not say it themselves."""
 
-    model: Template = None
+    model: Annotated[
+        str | None, _option("Model", "Of files that do not say it: a model of the zoo, or package.module:factory.")
+    ] = None
     model_arg: ModelArguments = None
 
     def template(self, train: TensorLoader | None) -> nn.Module | None:
@@ -172,12 +115,14 @@ class ModelOptions:
 class RecipeOptions:
     """How to train, as far as it was said."""
 
-    epochs: Epochs = None
-    optimizer: Optimizer = None
-    schedule: Schedule = None
-    weight_decay: WeightDecay = None
-    autocast: Autocast = "none"
-    compile: Compile = False
+    epochs: Annotated[int | None, _option("Recipe", "Passes over the training data.")] = None
+    optimizer: Annotated[
+        str | None, _option("Recipe", "Any of torch.optim, such as adam:lr=0.003.", metavar="NAME:KEY=VALUE,...")
+    ] = None
+    schedule: Annotated[str | None, _option("Recipe", f"{', '.join(parse.SCHEDULES)}.", metavar="NAME")] = None
+    weight_decay: Annotated[float | None, _option("Recipe", "Strength of the L2 penalty.")] = None
+    autocast: Annotated[str, _option("Recipe", "none, bfloat16 or float16.")] = "none"
+    compile: Annotated[bool, _option("Recipe", "Whether to use torch.compile.")] = False
 
     def change(self, recipe: Recipe = _RECIPE) -> Recipe:
         """Return a recipe with the settings that were given."""
@@ -195,10 +140,10 @@ class RecipeOptions:
 class AdversaryOptions:
     """What attacks each batch, if it was given."""
 
-    adversary: Adversary = None
-    eps: Eps = None
-    step_size: StepSize = None
-    attack_steps: AttackSteps = None
+    adversary: Annotated[str | None, _option("Adversary", _ADVERSARY, metavar="NAME:KEY=VALUE,...")] = None
+    eps: Annotated[str | None, _option("Adversary", "Radius, in units of the pixel range.", metavar="8/255")] = None
+    step_size: Annotated[str | None, _option("Adversary", "Default: eps/4.", metavar="2/255")] = None
+    attack_steps: Annotated[int | None, _option("Adversary", "Default: 5.")] = None
 
     def opponent(self) -> AdversarialTraining | FreeAdversarialTraining | TRADES | None:
         """Return the adversary, None for clean training."""

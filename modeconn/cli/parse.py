@@ -16,23 +16,8 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from modeconn import (
-    PAM,
-    ActivationMatching,
-    Bezier,
-    DeepAlign,
-    Line,
-    Permutation,
-    PolyChain,
-    ProximalLinear,
-    RelaxedStep,
-    Sinkhorn,
-    SinkhornStep,
-    StraightThrough,
-    TransportMatching,
-    WeightMatching,
-    models,
-)
+import modeconn
+from modeconn import PAM, DeepAlign, Permutation, models
 from modeconn.attacks.pgd import PGD
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.curves import Curve
@@ -42,16 +27,20 @@ from modeconn.matching import Method
 from modeconn.network import recipe
 from modeconn.tools.rng import seeded
 
-CURVES = {"line": Line, "bezier": Bezier, "polychain": PolyChain}
+CURVES = {"line": modeconn.Line, "bezier": modeconn.Bezier, "polychain": modeconn.PolyChain}
 METHODS = {
-    "activation": ActivationMatching,
-    "weight": WeightMatching,
-    "transport": TransportMatching,
-    "sinkhorn": Sinkhorn,
-    "straight_through": StraightThrough,
+    "activation": modeconn.ActivationMatching,
+    "weight": modeconn.WeightMatching,
+    "transport": modeconn.TransportMatching,
+    "sinkhorn": modeconn.Sinkhorn,
+    "straight_through": modeconn.StraightThrough,
     "deep_align": DeepAlign.load,
 }
-PERMUTATION_STEPS = {"proximal_linear": ProximalLinear, "sinkhorn": SinkhornStep, "relaxed": RelaxedStep}
+PERMUTATION_STEPS = {
+    "proximal_linear": modeconn.ProximalLinear,
+    "sinkhorn": modeconn.SinkhornStep,
+    "relaxed": modeconn.RelaxedStep,
+}
 SCHEDULES = {one.__name__: one for one in (recipe.piecewise_linear, recipe.halving, recipe.one_cycle, recipe.constant)}
 OPTIMIZERS = {
     name.lower(): value
@@ -82,7 +71,7 @@ def deep_align(text: str) -> DeepAlign:
     """Read settings of Deep-Align and of its augmentation.
 
     Example:
-        >>> deep_align("steps=100,noise=0.1").augmentation
+        >>> deep_align("num_steps=100,noise=0.1").augmentation
         Augmentation(noise=0.1, dropout=0.05, rescale=0.0, prune=0.1)
     """
     given = settings(text.split(",") if text else [])

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -87,6 +87,10 @@ class Path:
         if recalibrate is None and t in (0, 1) and not self.curve.free_ends:
             return Networks(self, [], None)(t)
         return self.networks(recalibrate, num_examples, repair)(t)
+
+    def arc_length(self, t: Sequence[float]) -> Tensor:
+        """Return the length of the curve from 0 to each position, float64 ``(N,)``, in the Euclidean norm."""
+        return self.curve.arc_length(self.control_points, torch.tensor(t, dtype=torch.float64))
 
     def networks(
         self,

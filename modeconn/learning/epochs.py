@@ -82,24 +82,6 @@ class BetweenEpochs(Resumable, Protocol):
         ...
 
 
-class NothingBetween:
-    """Leaves a run alone."""
-
-    def __init__(self) -> None:
-        self.turns: list[dict[str, Any]] = []
-        self.is_finished = False
-
-    def before_epoch(self, epoch: int) -> None:
-        """Do nothing."""
-
-    def state(self) -> State:
-        """Return nothing: nothing changes."""
-        return {}, {}
-
-    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Do nothing."""
-
-
 class Run:
     """Fits a curve, epoch by epoch, within one stretch of `modeconn.tools.rng.seeded`.
 
@@ -113,7 +95,7 @@ class Run:
         loss: What the steps lower.
         seed: For t and the model's stream.
         file: Where the run saves itself, and goes on from.
-        between: What changes the relabelling of b between epochs.
+        between: What changes the relabelling of b between epochs, or None.
     """
 
     def __init__(
@@ -124,7 +106,7 @@ class Run:
         *,
         seed: int,
         file: RunFile,
-        between: BetweenEpochs,
+        between: BetweenEpochs | None = None,
     ) -> None:
         self._step, self._loader, self._recipe, self._loss = step, loader, step.recipe, loss
         self._seed, self._file, self._between = seed, file, between
@@ -160,7 +142,7 @@ class Run:
         bar = progress_bar(show=progress, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
         with bar, self._interrupts_between_steps():
             while self._progress.epoch < self._recipe.epochs:
-                if self._progress.batch == 0:
+                if self._between and self._progress.batch == 0:
                     self._between.before_epoch(self._progress.epoch)
                     if self._between.is_finished:
                         break
@@ -169,11 +151,12 @@ class Run:
                 bar.set_postfix(loss=f"{self._progress.loss[-1]:.4g}")
             if self._interrupted:
                 raise KeyboardInterrupt
-        return History(self._progress.loss, self._progress.loss_by_t, self._progress.seconds, self._between.turns)
+        turns = self._between.turns if self._between else []
+        return History(self._progress.loss, self._progress.loss_by_t, self._progress.seconds, turns)
 
     @property
     def _parts(self) -> tuple[Resumable, ...]:
-        return self._step, self._loss, self._between, self
+        return self._step, self._loss, *([self._between] if self._between else []), self
 
     def _train_epoch(self) -> None:
         iterator = self._start_epoch()

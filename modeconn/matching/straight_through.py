@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import ClassVar, Literal
 
 import torch
 from torch import nn
@@ -48,6 +48,8 @@ class StraightThrough(LearnedMatching):
 
     objective: Literal["line", "midpoint"] | Curve = "line"
     learning_rate: float = 1e-2
+
+    objectives: ClassVar[tuple[str, ...]] = ("line", "midpoint")
 
     @property
     def needs_data(self) -> str:

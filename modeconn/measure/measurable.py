@@ -4,10 +4,8 @@ from __future__ import annotations
 
 import os
 import time
-from abc import ABC, abstractmethod
 from collections.abc import Iterable, Sequence
-from functools import partial
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,40 +23,33 @@ from modeconn.network.loss import Forward, LossFn, TrainingData
 from modeconn.tools.rng import seeded
 
 
-class Measurable(ABC):
-    """Networks at every position t in [0, 1], and what can be measured of them.
+class NetworksByPosition(Protocol):
+    """What is measured: a network at every t in [0, 1]."""
 
-    Attributes:
+    def model_at(self, t: float, recalibrate: Any, num_examples: int | None, repair: bool) -> nn.Module:
+        """Return the network at ``t`` as a new model; ends keep their own statistics by default."""
+        ...
+
+    def networks(self, recalibrate: Any, num_examples: int | None, repair: bool) -> Networks:
+        """Return one network that can be moved along, its statistics set right in one way at every position."""
+        ...
+
+    def arc_length(self, t: Sequence[float]) -> Tensor:
+        """Return the length from 0 to each position, float64 ``(N,)``."""
+        ...
+
+
+class Measurable:
+    """The verbs that measure what lies on a curve.
+
+    Args:
+        path: Where the networks are.
         training: Data and loss of the fit.
+        device: Of the networks.
     """
 
-    training: TrainingData
-
-    @property
-    @abstractmethod
-    def device(self) -> torch.device:
-        """Where the networks are."""
-
-    @abstractmethod
-    def model_at(
-        self,
-        t: float,
-        *,
-        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
-        recalibration_examples: int | None = NUM_EXAMPLES,
-        repair: bool = False,
-    ) -> nn.Module:
-        """Return the network at ``t`` as a new model in eval mode."""
-
-    @abstractmethod
-    def networks(
-        self, recalibrate: Iterable[Any] | AdversarialExamples | None, num_examples: int | None, repair: bool
-    ) -> Networks:
-        """Return one network that can be moved along the curve, its statistics set right at every position."""
-
-    @abstractmethod
-    def arc_length(self, t: Sequence[float]) -> Tensor:
-        """Return the length of the curve from 0 to each position, float64 ``(N,)``."""
+    def __init__(self, path: NetworksByPosition, training: TrainingData, device: torch.device) -> None:
+        self._path, self.training, self.device = path, training, device
 
     def evaluate(
         self,
@@ -98,9 +89,9 @@ class Measurable(ABC):
         started = time.perf_counter()
         with seeded(0, self.device):
             check_loader(loader) if forward is None else first_batch(loader)
-            networks = self.networks(recalibrate, recalibration_examples, repair)
+            networks = self._path.networks(recalibrate, recalibration_examples, repair)
             meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward)
-            return profile_along(networks, meter, t, self.arc_length(t), started=started, progress=progress)
+            return profile_along(networks, meter, t, self._path.arc_length(t), started=started, progress=progress)
 
     def robustness(
         self,
@@ -150,7 +141,7 @@ class Measurable(ABC):
             FloatingPointError: If an attack returns NaN.
         """
         return robustness_along(
-            self._model_at(recalibrate, recalibration_examples, repair),
+            lambda position: self._path.model_at(position, recalibrate, recalibration_examples, repair),
             chosen_positions(t, num_points),
             loader,
             attacks,
@@ -200,7 +191,7 @@ class Measurable(ABC):
             ValueError: If a setting is out of range, or training data is needed to recalibrate.
         """
         return curvature_along(
-            self._model_at(recalibrate, recalibration_examples, repair),
+            lambda position: self._path.model_at(position, recalibrate, recalibration_examples, repair),
             chosen_positions(t, num_points),
             loader,
             wrt=wrt,
@@ -210,6 +201,3 @@ class Measurable(ABC):
             seed=seed,
             progress=progress,
         )
-
-    def _model_at(self, recalibrate: Any, num_examples: int | None, repair: bool) -> Any:
-        return partial(self.model_at, recalibrate=recalibrate, recalibration_examples=num_examples, repair=repair)

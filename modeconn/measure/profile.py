@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import os
 import time
@@ -18,7 +16,7 @@ from modeconn import plot
 from modeconn.measure.meter import Meter
 from modeconn.tools.files import write_text
 from modeconn.tools.progress import progress_bar
-from modeconn.tools.table import html_table, table
+from modeconn.tools.table import csv_table, html_table, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -132,11 +130,8 @@ class Profile:
         columns = {"t": self.t, "arc_length": self.arc_length, "loss": self.loss}
         if self.accuracy is not None:
             columns |= {"accuracy": self.accuracy, "error": self.error}
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(columns)
-        writer.writerows(zip(*(column.tolist() for column in columns.values()), strict=True))
-        return write_text(buffer.getvalue(), path)
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return write_text(csv_table(columns, rows), path)
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
         """Draw the profile with matplotlib; see `modeconn.plot.profile`."""

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import csv
 import html
-import io
 import json
 import math
 import os
@@ -21,7 +19,7 @@ from torch import Tensor
 
 from modeconn import plot
 from modeconn.tools.files import write_text
-from modeconn.tools.table import html_table, table
+from modeconn.tools.table import csv_table, html_table, table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -232,14 +230,12 @@ class RobustProfile:
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one line for each point and row, as comma-separated values; also write it to ``path`` if given."""
-        buffer = io.StringIO()
-        writer = csv.writer(buffer, lineterminator="\n")
-        writer.writerow(["t", "attack", "loss", "accuracy", "low", "high"])
-        for place, t in enumerate(self.t.tolist()):
-            for row in self.accuracy:
-                numbers = (self.loss[row][place], self.accuracy[row][place], *self.interval[row][place])
-                writer.writerow([t, row, *map(float, numbers)])
-        return write_text(buffer.getvalue(), path)
+        rows = [
+            [t, row, *map(float, (self.loss[row][place], self.accuracy[row][place], *self.interval[row][place]))]
+            for place, t in enumerate(self.t.tolist())
+            for row in self.accuracy
+        ]
+        return write_text(csv_table(["t", "attack", "loss", "accuracy", "low", "high"], rows), path)
 
     def plot(self, *, ax: Axes | None = None) -> Axes:
         """Draw the profile with matplotlib; see `modeconn.plot.robust_profile`."""

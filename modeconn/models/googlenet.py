@@ -5,8 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from modeconn.models.zoo import Statistic, ZooModel
-from modeconn.network.registry import factory
+from modeconn.models.zoo import ImageModel, Images, image_factory
 
 
 class ConvNormReLU(nn.Sequential):
@@ -63,7 +62,7 @@ class AuxiliaryHead(nn.Sequential):
         )
 
 
-class GoogLeNet(ZooModel):
+class GoogLeNet(ImageModel):
     """Nine inception blocks after a stem that keeps small images large.
 
     Against the paper's network for 224 pixels, the stem's first convolution has stride 1, and the poolings after it
@@ -72,12 +71,10 @@ class GoogLeNet(ZooModel):
     Returns logits ``(N, C)`` in eval mode and ``(logits, auxiliary1, auxiliary2)`` in train mode.
     """
 
-    def __init__(
-        self, num_classes: int, in_channels: int, image_size: int, mean: Statistic = None, std: Statistic = None
-    ) -> None:
-        super().__init__((in_channels, image_size, image_size), mean, std)
+    def __init__(self, num_classes: int, images: Images) -> None:
+        super().__init__(images)
         self.stem = nn.Sequential(
-            ConvNormReLU(in_channels, 64, 7),
+            ConvNormReLU(images.channels, 64, 7),
             ConvNormReLU(64, 64, 1),
             ConvNormReLU(64, 192, 3),
             nn.MaxPool2d(3, stride=2, ceil_mode=True),
@@ -119,29 +116,11 @@ class GoogLeNet(ZooModel):
         return logits
 
 
-@factory
-def googlenet(
-    num_classes: int = 10,
-    *,
-    in_channels: int = 3,
-    image_size: int = 32,
-    mean: Statistic = None,
-    std: Statistic = None,
-    seed: int = 0,
-) -> GoogLeNet:
+googlenet = image_factory(
+    "googlenet",
+    GoogLeNet,
     """Make GoogLeNet as Tatro et al. (2020) train it: 10,237,388 parameters at 100 classes, auxiliary heads included.
 
-    In train mode it returns ``(logits, auxiliary1, auxiliary2)``; `modeconn.network.loss.cross_entropy` weighs them.
-
-    Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images.
-        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
-        std: Likewise.
-        seed: Of the initial weights.
-
-    References:
-        Szegedy et al., 2015, https://arxiv.org/abs/1409.4842
-    """
-    return GoogLeNet(num_classes, in_channels, image_size, mean, std)
+    In train mode it returns ``(logits, auxiliary1, auxiliary2)``; `modeconn.cross_entropy` weighs them.""",
+    reference="Szegedy et al., 2015, https://arxiv.org/abs/1409.4842",
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from itertools import chain, islice
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from modeconn.models.training import count_batches
+from modeconn.models.training import count_batches, run_epochs
 from modeconn.network.batches import check_loader
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy
@@ -20,10 +19,7 @@ from modeconn.network.recipe import Recipe, autocast
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import WeightSpace, named_places
 from modeconn.tools.fingerprint import identify
-from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
-
-_LOGGER = logging.getLogger(__name__)
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -168,17 +164,7 @@ class _PopulationRun:
         )
 
     def run(self, steps: Iterable[_Batch], num_batches: int, *, progress: bool) -> None:
-        bar = progress_bar(range(self.recipe.epochs), show=progress, desc="train", unit="epoch")
-        for epoch in bar:
-            losses = []
-            for step, (inputs, targets) in enumerate(steps):
-                if epoch == 0:
-                    self._check(inputs, targets)
-                self.recipe.set_learning_rate(self.optimizer, epoch + step / num_batches)
-                losses.append(self._step(inputs, targets))
-            mean = self._mean_loss(torch.stack(losses), epoch)
-            _LOGGER.info("epoch %d of %d: mean training loss %.4f", epoch + 1, self.recipe.epochs, mean)
-            bar.set_postfix(loss=f"{mean:.4f}")
+        run_epochs(self.recipe, self.optimizer, lambda: steps, self._step, num_batches=num_batches, progress=progress)
         self._write_back()
 
     @torch.no_grad()
@@ -187,25 +173,16 @@ class _PopulationRun:
         check_targets(outputs, targets[0], self.loss_fn)
         check_targets(outputs, targets.flatten(0, 1))
 
-    def _step(self, inputs: Tensor, targets: Tensor) -> Tensor:
+    def _step(self, batch: _Batch, epoch: int) -> list[Tensor]:
         """Make one step of every network and return the losses before it, ``(M,)``."""
+        if epoch == 0:
+            self._check(*batch)
         self.optimizer.zero_grad()
         with autocast(self.device, self.recipe.autocast):
-            losses = self.losses(self.state, inputs, targets)
+            losses = self.losses(self.state, *batch)
         losses.sum().backward()  # no weight is in two of them, so each network gets the gradient of its own
         self.optimizer.step()
-        return losses.detach()
-
-    def _mean_loss(self, losses: Tensor, epoch: int) -> float:
-        """Return the mean of an epoch's losses, ``(steps, M)``."""
-        if not losses.isfinite().all():
-            step, network = (~losses.isfinite()).nonzero()[0].tolist()
-            raise FloatingPointError(
-                f"the training loss of models[{network}] became {losses[step, network].item()} in epoch {epoch + 1} of "
-                f"{self.recipe.epochs}, step {step + 1} of {len(losses)}. Lower the learning rate of the recipe's "
-                f"optimizer, or look for values in the data that are not finite."
-            )
-        return losses.mean().item()
+        return [losses.detach()]
 
     @torch.no_grad()
     def _write_back(self) -> None:

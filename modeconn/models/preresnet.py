@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from modeconn.models.init import he_init_convolutions
 from modeconn.models.stages import stages
-from modeconn.models.zoo import Statistic, ZooModel
-from modeconn.network.registry import factory
+from modeconn.models.zoo import ImageModel, Images, image_factory
 
 Branch = Callable[[int, int, int], list[nn.Conv2d]]
 """``branch(in_channels, out_channels, stride)`` lists the convolutions of one residual branch."""
@@ -52,23 +51,14 @@ class PreActivationBlock(nn.Module):
         return self.branch(x) + self.shortcut(x)
 
 
-class PreActivationResNet(ZooModel):
+class PreActivationResNet(ImageModel):
     """A 16-channel stem, three stages of `PreActivationBlock`, batch norm, ReLU, pooling, one linear layer."""
 
-    def __init__(
-        self,
-        branch: Branch,
-        layout: Sequence[Sequence[int]],
-        num_classes: int,
-        in_channels: int,
-        image_size: int,
-        mean: Statistic = None,
-        std: Statistic = None,
-    ) -> None:
-        super().__init__((in_channels, image_size, image_size), mean, std)
+    def __init__(self, branch: Branch, layout: Sequence[Sequence[int]], num_classes: int, images: Images) -> None:
+        super().__init__(images)
         channels = 16
         biased = branch(channels, channels, 1)[0].bias is not None
-        self.stem = nn.Conv2d(in_channels, channels, 3, padding=1, bias=biased)
+        self.stem = nn.Conv2d(images.channels, channels, 3, padding=1, bias=biased)
         self.stages = stages(partial(PreActivationBlock, branch), channels, layout)
         channels = layout[-1][-1]
         self.head = nn.Sequential(nn.BatchNorm2d(channels), nn.ReLU(inplace=True), nn.AdaptiveAvgPool2d(1))
@@ -79,76 +69,23 @@ class PreActivationResNet(ZooModel):
         return self.classifier(self.head(self.stages(self.stem(self.normalize(x)))).flatten(1))
 
 
-@factory
-def preresnet110(
-    num_classes: int = 10,
-    *,
-    in_channels: int = 3,
-    image_size: int = 32,
-    mean: Statistic = None,
-    std: Statistic = None,
-    seed: int = 0,
-) -> PreActivationResNet:
-    """Make a pre-activation ResNet with 12 bottlenecks in each of 3 stages; arguments as for `preresnet164`."""
-    return PreActivationResNet(
-        bottleneck, [[channels] * 12 for channels in (64, 128, 256)], num_classes, in_channels, image_size, mean, std
+def _preresnet_factory(name: str, blocks_per_stage: int, about: str) -> Callable[..., ImageModel]:
+    return image_factory(
+        name,
+        partial(PreActivationResNet, bottleneck, [[channels] * blocks_per_stage for channels in (64, 128, 256)]),
+        f"Make a pre-activation ResNet with {blocks_per_stage} bottlenecks in each of 3 stages{about}.",
+        reference="He et al., 2016, https://arxiv.org/abs/1603.05027",
     )
 
 
-@factory
-def preresnet164(
-    num_classes: int = 10,
-    *,
-    in_channels: int = 3,
-    image_size: int = 32,
-    mean: Statistic = None,
-    std: Statistic = None,
-    seed: int = 0,
-) -> PreActivationResNet:
-    """Make a pre-activation ResNet with 18 bottlenecks in each of 3 stages, as Garipov et al. (2018) train it.
-
-    Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images.
-        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
-        std: Likewise.
-        seed: Of the initial weights.
-
-    References:
-        He et al., 2016, https://arxiv.org/abs/1603.05027
-    """
-    return PreActivationResNet(
-        bottleneck, [[channels] * 18 for channels in (64, 128, 256)], num_classes, in_channels, image_size, mean, std
-    )
-
-
-@factory
-def wideresnet28x10(
-    num_classes: int = 10,
-    *,
-    in_channels: int = 3,
-    image_size: int = 32,
-    mean: Statistic = None,
-    std: Statistic = None,
-    seed: int = 0,
-) -> PreActivationResNet:
+preresnet110 = _preresnet_factory("preresnet110", 12, "")
+preresnet164 = _preresnet_factory("preresnet164", 18, ", as Garipov et al. (2018) train it")
+wideresnet28x10 = image_factory(
+    "wideresnet28x10",
+    partial(PreActivationResNet, wide, [[channels] * 4 for channels in (160, 320, 640)]),
     """Make a wide ResNet, 28 layers deep and 10 times as wide, without dropout: 36.5 million parameters.
 
     The last batch norm has the usual momentum (Garipov et al. give that one 0.9); the initialisation is He's for all
-    convolutions.
-
-    Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images.
-        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
-        std: Likewise.
-        seed: Of the initial weights.
-
-    References:
-        Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146
-    """
-    return PreActivationResNet(
-        wide, [[channels] * 4 for channels in (160, 320, 640)], num_classes, in_channels, image_size, mean, std
-    )
+    convolutions.""",
+    reference="Zagoruyko & Komodakis, 2016, https://arxiv.org/abs/1605.07146",
+)

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+
 from torch import Tensor, nn
 
 from modeconn.models.init import he_init_convolutions
 from modeconn.models.stages import stages
-from modeconn.models.zoo import Statistic, ZooModel
-from modeconn.network.registry import factory
+from modeconn.models.zoo import ImageModel, Images, wide_image_factory
 
 
 class BasicBlock(nn.Module):
@@ -31,27 +33,20 @@ class BasicBlock(nn.Module):
         return self.relu(out + self.shortcut(x))
 
 
-class ResNet(ZooModel):
+class ResNet(ImageModel):
     """A stem, three stages of basic blocks with 16, 32 and 64 channels times ``width``, pooling, one linear layer."""
 
-    def __init__(
-        self,
-        blocks_per_stage: int,
-        num_classes: int,
-        width: float,
-        in_channels: int,
-        image_size: int,
-        mean: Statistic = None,
-        std: Statistic = None,
-    ) -> None:
-        super().__init__((in_channels, image_size, image_size), mean, std)
+    def __init__(self, blocks_per_stage: int, num_classes: int, images: Images, *, width: float = 1) -> None:
+        super().__init__(images)
         stage_channels = [round(width * channels) for channels in (16, 32, 64)]
         if stage_channels[0] < 1:
             raise ValueError(f"width must leave at least 1 of the stem's 16 channels, got width={width}.")
 
         channels = stage_channels[0]
         self.stem = nn.Sequential(
-            nn.Conv2d(in_channels, channels, 3, padding=1, bias=False), nn.BatchNorm2d(channels), nn.ReLU(inplace=True)
+            nn.Conv2d(images.channels, channels, 3, padding=1, bias=False),
+            nn.BatchNorm2d(channels),
+            nn.ReLU(inplace=True),
         )
         self.stages = stages(BasicBlock, channels, [[channels] * blocks_per_stage for channels in stage_channels])
         self.pool = nn.AdaptiveAvgPool2d(1)
@@ -62,46 +57,17 @@ class ResNet(ZooModel):
         return self.classifier(self.pool(self.stages(self.stem(self.normalize(x)))).flatten(1))
 
 
-@factory
-def resnet20(
-    num_classes: int = 10,
-    *,
-    width: float = 1,
-    in_channels: int = 3,
-    image_size: int = 32,
-    mean: Statistic = None,
-    std: Statistic = None,
-    seed: int = 0,
-) -> ResNet:
-    """Make a ResNet with 3 basic blocks in each of 3 stages; arguments as for `resnet32`."""
-    return ResNet(3, num_classes, width, in_channels, image_size, mean, std)
+def _resnet_factory(name: str, blocks_per_stage: int, size: str) -> Callable[..., ImageModel]:
+    return wide_image_factory(
+        name,
+        partial(ResNet, blocks_per_stage),
+        f"""Make a ResNet with {blocks_per_stage} basic blocks in each of 3 stages: {size} parameters at 100 classes.
+
+    Shortcuts that change shape are 1x1 convolutions with batch norm, as Tatro et al. (2020) have them.""",
+        width="Factor on the number of channels, 16 in the stem.",
+        reference="He et al., 2016, https://arxiv.org/abs/1512.03385",
+    )
 
 
-@factory
-def resnet32(
-    num_classes: int = 10,
-    *,
-    width: float = 1,
-    in_channels: int = 3,
-    image_size: int = 32,
-    mean: Statistic = None,
-    std: Statistic = None,
-    seed: int = 0,
-) -> ResNet:
-    """Make a ResNet with 5 basic blocks in each of 3 stages: 472,756 parameters at 100 classes.
-
-    Shortcuts that change shape are 1x1 convolutions with batch norm, as Tatro et al. (2020) have them.
-
-    Args:
-        num_classes: Number of logits.
-        width: Factor on the number of channels, 16 in the stem.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images.
-        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
-        std: Likewise.
-        seed: Of the initial weights.
-
-    References:
-        He et al., 2016, https://arxiv.org/abs/1512.03385
-    """
-    return ResNet(5, num_classes, width, in_channels, image_size, mean, std)
+resnet20 = _resnet_factory("resnet20", 3, "278,324")
+resnet32 = _resnet_factory("resnet32", 5, "472,756")

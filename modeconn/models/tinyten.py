@@ -4,8 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor, nn
 
-from modeconn.models.zoo import Statistic, ZooModel
-from modeconn.network.registry import factory
+from modeconn.models.zoo import ImageModel, Images, image_factory
 
 # (channels, kernel size, stride, padding); the seventh convolution is unpadded.
 _LAYERS = (
@@ -21,17 +20,15 @@ _LAYERS = (
 _SMALLEST_IMAGE = 9
 
 
-class TinyTen(ZooModel):
+class TinyTen(ImageModel):
     """Eight convolutions with batch norm and ReLU, global average pooling, one linear layer."""
 
-    def __init__(
-        self, num_classes: int, in_channels: int, image_size: int, mean: Statistic = None, std: Statistic = None
-    ) -> None:
-        super().__init__((in_channels, image_size, image_size), mean, std)
-        if image_size < _SMALLEST_IMAGE:
-            raise ValueError(f"image_size must be at least {_SMALLEST_IMAGE} for TinyTen, got {image_size}.")
+    def __init__(self, num_classes: int, images: Images) -> None:
+        super().__init__(images)
+        images.check_size(_SMALLEST_IMAGE, "TinyTen")
 
         layers: list[nn.Module] = []
+        in_channels = images.channels
         for channels, kernel_size, stride, padding in _LAYERS:
             layers += [
                 nn.Conv2d(in_channels, channels, kernel_size, stride, padding),
@@ -54,24 +51,10 @@ class TinyTen(ZooModel):
         return self.classifier(self.pool(self.features(self.normalize(x))).flatten(1))
 
 
-@factory
-def tinyten(
-    num_classes: int = 10,
-    *,
-    in_channels: int = 3,
-    image_size: int = 32,
-    mean: Statistic = None,
-    std: Statistic = None,
-    seed: int = 0,
-) -> TinyTen:
-    """Make TinyTen (Tatro et al., 2020, https://arxiv.org/abs/2009.02439): 92,628 parameters at 100 classes.
-
-    Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images, at least 9.
-        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
-        std: Likewise.
-        seed: Of the initial weights.
-    """
-    return TinyTen(num_classes, in_channels, image_size, mean, std)
+tinyten = image_factory(
+    "tinyten",
+    TinyTen,
+    "Make TinyTen, the small ten-layer network of neuron alignment: 92,628 parameters at 100 classes.",
+    reference="Tatro et al., 2020, https://arxiv.org/abs/2009.02439",
+    smallest=_SMALLEST_IMAGE,
+)

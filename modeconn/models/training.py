@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from typing import Any, TypeVar
 
@@ -19,6 +19,7 @@ from modeconn.network.batches import batches, check_loader, first_batch
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, cross_entropy
 from modeconn.network.recipe import Recipe, autocast, one_cycle
+from modeconn.network.weights import device_of
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 
@@ -84,15 +85,14 @@ def train(
         False
     """
     trained = copy_of(model).train()
-    parameters = [parameter for parameter in trained.parameters() if parameter.requires_grad]
-    if not parameters:
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")
-    device, goals = parameters[0].device, StepLoss(loss_fn, forward, adversary)
+    device, loss = device_of(trained), StepLoss(loss_fn, forward, adversary)
 
     with seeded(seed, device):
         num_batches = count_batches(loader, any_batch=forward is not None)
     with seeded(seed, device):
-        _EndpointRun(trained, parameters, recipe, goals).run(loader, num_batches, progress=progress)
+        _train(trained, loader, recipe, loss, num_batches=num_batches, progress=progress)
     if recalibrate is None:
         recalibrate = adversary is not None
     if recalibrate is not False and norm_layers(trained):
@@ -110,52 +110,70 @@ def count_batches(loader: Iterable[Any], *, any_batch: bool) -> int:
         return sum(1 for _ in loader)
 
 
-class _EndpointRun:
-    """One training run, which changes ``model`` in place."""
+def run_epochs(
+    recipe: Recipe,
+    optimizer: torch.optim.Optimizer,
+    read: Callable[[], Iterable[Any]],
+    take_step: Callable[[Any, int], list[Tensor]],
+    *,
+    num_batches: int,
+    progress: bool,
+) -> None:
+    """Take the steps of a training run, epoch by epoch.
 
-    def __init__(
-        self,
-        model: nn.Module,
-        parameters: list[nn.Parameter],
-        recipe: Recipe,
-        loss: StepLoss,
-    ) -> None:
-        self.recipe = recipe
-        self.loss = loss
-        self.runner = torch.compile(model) if recipe.compile else model
-        self.optimizer = recipe.make_optimizer(parameters, weight_decay=recipe.weight_decay)
-        self.device = parameters[0].device
-        self.scaler = torch.amp.GradScaler(self.device.type, enabled=recipe.autocast is torch.float16)
+    Args:
+        recipe: Epochs and schedule.
+        optimizer: Its learning rate is set before every batch.
+        read: Returns the batches of one epoch.
+        take_step: Called with a batch and the number of the epoch; returns the losses of the steps it took, each a
+            scalar, or ``(M,)`` of M networks.
+        num_batches: How many batches an epoch has.
+        progress: Whether to show a progress bar.
 
-    def run(self, loader: Iterable[Any], num_batches: int, *, progress: bool) -> None:
-        bar = progress_bar(range(self.recipe.epochs), show=progress, desc="train", unit="epoch")
-        for epoch in bar:
-            losses = []
-            for step, batch in enumerate(batches(loader, self.device)):
-                self.recipe.set_learning_rate(self.optimizer, epoch + step / num_batches)
-                for _ in range(self.loss.num_replays):
-                    losses.append(self._step(batch, self.loss.at(epoch)))
-            mean = self._mean_loss(torch.stack(losses), epoch)
-            _LOGGER.info("epoch %d of %d: training loss %.4f", epoch + 1, self.recipe.epochs, mean)
-            bar.set_postfix(loss=f"{mean:.4f}")
-        self.optimizer.zero_grad()
-
-    def _step(self, batch: Any, forward: Forward) -> Tensor:
-        self.optimizer.zero_grad()
-        with autocast(self.device, self.recipe.autocast):
-            loss = forward(self.runner, batch)
-        self.scaler.scale(loss).backward()
-        self.scaler.step(self.optimizer)
-        self.scaler.update()
-        return loss.detach()
-
-    def _mean_loss(self, losses: Tensor, epoch: int) -> float:
-        """Return the mean; an epoch's losses are looked at together, since each look makes an accelerator wait."""
+    Raises:
+        FloatingPointError: If a loss is infinite or NaN. The losses of an epoch are looked at together at its end,
+            since each look makes an accelerator wait.
+    """
+    bar = progress_bar(range(recipe.epochs), show=progress, desc="train", unit="epoch")
+    for epoch in bar:
+        found: list[Tensor] = []
+        for number, batch in enumerate(read()):
+            recipe.set_learning_rate(optimizer, epoch + number / num_batches)
+            found += take_step(batch, epoch)
+        losses = torch.stack(found)
         if not losses.isfinite().all():
-            step = int((~losses.isfinite()).nonzero()[0])
+            step, *networks = place = (~losses.isfinite()).nonzero()[0].tolist()
+            whose = "".join(f" of models[{network}]" for network in networks)
             raise FloatingPointError(
-                f"the training loss became {losses[step].item()} in epoch {epoch + 1} of {self.recipe.epochs}, "
-                f"step {step + 1} of {len(losses)}. Lower the learning rate of the recipe's optimizer, or look for "
-                f"values in the data that are not finite."
+                f"the training loss{whose} became {losses[tuple(place)].item()} in epoch {epoch + 1} of "
+                f"{recipe.epochs}, step {step + 1} of {len(losses)}. Lower the learning rate of the recipe's "
+                f"optimizer, or look for values in the data that are not finite."
             )
-        return losses.mean().item()
+        mean = losses.mean().item()
+        _LOGGER.info("epoch %d of %d: training loss %.4f", epoch + 1, recipe.epochs, mean)
+        bar.set_postfix(loss=f"{mean:.4f}")
+
+
+def _train(
+    model: nn.Module, loader: Iterable[Any], recipe: Recipe, loss: StepLoss, *, num_batches: int, progress: bool
+) -> None:
+    """Train ``model`` in place."""
+    parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    device, optimizer = parameters[0].device, recipe.make_optimizer(parameters, weight_decay=recipe.weight_decay)
+    runner = torch.compile(model) if recipe.compile else model
+    scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast is torch.float16)
+
+    def step(batch: Any, forward: Forward) -> Tensor:
+        optimizer.zero_grad()
+        with autocast(device, recipe.autocast):
+            value = forward(runner, batch)
+        scaler.scale(value).backward()
+        scaler.step(optimizer)
+        scaler.update()
+        return value.detach()
+
+    def steps(batch: Any, epoch: int) -> list[Tensor]:
+        return [step(batch, loss.at(epoch)) for _ in range(loss.num_replays)]
+
+    run_epochs(recipe, optimizer, partial(batches, loader, device), steps, num_batches=num_batches, progress=progress)
+    optimizer.zero_grad()

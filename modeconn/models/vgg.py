@@ -3,36 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 
 from torch import Tensor, nn
 
 from modeconn.models.init import he_init_convolutions
-from modeconn.models.zoo import Statistic, ZooModel
-from modeconn.network.registry import factory
+from modeconn.models.zoo import ImageModel, Images, image_factory
 
 _STAGE_CHANNELS = (64, 128, 256, 512, 512)
 _CONVOLUTIONS = {11: (1, 1, 2, 2, 2), 16: (2, 2, 3, 3, 3), 19: (2, 2, 4, 4, 4)}
 _SMALLEST_IMAGE = 2 ** len(_STAGE_CHANNELS)
 
 
-class VGG(ZooModel):
+class VGG(ImageModel):
     """Five stages of 3x3 convolutions, each ended by max-pooling; two hidden linear layers of 512 with dropout."""
 
-    def __init__(
-        self,
-        depth: int,
-        batch_norm: bool,
-        num_classes: int,
-        in_channels: int,
-        image_size: int,
-        mean: Statistic = None,
-        std: Statistic = None,
-    ) -> None:
-        super().__init__((in_channels, image_size, image_size), mean, std)
-        if image_size < _SMALLEST_IMAGE:
-            raise ValueError(f"image_size must be at least {_SMALLEST_IMAGE} for VGG, got {image_size}.")
+    def __init__(self, depth: int, batch_norm: bool, num_classes: int, images: Images) -> None:
+        super().__init__(images)
+        images.check_size(_SMALLEST_IMAGE, "VGG")
 
         layers: list[nn.Module] = []
+        in_channels = images.channels
         for channels, count in zip(_STAGE_CHANNELS, _CONVOLUTIONS[depth], strict=True):
             for _ in range(count):
                 layers.append(nn.Conv2d(in_channels, channels, 3, padding=1))
@@ -44,7 +35,7 @@ class VGG(ZooModel):
         self.features = nn.Sequential(*layers)
         self.classifier = nn.Sequential(
             nn.Dropout(),
-            nn.Linear(in_channels * (image_size // _SMALLEST_IMAGE) ** 2, 512),
+            nn.Linear(in_channels * (images.size // _SMALLEST_IMAGE) ** 2, 512),
             nn.ReLU(inplace=True),
             nn.Dropout(),
             nn.Linear(512, 512),
@@ -57,32 +48,16 @@ class VGG(ZooModel):
         return self.classifier(self.features(self.normalize(x)).flatten(1))
 
 
-def _vgg_factory(depth: int, *, batch_norm: bool) -> Callable[..., VGG]:
-    def vgg(
-        num_classes: int = 10,
-        *,
-        in_channels: int = 3,
-        image_size: int = 32,
-        mean: Statistic = None,
-        std: Statistic = None,
-        seed: int = 0,
-    ) -> VGG:
-        return VGG(depth, batch_norm, num_classes, in_channels, image_size, mean, std)
+def _vgg_factory(depth: int, *, batch_norm: bool) -> Callable[..., ImageModel]:
+    return image_factory(
+        f"vgg{depth}_bn" if batch_norm else f"vgg{depth}",
+        partial(VGG, depth, batch_norm),
+        f"""Make a VGG{depth} {"with" if batch_norm else "without"} batch norm, head 512-512-classes.
 
-    vgg.__name__ = vgg.__qualname__ = f"vgg{depth}_bn" if batch_norm else f"vgg{depth}"
-    vgg.__doc__ = f"""Make a VGG{depth} {"with" if batch_norm else "without"} batch norm, head 512-512-classes.
-
-    The head is that of Garipov et al. (2018, https://arxiv.org/abs/1802.10026).
-
-    Args:
-        num_classes: Number of logits.
-        in_channels: Channels of the images.
-        image_size: Height and width of the images, at least 32.
-        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
-        std: Likewise.
-        seed: Of the initial weights.
-    """
-    return factory(vgg)
+    The head is that of Garipov et al. (2018, https://arxiv.org/abs/1802.10026).""",
+        reference="Simonyan & Zisserman, 2015, https://arxiv.org/abs/1409.1556",
+        smallest=_SMALLEST_IMAGE,
+    )
 
 
 vgg11, vgg16, vgg19 = (_vgg_factory(depth, batch_norm=False) for depth in (11, 16, 19))

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+
+from modeconn.network.registry import factory
 
 Statistic = float | Sequence[float] | Tensor | None
 """A mean or standard deviation of the inputs: one number, one per channel (or feature), or None for the default."""
@@ -62,6 +65,28 @@ def _statistic(name: str, value: Statistic, num_channels: int) -> Tensor:
     return values.expand(num_channels).clone()
 
 
+@dataclass(frozen=True)
+class Images:
+    """What images a network takes.
+
+    Args:
+        channels: How many channels.
+        size: Height and width, in pixels.
+        mean: Per channel, for the first layer; see `Normalize`.
+        std: Per channel, for the first layer; see `Normalize`.
+    """
+
+    channels: int = 3
+    size: int = 32
+    mean: Statistic = None
+    std: Statistic = None
+
+    def check_size(self, smallest: int, what: str) -> None:
+        """Raise a ValueError if images are too small for a network called ``what``."""
+        if self.size < smallest:
+            raise ValueError(f"image_size must be at least {smallest} for {what}, got {self.size}.")
+
+
 class ZooModel(nn.Module):
     """A classifier of inputs of one shape, whose first layer normalises them.
 
@@ -85,3 +110,82 @@ class ZooModel(nn.Module):
         like = self.normalize.mean
         ramp = torch.linspace(0, 1, 2 * torch.Size(self.input_shape).numel(), device=like.device, dtype=like.dtype)
         return ramp.reshape(2, *self.input_shape)
+
+
+class ImageModel(ZooModel):
+    """A classifier of square images, whose first layer normalises them."""
+
+    def __init__(self, images: Images) -> None:
+        super().__init__((images.channels, images.size, images.size), images.mean, images.std)
+
+
+_ARGUMENTS = """
+    Args:
+        num_classes: Number of logits.{width}
+        in_channels: Channels of the images.
+        image_size: Height and width of the images{smallest}.
+        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
+        std: Per channel, for the first layer; see `modeconn.models.Normalize`.
+        seed: Of the initial weights.
+"""
+
+
+def image_factory(
+    name: str, make: Callable[[int, Images], ImageModel], about: str, *, reference: str, smallest: int | None = None
+) -> Callable[..., ImageModel]:
+    """Enter a factory of a network for images into the zoo.
+
+    Args:
+        name: The factory's name.
+        make: From the number of classes and the images to the network.
+        about: The first paragraphs of the factory's docstring.
+        reference: The paper.
+        smallest: The smallest images that the network takes, if any are too small.
+    """
+
+    def network(
+        num_classes: int = 10,
+        *,
+        in_channels: int = 3,
+        image_size: int = 32,
+        mean: Statistic = None,
+        std: Statistic = None,
+        seed: int = 0,
+    ) -> ImageModel:
+        return make(num_classes, Images(in_channels, image_size, mean, std))
+
+    return _entered(network, name, about, reference, smallest, "")
+
+
+def wide_image_factory(
+    name: str, make: Callable[..., ImageModel], about: str, *, width: str, reference: str, smallest: int | None = None
+) -> Callable[..., ImageModel]:
+    """Enter a factory of a network of any width into the zoo; ``width`` says what the argument of that name does.
+
+    The network is made by ``make(num_classes, images, width=...)``; see `image_factory` for the other arguments.
+    """
+
+    def network(
+        num_classes: int = 10,
+        *,
+        width: float = 1,
+        in_channels: int = 3,
+        image_size: int = 32,
+        mean: Statistic = None,
+        std: Statistic = None,
+        seed: int = 0,
+    ) -> ImageModel:
+        return make(num_classes, Images(in_channels, image_size, mean, std), width=width)
+
+    return _entered(network, name, about, reference, smallest, f"\n        width: {width}")
+
+
+def _entered(
+    network: Callable[..., ImageModel], name: str, about: str, reference: str, smallest: int | None, width: str
+) -> Callable[..., ImageModel]:
+    at_least = "" if smallest is None else f", at least {smallest}"
+    network.__name__ = network.__qualname__ = name
+    network.__module__ = "modeconn.models"  # where users find it
+    arguments = _ARGUMENTS.format(width=width, smallest=at_least)
+    network.__doc__ = f"{about}\n{arguments}\n    References:\n        {reference}\n    "
+    return factory(network)

@@ -49,12 +49,13 @@ def discover(
         UnknownOperatorWarning: Once for each operator without a rule, with its place and what it costs.
 
     Example:
+        >>> import torch
         >>> net = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
         >>> discover(net, torch.zeros(2, 4))
         PermutationSpec(1 group, 8 units)
           0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
     """
-    spec = PermutationSpec.of(explore(model, example_input, rules=rules, freeze=freeze))
+    spec = PermutationSpec.of(explore(model, example_input, rules, freeze))
     for unknown in spec.unknown:
         warnings.warn(
             f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning, stacklevel=2

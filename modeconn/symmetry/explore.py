@@ -31,11 +31,7 @@ _ABOUT_SIZES = ("sym_", "_assert", "_check", "item", "_local_scalar_dense", "is_
 
 
 def explore(
-    model: nn.Module,
-    example_input: Any = None,
-    *,
-    rules: Mapping[Any, Rule] = RULES,
-    freeze: Sequence[str] = (),
+    model: nn.Module, example_input: Any = None, rules: Mapping[Any, Rule] = RULES, freeze: Sequence[str] = ()
 ) -> Findings:
     """Export a model in both modes and walk its graphs; arguments and errors are those of `modeconn.discover`."""
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):

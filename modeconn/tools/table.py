@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import csv
 import html
-from collections.abc import Sequence
+import io
+from collections.abc import Iterable, Sequence
+from typing import Any
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -34,3 +37,17 @@ def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     lines = [(header, "th"), *((row, "td") for row in rows)]
     body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) for cells, tag in lines)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in body)}</table>"
+
+
+def csv_table(header: Iterable[str], rows: Iterable[Iterable[Any]]) -> str:
+    r"""Return rows under a header as comma-separated values.
+
+    Example:
+        >>> csv_table(["t", "loss"], [[0.0, 0.5]])
+        't,loss\n0.0,0.5\n'
+    """
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    writer.writerows(rows)
+    return buffer.getvalue()

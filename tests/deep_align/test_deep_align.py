@@ -397,8 +397,8 @@ def test_the_scale_of_running_statistics_makes_no_difference_to_a_fit():
 def test_the_unit_of_distance_is_that_of_two_different_networks(count):
     encoder = untrained(perceptron).fitted.encoder
     states = encoder.graph.read([network(perceptron, seed) for seed in range(count)])
-    network = PopulationNetwork(perceptron(), F.cross_entropy)
-    training = EncoderTraining(replace(SMALL, connectivity=0), encoder, network, states, states, None)
+    architecture = PopulationNetwork(perceptron(), F.cross_entropy)
+    training = EncoderTraining(replace(SMALL, connectivity=0), encoder, architecture, states, states, None)
     pairs = torch.tensor([(i, j) for i in range(count) for j in range(count) if i != j])
     expected = encoder.graph.distance(states[pairs[:, 0]], states[pairs[:, 1]]).mean()
     torch.testing.assert_close(training.distance, expected)

@@ -475,7 +475,7 @@ def test_it_runs_on_any_architecture(name):
         ({"exact": True, "num_points": 2}, "num_points must be at least 3"),
         ({"exact": "false"}, "exact must be True or False, got exact='false'"),
         ({"nu_curve": None}, "nu_curve must be positive, got nu_curve=None"),
-        ({"tol": "x"}, "tol must be at least 0, got tolerance='x'"),
+        ({"tolerance": "x"}, "tolerance must be at least 0, got tolerance='x'"),
         ({"iterations": None}, "iterations must be an integer, got iterations=None"),
         ({"step": "sinkhorn"}, r"step must be a step in P such as ProximalLinear\(\)"),
         ({"step": SinkhornStep}, "step must be a step in P"),
