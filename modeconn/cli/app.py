@@ -121,11 +121,11 @@ def _versions() -> str:
     )
 
 
-def _under_attack(method: Any, adversary: AdversarialTraining | FreeAdversarialTraining | TRADES | None) -> Any:
+def _under_attack(method: Any, adversary: Any) -> Any:
     """Return the way to align that compares units under attack, if there is an adversary."""
     if adversary is None:
         return method
-    if not isinstance(adversary, AdversarialTraining) or adversary.clean_weight:
+    if not isinstance(adversary, modeconn.AdversarialTraining) or adversary.clean_weight:
         raise ValueError(f"networks are aligned under an attack, --adversary pgd[:KEY=VALUE,...], got {adversary!r}.")
     if not isinstance(method, modeconn.ActivationMatching | None):
         raise ValueError(f"--adversary is for --method activation, which looks at data, got {method!r}.")
