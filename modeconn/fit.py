@@ -103,7 +103,7 @@ def fit_curve(
     for end, model in zip("ab", ends, strict=True):
         space.check(model, name=end)
     warn_about_buffers(model_a, model_b)
-    _check(align, refine, curve, recipe, adversary, loader)
+    _check_settings(align, refine, curve, recipe, adversary, loader)
     loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward)
     if loader is None:
         curve, checkpoint = Line(), None
@@ -169,7 +169,7 @@ def _learn(
     return history, permutation if between is None else between.permutation
 
 
-def _check(
+def _check_settings(
     align: Any,
     refine: PAM | None,
     curve: Curve,

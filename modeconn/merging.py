@@ -132,7 +132,7 @@ def merge_many(
         Permutation(1 groups, 0 of 6 units moved)
     """
     models = list(models)
-    space = _check(models, loader, repair=repair)
+    space = _check_models(models, loader, repair=repair)
     if num_rounds < 0:
         raise ValueError(f"num_rounds must be at least 0, got num_rounds={num_rounds}.")
     method = method or WeightMatching()
@@ -226,7 +226,7 @@ def _spread(thetas: Tensor) -> float:
     return float((thetas - thetas.mean(0)).square().sum())
 
 
-def _check(models: Sequence[nn.Module], loader: Iterable[Any] | None, *, repair: bool) -> WeightSpace:
+def _check_models(models: Sequence[nn.Module], loader: Iterable[Any] | None, *, repair: bool) -> WeightSpace:
     if len(models) < 2:
         raise ValueError(f"there is nothing to merge in fewer than two networks, got {len(models)}.")
     space = WeightSpace(models[0])

@@ -178,7 +178,7 @@ def demo(
 
     with story.on_threads(plan.num_threads):
         found = story.tell(plan, make, *loaders, seeds=seeds, say=_say, progress=_bars(progress))
-    story.write(found, out, {"data": data.data, "data_seed": data.data_seed, "seeds": seeds, **plan.to_json()})
+    story.write_results(found, out, {"data": data.data, "data_seed": data.data_seed, "seeds": seeds, **plan.to_json()})
     typer.echo(f"{plan.model} on {data.data}, {found.rows[0].profile.num_examples} test examples\n\n{found.table()}\n")
     typer.echo(f"Figures (*.png), networks and connections (*.safetensors), numbers (*.json): {out.resolve()}")
 

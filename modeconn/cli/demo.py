@@ -55,7 +55,7 @@ class Preset:
 
     def to_json(self) -> dict[str, Any]:
         """Return all settings as JSON can hold them, recipes as text."""
-        return {**vars(self), "endpoints": _describe(self.endpoints), "curve": _describe(self.curve)}
+        return {**vars(self), "endpoints": _describe_recipe(self.endpoints), "curve": _describe_recipe(self.curve)}
 
 
 DIGITS = Preset(
@@ -177,7 +177,7 @@ def tell(
     return Story((a, b), alignment, rows)
 
 
-def write(story: Story, folder: Path, settings: dict[str, Any]) -> None:
+def write_results(story: Story, folder: Path, settings: dict[str, Any]) -> None:
     """Write networks, connections, numbers and figures into a folder."""
     for end, model in zip("ab", story.ends, strict=True):
         models.save(model, folder / f"{end}.safetensors")
@@ -214,7 +214,7 @@ def _draw(story: Story, folder: Path) -> None:
     figure.savefig(folder / "history.png", dpi=150)
 
 
-def _describe(recipe: Recipe) -> dict[str, Any]:
+def _describe_recipe(recipe: Recipe) -> dict[str, Any]:
     described = {
         "optimizer": identify(recipe.optimizer),
         "schedule": identify(recipe.schedule),

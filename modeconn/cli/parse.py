@@ -22,7 +22,7 @@ from modeconn.attacks.pgd import PGD
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.curves import Curve
 from modeconn.data import TensorLoader
-from modeconn.deep_align import Augmentation
+from modeconn.deep_align import WeightAugmentation
 from modeconn.matching import Method
 from modeconn.network import recipe
 from modeconn.tools.rng import seeded
@@ -72,14 +72,14 @@ def deep_align(text: str) -> DeepAlign:
 
     Example:
         >>> deep_align("num_steps=100,noise=0.1").augmentation
-        Augmentation(noise=0.1, dropout=0.05, rescale=0.0, prune=0.1)
+        WeightAugmentation(noise=0.1, dropout=0.05, rescale=0.0, prune=0.1)
     """
     given = settings(text.split(",") if text else [])
-    augmentation = {name: given.pop(name) for name in [*given] if name in Augmentation.__dataclass_fields__}
+    augmentation = {name: given.pop(name) for name in [*given] if name in WeightAugmentation.__dataclass_fields__}
     unknown = given.keys() - (DeepAlign.__dataclass_fields__.keys() - {"augmentation", "fitted"})
     if unknown:
         raise ValueError(f"DeepAlign has no setting {min(unknown)!r}.")
-    return DeepAlign(**given, augmentation=Augmentation(**augmentation))
+    return DeepAlign(**given, augmentation=WeightAugmentation(**augmentation))
 
 
 def alignment(text: str) -> bool | Method | Permutation:

@@ -1,6 +1,6 @@
 """Deep-Align: a network that reads the weights of two networks and says how to relabel the second."""
 
 from modeconn.deep_align.aligner import DeepAlign
-from modeconn.deep_align.augmentation import Augmentation
+from modeconn.deep_align.augmentation import WeightAugmentation
 
-__all__ = ["Augmentation", "DeepAlign"]
+__all__ = ["DeepAlign", "WeightAugmentation"]

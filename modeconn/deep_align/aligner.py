@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.deep_align.augmentation import Augmentation
+from modeconn.deep_align.augmentation import WeightAugmentation
 from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.settings import Settings
 from modeconn.deep_align.training import EncoderTraining, PopulationNetwork
@@ -246,7 +246,7 @@ class DeepAlign(Settings):
                 f"aligner anew, or use the version that wrote it."
             )
         settings = about["settings"]
-        aligner = cls(**{**settings, "augmentation": Augmentation(**settings["augmentation"])})
+        aligner = cls(**{**settings, "augmentation": WeightAugmentation(**settings["augmentation"])})
         layout = {name: Entry(tensor, tuple(shape), role) for name, (tensor, shape, role) in about["layout"].items()}
         graph = UnitGraph(PermutationSpec.from_json(about["spec"]), layout, device)
         with preserved():  # its first weights are drawn, only to be replaced

@@ -14,7 +14,7 @@ from modeconn.deep_align.unit_graph import UnitGraph
 
 
 @dataclass(frozen=True)
-class Augmentation:
+class WeightAugmentation:
     """Random changes of weights that leave every unit what it is.
 
     Noise, dropout and pruning are for the weights and biases of linear maps. Running statistics, and parameters of

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 
-from modeconn.deep_align.augmentation import Augmentation
+from modeconn.deep_align.augmentation import WeightAugmentation
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 
 
@@ -23,7 +23,7 @@ class Settings:
     supervised: float = 1.0
     alignment: float = 1.0
     connectivity: float = 1.0
-    augmentation: Augmentation = field(default_factory=Augmentation)
+    augmentation: WeightAugmentation = field(default_factory=WeightAugmentation)
     num_validation_pairs: int = 64
     validate_every: int = 50
     seed: int = 0

@@ -152,7 +152,7 @@ class EncoderTraining:
             raise ValueError(
                 f"augmentation.rescale={self.settings.augmentation.rescale} changes what these networks compute: it is "
                 f"for ReLU networks without norm layers, whose weights have the units that they make along axis 0, as "
-                f"those of nn.Linear and nn.Conv2d, not nn.ConvTranspose2d. Pass Augmentation(rescale=0)."
+                f"those of nn.Linear and nn.Conv2d, not nn.ConvTranspose2d. Pass WeightAugmentation(rescale=0)."
             )
 
     @torch.no_grad()

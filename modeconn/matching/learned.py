@@ -237,12 +237,12 @@ class Incumbent:
         self.history.append(min(value, best))
 
     def _value(self, permutation: Permutation) -> float:
-        write(permutation.relabel(self._weights_b), self._theta, self.space)
+        write_weights(permutation.relabel(self._weights_b), self._theta, self.space)
         return self._target.value(self._theta)
 
 
 @torch.no_grad()
-def write(tensors: Mapping[str, Tensor], theta: Tensor, space: WeightSpace) -> None:
+def write_weights(tensors: Mapping[str, Tensor], theta: Tensor, space: WeightSpace) -> None:
     """Write named weights into their places in ``theta (P,)``."""
     for name, view in space.unflatten(theta).items():
         view.copy_(tensors[name])
@@ -264,7 +264,7 @@ class SoftWeights:
     def backward(self, matrices: Mapping[str, Tensor], gradient: Callable[[Tensor], Tensor]) -> None:
         """Add to the gradients of what ``matrices`` are made of; ``gradient`` is called with the mixed weights."""
         mixed = SoftPermutation(self._spec, matrices).relabel(self._weights_b)
-        write(mixed, self._mixed, self._space)
+        write_weights(mixed, self._mixed, self._space)
         slopes = self._space.unflatten(gradient(self._mixed))
         moving = [name for name in mixed if mixed[name].requires_grad]
         torch.autograd.backward([mixed[name] for name in moving], [slopes[name] for name in moving])

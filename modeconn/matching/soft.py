@@ -51,7 +51,7 @@ class SoftPermutation:
             problem = "is no group of this spec" if odd[0] in self.matrices else "is missing from the soft permutation"
             raise ValueError(f"group '{odd[0]}' {problem}.")
         for group in self.spec.groups:
-            _check(group, self.matrices[group.name])
+            _check_matrices(group, self.matrices[group.name])
 
     @classmethod
     def of(cls, permutation: Permutation) -> SoftPermutation:
@@ -151,7 +151,7 @@ def hard_matrices(group: Group, perm: Tensor) -> Tensor:
     return hard.view(*perm.shape[:-1], *[1] * len(group.parents), group.size, group.size).expand(shape_of(group))
 
 
-def _check(group: Group, matrices: Tensor) -> None:
+def _check_matrices(group: Group, matrices: Tensor) -> None:
     if tuple(matrices.shape) != shape_of(group):
         raise ValueError(
             f"the soft permutation of group '{group.name}' must have shape {shape_of(group)}, "

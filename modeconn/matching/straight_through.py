@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from modeconn.curves import Curve
-from modeconn.matching.learned import Incumbent, LearnedMatching, Target, evenly, write
+from modeconn.matching.learned import Incumbent, LearnedMatching, Target, evenly, write_weights
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.copies import copy_of
 from modeconn.network.weights import Workspace
@@ -69,7 +69,7 @@ class StraightThrough(LearnedMatching):
             permutation = one_sweep.match(spec, free.model, wide_b).permutation
             if step in looks:
                 incumbent.offer(permutation)
-            write(permutation.relabel(space.unflatten(theta_b)), theta, space)
+            write_weights(permutation.relabel(space.unflatten(theta_b)), theta, space)
             free.theta.grad = target.gradient(theta).to(free.theta)
             optimizer.step()
 

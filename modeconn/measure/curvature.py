@@ -127,7 +127,7 @@ def largest_eigenvalue(
     with seeded(seed, device), under_attack(model), torch.enable_grad():
         check_loader(loader)
         data = list(map(inputs_and_targets, batches(loader, device)))
-        _check(model, data)
+        _check_data(model, data)
         count = sum(num_examples(batch) for batch in data)
         if wrt == "weights":
             products = [_product_in_weights(model, data, loss_fn)]
@@ -137,7 +137,7 @@ def largest_eigenvalue(
     return float(torch.cat(values).double().mean()), count
 
 
-def _check(model: nn.Module, data: list[Any]) -> None:
+def _check_data(model: nn.Module, data: list[Any]) -> None:
     for x, y in data:
         if not x.is_floating_point():
             raise ValueError(f"inputs of loader must be floating point, got {x.dtype}.")

@@ -76,7 +76,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.
             f"{str(path)!r} does not say how to build its model. Pass template=, a model of the same architecture "
             f"(--model on the command line)."
         )
-    _check(path, state, model.state_dict())
+    _check_state(path, state, model.state_dict())
     model.load_state_dict(state)
     return model.eval()
 
@@ -118,7 +118,7 @@ def _build_like(described: list[Any], state: Mapping[str, Tensor]) -> nn.Module:
     return build(name, **arguments).to(dtype)
 
 
-def _check(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
+def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
     for name in [*expected, *state]:
         sides = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (state, expected)]
         if sides[0] != sides[1]:

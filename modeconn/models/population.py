@@ -168,7 +168,7 @@ class _PopulationRun:
         self._write_back()
 
     @torch.no_grad()
-    def _check(self, inputs: Tensor, targets: Tensor) -> None:
+    def _check_targets(self, inputs: Tensor, targets: Tensor) -> None:
         outputs = self.models[0](inputs[0])
         check_targets(outputs, targets[0], self.loss_fn)
         check_targets(outputs, targets.flatten(0, 1))
@@ -176,7 +176,7 @@ class _PopulationRun:
     def _step(self, batch: _Batch, epoch: int) -> list[Tensor]:
         """Make one step of every network and return the losses before it, ``(M,)``."""
         if epoch == 0:
-            self._check(*batch)
+            self._check_targets(*batch)
         self.optimizer.zero_grad()
         with autocast(self.device, self.recipe.autocast):
             losses = self.losses(self.state, *batch)
@@ -194,9 +194,9 @@ class _PopulationRun:
 def _check_networks(models: Sequence[nn.Module]) -> None:
     if not models:
         raise ValueError("models is empty: there is no network to train.")
-    first = _describe(models[0])
+    first = _describe_network(models[0])
     for number, model in enumerate(models):
-        other = _describe(model)
+        other = _describe_network(model)
         differ = [name for name in {**first, **other} if first.get(name) != other.get(name)]
         if differ:
             raise ValueError(
@@ -207,7 +207,7 @@ def _check_networks(models: Sequence[nn.Module]) -> None:
         raise ValueError("models[0] has no parameter to train: all have requires_grad=False.")
 
 
-def _describe(model: nn.Module) -> dict[str, str]:
+def _describe_network(model: nn.Module) -> dict[str, str]:
     """Return what networks that share one stack must have in common."""
     space = WeightSpace(model)
     buffers = {f"buffer {name!r}": f"{tuple(b.shape)}, {b.dtype}" for name, b in model.named_buffers()}

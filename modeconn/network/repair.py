@@ -134,7 +134,7 @@ def mix(statistics: Sequence[Statistics], weights: Sequence[float]) -> Statistic
 def impose(model: nn.Module, target: Statistics, data: Iterable[Any], *, forward: Forward | None = None) -> None:
     """Give the layers of ``model`` the statistics ``target`` on ``data``, in place; see `repair`."""
     layers = dict(model.named_modules())
-    _check(model, {name: layers[name] for name in target})
+    _check_layers(model, {name: layers[name] for name in target})
     _warn_about_silent(layers, target)
     for name, (mean, std) in target.items():
         found_mean, found_std = measure(model, data, forward=forward, layer=name)[name]
@@ -166,7 +166,7 @@ def _warn_about_silent(layers: dict[str, nn.Module], target: Statistics) -> None
         )
 
 
-def _check(model: nn.Module, layers: dict[str, nn.Module]) -> None:
+def _check_layers(model: nn.Module, layers: dict[str, nn.Module]) -> None:
     """Raise unless every layer has a weight and a bias that are its own."""
     owners = Counter(id(parameter) for module in model.modules() for parameter in module.parameters(recurse=False))
     for name, layer in layers.items():

@@ -103,7 +103,7 @@ def best_swap(
         training = replace(training, loader=loader)
     if loss_fn is not None or forward is not None:
         training = replace(training, loss_fn=loss_fn or training.loss_fn, forward=forward)
-    _check(connection, training)
+    _check_connection(connection, training)
     b = _relabelled(connection, training, num_batches, seed)
     num_swaps = sum(prod(g.shape[:-1]) * comb(g.size, 2) for g in b.spec.groups)
     moves = _most_promising(b, num_swaps if num_tries is None else num_tries)
@@ -117,7 +117,7 @@ def best_swap(
     return BestSwap(group, (i, j), b.value - value, b.value, len(moves), num_swaps)
 
 
-def _check(connection: Swappable, training: TrainingData) -> None:
+def _check_connection(connection: Swappable, training: TrainingData) -> None:
     if connection.permutation is None:
         raise ValueError("this connection took b as it was, so its groups are not known: fit it with align=.")
     if training.loader is None:

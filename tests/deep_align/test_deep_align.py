@@ -30,7 +30,7 @@ from modeconn import (
     refinement,
 )
 from modeconn.cli.app import app
-from modeconn.deep_align import Augmentation
+from modeconn.deep_align import WeightAugmentation
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Block
 from modeconn.deep_align.training import EncoderTraining, PopulationNetwork, supervised_loss
@@ -353,7 +353,7 @@ def test_augmentations_change_what_they_say_and_nothing_else():
     graph = untrained(perceptron).fitted.encoder.graph
     states = graph.read([network(perceptron, seed) for seed in range(200)])
     torch.manual_seed(0)
-    nothing = Augmentation(noise=0, dropout=0, rescale=0, prune=0)
+    nothing = WeightAugmentation(noise=0, dropout=0, rescale=0, prune=0)
     assert torch.equal(nothing(graph, states), states)
     noisy = replace(nothing, noise=0.1)(graph, states) - states
     assert 0.09 < float(noisy[:, graph.slices["3.weight"]].std() / states[:, graph.slices["3.weight"]].std()) < 0.11
@@ -374,7 +374,7 @@ def test_augmentations_leave_norm_layers_and_buffers(make):
     graph = untrained(make).fitted.encoder.graph
     states = graph.read([network(make, seed) for seed in range(20)])
     torch.manual_seed(0)
-    changed = Augmentation(noise=0.1, dropout=0.3, prune=0.5)(graph, states)
+    changed = WeightAugmentation(noise=0.1, dropout=0.3, prune=0.5)(graph, states)
     model = network(make, 0)
     norms = {f"{layer}.{name}" for layer in norm_layers(model) for name in model.get_submodule(layer).state_dict()}
     for name, part in graph.slices.items():
@@ -412,7 +412,7 @@ def transposed() -> nn.Module:
 @pytest.mark.parametrize("connectivity", [0, 1])
 def test_rescaling_networks_that_it_would_change_is_an_error(make, connectivity):
     population = [network(make, seed) for seed in range(3)]
-    wrong = replace(SMALL, connectivity=connectivity, augmentation=Augmentation(rescale=0.1))
+    wrong = replace(SMALL, connectivity=connectivity, augmentation=WeightAugmentation(rescale=0.1))
     data = {"loader": batches(dtype=torch.float64)} if connectivity else {"example_input": images().double()}
     with pytest.raises(ValueError, match=r"rescale=0\.1 changes what these networks compute: .* along axis 0"):
         wrong.fit(population, **data)
@@ -421,7 +421,7 @@ def test_rescaling_networks_that_it_would_change_is_an_error(make, connectivity)
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32, torch.float64])
 def test_rescaling_relu_networks_is_none_whatever_their_precision(dtype):
     population = [network(perceptron, seed, dtype) for seed in range(3)]
-    right = replace(SMALL, num_steps=1, augmentation=Augmentation(rescale=0.1))
+    right = replace(SMALL, num_steps=1, augmentation=WeightAugmentation(rescale=0.1))
     assert right.fit(population, batches(dtype=dtype)).fitted.history["connectivity"][0] > 0
 
 
@@ -430,7 +430,7 @@ def test_rescaling_relu_networks_is_none_whatever_their_precision(dtype):
 )
 def test_augmentations_out_of_range_are_errors(name, value):
     with pytest.raises(ValueError, match=rf"{name} must lie in \[0, .*got {name}="):
-        Augmentation(**{name: value})
+        WeightAugmentation(**{name: value})
 
 
 # ---------------------------------------------------------------- fitting

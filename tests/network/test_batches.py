@@ -1,0 +1,217 @@
+"""What a batch is, in whatever containers; and looking at data without reading it twice."""
+
+from __future__ import annotations
+
+from collections import OrderedDict, UserDict, namedtuple
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils.data import DataLoader, TensorDataset
+
+from modeconn.data import Flip, TensorLoader
+from modeconn.network.batches import (
+    Opened,
+    batches,
+    check_loader,
+    checksum,
+    first_batch,
+    first_examples,
+    in_order,
+    inputs_of,
+    num_bytes,
+    num_examples,
+    shuffled,
+    tensors_of,
+    to_device,
+    without_singles,
+)
+from modeconn.tools.rng import seeded
+
+CPU = torch.device("cpu")
+Pair = namedtuple("Pair", "left right")
+
+
+@dataclass(frozen=True)
+class Sample:
+    pixels: Tensor
+    label: Tensor
+    name: str = "sample"
+
+
+class Movable:
+    """An object of a kind that nobody knows, which moves by itself, as graphs and packed sequences do."""
+
+    def __init__(self, nodes: Tensor) -> None:
+        self.nodes, self.moves = nodes, 0
+
+    def to(self, device: Any) -> Movable:
+        moved = Movable(self.nodes.to(device))
+        moved.moves = self.moves + 1
+        return moved
+
+
+def x(size: int = 4) -> Tensor:
+    return torch.arange(3.0 * size).view(size, 3)
+
+
+CONTAINERS = {
+    "tensor": lambda size: x(size),
+    "pair": lambda size: (x(size), torch.arange(size)),
+    "list": lambda size: [x(size), torch.arange(size)],
+    "dict": lambda size: {"x": x(size), "y": torch.arange(size), "text": "no tensor"},
+    "ordered": lambda size: OrderedDict(x=x(size), y=torch.arange(size)),
+    "user dict": lambda size: UserDict(x=x(size), y=torch.arange(size)),
+    "named": lambda size: Pair(x(size), {"y": torch.arange(size)}),
+    "data class": lambda size: Sample(x(size), torch.arange(size)),
+    "nested": lambda size: ({"a": [x(size), None]}, UserDict(b=Sample(x(size), torch.arange(size)))),
+    "a number first": lambda size: {"scale": torch.tensor(2.0), "x": x(size), "y": torch.arange(size)},
+}
+
+
+def flat(batch: Any) -> list:
+    return [tensor.tolist() for tensor in tensors_of(batch)]
+
+
+@pytest.fixture(params=CONTAINERS, ids=str)
+def make(request):
+    return CONTAINERS[request.param]
+
+
+def test_a_batch_knows_its_size_and_bytes_whatever_holds_it(make):
+    assert num_examples(make(4)) == 4 and num_examples(make(1)) == 1
+    assert num_bytes(make(4)) == sum(tensor.nbytes for tensor in tensors_of(make(4)))
+
+
+def test_moving_keeps_every_container_and_leaves_the_callers_alone(make):
+    batch = make(4)
+    before = flat(batch)
+    moved = to_device(batch, "meta")
+    assert type(moved) is type(batch) and flat(batch) == before
+    assert {tensor.device.type for tensor in tensors_of(moved)} == {"meta"}
+    assert {tensor.device.type for tensor in tensors_of(batch)} == {"cpu"}
+
+
+def test_cutting_and_joining_are_those_of_every_tensor_with_examples(make):
+    (cut,) = first_examples([make(4)], 3)
+    assert type(cut) is type(make(4)) and num_examples(cut) == 3
+    together = list(without_singles([make(1), make(3)]))
+    if "scale" in (make(1) if isinstance(make(1), dict) else ()):
+        assert len(together) == 2  # numbers cannot be joined, so these stay two batches
+        return
+    assert len(together) == 1 and num_examples(together[0]) == 4 and type(together[0]) is type(make(4))
+
+
+def test_a_checksum_tells_batches_apart(make):
+    assert checksum(make(4)) == checksum(make(4)) != checksum(make(3))
+    first = next(tensors_of(changed := make(4)))
+    first += 1
+    assert checksum(changed) != checksum(make(4))
+
+
+def test_an_object_that_moves_by_itself_does_and_is_counted_by_its_tensors():
+    batch = (Movable(x(5)), torch.arange(5))
+    moved = to_device(batch, "meta")
+    assert moved[0].moves == 1 and moved[0].nodes.device.type == "meta" and batch[0].moves == 0
+    assert num_examples(batch[0]) == 5 and list(without_singles([(Movable(x(1)), torch.arange(1)), batch]))[1] is batch
+
+
+@pytest.mark.parametrize("batch", [(), {"text": "abc"}, [["ab", "c"]], torch.tensor(1.0), None])
+def test_a_batch_without_examples_is_an_error_that_says_what_it_is(batch):
+    with pytest.raises(ValueError, match="a batch must hold a tensor whose first dimension counts its examples, got"):
+        num_examples(batch)
+
+
+def test_inputs_are_those_of_a_pair_or_what_is_alone():
+    both = (x(), torch.arange(4))
+    assert inputs_of(both) is both[0] and inputs_of([both[0]]) is both[0]
+    assert inputs_of({"x": 1}) == {"x": 1} and inputs_of((1, 2, 3)) == (1, 2, 3)
+
+
+# ---------------------------------------------------------------- passes
+
+
+class Counting:
+    """Counts its passes."""
+
+    def __init__(self, loader: Any) -> None:
+        self.loader, self.passes = loader, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.loader)
+
+
+def images(size: int = 10) -> tuple[Tensor, Tensor]:
+    return torch.rand(size, 1, 4, 4, generator=torch.Generator().manual_seed(0)), torch.arange(size)
+
+
+class Drawing:
+    """Draws every batch anew from the global generator, as augmentation in a data set does."""
+
+    def __iter__(self):
+        return ((torch.rand(2, 3), torch.arange(2)) for _ in range(3))
+
+
+LOADERS = {
+    "drawing": Drawing,
+    "list": lambda: [(x(4), torch.arange(4)), (x(2), torch.arange(2))],
+    "built in": lambda: TensorLoader(*images(), batch_size=3, shuffle=True, augment=(Flip(),)),
+    "shuffling": lambda: DataLoader(TensorDataset(*images()), batch_size=3, shuffle=True),
+    "workers": lambda: DataLoader(TensorDataset(*images()), batch_size=3, shuffle=True, num_workers=1),
+}
+
+
+@pytest.mark.parametrize("kind", LOADERS)
+def test_an_opened_loader_goes_on_with_what_a_fresh_pass_would_give(kind):
+    loader = LOADERS[kind]()
+    with seeded(0):
+        expected = [flat(batch) for batch in in_order(loader)]
+    torch.manual_seed(5)
+    state = torch.get_rng_state()
+    opened = Opened(loader, CPU)
+    assert torch.equal(torch.get_rng_state(), state)
+    assert flat(opened.first) == expected[0] == flat(first_batch(opened)) == flat(check_loader(opened))
+    torch.rand(7)  # whatever is drawn meanwhile
+    for _ in range(2):  # the pass that has begun, then a new one
+        with seeded(0):
+            assert [flat(batch) for batch in batches(in_order(opened), CPU)] == expected
+
+
+def test_an_opened_loader_is_read_once_by_who_looks_and_who_reads():
+    counting = Counting(LOADERS["list"]())
+    opened = Opened(counting, CPU)
+    check_loader(opened)
+    with seeded(0):
+        assert len(list(in_order(opened))) == 2
+    assert counting.passes == 1
+    list(opened)
+    list(shuffled(opened))
+    assert counting.passes == 3
+
+
+@given(st.lists(st.integers(1, 5), min_size=1, max_size=6), st.integers(0, 6))
+def test_an_opened_pass_may_be_left_at_any_place(sizes, stop):
+    loader = [(x(size), torch.arange(size)) for size in sizes]
+    opened = Opened(loader, CPU)
+    with seeded(0):
+        begun = iter(in_order(opened))
+        taken = [flat(next(begun)) for _ in range(min(stop, len(sizes)))]
+        assert taken == [flat(batch) for batch in loader[:stop]]
+        assert [flat(batch) for batch in in_order(opened)] == [flat(batch) for batch in loader]
+
+
+def test_an_opened_loader_is_the_loader_in_all_else():
+    loader = LOADERS["built in"]()
+    opened = Opened(loader, CPU)
+    assert len(opened) == len(loader) and opened.num_classes == loader.num_classes
+    with pytest.raises(AttributeError):
+        _ = opened.nothing_of_this_name
+    with pytest.raises(ValueError, match="loader is empty"):
+        Opened([], CPU)
+    with pytest.raises(ValueError, match="can be read only once"):
+        Opened(iter(LOADERS["list"]()), CPU)
