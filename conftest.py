@@ -1,5 +1,18 @@
-"""Tests that run side by side share the cores: one thread each, also in the processes that they start."""
+"""Tests that run side by side share the cores: one thread each, also in the processes that they start.
+
+``pytest --device cuda`` makes the networks and data of `tests.cases` on that device; default: the CPU.
+"""
 
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
+
+
+def pytest_addoption(parser):
+    """Add ``--device``."""
+    parser.addoption("--device", default="cpu", help="where the tests' networks and data are made, such as cuda")
+
+
+def pytest_configure(config):
+    """Tell `tests.cases`, also in the processes that tests start."""
+    os.environ["MODECONN_TEST_DEVICE"] = config.getoption("--device")

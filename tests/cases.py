@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import os
 from dataclasses import dataclass
 
 import torch
@@ -72,6 +73,10 @@ def channels_last() -> nn.Module:
     return Residual().to(memory_format=torch.channels_last)
 
 
+DEVICE = torch.device(os.environ.get("MODECONN_TEST_DEVICE", "cpu"))
+"""Where networks and batches are made, see ``pytest --device``; their numbers are drawn on the CPU everywhere."""
+
+
 @dataclass(frozen=True)
 class Case:
     """An architecture: ``make(seed)`` builds one network, with lively batch-norm statistics."""
@@ -91,7 +96,7 @@ class Case:
                     nn.init.normal_(module.running_mean)
                     nn.init.uniform_(module.running_var, 0.5, 2.0)
                     nn.init.uniform_(module.weight, 0.5, 1.5)
-        return model.eval()
+        return model.eval().to(DEVICE)
 
 
 CASES = [
@@ -110,7 +115,7 @@ def batches(num_batches: int = 5, batch_size: int = 12, *, last: int | None = No
     for size in sizes:
         targets = torch.randint(3, (size,), generator=generator)
         inputs = prototypes[targets] + 0.5 * torch.randn(size, 1, 2, 4, generator=generator)
-        out.append((inputs.to(kwargs.get("dtype", torch.float32)), targets))
+        out.append((inputs.to(DEVICE, kwargs.get("dtype", torch.float32)), targets.to(DEVICE)))
     return out
 
 

@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import nn
 
 import modeconn
-from modeconn import ActivationMatching, WeightMatching
+from modeconn import PAM, ActivationMatching, Permutation, WeightMatching
 from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.curves.step import BLOCK, stratified_positions
@@ -432,3 +432,54 @@ def test_weights_that_stop_being_finite_are_an_error():
             recipe=recipe,
             loss_fn=lambda outputs, targets: 1e10 * cross_entropy(outputs, targets),
         )
+
+
+# ---------------------------------------------------------------- nothing twice
+
+
+class Counted:
+    """A loader that counts its passes."""
+
+    def __init__(self, data: list) -> None:
+        self.data, self.passes = data, 0
+
+    def __iter__(self):
+        self.passes += 1
+        return iter(self.data)
+
+
+@pytest.mark.parametrize("refine", [None, PAM(iterations=2, num_batches=2)], ids=["fit", "with PAM"])
+@pytest.mark.parametrize("name", ["batch_norm", "residual"])
+def test_a_fit_reads_looks_and_relabels_once(name, refine, monkeypatch):
+    """Before training one pass over the data, one weight space, one relabelled copy of b; then a pass an epoch."""
+    a, b, _ = planted(name)
+    spaces, copies = [], []
+    init, apply = WeightSpace.__init__, Permutation.apply
+    monkeypatch.setattr(WeightSpace, "__init__", lambda space, model: (spaces.append(model), init(space, model))[1])
+    monkeypatch.setattr(Permutation, "apply", lambda p, model: (copies.append(model), apply(p, model))[1])
+    loader = Counted(batches())
+    connection = fit_curve(a, b, loader, align=True, recipe=Recipe(epochs=3, weight_decay=0.0), refine=refine)
+    turns = 0 if refine is None else refine.iterations  # each draws a sample of its own
+    assert loader.passes == 1 + 3 + turns
+    assert len(spaces) == 1 and len(copies) == 1
+    monkeypatch.undo()
+    assert same_bits(connection.model_at(1), connection.permutation.apply(b))
+
+
+def test_aligning_reads_the_data_once():
+    a, _, permutation = planted()
+    loader = Counted(batches())
+    aligned = modeconn.align(a, permutation.apply(a), loader)
+    assert aligned.permutation @ permutation == permutation.spec.identity()
+    assert loader.passes == 1
+
+
+def test_an_alignment_that_continues_a_pass_is_that_of_a_fresh_one():
+    a, b, _ = planted("residual")
+    inputs, targets = (torch.cat(parts) for parts in zip(*batches(), strict=True))
+    shuffling = torch.utils.data.DataLoader(torch.utils.data.TensorDataset(inputs, targets), batch_size=7, shuffle=True)
+    spec = modeconn.discover(a, inputs[:2])
+    method = ActivationMatching(num_examples=20)
+    alone = method.match(spec, a, b, shuffling)  # reads the loader itself
+    within = modeconn.align(a, b, shuffling, method=method)
+    assert within.permutation == alone.permutation and within.correlation == alone.correlation

@@ -284,6 +284,20 @@ def test_heads_are_learned_with_what_is_inside_them_and_the_function_stays(
     torch.testing.assert_close(result.model_b(example), b(example), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("kind", [Sinkhorn, StraightThrough])
+def test_the_control_points_of_a_curve_are_learned_along(kind: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    paths: list[PathLoss] = []
+
+    def noted(*args: Any, **kwargs: Any) -> PathLoss:
+        paths.append(PathLoss(*args, **kwargs))
+        return paths[-1]
+
+    monkeypatch.setattr("modeconn.matching.learned.PathLoss", noted)
+    a, b = (CASE["mlp"].make(seed) for seed in (1, 2))
+    align(a, b, batches(), method=kind(objective=Bezier(3), num_steps=4, num_rounds=1, curve_learning_rate=0.01))
+    assert (paths[0].offsets.detach() != 0).any(1).tolist() == [True, True]
+
+
 def test_an_offer_is_compared_with_the_best_so_far_on_the_curve_as_it_is_bent_now(generator: torch.Generator) -> None:
     class Bent:
         """The distance from b as it is, minus what bending gains for all alike."""
