@@ -4,6 +4,7 @@ import copy
 import random
 import types
 import warnings
+from collections import UserDict
 from dataclasses import replace
 from functools import partial
 
@@ -483,3 +484,18 @@ def test_an_alignment_that_continues_a_pass_is_that_of_a_fresh_one():
     alone = method.match(spec, a, b, shuffling)  # reads the loader itself
     within = modeconn.align(a, b, shuffling, method=method)
     assert within.permutation == alone.permutation and within.correlation == alone.correlation
+
+
+@pytest.mark.parametrize("kind", [dict, UserDict])
+def test_batches_by_name_are_one_thing_whatever_mapping_holds_them(kind):
+    a, b, _ = planted()
+
+    def forward(model, batch):
+        return F.cross_entropy(model(batch["pixels"]), batch["labels"])
+
+    data = [kind(pixels=x, labels=y) for x, y in batches()]
+    settings = {"align": WeightMatching(), "example_input": batches()[0][0], "recipe": SHORT}
+    named = fit_curve(a, b, data, forward=forward, **settings)
+    pairs = fit_curve(a, b, batches(), **settings)
+    assert torch.equal(named.control_points, pairs.control_points)
+    assert torch.equal(named.evaluate(data, num_points=3).loss, pairs.evaluate(batches(), num_points=3).loss)

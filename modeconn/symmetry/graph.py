@@ -48,11 +48,11 @@ class Example:
 
     @classmethod
     def of(cls, example_input: Any) -> Example:
-        """Read what a user passes: one tensor, a tuple of positional inputs, or a dict of keyword inputs."""
+        """Read what a user passes: one tensor, a tuple of positional inputs, or a mapping of keyword inputs."""
         if isinstance(example_input, Example):
             return example_input
-        if isinstance(example_input, dict):
-            return cls((), dict(example_input))
+        if isinstance(example_input, Mapping):  # also those of tokenizers, which are no dict
+            return cls((), dict(example_input.items()))
         if isinstance(example_input, (tuple, list)):
             return cls(tuple(example_input), {})
         return cls((example_input,), {})
