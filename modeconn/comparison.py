@@ -100,8 +100,8 @@ class Comparison:
             row: The method.
             baseline: Another row.
             column: What to compare.
-            num_resamples: Of the bootstrap.
-            seed: Likewise.
+            num_resamples: How many times the bootstrap draws all pairs anew.
+            seed: Of the bootstrap.
 
         Returns:
             ``(ratio, low, high)``; of one pair there is no interval, and low and high are NaN.

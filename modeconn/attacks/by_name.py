@@ -34,8 +34,8 @@ def build(
     Args:
         text: The name.
         eps: Radius of the ball, where ``text`` does not say it; default 8/255.
-        norm: "linf" (the default but for attacks in "l2" alone) or "l2", likewise.
-        seed: Likewise; None as `PGD` and `TorchAttack` have it.
+        norm: "linf" (the default but for attacks in "l2" alone) or "l2", where ``text`` does not say it.
+        seed: Of its random numbers, where ``text`` does not say it; None draws from torch's global generator.
 
     Raises:
         ModuleNotFoundError: If the attack needs torchattacks, which is not installed.

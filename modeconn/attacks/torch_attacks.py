@@ -226,8 +226,8 @@ class Cascade:
 def autoattack(eps: float, *, norm: str = "linf", seed: int | None = None) -> Cascade:
     """Return the standard version of AutoAttack (Croce & Hein, 2020), with the settings of its reference.
 
-    APGD on cross entropy with 100 steps, targeted APGD with 100 steps for each of 9 targets, targeted FAB likewise, and
-    Square with 5,000 queries, each on the examples still unbroken. Networks of fewer than 10 classes have fewer
+    APGD on cross entropy with 100 steps, targeted APGD with 100 steps for each of 9 targets, targeted FAB with as many,
+    and Square with 5,000 queries, each on the examples still unbroken. Networks of fewer than 10 classes have fewer
     targets. The bundle that torchattacks calls AutoAttack makes 10 steps where this makes 100. In l2, targeted APGD of
     torchattacks moves every example by the step size of the first.
 

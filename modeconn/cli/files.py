@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeconn import Comparison, DeepAlign, Permutation, Profile, RobustProfile, plot
+from modeconn import Comparison, DeepAlign, Permutation, PermutationSpec, Profile, RobustProfile, plot
 from modeconn.learning.history import History
 from modeconn.tools import files
 from modeconn.tools.table import table
@@ -111,9 +111,17 @@ def _about_permutation(path: Path, tensors: dict[str, Any], about: dict[str, Any
 
 
 def _about_checkpoint(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
-    progress = about["progress"]
     settings = {name: value for name, value in about["settings"].items() if not name.startswith("parameter ")}
-    return _lines({"done": f"{progress['epoch']} epochs and {progress['batch']} batches", **settings})
+    if "progress" in about:
+        done = f"{about['progress']['epoch']} epochs and {about['progress']['batch']} batches"
+    else:  # PAM on a straight line, or in its exact mode
+        turns = about["refinement"]["turns"] if "refinement" in about else about["turns"]
+        done = f"{len(turns)} turns of PAM and {len(about.get('loss', ()))} steps of descent"
+    return _lines({"done": done, **settings})
+
+
+def _about_spec(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
+    return repr(PermutationSpec.load(path))
 
 
 def _about_deep_align(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
@@ -128,13 +136,16 @@ _SAFETENSORS = {
     "connection": _about_connection,
     "model": _about_model,
     "permutation": _about_permutation,
+    "spec": _about_spec,
     "checkpoint of fit_curve": _about_checkpoint,
 }
 
 
 def _fit(history: dict[str, Any]) -> str:
-    losses = history["loss"]
-    return f"{len(losses)} epochs in {history['seconds']:.1f} s, training loss {losses[-1]:.4g}"
+    losses, turns = history["loss"], history["turns"]
+    learned = [f"{len(losses)} epochs"] * bool(losses) + [f"{len(turns)} turns of PAM"] * bool(turns)
+    end = f", training loss {losses[-1]:.4g}" if losses else ""
+    return f"{' and '.join(learned) or 'nothing'} in {history['seconds']:.1f} s{end}"
 
 
 def _model(about: dict[str, Any]) -> str:

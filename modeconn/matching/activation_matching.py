@@ -58,7 +58,7 @@ class ActivationMatching:
 
     @property
     def needs_data(self) -> str:
-        """Why."""
+        """The message shown where no loader is given."""
         return "ActivationMatching compares activations, so it needs data: pass loader=, or use WeightMatching()."
 
     def match(

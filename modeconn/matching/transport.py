@@ -62,7 +62,7 @@ class TransportMatching:
 
     @property
     def needs_data(self) -> str | None:
-        """Why, or None if it does not."""
+        """The message shown where no loader is given; None if the cost reads no data."""
         if self.cost == "weights":
             return None
         return (

@@ -34,7 +34,8 @@ class Curvature:
 
     Args:
         t: Positions, float64 ``(N,)``.
-        eigenvalue: Likewise; with respect to inputs, the mean over examples of what each has by itself.
+        eigenvalue: The largest eigenvalue at each, float64 ``(N,)``; with respect to inputs, the mean over examples of
+            what each has by itself.
         wrt: "weights" or "inputs".
         num_examples: How many examples the loss is a mean over.
     """

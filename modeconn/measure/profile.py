@@ -34,7 +34,7 @@ class Profile:
         accuracy: Fraction of right answers, ``(N,)``, or None where targets are no classes.
         arc_length: Length of the curve from 0 to each position, ``(N,)``, in the norm of weight space.
         own_loss: Loss of both ends with the statistics they came with, ``(2,)``.
-        own_accuracy: Their accuracy, likewise.
+        own_accuracy: Accuracy of both ends with the statistics they came with, ``(2,)``, or None.
         num_examples: How many examples were evaluated at each point.
         seconds: How long all that took.
 

@@ -45,7 +45,7 @@ class RobustProfile:
     Args:
         t: Positions, rising, float64 ``(N,)``.
         correct: By row but "worst", whether each example is answered right, bool ``(N, M)``, M examples.
-        losses: Likewise its loss, float32 ``(N, M)``.
+        losses: By row but "worst", the loss of each example, float32 ``(N, M)``.
         attacks: By attack its "settings", "kind", "eps", "norm" and whether it is a "black_box", None if in part.
         data: A digest of the examples.
         transfer: By attack the accuracy at each t (column) on adversarial examples made at each t (row), ``(N, N)``;

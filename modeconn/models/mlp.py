@@ -44,7 +44,7 @@ def mlp(
         hidden: Widths of the hidden layers, possibly none.
         num_classes: Number of logits.
         mean: Of the features, for the first layer; see `modeconn.models.Normalize`.
-        std: Likewise.
+        std: Per input, for the first layer; see `modeconn.models.Normalize`.
         seed: Of the initial weights (torch's own initialisation of a linear layer).
 
     Example:

@@ -11,6 +11,7 @@ from typer.testing import CliRunner
 
 import modeconn
 from modeconn import (
+    PAM,
     PGD,
     AdversarialExamples,
     Bezier,
@@ -29,7 +30,7 @@ from modeconn.cli.app import app
 from modeconn.cli.demo import on_threads
 from modeconn.data import TensorLoader
 from modeconn.network.recipe import halving, one_cycle
-from tests.cases import CASE, same_bits
+from tests.cases import CASE, batches, same_bits
 
 ADAM = ["--optimizer", "adam:lr=0.003", "--schedule", "one_cycle", "--weight-decay", "0"]
 MLP = ["--data", "digits", "--model", "mlp", "--model-arg", "hidden=16,"]
@@ -348,6 +349,28 @@ def test_info_tells_what_a_file_is(demo, folder, tmp_path):
     assert "not of modeconn.models; give --model" in run("info", tmp_path / "c").stdout
     (tmp_path / "r.json").write_text('{"correlation": {"fc": [0.1, 0.75]}}')
     assert "fc                 0.100  0.750" in run("info", tmp_path / "r.json").stdout
+
+
+@pytest.mark.parametrize(
+    ("settings", "said"),
+    [
+        ({"align": False}, "2 epochs and 0 batches"),
+        ({"curve": Line(), "refine": PAM(iterations=2)}, "2 turns of PAM and 0 steps of descent"),
+        ({"refine": PAM(iterations=2, exact=True, num_points=3)}, "2 turns of PAM and 2 steps of descent"),
+    ],
+)
+def test_info_describes_every_kind_of_run(settings, said, tmp_path):
+    a, b = (CASE["mlp"].make(seed) for seed in (0, 1))
+    settings = {"recipe": Recipe(epochs=2), "checkpoint": tmp_path / "run", **settings}
+    modeconn.fit_curve(a, b, batches(2), **settings).save(tmp_path / "c")
+    assert said in run("info", tmp_path / "run").stdout
+    assert "fit " in run("info", tmp_path / "c").stdout
+
+
+def test_info_describes_a_spec(tmp_path):
+    spec = modeconn.discover(models.mlp(4, (5,), 3))
+    spec.save(tmp_path / "spec")
+    assert repr(spec) in run("info", tmp_path / "spec").stdout
 
 
 def test_symmetry_reports_proves_and_saves(folder, tmp_path):
