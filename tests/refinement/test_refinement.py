@@ -15,6 +15,7 @@ from modeconn.curves.path import Path
 from modeconn.matching import match_units
 from modeconn.matching.learned import SoftWeights
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
+from modeconn.models.zoo import Images
 from modeconn.network.loss import supervised
 from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.refinement.exact import Descent
@@ -436,7 +437,7 @@ def test_best_swap_measures_what_the_fit_lowered():
 
 ARCHITECTURES = {
     "mlp": lambda seed: (models.mlp(64, (16, 16), 10, seed=seed), (8, 64)),
-    "preresnet": lambda seed: (PreActivationResNet(bottleneck, (8, 16), 2, 10, 3, 16), (4, 3, 16, 16)),
+    "preresnet": lambda seed: (PreActivationResNet(bottleneck, [[8, 8], [16, 16]], 10, Images(3, 16)), (4, 3, 16, 16)),
     "googlenet": lambda seed: (models.googlenet(num_classes=10, seed=seed), (2, 3, 32, 32)),
     "vit": lambda seed: (SYMMETRIES["vit"].build(), (8, 3, 8, 8)),
 }
