@@ -127,6 +127,7 @@ def fit_curve(
         how = align if file.saved is None else file.permutation() or False
         permutation, relabelled = _relabel(ends, data, how, spec, example_input, is_refined=refine is not None)
         file.keep(permutation)
+        del data  # with it ends a pass with which nobody went on, and its worker processes
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
         buffers, history = (named_buffers(model_a), named_buffers(relabelled)), None
         if curve.num_trained or refine:

@@ -229,6 +229,8 @@ class Opened:
             else:
                 raise ValueError(f"{name} is empty: it yields no batch.")
             self._begun: tuple[Iterator[Any], dict[str, object]] | None = begun, rng_state(device)
+            if getattr(loader, "persistent_workers", False):
+                self._begun = None  # all passes of such a DataLoader are one iterator: the next one ends this one
 
     def __iter__(self) -> Iterator[Any]:
         return iter(self._loader)

@@ -182,6 +182,27 @@ def test_an_opened_loader_goes_on_with_what_a_fresh_pass_would_give(kind):
             assert [flat(batch) for batch in batches(in_order(opened), CPU)] == expected
 
 
+@pytest.mark.parametrize("kind", LOADERS)
+def test_another_pass_meanwhile_spoils_nothing(kind):
+    loader = LOADERS[kind]()
+    with seeded(0):
+        expected = [flat(batch) for batch in in_order(loader)]
+    opened = Opened(loader, CPU)
+    assert len(list(opened)) == len(expected)
+    with seeded(0):
+        assert [flat(batch) for batch in in_order(opened)] == expected
+
+
+def test_every_pass_of_workers_that_stay_is_whole():
+    """Their passes share one iterator, so that the next one ends the one before; orders differ between them."""
+    loader = DataLoader(TensorDataset(*images()), batch_size=3, shuffle=True, num_workers=1, persistent_workers=True)
+    opened = Opened(loader, CPU)
+    list(opened)
+    for _ in range(2):
+        with seeded(0):
+            assert sorted(i for _, targets in in_order(opened) for i in targets.tolist()) == list(range(10))
+
+
 def test_an_opened_loader_is_read_once_by_who_looks_and_who_reads():
     counting = Counting(LOADERS["list"]())
     opened = Opened(counting, CPU)
