@@ -33,6 +33,7 @@ from modeconn.matching import (
     WeightMatching,
     align,
 )
+from modeconn.measure.along import AlongCurve
 from modeconn.measure.curvature import Curvature
 from modeconn.measure.profile import Profile
 from modeconn.measure.robust_profile import RobustProfile
@@ -61,7 +62,7 @@ __all__ = [  # in the order of the stages
     "AdversarialExamples", "repair", "Ensemble",
     "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Permutation", "verify", "VerificationError",
     "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
-    "Profile", "RobustProfile", "robustness", "Curvature",
+    "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature",
     "Line", "Bezier", "PolyChain",
     "align", "Alignment", "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
     "StraightThrough",

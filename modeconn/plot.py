@@ -15,15 +15,30 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 
-class Profile(Protocol):
-    """What `profile` draws: values along a curve, tensors on the CPU, as `modeconn.Profile` has them."""
+class Quantity(Protocol):
+    """How a quantity is drawn; "%" is the unit of fractions shown in percent."""
+
+    unit: str
+
+
+class AlongCurve(Protocol):
+    """What `profile` draws: values along a curve by name, tensors on the CPU, as `modeconn.Profile` has them."""
 
     t: Tensor
-    loss: Tensor
-    accuracy: Tensor | None
-    error: Tensor | None
-    own_loss: Tensor | None
-    own_accuracy: Tensor | None
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Values at each position, ``(N,)``."""
+        ...
+
+    @property
+    def own(self) -> Mapping[str, Tensor]:
+        """Values of both ends with the statistics they came with, ``(2,)``."""
+        ...
+
+    def quantity(self, name: str) -> Quantity:
+        """Return how a quantity is drawn."""
+        ...
 
 
 class RobustProfile(Protocol):
@@ -73,41 +88,41 @@ _FEW_GROUPS, _MANY_GROUPS = 6, 12
 
 
 def profile(
-    *profiles: Profile,
-    labels: Sequence[str] | None = None,
-    quantity: Literal["loss", "accuracy", "error"] = "loss",
-    ax: Axes | None = None,
+    *profiles: AlongCurve, labels: Sequence[str] | None = None, quantity: str = "loss", ax: Axes | None = None
 ) -> Axes:
-    """Draw loss, accuracy or error along one or several curves.
+    """Draw one quantity along one or several curves.
 
     Dots mark the ends, recalibrated like all points between them. Where the ends' own statistics give another value,
     a ring marks it.
 
     Args:
-        profiles: What `Connection.evaluate` returned, one line each.
+        profiles: What `Connection.evaluate` or `Connection.curvature` returned, one line each.
         labels: A name for each, for the legend.
-        quantity: What to draw; accuracy and error are drawn in percent.
+        quantity: What to draw: "loss", "accuracy", "error" or the name of a metric; fractions of right or wrong answers
+            are drawn in percent.
         ax: Where to draw. Default: a new figure.
 
     Raises:
-        ValueError: If there is no profile, a label is missing, the quantity is unknown, or a profile has no accuracy.
+        ValueError: If there is no profile, a label is missing, or a profile does not have the quantity.
     """
-    _check_quantity(quantity)
     names = _labels(labels, profiles, "profile")
     for number, one in enumerate(profiles):
-        if getattr(one, quantity) is None:
-            raise ValueError(f"profile {number} has no {quantity}; its targets are no classes. Draw its loss.")
+        if quantity not in one.values:
+            raise ValueError(f"profile {number} has no quantity {quantity!r}, only {', '.join(map(repr, one.values))}.")
     ax = _axes(ax)
     for number, (one, name) in enumerate(zip(profiles, names, strict=True)):
         colour, dashes = _style(number)
-        t, values = one.t.numpy(), _scaled(getattr(one, quantity).numpy(), quantity)
+        scale = 100 if one.quantity(quantity).unit == "%" else 1
+        t, values = one.t.numpy(), scale * one.values[quantity].numpy()
         ax.plot(t, values, dashes, color=colour, linewidth=1.8, label=name)
         ax.plot(t[[0, -1]], values[[0, -1]], "o", color=colour, markersize=5, clip_on=False, zorder=3)
-        own = _own_ends(one, quantity)
-        if own is not None and not np.allclose(own, values[[0, -1]]):
-            ax.plot(t[[0, -1]], own, "o", color=colour, markersize=8, fillstyle="none", clip_on=False, zorder=3)
+        if quantity in one.own:
+            own = scale * one.own[quantity].numpy()
+            if not np.allclose(own, values[[0, -1]]):
+                ax.plot(t[[0, -1]], own, "o", color=colour, markersize=8, fillstyle="none", clip_on=False, zorder=3)
+    unit = profiles[0].quantity(quantity).unit
     ax.set_xlabel("position on the curve, t (0: network a, 1: network b)")
-    ax.set_ylabel(f"{quantity} (%)" if quantity in _PERCENT else "loss (mean per example)")
+    ax.set_ylabel(f"{quantity} ({unit})" if unit else quantity)
     ax.set_xlim(0, 1)
     return _finished(ax, legend=labels is not None)
 
@@ -130,7 +145,8 @@ def robust_profile(
     Raises:
         ValueError: If there is no such row or quantity.
     """
-    _check_quantity(quantity)
+    if quantity not in ("loss", *_PERCENT):
+        raise ValueError(f"quantity must be 'loss', 'accuracy' or 'error', got quantity={quantity!r}.")
     chosen = list(profile.accuracy)[: None if len(profile.attacks) > 1 else -1] if rows is None else rows
     for row in chosen:
         if row not in profile.accuracy:
@@ -248,11 +264,6 @@ def comparison(compared: Comparison, *, column: str = "line", ax: Axes | None = 
     return _finished(ax, legend=False)
 
 
-def _check_quantity(quantity: str) -> None:
-    if quantity not in ("loss", *_PERCENT):
-        raise ValueError(f"quantity must be 'loss', 'accuracy' or 'error', got quantity={quantity!r}.")
-
-
 def _quantity(column: str) -> str:
     """Name a column of a comparison, with its unit."""
     if column in ("seconds", "peak bytes"):
@@ -299,15 +310,3 @@ def _labels(labels: Sequence[str] | None, things: Sequence[object], what: str) -
     if isinstance(labels, str) or len(labels) != len(things):
         raise ValueError(f"labels must name each {what}: {len(things)} to draw, got labels={labels!r}.")
     return labels
-
-
-def _scaled(values: np.ndarray, quantity: str) -> np.ndarray:
-    return 100 * values if quantity in _PERCENT else values
-
-
-def _own_ends(one: Profile, quantity: str) -> np.ndarray | None:
-    """Return the values of both ends with the statistics they came with, or None if they were not measured."""
-    own = one.own_loss if quantity == "loss" else one.own_accuracy
-    if own is None:
-        return None
-    return _scaled((1 - own if quantity == "error" else own).numpy(), quantity)

@@ -134,9 +134,12 @@ def test_two_histories_share_one_entry_for_their_range(ax):
         (lambda: plot.profile(BUMP, labels="a"), "must name each profile: 1 to draw, got labels='a'"),
         (
             lambda: plot.profile(FLAT, dataclasses.replace(BUMP, accuracy=None), quantity="accuracy"),
-            "profile 1 has no accuracy; its targets are no classes",
+            "profile 1 has no quantity 'accuracy', only 'loss'",
         ),
-        (lambda: plot.profile(BUMP, quantity="speed"), "quantity must be 'loss', 'accuracy' or 'error', got .*'speed'"),
+        (
+            lambda: plot.profile(BUMP, quantity="speed"),
+            "profile 0 has no quantity 'speed', only 'loss', 'accuracy', 'error'",
+        ),
         (lambda: plot.correlation(), "there is no correlation to draw"),
         (lambda: plot.correlation({}), "there is no correlation to draw"),
         (lambda: plot.correlation({"a": (0, 1)}, {"b": (0, 1)}), "different architectures"),

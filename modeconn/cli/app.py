@@ -20,6 +20,7 @@ from modeconn.cli import demo as story
 from modeconn.cli.files import describe_file, draw_files
 from modeconn.cli.options import AdversaryOptions, DataOptions, ModelOptions, RecipeOptions, grouped
 from modeconn.cli.options import bars as _bars
+from modeconn.measure.along import AlongCurve
 from modeconn.tools.files import check_writable
 from modeconn.tools.measurements import Records
 
@@ -99,6 +100,22 @@ def _legend(files: list[Path], labels: str | None) -> list[str] | None:
     if labels is not None:
         return labels.split(",")
     return None if len(files) == 1 else [path.stem for path in files]
+
+
+def _training_and_measured(data: DataOptions, on: str) -> tuple[Any, Any]:
+    """Return the training loader, and the loader of what is to be measured on: "train" or "test"."""
+    if on not in ("train", "test"):
+        raise ValueError(f"--on must be train or test, got {on!r}.")
+    train_loader, test_loader = data.load()
+    return train_loader, train_loader.in_order() if on == "train" else test_loader
+
+
+def _write_result(found: AlongCurve, results: list[Path]) -> None:
+    """Write a result along a curve as JSON and CSV, and say so."""
+    found.to_json(results[0])
+    found.to_csv(results[1])
+    typer.echo(repr(found))
+    typer.echo(f"Wrote {results[0]}, {results[1]}")
 
 
 def _one_line(profile: modeconn.Profile) -> str:
@@ -388,16 +405,10 @@ def evaluate(
     base = connection.with_suffix("") if out is None else out
     results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
     _check_outputs(*results)
-    if on not in ("train", "test"):
-        raise ValueError(f"--on must be train or test, got {on!r}.")
-    loaders = data.load()
-    measured = loaders[0].in_order() if on == "train" else loaders[1]
-    loaded = Connection.load(connection, shape.template(loaders[0]), device=data.device)
-    profile = loaded.evaluate(measured, num_points=points, recalibrate=loaders[0], progress=_bars(progress))
-    profile.to_json(results[0])
-    profile.to_csv(results[1])
-    typer.echo(repr(profile))
-    typer.echo(f"Wrote {results[0]}, {results[1]}")
+    train_loader, measured = _training_and_measured(data, on)
+    loaded = Connection.load(connection, shape.template(train_loader), device=data.device)
+    profile = loaded.evaluate(measured, num_points=points, recalibrate=train_loader, progress=_bars(progress))
+    _write_result(profile, results)
 
 
 @app.command()
@@ -491,6 +502,50 @@ def robustness(
 
 
 @app.command()
+@grouped("augment", "train_examples", "test_examples")
+def curvature(
+    connection: options.File,
+    data: DataOptions,
+    shape: ModelOptions,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Begin of the names of the JSON and CSV files; default: NAME.curvature, beside it."),
+    ] = None,
+    points: Annotated[int, typer.Option(min=2, help="How many networks to measure, both ends included.")] = 11,
+    wrt: Annotated[str, typer.Option(help="weights or inputs: whose Hessian to look at.")] = "weights",
+    steps: Annotated[int, typer.Option(min=1, help="How many products with the Hessian at most, at each point.")] = 100,
+    on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of the vectors that the method begins with.")] = 0,
+    progress: options.Progress = None,
+) -> None:
+    """Measure the largest eigenvalue of the Hessian of the loss along a connection.
+
+    Batch norm is recalibrated at every point on training data. Prints a table, and writes all points as JSON and CSV.
+
+    For example:
+
+        modeconn curvature curve.safetensors --data digits --points 5
+    """
+    base = connection.with_name(f"{connection.stem}.curvature") if out is None else out
+    results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
+    _check_outputs(*results)
+    if wrt not in ("weights", "inputs"):
+        raise ValueError(f"--wrt must be weights or inputs, got {wrt!r}.")
+    train_loader, measured = _training_and_measured(data, on)
+    loaded = Connection.load(connection, shape.template(train_loader), device=data.device)
+    found = loaded.curvature(
+        measured,
+        wrt=wrt,  # type: ignore[arg-type]  # checked above
+        num_points=points,
+        num_steps=steps,
+        recalibrate=train_loader,
+        seed=seed,
+        progress=_bars(progress),
+    )
+    _write_result(found, results)
+
+
+@app.command()
 @grouped("autocast", "compile")
 def compare(
     networks: options.Files,
@@ -558,15 +613,19 @@ def draw(
     files: options.Files,
     out: Annotated[Path, typer.Option(help="The figure: .png, .pdf, .svg.")],
     quantity: Annotated[
-        str, typer.Option(help="loss, accuracy or error, of profiles; a column of a comparison.")
-    ] = "loss",
+        str | None,
+        typer.Option(
+            help="Of profiles loss, accuracy, error or a metric, of a comparison a column. Default: the first.",
+            show_default=False,
+        ),
+    ] = None,
     labels: Annotated[str | None, typer.Option(help="Names for the legend, with commas between them.")] = None,
 ) -> None:
     r"""Draw files of one kind.
 
-    Profiles (of modeconn evaluate) are drawn along t; reports (of modeconn align) as correlations before and after;
-    connections as the loss of their training; a comparison (of modeconn compare) as one column of its table, by default
-    the barriers of the straight line.
+    Results of modeconn evaluate, robustness and curvature are drawn along t; reports (of modeconn align) as
+    correlations before and after; connections as the loss of their training; a comparison (of modeconn compare) as one
+    column of its table, by default the barriers of the straight line.
 
     For example:
 

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeconn import Comparison, DeepAlign, Permutation, PermutationSpec, Profile, RobustProfile, plot
+from modeconn import Comparison, DeepAlign, Permutation, PermutationSpec, plot
 from modeconn.learning.history import History
+from modeconn.measure.along import AlongCurve
 from modeconn.tools import files
 from modeconn.tools.table import table
 
@@ -29,27 +30,26 @@ def describe_file(path: Path) -> str:
     return f"{path}: {kind}\n{text}"
 
 
-def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str, ax: Axes) -> None:
-    """Draw profiles, reports of alignments or connections, all of one kind, or one comparison."""
+def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str | None, ax: Axes) -> None:
+    """Draw results along curves, reports of alignments or connections, all of one kind, or one comparison."""
     read = [_read_json(path) if _is_json(path) else ("connection", _history(path)) for path in paths]
     kinds, contents = zip(*read, strict=True)
     if len(set(kinds)) > 1:
         raise ValueError(
             f"one figure shows files of one kind, got {', '.join(map(_with_article, sorted(set(kinds))))}."
         )
-    if kinds[0] == "profile":
-        plot.profile(*contents, labels=labels, quantity=quantity, ax=ax)
-    elif kinds[0] == "connection":
+    if kinds[0] == "connection":
         plot.history(*contents, labels=labels, ax=ax)
-    elif kinds[0] in ("comparison", "robust profile"):
-        if len(contents) > 1:
-            raise ValueError(f"one figure shows one {kinds[0]}, got {len(contents)}.")
-        if kinds[0] == "comparison":
-            plot.comparison(contents[0], column="line" if quantity == "loss" else quantity, ax=ax)
-        else:
-            plot.robust_profile(contents[0], quantity=quantity, ax=ax)
-    else:
+    elif kinds[0] == "report of an alignment":
         plot.correlation(*contents, labels=labels, ax=ax)
+    elif len(contents) > 1 and kinds[0] in ("comparison", "robust profile"):
+        raise ValueError(f"one figure shows one {kinds[0]}, got {len(contents)}.")
+    elif kinds[0] == "comparison":
+        plot.comparison(contents[0], column=quantity or "line", ax=ax)
+    elif kinds[0] == "robust profile":
+        contents[0].plot(quantity=quantity, ax=ax)
+    else:
+        plot.profile(*contents, labels=labels, quantity=quantity or next(iter(contents[0].values)), ax=ax)
 
 
 def _is_json(path: Path) -> bool:
@@ -57,19 +57,25 @@ def _is_json(path: Path) -> bool:
         return file.read(1) == b"{"
 
 
-def _read_json(path: Path) -> tuple[str, Profile | RobustProfile | Comparison | _Correlation]:
+def _read_json(path: Path) -> tuple[str, AlongCurve | Comparison | _Correlation]:
     text = path.read_text(encoding="utf-8")
     try:
         content = json.loads(text)
         if "correlation" in content:
             return "report of an alignment", content["correlation"]
-        if "attacks" in content:
-            return "robust profile", RobustProfile.from_json(text)
-        if "values" in content:
-            return "comparison", Comparison.from_json(text)
-        return "profile", Profile.from_json(text)
+        if "kind" in content:
+            result = AlongCurve.from_json(text)
+            return _in_words(type(result).__name__), result
+        return "comparison", Comparison.from_json(text)
     except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        raise ValueError(f"{str(path)!r} is no profile, no comparison and no report of an alignment.") from None
+        raise ValueError(
+            f"{str(path)!r} is no result along a curve, no comparison and no report of an alignment."
+        ) from None
+
+
+def _in_words(name: str) -> str:
+    """Return what a class is called in a sentence: RobustProfile is a robust profile."""
+    return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
 
 def _history(path: Path) -> History | None:
@@ -78,7 +84,7 @@ def _history(path: Path) -> History | None:
 
 
 def _with_article(kind: str) -> str:
-    return f"a {kind}"
+    return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
 def _correlation_table(correlation: _Correlation) -> str:

@@ -1,10 +1,276 @@
-"""Positions on a curve at which something is measured."""
+"""Results along a curve: values at positions, and all that can be said, written and drawn of any such values."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+import html
+import json
+import math
+import os
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar, Self
 
 import torch
+from torch import Tensor
+
+from modeconn import plot
+from modeconn.tools.files import write_text
+from modeconn.tools.table import csv_table, html_table, table
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class Quantity:
+    """How a quantity is written, and which way it gets worse.
+
+    Args:
+        form: As for `str.format`.
+        higher_is_better: Whether high values are good; None where nobody knows, so that there is no barrier.
+        unit: What its numbers are, for the axis of a figure; "%" if they are fractions that figures show in percent.
+    """
+
+    form: str = "{:.4f}"
+    higher_is_better: bool | None = None
+    unit: str = ""
+
+
+class AlongCurve:
+    r"""Values along a curve, by name: barrier, summary, table, files and figure of any kind of result.
+
+    This class does for values of any origin. A kind of result with names of its own is a subclass, best a frozen
+    dataclass: it has ``t`` and ``values``, and where it knows them ``own``, ``arc_length``, ``num_examples`` and
+    ``seconds``, as fields or properties; `quantity` says how a value is written. Its fields go through JSON if they are
+    tensors, mappings of tensors, or plain; others it turns in `_record` and back in `_restored`.
+
+    Args:
+        t: Positions, rising, float64 ``(N,)``.
+        values: By name, float64 ``(N,)`` each.
+        own: Values of both ends with the statistics they came with, by name, ``(2,)`` each; a name may be missing.
+        arc_length: Length of the curve from 0 to each position, ``(N,)``, in the norm of weight space; None if unknown.
+        num_examples: How many examples were measured at each point.
+        seconds: How long that took.
+        higher_is_better: By name, whether high values are good; a quantity left out has no barrier.
+
+    Raises:
+        ValueError: If positions do not rise, or there are not as many values.
+
+    Example:
+        >>> found = AlongCurve(torch.tensor([0.0, 0.5, 1.0]), {"sharpness": torch.tensor([1.0, 3.0, 2.0])})
+        >>> found.summary()["sharpness"]["max"]
+        3.0
+    """
+
+    kinds: ClassVar[dict[str, type[AlongCurve]]] = {}
+    """Every kind of result by the name that files give it."""
+
+    own: Mapping[str, Tensor] = {}
+    arc_length: Tensor | None = None
+    num_examples: int = 0
+    seconds: float = 0.0
+
+    def __init__(
+        self,
+        t: Tensor,
+        values: Mapping[str, Tensor],
+        *,
+        own: Mapping[str, Tensor] | None = None,
+        arc_length: Tensor | None = None,
+        num_examples: int = 0,
+        seconds: float = 0.0,
+        higher_is_better: Mapping[str, bool] | None = None,
+    ) -> None:
+        self.t, self.values, self.own = t.double(), {name: value.double() for name, value in values.items()}, own or {}
+        self.arc_length, self.num_examples, self.seconds = arc_length, num_examples, seconds
+        self.higher_is_better = dict(higher_is_better or {})
+        if not len(self.t) or bool((self.t.diff() <= 0).any()):
+            raise ValueError(f"t must hold rising positions, got t={self.t.tolist()}.")
+        for name, value in self.values.items():
+            if value.shape != self.t.shape:
+                raise ValueError(f"{name!r} must have one value for each of {len(self.t)} positions, got {len(value)}.")
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        AlongCurve.kinds[cls.__name__] = cls
+
+    def quantity(self, name: str) -> Quantity:
+        """Return how a quantity is written, and which way it gets worse."""
+        return Quantity(higher_is_better=self.higher_is_better.get(name))
+
+    # -- numbers
+
+    def barrier_of(self, name: str) -> float:
+        r"""Return how much worse the worst point is than the straight line between the values of both ends.
+
+        .. math:: \max_t \; v(t) - [(1-t) v(0) + t v(1)]
+
+        in the unit of the quantity, with the sign changed where high values are good; 0 or more, since the ends count.
+        NaN unless both ends were measured and it is known which way is worse.
+
+        Raises:
+            ValueError: If there is no such quantity.
+        """
+        if name not in self.values:
+            raise ValueError(f"there is no {name!r} here; there are {', '.join(map(repr, self.values))}.")
+        better = self.quantity(name).higher_is_better
+        if better is None:
+            return math.nan
+        rise = self.values[name] - self.between_ends(self.values[name])
+        return float((-rise if better else rise).max())
+
+    def between_ends(self, values: Tensor) -> Tensor:
+        """Return the straight line between the first and the last of ``values (N,)``; NaN unless these are the ends."""
+        if self.t[0] != 0 or self.t[-1] != 1:
+            return torch.full_like(values, torch.nan)
+        return (1 - self.t) * values[0] + self.t * values[-1]
+
+    def mean(self, values: Tensor) -> float:
+        """Return the mean of ``values (N,)`` over t, by trapezoids: the expectation that fitting minimises."""
+        return _mean(values, self.t)
+
+    def arc_mean(self, values: Tensor) -> float:
+        """Return the mean of ``values (N,)`` over arc length, by trapezoids, as Tatro et al. (2020) report it.
+
+        A curve without length is one network: its mean over t. NaN where the length is not known.
+        """
+        if self.arc_length is None:
+            return math.nan
+        has_length = float(self.arc_length[-1]) > float(self.arc_length[0])
+        return _mean(values, self.arc_length if has_length else self.t)
+
+    def summary(self) -> dict[str, dict[str, float]]:
+        """Return minimum, maximum, mean over t and mean over arc length of every quantity, by name."""
+        return {
+            name: {
+                "min": float(value.min()),
+                "max": float(value.max()),
+                "mean": self.mean(value),
+                "arc_mean": self.arc_mean(value),
+            }
+            for name, value in self.values.items()
+        }
+
+    # -- files
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return everything and, for readers, barriers and summary as JSON; also write it to ``path`` if given."""
+        record = {"kind": type(self).__name__, **self._record(), **self._for_readers()}
+        return write_text(json.dumps(_to_plain(record), indent=1, allow_nan=False) + "\n", path)
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Invert `to_json`; `AlongCurve.from_json` reads every kind of result.
+
+        Raises:
+            ValueError: If the text is no such result.
+        """
+        try:
+            record = json.loads(text)
+            kind = record.get("kind", cls.__name__)  # files of older versions do not say it
+            found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
+            if not issubclass(found, cls):
+                raise ValueError(f"this is a {kind}, not a {cls.__name__}.")
+            return found._restored(record)
+        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
+            raise ValueError(f"this is no {cls.__name__} ({type(error).__name__}: {error}).") from None
+
+    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return one row for each point, as comma-separated values; also write it to ``path`` if given."""
+        columns = {"t": self.t}
+        if self.arc_length is not None:
+            columns["arc_length"] = self.arc_length
+        columns |= self.values
+        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
+        return write_text(csv_table(columns, rows), path)
+
+    def _record(self) -> dict[str, Any]:
+        """Return what `_restored` makes the result from again, as JSON can hold it."""
+        return {name: getattr(self, name) for name in self._field_names()}
+
+    @classmethod
+    def _restored(cls, record: Mapping[str, Any]) -> Self:
+        return cls(**{name: _from_plain(record[name]) for name in cls._field_names() if name in record})
+
+    @classmethod
+    def _field_names(cls) -> list[str]:
+        if dataclasses.is_dataclass(cls):
+            return [field.name for field in dataclasses.fields(cls)]
+        return ["t", "values", "own", "arc_length", "num_examples", "seconds", "higher_is_better"]
+
+    def _for_readers(self) -> dict[str, Any]:
+        return {"barriers": {name: self.barrier_of(name) for name in self.values}, "summary": self.summary()}
+
+    # -- text and pictures
+
+    def plot(self, *, quantity: str | None = None, ax: Axes | None = None) -> Axes:
+        """Draw one quantity along the curve with matplotlib, default the first; see `modeconn.plot.profile`."""
+        return plot.profile(self, quantity=quantity or next(iter(self.values)), ax=ax)
+
+    def __repr__(self) -> str:
+        return "\n".join([self._title(), table(*self._table()), *self._remarks()])
+
+    def _repr_html_(self) -> str:
+        return html_table(*self._table()) + "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+
+    def _title(self) -> str:
+        return f"{type(self).__name__}({len(self.t)} points, {self.num_examples} examples, {self.seconds:.1f} s)"
+
+    def _remarks(self) -> list[str]:
+        """Return sentences for below the table."""
+        return []
+
+    def _shown(self) -> list[str]:
+        """Return the quantities that have a row in the table."""
+        return list(self.values)
+
+    def _table(self) -> tuple[list[str], list[list[str]]]:
+        """Return header and rows: values at the first and last position, own ends, extremes, means, barrier."""
+        places = (0, -1) if len(self.t) > 1 else (0,)
+        own = ["own t=0", "own t=1"] if self.own else []
+        header = ["", *(f"t={self.t[place]:g}" for place in places), *own, "min", "max", "mean", "arc mean", "barrier"]
+        rows = []
+        for name in self._shown():
+            ends = [float(self.values[name][place]) for place in places]
+            came_with = self.own[name].tolist() if name in self.own else [math.nan] * len(own)
+            numbers = [*ends, *came_with, *self.summary()[name].values(), self.barrier_of(name)]
+            form = self.quantity(name).form
+            rows.append([name, *("" if math.isnan(number) else form.format(number) for number in numbers)])
+        return header, rows
+
+
+def _mean(values: Tensor, along: Tensor) -> float:
+    return float(torch.trapezoid(values, along) / (along[-1] - along[0])) if len(along) > 1 else float(values[0])
+
+
+AlongCurve.kinds["AlongCurve"] = AlongCurve
+
+
+def _to_plain(value: Any) -> Any:
+    """Return what every reader of JSON takes: it has neither tensors nor numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: _to_plain(one) for name, one in value.items()}
+    if isinstance(value, Tensor):
+        return _to_plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [_to_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def _from_plain(value: Any) -> Any:
+    """Invert `_to_plain`, for tensors and mappings of tensors."""
+    if isinstance(value, dict):
+        return {name: _from_plain(one) for name, one in value.items()}
+    return torch.tensor(_numbers(value), dtype=torch.float64) if isinstance(value, list) else value
+
+
+def _numbers(value: Any) -> Any:
+    if isinstance(value, list):
+        return [_numbers(one) for one in value]
+    return math.nan if value is None else float(value)
 
 
 def chosen_positions(t: Sequence[float] | None, num_points: int) -> list[float]:

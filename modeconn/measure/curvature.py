@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import json
-import os
+import time
 import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -12,14 +11,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.network.attack import under_attack
 from modeconn.network.batches import batches, check_loader, inputs_and_targets, num_examples
 from modeconn.network.loss import LossFn, check_targets, cross_entropy
 from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
-from modeconn.tools.files import write_text
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
-from modeconn.tools.table import html_table, table
 
 _LOOK_EVERY = 10  # steps; before the first look a random vector may hide the largest eigenvalue behind many close ones
 _ROUNDING = 10.0  # in units of the precision of a number
@@ -29,37 +27,34 @@ _Product = Callable[[Tensor], Tensor]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Curvature:
+class Curvature(AlongCurve):
     """The largest eigenvalue of the Hessian of the loss at points of a curve.
 
     Args:
-        t: Positions, float64 ``(N,)``.
+        t: Positions, rising, float64 ``(N,)``.
         eigenvalue: The largest eigenvalue at each, float64 ``(N,)``; with respect to inputs, the mean over examples of
             what each has by itself.
         wrt: "weights" or "inputs".
         num_examples: How many examples the loss is a mean over.
+        arc_length: Length of the curve from 0 to each position, ``(N,)``, in the norm of weight space; None if unknown.
+        seconds: How long that took.
     """
 
     t: Tensor
     eigenvalue: Tensor
     wrt: str
     num_examples: int
+    arc_length: Tensor | None = None
+    seconds: float = 0.0
 
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return all fields as JSON; also write it to ``path`` if given."""
-        values = {"t": self.t.tolist(), "eigenvalue": self.eigenvalue.tolist()}
-        text = json.dumps({**values, "wrt": self.wrt, "num_examples": self.num_examples}, indent=1) + "\n"
-        return write_text(text, path)
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """The eigenvalue by its name in tables and figures, ``(N,)``."""
+        return {f"largest eigenvalue, {self.wrt}": self.eigenvalue}
 
-    def __repr__(self) -> str:
-        return f"Curvature({self.num_examples} examples)\n{table(*self._table())}"
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
-
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        points = zip(self.t.tolist(), self.eigenvalue.tolist(), strict=True)
-        return ["t", f"largest eigenvalue, {self.wrt}"], [[f"{t:g}", f"{value:.4g}"] for t, value in points]
+    def quantity(self, name: str) -> Quantity:
+        """Return how the eigenvalue is written; it has no better and no worse."""
+        return Quantity("{:.4g}")
 
 
 def curvature_along(
@@ -68,15 +63,23 @@ def curvature_along(
     loader: Iterable[Any],
     *,
     wrt: Literal["weights", "inputs"] = "weights",
+    arc_length: Tensor | None = None,
     progress: bool = False,
     **settings: Any,
 ) -> Curvature:
     """Return the largest eigenvalue at every t; ``settings`` are those of `largest_eigenvalue`."""
-    found = []
+    started, found = time.perf_counter(), []
     for position in progress_bar(t, show=progress, desc="curvature"):
         value, num_examples = largest_eigenvalue(model_at(position), loader, wrt=wrt, **settings)
         found.append(value)
-    return Curvature(torch.tensor(t, dtype=torch.float64), torch.tensor(found, dtype=torch.float64), wrt, num_examples)
+    return Curvature(
+        t=torch.tensor(t, dtype=torch.float64),
+        eigenvalue=torch.tensor(found, dtype=torch.float64),
+        wrt=wrt,
+        num_examples=num_examples,
+        arc_length=arc_length,
+        seconds=time.perf_counter() - started,
+    )
 
 
 def largest_eigenvalue(

@@ -190,11 +190,13 @@ class Measurable:
         Raises:
             ValueError: If a setting is out of range, or training data is needed to recalibrate.
         """
+        positions = chosen_positions(t, num_points)
         return curvature_along(
             lambda position: self._path.model_at(position, recalibrate, recalibration_examples, repair),
-            chosen_positions(t, num_points),
+            positions,
             loader,
             wrt=wrt,
+            arc_length=self._path.arc_length(positions),
             num_steps=num_steps,
             tolerance=tolerance,
             loss_fn=loss_fn or self.training.loss_fn,

@@ -1,30 +1,29 @@
-"""Loss and accuracy of all networks along a curve."""
+"""Loss, accuracy and other metrics of all networks along a curve."""
 
 from __future__ import annotations
 
-import json
-import os
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass, fields
-from typing import TYPE_CHECKING, Any, Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
-from modeconn import plot
+from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.measure.meter import Meter
-from modeconn.tools.files import write_text
 from modeconn.tools.progress import progress_bar
-from modeconn.tools.table import csv_table, html_table, table
 
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
+_QUANTITIES = {
+    "loss": Quantity("{:.4f}", higher_is_better=False, unit="mean per example"),
+    "accuracy": Quantity("{:.2%}", higher_is_better=True, unit="%"),
+    "error": Quantity("{:.2%}", higher_is_better=False, unit="%"),
+}
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Profile:
-    r"""Loss and accuracy along a curve.
+class Profile(AlongCurve):
+    r"""Loss, accuracy and other metrics along a curve.
 
     Values at all points, ends included, are those of networks whose batch norm was recalibrated in the same way.
 
@@ -37,6 +36,9 @@ class Profile:
         own_accuracy: Accuracy of both ends with the statistics they came with, ``(2,)``, or None.
         num_examples: How many examples were evaluated at each point.
         seconds: How long all that took.
+        metrics: Values of other metrics by name, ``(N,)`` each.
+        own_metrics: The same of both ends with the statistics they came with, ``(2,)`` each.
+        higher_is_better: By name of a metric, whether high values are good; one left out has no barrier.
 
     Example:
         >>> t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
@@ -47,11 +49,31 @@ class Profile:
     t: Tensor
     loss: Tensor
     accuracy: Tensor | None
-    arc_length: Tensor
+    arc_length: Tensor | None
     own_loss: Tensor | None = None
     own_accuracy: Tensor | None = None
     num_examples: int = 0
     seconds: float = 0.0
+    metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    own_metrics: Mapping[str, Tensor] = field(default_factory=dict)
+    higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Loss, where there are classes accuracy and error, and every metric, by name, ``(N,)`` each."""
+        found = {"loss": self.loss, "accuracy": self.accuracy, "error": self.error, **self.metrics}
+        return {name: value for name, value in found.items() if value is not None}
+
+    @property
+    def own(self) -> dict[str, Tensor]:
+        """The same of both ends with the statistics they came with, ``(2,)`` each, as far as they were measured."""
+        error = None if self.own_accuracy is None else 1 - self.own_accuracy
+        found = {"loss": self.own_loss, "accuracy": self.own_accuracy, "error": error, **self.own_metrics}
+        return {name: value for name, value in found.items() if value is not None}
+
+    def quantity(self, name: str) -> Quantity:
+        """Return how a quantity is written, and which way it gets worse."""
+        return _QUANTITIES.get(name) or Quantity("{:.4g}", self.higher_is_better.get(name))
 
     @property
     def error(self) -> Tensor | None:
@@ -61,12 +83,12 @@ class Profile:
     @property
     def barrier(self) -> float:
         r""":math:`\max_t L(t) - [(1-t) L(0) + t L(1)]`, in units of the loss; 0 or more, since ends count."""
-        return float((self.loss - self._between_ends(self.loss)).max())
+        return self.barrier_of("loss")
 
     @property
     def accuracy_drop(self) -> float | None:
         r""":math:`\max_t [(1-t) A(0) + t A(1)] - A(t)`, a fraction; the barrier in terms of accuracy."""
-        return None if self.accuracy is None else float((self._between_ends(self.accuracy) - self.accuracy).max())
+        return None if self.accuracy is None else self.barrier_of("accuracy")
 
     @property
     def min_accuracy(self) -> float | None:
@@ -83,85 +105,11 @@ class Profile:
         """The mean accuracy over arc length."""
         return None if self.accuracy is None else self.arc_mean(self.accuracy)
 
-    def mean(self, values: Tensor) -> float:
-        """Return the mean of ``values (N,)`` over t, by trapezoids: the expectation that fitting minimises."""
-        return float(torch.trapezoid(values, self.t))
+    def _for_readers(self) -> dict[str, Any]:
+        return {"barrier": self.barrier, "accuracy_drop": self.accuracy_drop, **super()._for_readers()}
 
-    def arc_mean(self, values: Tensor) -> float:
-        """Return the mean of ``values (N,)`` over arc length, by trapezoids, as Tatro et al. (2020) report it.
-
-        A curve without length is one network: its mean over t.
-        """
-        length = float(self.arc_length[-1])
-        return float(torch.trapezoid(values, self.arc_length)) / length if length else self.mean(values)
-
-    def summary(self) -> dict[str, dict[str, float]]:
-        """Return minimum, maximum, mean over t and over arc length of loss, accuracy and error."""
-        values = {"loss": self.loss, "accuracy": self.accuracy, "error": self.error}
-        return {
-            name: {
-                "min": float(value.min()),
-                "max": float(value.max()),
-                "mean": self.mean(value),
-                "arc_mean": self.arc_mean(value),
-            }
-            for name, value in values.items()
-            if value is not None
-        }
-
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return all fields and, for readers, the summary as JSON; also write it to ``path`` if given."""
-        record = {field.name: _plain(getattr(self, field.name)) for field in fields(self)}
-        record |= {"barrier": self.barrier, "accuracy_drop": self.accuracy_drop, "summary": self.summary()}
-        return write_text(json.dumps(record, indent=1), path)
-
-    @classmethod
-    def from_json(cls, text: str) -> Profile:
-        """Invert `to_json`."""
-        record = json.loads(text)
-        values = {field.name: record[field.name] for field in fields(cls)}
-        tensors = {
-            name: torch.tensor(value, dtype=torch.float64) for name, value in values.items() if isinstance(value, list)
-        }
-        return cls(**{**values, **tensors})
-
-    def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return one row for each point, as comma-separated values; also write it to ``path`` if given."""
-        columns = {"t": self.t, "arc_length": self.arc_length, "loss": self.loss}
-        if self.accuracy is not None:
-            columns |= {"accuracy": self.accuracy, "error": self.error}
-        rows = zip(*(column.tolist() for column in columns.values()), strict=True)
-        return write_text(csv_table(columns, rows), path)
-
-    def plot(self, *, ax: Axes | None = None) -> Axes:
-        """Draw the profile with matplotlib; see `modeconn.plot.profile`."""
-        return plot.profile(self, ax=ax)
-
-    def __repr__(self) -> str:
-        title = f"Profile({len(self.t)} points, {self.num_examples} examples, {self.seconds:.1f} s)"
-        return "\n".join([title, table(*self._table())])
-
-    def _repr_html_(self) -> str:
-        return html_table(*self._table())
-
-    def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Header, and one row for the loss and, if there is one, one for the accuracy; accuracies in percent."""
-        header = ["", "t=0", "t=1", "min", "max", "mean", "arc mean", "barrier"]
-        has_own = self.own_loss is not None
-        if has_own:
-            header[3:3] = ["own t=0", "own t=1"]
-        rows = [self._row("loss", self.loss, self.own_loss, self.barrier, "{:.4f}")]
-        if self.accuracy is not None:
-            rows.append(self._row("accuracy", self.accuracy, self.own_accuracy, self.accuracy_drop, "{:.2%}"))
-        return header, rows
-
-    def _row(self, name: str, values: Tensor, own: Tensor | None, barrier: float, form: str) -> list[str]:
-        own_ends = [] if own is None else own.tolist()
-        numbers = [float(values[0]), float(values[-1]), *own_ends, *self.summary()[name].values(), barrier]
-        return [name, *(form.format(number) for number in numbers)]
-
-    def _between_ends(self, values: Tensor) -> Tensor:
-        return (1 - self.t) * values[0] + self.t * values[-1]
+    def _shown(self) -> list[str]:
+        return [name for name in self.values if name != "error"]  # it is what accuracy leaves of 100%
 
 
 class Networks(Protocol):
@@ -212,7 +160,3 @@ def profile_along(
         num_examples=meter.num_examples,
         seconds=time.perf_counter() - started,
     )
-
-
-def _plain(value: Any) -> Any:
-    return value.tolist() if isinstance(value, Tensor) else value

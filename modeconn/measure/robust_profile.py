@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import base64
-import html
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -18,8 +16,9 @@ import torch
 from torch import Tensor
 
 from modeconn import plot
+from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.tools.files import write_text
-from modeconn.tools.table import csv_table, html_table, table
+from modeconn.tools.table import csv_table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -33,7 +32,7 @@ _FREE = ("step_size", "alpha")  # step sizes grow with eps, so attacks compared 
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class RobustProfile:
+class RobustProfile(AlongCurve):
     r"""Right answers and losses of every example along a curve, clean and under each attack.
 
     Dicts by row have the row "clean", one for each attack, and "worst": an example counts as right if the network is
@@ -72,6 +71,18 @@ class RobustProfile:
         """How many examples were attacked at each point."""
         return self.correct[CLEAN].shape[1]
 
+    @property
+    def values(self) -> dict[str, Tensor]:
+        """Accuracies and losses as "clean accuracy", "clean loss" and so on for every row, ``(N,)`` each."""
+        found = {f"{row} accuracy": accuracy for row, accuracy in self.accuracy.items()}
+        return found | {f"{row} loss": loss for row, loss in self.loss.items()}
+
+    def quantity(self, name: str) -> Quantity:
+        """Return how a quantity is written, and which way it gets worse."""
+        if name.endswith(" accuracy"):
+            return Quantity("{:.2%}", higher_is_better=True, unit="%")
+        return Quantity("{:.4f}", higher_is_better=False, unit="mean per example")
+
     @cached_property
     def accuracy(self) -> dict[str, Tensor]:
         """Fraction of right answers by row, float64 ``(N,)``."""
@@ -91,12 +102,12 @@ class RobustProfile:
     @property
     def barrier(self) -> dict[str, float]:
         """The barrier of the loss by row, see `Profile.barrier`; NaN unless both ends were measured."""
-        return {row: float((loss - self._between_ends(loss)).max()) for row, loss in self.loss.items()}
+        return {row: self.barrier_of(f"{row} loss") for row in self.loss}
 
     @property
     def accuracy_drop(self) -> dict[str, float]:
-        """The same in terms of accuracy, see `Profile.accuracy_drop`."""
-        return {row: float((self._between_ends(right) - right).max()) for row, right in self.accuracy.items()}
+        """The barrier of the accuracy by row, see `Profile.accuracy_drop`; NaN unless both ends were measured."""
+        return {row: self.barrier_of(f"{row} accuracy") for row in self.accuracy}
 
     def best_t(self, row: str = WORST) -> float:
         """Return the position of the highest accuracy, of equal ones that of the lowest loss.
@@ -189,31 +200,21 @@ class RobustProfile:
             f"{' and '.join(rivals)} {more:.2%}."
         )
 
-    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
-        """Return everything and, for readers, summary and warnings as JSON; also write it to ``path`` if given.
-
-        What belongs to single examples is written in base64, right answers as bits.
-        """
-        record = {
-            "t": self.t.tolist(),
+    def _record(self) -> dict[str, Any]:
+        """What belongs to single examples is written in base64, right answers as bits."""
+        return {
+            "t": self.t,
             "num_examples": self.num_examples,
-            "summary": self._summary(),
-            "warnings": self.warnings,
             "attacks": self.attacks,
             "data": self.data,
-            "transfer": None
-            if self.transfer is None
-            else {row: cells.tolist() for row, cells in self.transfer.items()},
+            "transfer": self.transfer,
             "seconds": self.seconds,
             "correct": {row: pack_bits(right) for row, right in self.correct.items()},
             "losses": {row: pack_floats(losses) for row, losses in self.losses.items()},
         }
-        return write_text(json.dumps(record, indent=1) + "\n", path)
 
     @classmethod
-    def from_json(cls, text: str) -> RobustProfile:
-        """Invert `to_json`."""
-        record = json.loads(text)
+    def _restored(cls, record: Mapping[str, Any]) -> RobustProfile:
         t, transfer = torch.tensor(record["t"], dtype=torch.float64), record["transfer"]
         shape = (len(t), record["num_examples"])
         if transfer is not None:
@@ -237,17 +238,15 @@ class RobustProfile:
         ]
         return write_text(csv_table(["t", "attack", "loss", "accuracy", "low", "high"], rows), path)
 
-    def plot(self, *, ax: Axes | None = None) -> Axes:
-        """Draw the profile with matplotlib; see `modeconn.plot.robust_profile`."""
-        return plot.robust_profile(self, ax=ax)
+    def plot(self, *, quantity: str | None = None, ax: Axes | None = None) -> Axes:
+        """Draw accuracy, "loss" or "error" by row with matplotlib; see `modeconn.plot.robust_profile`."""
+        return plot.robust_profile(self, quantity=quantity or "accuracy", ax=ax)
 
-    def __repr__(self) -> str:
-        title = f"RobustProfile({len(self.t)} points, {self.num_examples} examples, {self.seconds:.1f} s)"
-        doubts = [f"warning: {sentence}" for sentence in self.warnings]
-        return "\n".join([title, table(*self._table()), *doubts])
+    def _remarks(self) -> list[str]:
+        return [f"warning: {sentence}" for sentence in self.warnings]
 
-    def _repr_html_(self) -> str:
-        return html_table(*self._table()) + "".join(f"<p>warning: {html.escape(text)}</p>" for text in self.warnings)
+    def _for_readers(self) -> dict[str, Any]:
+        return {"summary": self._summary(), "warnings": self.warnings}
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Header, and a row of accuracies and one of losses for each row of results."""
@@ -276,29 +275,29 @@ class RobustProfile:
         return ["", f"t={self.t[0]:g}", "95% interval"], accuracies + losses
 
     def _row(self, name: str, values: Tensor, place: int, where: list[str], barrier: float, form: str) -> list[str]:
-        mean = float(torch.trapezoid(values, self.t) / (self.t[-1] - self.t[0]))
         ends = (form.format(float(values[place])) for place in (0, -1, place))
-        return [name, *ends, *where, form.format(mean), "" if math.isnan(barrier) else form.format(barrier)]
+        return [
+            name,
+            *ends,
+            *where,
+            form.format(self.mean(values)),
+            "" if math.isnan(barrier) else form.format(barrier),
+        ]
 
     def _summary(self) -> dict[str, dict[str, Any]]:
         return {
             row: {
                 "accuracy": self.accuracy[row].tolist(),
                 "interval": self.interval[row].tolist(),
-                "loss": [_finite(loss) for loss in self.loss[row].tolist()],
-                "barrier": _finite(self.barrier[row]),
-                "accuracy_drop": _finite(self.accuracy_drop[row]),
+                "loss": self.loss[row].tolist(),
+                "barrier": self.barrier[row],
+                "accuracy_drop": self.accuracy_drop[row],
             }
             for row in self.accuracy
         }
 
     def _correct(self) -> dict[str, Tensor]:
         return {**self.correct, WORST: torch.stack(list(self.correct.values())).all(0)}
-
-    def _between_ends(self, values: Tensor) -> Tensor:
-        if self.t[0] != 0 or self.t[-1] != 1:
-            return torch.full_like(values, torch.nan)
-        return (1 - self.t) * values[0] + self.t * values[-1]
 
     def _significant(self, more: Tensor, fewer: Tensor) -> int | None:
         """Return where ``more (N, M)`` is above ``fewer`` by most standard errors, if by enough of them."""
@@ -341,11 +340,6 @@ def _is_white_box_for(one: Mapping[str, Any], black: Mapping[str, Any]) -> bool:
     if one["black_box"] is not False or None in (one["eps"], black["eps"]):
         return False
     return bool(one["norm"] == black["norm"] and one["eps"] >= black["eps"])
-
-
-def _finite(value: float) -> float | None:
-    """Return what JSON can hold."""
-    return value if math.isfinite(value) else None
 
 
 def pack_bits(right: Tensor) -> str:

@@ -16,6 +16,7 @@ from modeconn import (
     AdversarialExamples,
     Bezier,
     Connection,
+    Curvature,
     Line,
     Permutation,
     PolyChain,
@@ -143,7 +144,24 @@ def test_evaluate_recalibrates_batch_norm_on_training_data(tmp_path):
     assert not torch.allclose(found.loss, on_test.loss)
 
 
-@pytest.mark.parametrize("command", ["evaluate", "robustness"])
+def test_curvature_is_written_and_drawn_like_every_result(folder, tmp_path):
+    settings = ("--data", "digits", "--points", 3, "--steps", 10, "--wrt", "inputs", "--out", tmp_path / "h")
+    result = run("curvature", folder / "c.safetensors", *settings)
+    found = Curvature.from_json((tmp_path / "h.json").read_text())
+    train, test = data.load("digits")
+    expected = Connection.load(folder / "c.safetensors").curvature(
+        test, wrt="inputs", num_points=3, num_steps=10, recalibrate=train
+    )
+    torch.testing.assert_close(found.eigenvalue, expected.eigenvalue)
+    assert repr(found) in result.stdout and len((tmp_path / "h.csv").read_text().splitlines()) == 1 + 3
+    assert f"h.json: curvature\n{found!r}" in run("info", tmp_path / "h.json").stdout
+    run("plot", tmp_path / "h.json", "--out", tmp_path / "h.png")
+    assert (tmp_path / "h.png").stat().st_size > 1000
+    refused = run("curvature", folder / "c.safetensors", "--data", "digits", "--wrt", "x", code=1)
+    assert "--wrt must be weights or inputs, got 'x'" in refused.stderr
+
+
+@pytest.mark.parametrize("command", ["evaluate", "robustness", "curvature"])
 def test_connections_are_loaded_where_the_command_computes(command, folder, monkeypatch):
     devices, load = [], Connection.load
 
@@ -397,7 +415,8 @@ def test_info_without_a_file_tells_versions():
 
 
 @pytest.mark.parametrize(
-    "command", ["demo", "train", "align", "merge", "fit", "evaluate", "robustness", "plot", "info", "symmetry"]
+    "command",
+    ["demo", "train", "align", "merge", "fit", "evaluate", "robustness", "curvature", "plot", "info", "symmetry"],
 )
 def test_the_help_of_every_command_has_an_example(command):
     text = run(command, "--help").stdout

@@ -94,9 +94,9 @@ def test_a_profile_prints_as_a_table():
 
 def test_plot_hands_the_profile_to_the_plot_module(monkeypatch):
     seen = []
-    monkeypatch.setattr(plot, "profile", lambda *profiles, ax=None: seen.append((profiles, ax)) or "axes")
+    monkeypatch.setattr(plot, "profile", lambda *profiles, **how: seen.append((profiles, how)) or "axes")
     shown = profile()
-    assert shown.plot(ax="ax") == "axes" and seen == [((shown,), "ax")]
+    assert shown.plot(ax="ax") == "axes" and seen == [((shown,), {"quantity": "loss", "ax": "ax"})]
 
 
 @pytest.mark.parametrize("last", [1, 5, 12])

@@ -787,7 +787,8 @@ def test_curvature_along_a_curve_is_that_of_each_network():
     assert torch.equal(before, torch.get_rng_state())
     for value, t in zip(curvature.eigenvalue.tolist(), (0.0, 0.5), strict=True):
         assert value == largest_eigenvalue(connection.model_at(t), data, wrt="inputs", tolerance=0.1)[0]
-    assert "largest eigenvalue, inputs" in repr(curvature) and curvature._repr_html_().count("<tr>") == 3
+    assert "largest eigenvalue, inputs" in repr(curvature) and curvature._repr_html_().count("<tr>") == 2
+    assert float(curvature.arc_length[1]) == pytest.approx(connection.length() / 2)
     assert json.loads(curvature.to_json())["t"] == [0.0, 0.5]
 
 
