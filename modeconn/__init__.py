@@ -33,6 +33,7 @@ from modeconn.matching import (
     WeightMatching,
     align,
 )
+from modeconn.measure import metrics
 from modeconn.measure.along import AlongCurve
 from modeconn.measure.curvature import Curvature
 from modeconn.measure.profile import Profile
@@ -62,7 +63,7 @@ __all__ = [  # in the order of the stages
     "AdversarialExamples", "repair", "Ensemble",
     "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Permutation", "verify", "VerificationError",
     "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
-    "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature",
+    "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature",
     "Line", "Bezier", "PolyChain",
     "align", "Alignment", "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
     "StraightThrough",

@@ -317,8 +317,8 @@ class _Matching:
             mixed = {name: torch.lerp(at_a[name], at_b[name], position) for name in running}
             load_buffers({**(at_b if position == 1 else at_a), **mixed}, model)
             meter.measure(model)
-        loss, accuracy = meter.results()
-        return Profile(t, loss, accuracy, arc_length=t * line.length())
+        found = meter.results()
+        return Profile(t, found.loss, found.accuracy, arc_length=t * line.length())
 
 
 @dataclass(frozen=True)

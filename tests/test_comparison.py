@@ -103,7 +103,7 @@ def test_without_recalibration_running_statistics_lie_on_the_line_too():
                 if tensor.is_floating_point():
                     tensor.lerp_(others[name], position)
         meter.measure(between)
-    expected = Profile(t, *meter.results(), arc_length=t)
+    expected = Profile(t, meter.results().loss, meter.results().accuracy, arc_length=t)
     recalibrated = Connection.straight_between(*ends, training=TrainingData(train)).evaluate(train, num_points=5)
     assert found["line"][0] == pytest.approx(expected.barrier, abs=1e-6)
     assert found["repaired"][0] == pytest.approx(recalibrated.barrier, abs=1e-6)

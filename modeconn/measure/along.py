@@ -117,8 +117,8 @@ class AlongCurve:
         better = self.quantity(name).higher_is_better
         if better is None:
             return math.nan
-        rise = self.values[name] - self.between_ends(self.values[name])
-        return float((-rise if better else rise).max())
+        values, between = self.values[name], self.between_ends(self.values[name])
+        return float((between - values if better else values - between).max())
 
     def between_ends(self, values: Tensor) -> Tensor:
         """Return the straight line between the first and the last of ``values (N,)``; NaN unless these are the ends."""

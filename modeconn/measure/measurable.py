@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modeconn.measure.along import chosen_positions
 from modeconn.measure.curvature import Curvature, curvature_along
 from modeconn.measure.meter import Meter, fetch
+from modeconn.measure.metrics import AnyMetric, as_metrics
 from modeconn.measure.profile import Networks, Profile, profile_along
 from modeconn.measure.robust_profile import RobustProfile
 from modeconn.measure.robustness import Attacks, robustness_along
@@ -61,11 +62,13 @@ class Measurable:
         repair: bool = False,
         loss_fn: LossFn | None = None,
         forward: Forward | None = None,
+        metrics: Mapping[str, AnyMetric] | None = None,
         progress: bool = False,
     ) -> Profile:
-        """Measure loss and accuracy at points evenly spaced in t, batch norm recalibrated at each, ends included.
+        """Measure loss, accuracy and other metrics at points evenly spaced in t, both ends included.
 
-        Test data and the data for recalibration are read once. The caller's random state is left as it was.
+        Batch norm is recalibrated at each, also at the ends. Test data and the data for recalibration are read once.
+        The caller's random state is left as it was.
 
         Args:
             loader: Data to measure on; it is never what batch norm is recalibrated on, unless you say so.
@@ -76,21 +79,27 @@ class Measurable:
             repair: Whether to repair the networks between the ends where there is no batch norm, see `model_at`.
             loss_fn: Default that of the fit, or cross entropy.
             forward: ``forward(model, batch) -> loss`` for batches that are no ``(inputs, targets)``; default that of
-                the fit, unless ``loss_fn`` is given.
+                the fit, unless ``loss_fn`` is given. Metrics and accuracy need it to return ``(loss, outputs,
+                targets)``.
+            metrics: Other metrics by name: objects with ``update(outputs, targets)``, ``compute()`` and ``reset()``,
+                such as those of torchmetrics; functions ``(outputs, targets) -> (sum, weight)`` of a batch, whose sums
+                are divided at the end, so that batches may have any size; or those of `modeconn.metrics`, of which
+                ``disagreement`` and ``cka`` compare every network with one end of the curve.
             progress: Whether to show a progress bar.
 
         Raises:
-            ValueError: If the loader is empty, can be read only once or has targets outside the classes, or training
-                data is needed to recalibrate.
+            ValueError: If the loader is empty, can be read only once or has targets outside the classes, training data
+                is needed to recalibrate, or a metric is none, has the name of another quantity, or computes more than
+                one number.
         """
-        t = chosen_positions(None, num_points)
+        t, named = chosen_positions(None, num_points), as_metrics(metrics)
         if forward is None and loss_fn is None:
             forward = self.training.forward
         started = time.perf_counter()
         with seeded(0, self.device):
             check_loader(loader) if forward is None else first_batch(loader)
             networks = self._path.networks(recalibrate, recalibration_examples, repair)
-            meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward)
+            meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward, named)
             return profile_along(networks, meter, t, self._path.arc_length(t), started=started, progress=progress)
 
     def robustness(

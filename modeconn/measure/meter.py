@@ -1,16 +1,20 @@
-"""Loss and accuracy of networks on the same data."""
+"""Loss, accuracy and other metrics of networks on the same data."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from modeconn.measure.metrics import Against, AnyMetric, on_device, value_of
 from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples
-from modeconn.network.loss import Forward, LossFn, check_targets, is_classification, main_output
+from modeconn.network.copies import copy_of
+from modeconn.network.loss import Forward, LossFn, answer_of, check_targets, is_classification, main_output
+from modeconn.network.weights import device_of
 
 _KEPT_BYTES = 1 << 30
 
@@ -38,52 +42,175 @@ class _Reread:
         return batches(self.loader, self.device)
 
 
+@dataclass(frozen=True)
+class Measured:
+    """What a `Meter` found, in the order in which networks were measured.
+
+    Args:
+        loss: Mean loss per example, float64 ``(M,)`` on the CPU, as all others.
+        accuracy: Fraction of right answers, ``(M,)``, or None where targets are no classes.
+        metrics: Values of metrics by name, ``(M,)`` each.
+    """
+
+    loss: Tensor
+    accuracy: Tensor | None
+    metrics: Mapping[str, Tensor]
+
+
+@dataclass
+class _Answers:
+    """What one network says to one batch."""
+
+    loss: Tensor
+    outputs: Any = None
+    targets: Any = None
+    of_layers: dict[str, Any] = field(default_factory=dict)
+
+    def of(self, layer: str | None) -> Any:
+        return self.outputs if layer is None else self.of_layers[layer]
+
+
 class Meter:
-    """Measures networks on the same data: mean loss per example and, for class targets, accuracy.
+    """Measures networks on the same data: mean loss per example, for class targets accuracy, and other metrics.
 
     Results stay on the device until they are read, so that measuring many networks does not wait for each.
 
     Args:
         data: Batches on the device of the networks, from `fetch`.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
-        forward: ``forward(model, batch) -> loss`` in its place, for batches that are no ``(inputs, targets)``; there is
-            then no accuracy.
+        forward: ``forward(model, batch)`` in its place, for batches that are no ``(inputs, targets)``. It returns the
+            loss, and there is no accuracy; or ``(loss, outputs, targets)``, which metrics need.
+        metrics: Of outputs and targets, by name, from `metrics.as_metrics`.
     """
 
-    def __init__(self, data: Iterable[Any], loss_fn: LossFn, forward: Forward | None = None) -> None:
-        self._data = data
-        self._loss_fn = loss_fn
-        self._forward = forward
+    def __init__(
+        self,
+        data: Iterable[Any],
+        loss_fn: LossFn,
+        forward: Forward | None = None,
+        metrics: Mapping[str, AnyMetric] | None = None,
+    ) -> None:
+        self._data, self._loss_fn, self._forward, self.metrics = data, loss_fn, forward, metrics or {}
         self._checked = False
+        self._ends: dict[str, _End] = {}
         self._totals: list[Tensor] = []
+        self._values: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
         self.num_examples = 0
+
+    @property
+    def ends(self) -> set[str]:
+        """The ends of the curve, "a" and "b", that metrics compare networks with."""
+        return {metric.end for metric in self.metrics.values() if isinstance(metric, Against)}
+
+    def compare_with(self, end: str, model: nn.Module) -> None:
+        """Have metrics compare with ``model``, a network that may be moved afterwards."""
+        self._ends[end] = _End(copy_of(model))
 
     @torch.no_grad()
     def measure(self, model: nn.Module) -> None:
         """Measure one network, in the mode it is in."""
+        on_device(self.metrics, device_of(model))
+        updated = {name: _inner(metric) for name, metric in self.metrics.items()}
+        for metric in updated.values():
+            metric.reset()
         totals, self.num_examples = [], 0
-        for batch in self._data:
-            size = num_examples(batch)
-            totals.append(self._batch_means(model, batch) * size)  # by size: the last batch may be a small one
-            self.num_examples += size
+        with self._layers_heard(model) as heard:
+            for number, batch in enumerate(self._data):
+                size = num_examples(batch)
+                answers = self._answers(model, batch, heard)
+                totals.append(_means(answers) * size)  # by size: the last batch may be a small one
+                self.num_examples += size
+                for name, metric in updated.items():
+                    metric.update(*self._compared(self.metrics[name], answers, number, batch))
         self._totals.append(torch.stack(totals).sum(0) / self.num_examples)
+        for name, metric in updated.items():
+            self._values[name].append(value_of(metric, name))
+            metric.reset()
         self._checked = True
 
-    def results(self) -> tuple[Tensor, Tensor | None]:
-        """Return loss and accuracy, each float64 ``(M,)`` on the CPU, of all networks measured so far."""
+    def results(self) -> Measured:
+        """Return what was found of all networks measured so far."""
         loss, accuracy = torch.stack(self._totals).cpu().unbind(1)
-        return loss, None if accuracy.isnan().all() else accuracy
+        metrics = {name: torch.stack([value.cpu() for value in values]) for name, values in self._values.items()}
+        return Measured(loss, None if accuracy.isnan().all() else accuracy, metrics)
 
-    def _batch_means(self, model: nn.Module, batch: Any) -> Tensor:
-        if self._forward is not None:
-            loss = self._forward(model, batch).double()
-            return torch.stack([loss, torch.full_like(loss, torch.nan)])
-        inputs, targets = inputs_and_targets(batch)
-        outputs = model(inputs)
-        if not self._checked:
-            check_targets(outputs, targets, self._loss_fn)
-        loss = self._loss_fn(outputs, targets).double()
-        if not is_classification(outputs, targets):
-            return torch.stack([loss, torch.full_like(loss, torch.nan)])
-        correct = main_output(outputs).argmax(1) == targets
-        return torch.stack([loss, correct.double().mean()])
+    def _answers(self, model: nn.Module, batch: Any, heard: dict[str, Any]) -> _Answers:
+        heard.clear()
+        if self._forward is None:
+            inputs, targets = inputs_and_targets(batch)
+            outputs = model(inputs)
+            if not self._checked:
+                check_targets(outputs, targets, self._loss_fn)
+            return _Answers(self._loss_fn(outputs, targets), outputs, targets, dict(heard))
+        loss, said = answer_of(self._forward(model, batch))
+        if said is None and self.metrics:
+            raise ValueError(
+                "metrics need outputs and targets: with metrics=, forward= must return (loss, outputs, targets), not "
+                "the loss alone."
+            )
+        return _Answers(loss, *(said or (None, None)), of_layers=dict(heard))
+
+    def _compared(self, metric: AnyMetric, answers: _Answers, number: int, batch: Any) -> tuple[Any, Any]:
+        """Return what a metric is called with: outputs and targets, or outputs and those of one end."""
+        if not isinstance(metric, Against):
+            return answers.outputs, answers.targets
+        end = self._ends[metric.end]
+        theirs = end.kept.get(number)
+        if theirs is None:
+            with self._layers_heard(end.model) as heard:
+                theirs = self._answers(end.model, batch, heard)
+            if isinstance(self._data, list):  # others may come in another order in the next pass
+                end.keep(number, theirs)
+        return answers.of(metric.layer), theirs.of(metric.layer)
+
+    @contextmanager
+    def _layers_heard(self, model: nn.Module) -> Iterator[dict[str, Any]]:
+        """Give what layers returned in the last call of the model, by name, for those that metrics compare."""
+        heard: dict[str, Any] = {}
+        modules, handles = dict(model.named_modules()), []
+        for metric in self.metrics.values():
+            name = metric.layer if isinstance(metric, Against) else None
+            if name is None:
+                continue
+            if name not in modules:
+                raise ValueError(f"the model has no layer {name!r}; its layers are {', '.join(filter(None, modules))}.")
+            handles.append(modules[name].register_forward_hook(_listener(heard, name)))
+        try:
+            yield heard
+        finally:
+            for handle in handles:
+                handle.remove()
+
+
+class _End:
+    """One end of the curve, and what it said to batches as far as there is room."""
+
+    def __init__(self, model: nn.Module) -> None:
+        self.model = model
+        self.kept: dict[int, _Answers] = {}
+        self._room = _KEPT_BYTES
+
+    def keep(self, number: int, answers: _Answers) -> None:
+        self._room -= num_bytes([answers.outputs, answers.of_layers])
+        if self._room >= 0:
+            self.kept[number] = answers
+
+
+def _inner(metric: AnyMetric) -> Any:
+    return metric.metric if isinstance(metric, Against) else metric
+
+
+def _listener(heard: dict[str, Any], name: str) -> Any:
+    def listen(module: nn.Module, arguments: Any, output: Any) -> None:
+        heard[name] = output
+
+    return listen
+
+
+def _means(answers: _Answers) -> Tensor:
+    """Return mean loss and accuracy of a batch, the accuracy NaN where targets are no classes."""
+    loss = answers.loss.double()
+    if answers.targets is None or not is_classification(answers.outputs, answers.targets):
+        return torch.stack([loss, torch.full_like(loss, torch.nan)])
+    correct = main_output(answers.outputs).argmax(1) == answers.targets
+    return torch.stack([loss, correct.double().mean()])

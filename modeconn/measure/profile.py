@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.measure.meter import Meter
+from modeconn.measure.metrics import higher_is_better
 from modeconn.tools.progress import progress_bar
 
 _QUANTITIES = {
@@ -142,21 +143,27 @@ def profile_along(
         started: When the work began, by `time.perf_counter`.
         progress: Whether to show a progress bar.
     """
+    for end, position in (("a", 0.0), ("b", 1.0)):
+        if end in meter.ends:
+            meter.compare_with(end, networks(position))
     for position in progress_bar(t, show=progress, desc="evaluate"):
         meter.measure(networks(position))
     count, own = len(t), [0, len(t) - 1]
     if networks.ends_have_their_own:
         own = [count, count + 1]
-        for end in (0, 1):
-            meter.measure(networks.as_it_came(end))
-    loss, accuracy = meter.results()
+        for number in (0, 1):
+            meter.measure(networks.as_it_came(number))
+    found = meter.results()
     return Profile(
         t=torch.tensor(t, dtype=torch.float64),
-        loss=loss[:count],
-        accuracy=None if accuracy is None else accuracy[:count],
+        loss=found.loss[:count],
+        accuracy=None if found.accuracy is None else found.accuracy[:count],
         arc_length=arc_length,
-        own_loss=loss[own],
-        own_accuracy=None if accuracy is None else accuracy[own],
+        own_loss=found.loss[own],
+        own_accuracy=None if found.accuracy is None else found.accuracy[own],
         num_examples=meter.num_examples,
         seconds=time.perf_counter() - started,
+        metrics={name: values[:count] for name, values in found.metrics.items()},
+        own_metrics={name: values[own] for name, values in found.metrics.items()},
+        higher_is_better=higher_is_better(meter.metrics),
     )

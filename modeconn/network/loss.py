@@ -15,8 +15,9 @@ from modeconn.network.batches import inputs_and_targets
 LossFn = Callable[[Tensor, Tensor], Tensor]
 """``loss_fn(outputs, targets) -> loss``, a mean over the examples of the batch."""
 
-Forward = Callable[[nn.Module, Any], Tensor]
-"""``forward(model, batch) -> loss``, a mean over the examples of the batch."""
+Forward = Callable[[nn.Module, Any], Any]
+"""``forward(model, batch) -> loss``, a mean over the examples of the batch; one that a user gave may also return
+``(loss, outputs, targets)``, from which other metrics are computed."""
 
 AUXILIARY_WEIGHT = 0.3
 
@@ -111,17 +112,39 @@ def checked(loss_fn: LossFn) -> LossFn:
     return looked_at
 
 
+def loss_alone(forward: Forward) -> Forward:
+    """Return the same function without outputs and targets, if it returns them."""
+
+    def alone(model: nn.Module, batch: Any) -> Tensor:
+        found = forward(model, batch)
+        return found[0] if _is_with_outputs(found) else found
+
+    return alone
+
+
 def checked_forward(forward: Forward) -> Forward:
-    """Return the same function with a look at what it returns."""
+    """Return `loss_alone` of a function, with a look at what it returns."""
+    return lambda model, batch: answer_of(forward(model, batch))[0]
 
-    def looked_at(model: nn.Module, batch: Any) -> Tensor:
-        loss = forward(model, batch)
-        if not isinstance(loss, Tensor) or loss.numel() != 1:
-            what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
-            raise ValueError(f"forward= must return the mean loss of a batch, a tensor of one number, got {what}.")
-        return loss
 
-    return looked_at
+def answer_of(found: Any) -> tuple[Tensor, tuple[Any, Any] | None]:
+    """Return the loss that a user's ``forward`` returned, and outputs and targets if it did.
+
+    Raises:
+        ValueError: If it returned neither a loss nor ``(loss, outputs, targets)``.
+    """
+    loss, *rest = found if _is_with_outputs(found) else (found,)
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(
+            f"forward= must return the mean loss of a batch, a tensor of one number, or (loss, outputs, targets), got "
+            f"{what}."
+        )
+    return loss, tuple(rest) if rest else None
+
+
+def _is_with_outputs(found: Any) -> bool:
+    return isinstance(found, tuple) and len(found) == 3
 
 
 def check_targets(

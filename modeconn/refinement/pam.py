@@ -20,7 +20,7 @@ from modeconn.curves.step import CurveStep
 from modeconn.learning.checkpoint import RunFile, State, permutation_tensors
 from modeconn.learning.history import History
 from modeconn.network.batches import batches
-from modeconn.network.loss import Forward, TrainingData, supervised
+from modeconn.network.loss import Forward, TrainingData, loss_alone, supervised
 from modeconn.network.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.relabelled import Relabelled
@@ -176,7 +176,9 @@ def draw_sample(
 
 def objective_of(training: TrainingData) -> Forward:
     """Return ``forward(model, batch) -> loss`` of a fit, which looks whether targets are classes."""
-    return training.forward or supervised(training.loss_fn, check=True)
+    if training.forward is not None:
+        return loss_alone(training.forward)
+    return supervised(training.loss_fn, check=True)
 
 
 def is_finished(pam: PAM, turns: Sequence[Mapping[str, Any]]) -> bool:

@@ -105,7 +105,7 @@ def test_every_example_counts_alike_whatever_the_batches(last):
     meter = Meter(data, cross_entropy)
     meter.measure(model)
     inputs, targets = (torch.cat(parts) for parts in zip(*data, strict=True))
-    loss, accuracy = meter.results()
+    loss, accuracy = meter.results().loss, meter.results().accuracy
     torch.testing.assert_close(loss[0], cross_entropy(model(inputs), targets))
     torch.testing.assert_close(accuracy[0], (model(inputs).argmax(1) == targets).double().mean())
     assert meter.num_examples == 36 + last
@@ -119,20 +119,20 @@ def test_auxiliary_outputs_do_not_count_for_accuracy():
 
     meter = Meter([(torch.tensor([0.0, 2.0]), torch.tensor([0, 2]))], cross_entropy)
     meter.measure(WithAuxiliary())
-    assert meter.results()[1].tolist() == [1.0]
+    assert meter.results().accuracy.tolist() == [1.0]
 
 
 def test_targets_that_are_no_classes_have_a_loss_but_no_accuracy():
     meter = Meter([(torch.ones(4, 2), torch.zeros(4, 2))], nn.functional.mse_loss)
     meter.measure(nn.Identity())
-    loss, accuracy = meter.results()
+    loss, accuracy = meter.results().loss, meter.results().accuracy
     assert loss.tolist() == [1.0] and accuracy is None
 
 
 def test_batches_of_another_kind_are_measured_by_their_own_forward():
     meter = Meter([{"x": torch.ones(3)}, {"x": torch.zeros(1)}], cross_entropy, lambda model, batch: batch["x"].mean())
     meter.measure(nn.Identity())
-    assert meter.results()[0].tolist() == [0.75] and meter.results()[1] is None and meter.num_examples == 4
+    assert meter.results().loss.tolist() == [0.75] and meter.results().accuracy is None and meter.num_examples == 4
 
 
 @pytest.mark.parametrize("target", [3, -1])

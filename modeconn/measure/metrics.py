@@ -1,0 +1,299 @@
+"""Metrics of networks along a curve: what `Connection.evaluate` takes as ``metrics=``, and those that come with it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal, Protocol, runtime_checkable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MetricFunction = Callable[[Any, Any], tuple[Any, Any]]
+"""``metric(outputs, targets) -> (sum, weight)`` of a batch; the value is the quotient of both over all batches."""
+
+_MOST_FEATURES = 8192  # of a layer compared by CKA, whose sums hold the square of it: 512 MiB each
+_NAMES_TAKEN = ("t", "arc_length", "loss", "accuracy", "error")
+
+
+@runtime_checkable
+class Metric(Protocol):
+    """What a metric can be: metrics of torchmetrics are, and classes of your own with these three methods.
+
+    An attribute ``higher_is_better``, True or False, lets the metric have a barrier.
+    """
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take in one batch."""
+        ...
+
+    def compute(self) -> Any:
+        """Return the value over all batches since `reset`, one number."""
+        ...
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        ...
+
+
+@dataclass(frozen=True)
+class Against:
+    """A metric of a network and one end of its curve: the end's outputs take the place of the targets.
+
+    Args:
+        end: "a" for the network at t=0, "b" for that at t=1, with the statistics they have among the points measured.
+        metric: Any metric or function, called with the outputs of the network and those of the end.
+        layer: Name of a layer whose outputs are compared in place of the network's.
+
+    Raises:
+        ValueError: If ``end`` is neither.
+    """
+
+    end: Literal["a", "b"]
+    metric: Metric | MetricFunction
+    layer: str | None = None
+
+    def __post_init__(self) -> None:
+        if self.end not in ("a", "b"):
+            raise ValueError(f"end must be 'a' (t=0) or 'b' (t=1), got end={self.end!r}.")
+
+
+AnyMetric = Metric | MetricFunction | Against
+
+
+class Quotient:
+    """A function of a batch made a metric: the quotient of its sums and weights.
+
+    Args:
+        function: ``function(outputs, targets) -> (sum, weight)``.
+        name: For what is said of it.
+        higher_is_better: Whether high values are good; default what the function says of itself.
+    """
+
+    def __init__(self, function: MetricFunction, name: str = "metric", higher_is_better: bool | None = None) -> None:
+        self._function, self._name = function, name
+        own = getattr(function, "higher_is_better", None)
+        self.higher_is_better = own if higher_is_better is None else higher_is_better
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._sum: Any = 0.0
+        self._weight: Any = 0.0
+
+    def update(self, outputs: Any, targets: Any) -> None:
+        """Take in one batch."""
+        found = self._function(outputs, targets)
+        if not isinstance(found, tuple) or len(found) != 2:
+            raise ValueError(
+                f"metric {self._name!r} is a function, so it must return (sum, weight) of a batch, got {found!r:.80}."
+            )
+        total, weight = (torch.as_tensor(one).double() for one in found)
+        self._sum, self._weight = self._sum + total, self._weight + weight
+
+    def compute(self) -> Any:
+        """Return the quotient over all batches; NaN if their weights have the sum 0."""
+        return self._sum / self._weight
+
+
+# -- metrics of outputs and targets
+
+
+def top_k(k: int, *, axis: int = 1) -> Metric:
+    """Return the fraction of examples whose target is among the ``k`` highest scores.
+
+    Args:
+        k: From 1 to the number of classes.
+        axis: Of the classes in the outputs: 1 for ``(N, C, ...)``, as torch has it, -1 for ``(N, ..., C)``.
+
+    Raises:
+        ValueError: If ``k`` is below 1; later, if the model has fewer classes.
+    """
+    if k < 1:
+        raise ValueError(f"k must be at least 1, got k={k}.")
+
+    def right(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+        scores = _classes_last(outputs, targets, axis)
+        if k > scores.shape[-1]:
+            raise ValueError(f"k must be at most the number of classes, {scores.shape[-1]}, got k={k}.")
+        return (scores.topk(k, -1).indices == targets[..., None]).any(-1).sum(), targets.numel()
+
+    return Quotient(right, f"top_k({k})", higher_is_better=True)
+
+
+class Perplexity:
+    """The exponential of the mean cross entropy of all targets.
+
+    Args:
+        ignore_index: A target that does not count.
+        axis: Of the classes in the outputs: 1 for ``(N, C, ...)``, as torch has it, -1 for ``(N, ..., C)``.
+    """
+
+    higher_is_better = False
+
+    def __init__(self, ignore_index: int = -100, *, axis: int = 1) -> None:
+        self._ignored, self._axis = ignore_index, axis
+        self.reset()
+
+    def reset(self) -> None:
+        """Forget all batches."""
+        self._sum: Any = 0.0
+        self._count: Any = 0
+
+    def update(self, outputs: Tensor, targets: Tensor) -> None:
+        """Take in one batch: scores of classes and targets of as many places."""
+        scores, flat = _classes_last(outputs, targets, self._axis).flatten(0, -2).double(), targets.flatten()
+        self._sum = self._sum + F.cross_entropy(scores, flat, ignore_index=self._ignored, reduction="sum")
+        self._count = self._count + (flat != self._ignored).sum()
+
+    def compute(self) -> Tensor:
+        """Return the perplexity over all batches."""
+        return torch.exp(self._sum / self._count)
+
+
+# -- metrics of a network and one end of the curve
+
+
+def disagreement(end: Literal["a", "b"], *, axis: int = 1) -> Against:
+    """Return the fraction of examples for which a network and one end of the curve choose different classes.
+
+    Args:
+        end: "a" for the network at t=0, "b" for that at t=1.
+        axis: Of the classes in the outputs.
+    """
+
+    def different(outputs: Tensor, others: Tensor) -> tuple[Tensor, int]:
+        differ = _main(outputs).argmax(axis) != _main(others).argmax(axis)
+        return differ.sum(), differ.numel()
+
+    return Against(end, Quotient(different, "disagreement", higher_is_better=False))
+
+
+def cka(end: Literal["a", "b"], *, layer: str | None = None) -> Against:
+    r"""Return linear centred kernel alignment with one end of the curve, 1 for representations alike up to rotation.
+
+    .. math:: \lVert X^\top Y \rVert_F^2 \,/\, (\lVert X^\top X \rVert_F \, \lVert Y^\top Y \rVert_F)
+
+    with the centred features X and Y of all examples, from sums over batches, so that it does not depend on their size.
+
+    Args:
+        end: "a" for the network at t=0, "b" for that at t=1.
+        layer: Name of the layer whose outputs are compared, ``(N, ...)``, flattened; default the network's outputs.
+
+    References:
+        Kornblith et al., 2019, https://arxiv.org/abs/1905.00414
+    """
+    return Against(end, _LinearCKA(), layer)
+
+
+class _LinearCKA:
+    higher_is_better = True
+
+    def __init__(self) -> None:
+        self.reset()
+
+    def reset(self) -> None:
+        self._count = 0
+        self._means: tuple[Tensor, Tensor] | None = None  # of the first batch: products of small numbers round less
+        self._sums: list[Any] = [0.0, 0.0]
+        self._products: list[Any] = [0.0, 0.0, 0.0]
+
+    def update(self, outputs: Tensor, others: Tensor) -> None:
+        x, y = (_main(one).flatten(1).double() for one in (outputs, others))
+        if max(x.shape[1], y.shape[1]) > _MOST_FEATURES:
+            raise ValueError(
+                f"CKA of {x.shape[1]} features would need the square of it in memory. Choose a layer with at most "
+                f"{_MOST_FEATURES}."
+            )
+        self._means = self._means or (x.mean(0), y.mean(0))
+        x, y = x - self._means[0], y - self._means[1]
+        self._count += len(x)
+        self._sums = [total + one.sum(0) for total, one in zip(self._sums, (x, y), strict=True)]
+        pairs = ((x, y), (x, x), (y, y))
+        self._products = [total + one.T @ two for total, (one, two) in zip(self._products, pairs, strict=True)]
+
+    def compute(self) -> Tensor:
+        (x, y), count = self._sums, self._count
+        pairs = ((x, y), (x, x), (y, y))
+        xy, xx, yy = (
+            torch.linalg.matrix_norm(product - torch.outer(one, two) / count)
+            for product, (one, two) in zip(self._products, pairs, strict=True)
+        )
+        return xy**2 / (xx * yy)
+
+
+# -- for those who measure
+
+
+def as_metrics(metrics: Mapping[str, AnyMetric] | None) -> dict[str, AnyMetric]:
+    """Return metrics by name, functions made metrics.
+
+    Raises:
+        ValueError: If a name is taken, or something is no metric.
+    """
+    found = {}
+    for name, metric in (metrics or {}).items():
+        if name in _NAMES_TAKEN:
+            raise ValueError(f"metrics must not be named {', '.join(_NAMES_TAKEN)}, got {name!r}.")
+        if isinstance(metric, Against):
+            found[name] = Against(metric.end, _as_metric(metric.metric, name), metric.layer)
+        else:
+            found[name] = _as_metric(metric, name)
+    return found
+
+
+def _as_metric(metric: Any, name: str) -> Metric:
+    if isinstance(metric, type):
+        raise ValueError(f"metric {name!r} is a class; pass an object of it, {metric.__name__}(...).")
+    if isinstance(metric, Metric):
+        return metric
+    if not callable(metric):
+        raise ValueError(
+            f"metric {name!r} must have update, compute and reset, or be a function (outputs, targets) -> "
+            f"(sum, weight), got {metric!r:.80}."
+        )
+    return Quotient(metric, name)
+
+
+def value_of(metric: Metric, name: str) -> Tensor:
+    """Return what a metric computes, a tensor of one number, where it is.
+
+    Raises:
+        ValueError: If it computes anything else.
+    """
+    value = metric.compute()
+    if isinstance(value, bool | int | float):
+        return torch.tensor(float(value), dtype=torch.float64)
+    if not isinstance(value, Tensor) or value.numel() != 1:
+        raise ValueError(f"metric {name!r} must compute one number, got {value!r:.80}.")
+    return value.detach().double().reshape(())
+
+
+def on_device(metrics: Mapping[str, AnyMetric], device: torch.device) -> None:
+    """Move the state of metrics that are modules, as those of torchmetrics are, to the device of the networks."""
+    for metric in metrics.values():
+        inner = metric.metric if isinstance(metric, Against) else metric
+        if isinstance(inner, nn.Module):
+            inner.to(device)
+
+
+def higher_is_better(metrics: Mapping[str, AnyMetric]) -> dict[str, bool]:
+    """Return which way metrics get worse, for those that say it."""
+    inner = {name: metric.metric if isinstance(metric, Against) else metric for name, metric in metrics.items()}
+    said = {name: getattr(metric, "higher_is_better", None) for name, metric in inner.items()}
+    return {name: bool(way) for name, way in said.items() if way is not None}
+
+
+def _main(outputs: Any) -> Tensor:
+    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+
+
+def _classes_last(outputs: Any, targets: Tensor, axis: int) -> Tensor:
+    scores = _main(outputs).movedim(axis, -1)
+    if scores.shape[:-1] != targets.shape:
+        raise ValueError(
+            f"with classes in axis {axis}, outputs of shape {tuple(_main(outputs).shape)} do not fit targets of shape "
+            f"{tuple(targets.shape)}. Pass axis=, 1 for outputs (N, C, ...) and -1 for (N, ..., C)."
+        )
+    return scores
