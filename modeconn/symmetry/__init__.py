@@ -3,16 +3,23 @@
 from modeconn.symmetry.discover import UnknownOperatorWarning, discover
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.rules import RULES
+from modeconn.symmetry.rules.elementwise import broadcast, pointwise
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.symmetry.verify import VerificationError, verify
+from modeconn.symmetry.walk import Rule, Traced, Walk
 
 __all__ = [
     "RULES",
     "Group",
     "Permutation",
     "PermutationSpec",
+    "Rule",
+    "Traced",
     "UnknownOperatorWarning",
     "VerificationError",
+    "Walk",
+    "broadcast",
     "discover",
+    "pointwise",
     "verify",
 ]

@@ -6,7 +6,7 @@ import fnmatch
 import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,7 +47,19 @@ def explore(
     walk.freeze(freeze)
     for graph in graphs:
         walk.run(graph)
-    return walk.finish()
+    found = walk.finish()
+    return replace(found, freeze=tuple(freeze), rules=rules, own_rules=own_rules(rules))
+
+
+def own_rules(rules: Mapping[Any, Rule]) -> dict[str, str]:
+    """Return what ``rules`` have in place of those of modeconn, ``module:name`` by operator; "none" for nothing."""
+    operators = [op for op in {**RULES, **rules} if rules.get(op) is not RULES.get(op)]
+    return {str(op): _place(rules[op]) if op in rules else "none" for op in sorted(operators, key=str)}
+
+
+def _place(rule: Rule) -> str:
+    named = rule if hasattr(rule, "__qualname__") else type(rule)  # a functools.partial has no name
+    return f"{named.__module__}:{named.__qualname__}"
 
 
 def example_for(model: nn.Module, example_input: Any = None, batch: Any = None) -> Example:

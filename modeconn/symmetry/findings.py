@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import weakref
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from torch import nn
@@ -72,6 +73,9 @@ class Findings:
         unread: Parameters and buffers in neither graph; they stay as they are.
         unknown: Operators without a rule.
         traces: The exported graphs, eval mode first.
+        freeze: Patterns of names whose axes were to stay fixed.
+        rules: The rules of the walk, None for those of modeconn.
+        own_rules: What these have in place of modeconn's, ``module:name`` by operator.
     """
 
     structure: Structure
@@ -80,3 +84,6 @@ class Findings:
     unread: tuple[str, ...] = ()
     unknown: tuple[UnknownOperator, ...] = ()
     traces: tuple[Trace, ...] = ()
+    freeze: tuple[str, ...] = ()
+    rules: Mapping[Any, Any] | None = None
+    own_rules: Mapping[str, str] = field(default_factory=dict)

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -15,12 +15,14 @@ from torch import Tensor, nn
 
 from modeconn.network.copies import copy_of
 from modeconn.symmetry.axes import Axis, atoms_of
-from modeconn.symmetry.explore import explore
+from modeconn.symmetry.explore import explore, own_rules
 from modeconn.symmetry.findings import Findings, UnknownOperator
 from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_perms
 from modeconn.symmetry.report import SymmetryReport
+from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.structure import Structure
 from modeconn.symmetry.verify import verify
+from modeconn.symmetry.walk import Rule
 from modeconn.tools import files
 
 FORMAT = 1
@@ -39,6 +41,9 @@ class PermutationSpec(Findings):
         unread: Parameters and buffers in neither graph; they stay as they are.
         unknown: Operators without a rule.
         traces: The exported graphs, eval mode first; empty for a loaded spec.
+        freeze: What `modeconn.discover` was told to leave fixed.
+        rules: The rules it was given; a loaded spec has those of modeconn, unless `load` was given others.
+        own_rules: The operators for which these are not modeconn's, and the rules as ``module:name``.
     """
 
     @classmethod
@@ -168,17 +173,29 @@ class PermutationSpec(Findings):
             example_input: As for `modeconn.discover`.
 
         Raises:
-            ValueError: If discovery does not find this spec in the model.
+            ValueError: If discovery does not find this spec in the model, or needs rules that the file did not hold.
         """
         if self.traces:
             return self
-        fresh = PermutationSpec.of(explore(model, example_input))
+        rules = RULES if self.rules is None else self.rules
+        self._check_rules(rules)
+        fresh = PermutationSpec.of(explore(model, example_input, rules, self.freeze))
         if fresh != self:
             raise ValueError(
-                "the saved spec is not what discover finds in this model now (another model, version or rules); "
-                "run discover again."
+                "the saved spec is not what discover finds in this model now (another model or version); run discover "
+                "again."
             )
         return fresh
+
+    def _check_rules(self, rules: Mapping[Any, Rule]) -> None:
+        """Raise unless ``rules`` have rules of their own for the operators for which those of the discovery had."""
+        odd = sorted(own_rules(rules).keys() ^ self.own_rules.keys())
+        if odd:
+            known = f"({self.own_rules[odd[0]]})" if odd[0] in self.own_rules else "(modeconn's own rule)"
+            raise ValueError(
+                f"the saved spec was found with another rule for {odd[0]} {known}, and files hold no rules. Pass "
+                f"PermutationSpec.load(path, rules=), what discover was given."
+            )
 
     # ---------------------------------------------------------------- files
 
@@ -187,13 +204,21 @@ class PermutationSpec(Findings):
         files.write(path, "spec", {}, {"spec": self.to_json()})
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> PermutationSpec:
+    def load(cls, path: str | os.PathLike[str], *, rules: Mapping[Any, Rule] | None = None) -> PermutationSpec:
         """Read what `save` wrote. Every use checks it against the names and shapes of the model.
 
+        Args:
+            path: The file.
+            rules: What `modeconn.discover` was given, which files do not hold; needed by methods that run the model.
+
         Raises:
-            ValueError: If the file is no spec that modeconn wrote.
+            ValueError: If the file is no spec that modeconn wrote, or the rules are for other operators.
         """
-        return cls.from_json(files.read(path, "spec")[1]["spec"])
+        spec = cls.from_json(files.read(path, "spec")[1]["spec"])
+        if rules is None:
+            return spec
+        spec._check_rules(rules)
+        return replace(spec, rules=rules)
 
     def to_json(self) -> str:
         """Return everything but the graphs as JSON."""
@@ -208,6 +233,8 @@ class PermutationSpec(Findings):
                 "state": self.state,
                 "fixed": self.fixed,
                 "unread": self.unread,
+                "freeze": self.freeze,
+                "rules": dict(self.own_rules),
                 "unknown": [[u.operator, u.module, u.num_axes, u.num_units] for u in self.unknown],
             }
         )
@@ -227,9 +254,10 @@ class PermutationSpec(Findings):
             state = {name: tuple(_axis(axis) for axis in axes) for name, axes in data["state"].items()}
             fixed = {name: tuple(why) for name, why in data["fixed"].items()}
             unknown = tuple(UnknownOperator(*u) for u in data["unknown"])
+            freeze, rules = tuple(data.get("freeze", ())), data.get("rules", {})  # older files do not say it
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no permutation spec: {type(error).__name__} {error}") from None
-        return cls(structure, state, fixed, tuple(data["unread"]), unknown)
+        return cls(structure, state, fixed, tuple(data["unread"]), unknown, freeze=freeze, own_rules=rules)
 
 
 @dataclass(frozen=True, eq=False)
