@@ -11,7 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.curves import CURVES
+from modeconn.curves import Curve
+from modeconn.curves import describe as describe_curve
+from modeconn.curves import rebuild as rebuild_curve
 from modeconn.curves.path import Path
 from modeconn.learning.checkpoint import permutation_tensors, saved_permutation
 from modeconn.learning.history import History
@@ -127,15 +129,13 @@ class Connection(Measurable):
         Raises:
             OSError: If the file cannot be written.
         """
-        if type(self.curve).__name__ not in CURVES:
-            raise ValueError(f"only {', '.join(CURVES)} can be saved, got {self.curve!r}.")
         tensors = {"control_points": torch.stack([self.space.to_canonical(row) for row in self.control_points])}
         for end, buffers in zip("ab", self.buffers, strict=True):
             tensors |= {f"buffers.{end}.{name}": buffer for name, buffer in buffers.items()}
         tensors |= permutation_tensors(self.permutation)
         about = {
             "format": _FORMAT,
-            "curve": [type(self.curve).__name__, asdict(self.curve)],
+            "curve": describe_curve(self.curve),
             "parameters": self.space.shapes,
             "model": describe(self._path.template),
             "permutation": None if self.permutation is None else self.permutation.spec.to_json(),
@@ -149,6 +149,7 @@ class Connection(Measurable):
         path: str | os.PathLike[str],
         template: nn.Module | None = None,
         *,
+        curve: type[Curve] | None = None,
         device: torch.device | str | None = None,
     ) -> Connection:
         """Read a connection.
@@ -157,10 +158,12 @@ class Connection(Measurable):
             path: A file that `save` wrote.
             template: A model of the same architecture, whose memory format the connection takes; needed unless the
                 networks came from `modeconn.models`.
+            curve: The class of the curve, if it is one of your own; files hold its name and settings alone.
             device: Where the connection is to be; default: where ``template`` is, else the CPU.
 
         Raises:
-            ValueError: If the file is no connection, or the template differs from it: the first name that differs.
+            ValueError: If the file is no connection, the template differs from it (the first name that differs is
+                named), or the class of the curve is missing or another one.
         """
         tensors, about = files.read(path, _KIND)
         points = tensors.pop("control_points")
@@ -176,10 +179,9 @@ class Connection(Measurable):
         _check_template(_shapes(buffers[0]), _shapes(dict(template.named_buffers())))
         if points.dtype != space.dtype:
             raise ValueError(f"the file holds {points.dtype} weights, template has {space.dtype}.")
-        name, arguments = about["curve"]
         path = Path(
             template,
-            CURVES[name](**arguments),
+            rebuild_curve(*about["curve"], curve),
             torch.stack([space.from_canonical(row) for row in points]),
             tuple({name: buffer.to(space.device) for name, buffer in side.items()} for side in buffers),
             space=space,

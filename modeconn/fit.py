@@ -15,6 +15,7 @@ from torch import nn
 from modeconn.attacks.training import AdversaryLike, adversary_of
 from modeconn.connection import Connection, warn_about_buffers
 from modeconn.curves import Bezier, Curve, Line
+from modeconn.curves import describe as describe_curve
 from modeconn.curves.path import Path
 from modeconn.curves.step import CurveStep
 from modeconn.learning.checkpoint import Checkpoint, RunFile
@@ -73,7 +74,8 @@ def fit_curve(
             weights, no curve is learned, and the straight connection is returned with a warning.
         align: True for the default method of `modeconn.align`, a method object, a finished permutation or alignment,
             or False to take b as it is.
-        curve: The family of curves to learn from; `Line()` learns nothing.
+        curve: The family of curves to learn from; `Line()` learns nothing. A class of your own is a dataclass that
+            inherits from `modeconn.curves.Curve`.
         recipe: Epochs, optimizer, schedule, weight decay, autocast, compile.
         refine: `PAM()` to improve the relabelling and the curve together, by turns, from where ``align`` starts.
         adversary: An attack, such as `PGD(8 / 255, 2 / 255, 5)`, or `AdversarialTraining` or `TRADES` with one, or
@@ -179,6 +181,7 @@ def _check_settings(
     loader: Iterable[Any] | None,
 ) -> None:
     """Raise a ValueError unless the settings of a fit go together."""
+    describe_curve(curve)  # what cannot be saved is refused before hours of training, not after
     if not isinstance(align, bool) and not _is_finished(align):
         check_method(align, name="align")
         check_data(align, loader)

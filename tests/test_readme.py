@@ -47,6 +47,10 @@ def test_every_command_of_the_tour_runs(tmp_path, monkeypatch):
     assert result.exit_code == 1 and "fashion_mnist needs the file" in result.stderr  # DIR stands for the reader's own
 
 
-@pytest.mark.parametrize("target", re.findall(r"\]\(([^):]+)\)", README.read_text(encoding="utf-8")))
-def test_links_to_files_lead_somewhere(target):
-    assert (README.parent / target).exists()
+def links(page: Path) -> list[tuple[Path, str]]:
+    return [(page, target) for target in re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8"))]
+
+
+@pytest.mark.parametrize(("page", "target"), [*links(README), *links(README.parent / "docs" / "extend.md")], ids=str)
+def test_links_to_files_lead_somewhere(page, target):
+    assert (page.parent / target).exists()

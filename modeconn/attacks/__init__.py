@@ -2,5 +2,6 @@
 
 from modeconn.attacks.by_name import build
 from modeconn.attacks.torch_attacks import Cascade, TorchAttack, autoattack
+from modeconn.network.attack import Attack
 
-__all__ = ["Cascade", "TorchAttack", "autoattack", "build"]
+__all__ = ["Attack", "Cascade", "TorchAttack", "autoattack", "build"]

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 
 import torch
 import typer
+from torch import nn
 from typer.core import TyperGroup
 
 import modeconn
@@ -108,6 +109,11 @@ def _training_and_measured(data: DataOptions, on: str) -> tuple[Any, Any]:
         raise ValueError(f"--on must be train or test, got {on!r}.")
     train_loader, test_loader = data.load()
     return train_loader, train_loader.in_order() if on == "train" else test_loader
+
+
+def _connection(path: Path, template: nn.Module | None, curve_class: str | None, device: str) -> Connection:
+    kind = None if curve_class is None else parse.imported(curve_class)
+    return Connection.load(path, template, curve=kind, device=device)
 
 
 def _write_result(found: AlongCurve, results: list[Path]) -> None:
@@ -392,6 +398,7 @@ def evaluate(
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many networks to measure, both ends included.")] = 61,
     on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
+    curve_class: options.CurveClass = None,
     progress: options.Progress = None,
 ) -> None:
     """Measure loss and accuracy along a connection.
@@ -406,7 +413,7 @@ def evaluate(
     results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
     _check_outputs(*results)
     train_loader, measured = _training_and_measured(data, on)
-    loaded = Connection.load(connection, shape.template(train_loader), device=data.device)
+    loaded = _connection(connection, shape.template(train_loader), curve_class, data.device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=train_loader, progress=_bars(progress))
     _write_result(profile, results)
 
@@ -442,6 +449,7 @@ def robustness(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
     checkpoint: options.Finished = None,
+    curve_class: options.CurveClass = None,
     progress: options.Progress = None,
 ) -> None:
     r"""Attack the networks along one or several connections.
@@ -479,7 +487,7 @@ def robustness(
     for path, base, written in zip(connections, bases, results, strict=True):
         kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
         Records(kept)  # another file than a checkpoint is refused here, before anything is said of it
-        loaded = Connection.load(path, template, device=data.device)
+        loaded = _connection(path, template, curve_class, data.device)
         with _kept_until_done(kept, is_own=checkpoint is not None):
             found = loaded.robustness(
                 loaders[1],
@@ -516,6 +524,7 @@ def curvature(
     steps: Annotated[int, typer.Option(min=1, help="How many products with the Hessian at most, at each point.")] = 100,
     on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
     seed: Annotated[int, typer.Option(help="Of the vectors that the method begins with.")] = 0,
+    curve_class: options.CurveClass = None,
     progress: options.Progress = None,
 ) -> None:
     """Measure the largest eigenvalue of the Hessian of the loss along a connection.
@@ -532,7 +541,7 @@ def curvature(
     if wrt not in ("weights", "inputs"):
         raise ValueError(f"--wrt must be weights or inputs, got {wrt!r}.")
     train_loader, measured = _training_and_measured(data, on)
-    loaded = Connection.load(connection, shape.template(train_loader), device=data.device)
+    loaded = _connection(connection, shape.template(train_loader), curve_class, data.device)
     found = loaded.curvature(
         measured,
         wrt=wrt,  # type: ignore[arg-type]  # checked above

@@ -88,6 +88,16 @@ class DataOptions:
         return loader.subset(order[:count])
 
 
+CurveClass = Annotated[
+    str | None,
+    typer.Option(
+        metavar="package.module:CLASS",
+        help="The class of the curve, for connections on one that is not of modeconn.",
+        show_default=False,
+    ),
+]
+
+
 @dataclass(frozen=True)
 class ModelOptions:
     """The architecture of files that do not say it themselves."""

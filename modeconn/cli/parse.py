@@ -210,7 +210,7 @@ def make_model(name: str, arguments: Mapping[str, Any], train: TensorLoader | No
         seed: Of the initial weights.
     """
     zoo = {known: getattr(models, known) for known in models.names()}
-    factory = _import(name) if ":" in name else _look_up(name, zoo, "model")
+    factory = imported(name) if ":" in name else _look_up(name, zoo, "model")
     known = inspect.signature(factory).parameters
     facts = {} if train is None else {key: value for key, value in _facts(train).items() if key in known}
     if "seed" in known:
@@ -236,7 +236,7 @@ def _facts(train: TensorLoader) -> dict[str, Any]:
     }
 
 
-def _import(path: str) -> Callable[..., nn.Module]:
+def imported(path: str) -> Any:
     """Import ``package.module:name``, also from the current folder, as ``python -m`` would."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:

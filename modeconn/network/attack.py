@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -15,8 +15,23 @@ from modeconn.network.batches import inputs_and_targets
 from modeconn.network.modes import backward_in_eval_mode, flags_kept
 from modeconn.tools.rng import seeded
 
-Attack = Callable[[nn.Module, Tensor, Tensor], Tensor]
-"""``attack(model, x, y) -> x_adv``."""
+
+class Attack(Protocol):
+    """An attack: a function, or an object that can be called.
+
+    It may have any of these attributes, by which it is described, checked and compared with others:
+
+    - ``eps`` and ``norm``: radius and norm ("linf", "l2" or "l1") of the ball that its examples stay in, which is
+      checked, in units of the pixel range.
+    - ``black_box``: True if it uses no gradients; what it finds then shows where those of others are masked.
+    - ``targeted``: True if targets are the classes it leads to; such an attack measures no robustness.
+    - ``settings``: A mapping of all that tells one setting of it from another; default the fields of a dataclass.
+    - ``name``: What it is called beside the name of its class.
+    """
+
+    def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
+        """Return adversarial examples of ``x``, in the same shape and dtype, finite and in [0, 1]."""
+        ...
 
 
 def check_examples(x_adv: Any, x: Tensor, name: object) -> None:

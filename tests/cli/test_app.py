@@ -468,7 +468,7 @@ def test_the_help_of_every_command_has_an_example(command):
             "--on must be train or test, got 'both'",
         ),
         (("plot", "{}/a.safetensors", "--out", "{}/x.png"), "is a model, not a connection"),
-        (("plot", "{}/notes.json", "--out", "{}/x.png"), "is no profile, no comparison and no report"),
+        (("plot", "{}/notes.json", "--out", "{}/x.png"), "is no result along a curve, no comparison and no report"),
         (("info", "{}/notes.txt"), "is truncated or no safetensors file"),
     ],
 )
