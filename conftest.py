@@ -3,7 +3,10 @@
 ``pytest --device cuda`` makes the networks and data of `tests.cases` on that device; default: the CPU.
 """
 
+import gc
 import os
+
+import pytest
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # read when torch is imported, which is later
 
@@ -16,3 +19,13 @@ def pytest_addoption(parser):
 def pytest_configure(config):
     """Tell `tests.cases`, also in the processes that tests start."""
     os.environ["MODECONN_TEST_DEVICE"] = config.getoption("--device")
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _exports_forgotten():
+    """Empty torch's cache of exported operators after each module: it only grows, and slows all later tests down."""
+    yield
+    from torch._subclasses.fake_tensor import FakeTensorMode
+
+    FakeTensorMode.cache_clear()
+    gc.collect()
