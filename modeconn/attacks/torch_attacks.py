@@ -234,7 +234,7 @@ def autoattack(eps: float, *, norm: str = "linf", seed: int | None = None) -> Ca
     Args:
         eps: Radius of the ball, in units of the pixel range.
         norm: "linf" or "l2".
-        seed: See `TorchAttack`.
+        seed: Of all its random numbers; each call then begins alike.
 
     Raises:
         ModuleNotFoundError: If torchattacks is not installed.

@@ -69,9 +69,9 @@ class DeepAlign(Settings):
 
     It pays where many pairs of one architecture are to be aligned: the fit takes minutes to hours, aligning a pair as
     long as a look at its weights. Networks it was not fitted for are not aligned: their groups must be those of the
-    population, and what it learned is for networks trained likewise. (MLP 64-32-32-32-10 on digits, 1,000 networks: a
-    fit of 87 to 115 s on one core leaves a barrier of 0.034 on other pairs, activation matching 0.067, weight matching
-    0.078.)
+    population, and what it learned is for networks that were trained in the same way. (MLP 64-32-32-32-10 on digits,
+    1,000 networks: a fit of 87 to 115 s on one core leaves a barrier of 0.034 on other pairs, activation matching
+    0.067, weight matching 0.078.)
 
     Args:
         features: Channels of a unit; a multiple of ``edge_features``.

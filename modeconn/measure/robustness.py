@@ -40,20 +40,40 @@ _TOLERANCE = 1e-6  # of the ball and of the pixel range
 _ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
-def robustness(model: nn.Module, loader: Iterable[Any], attacks: Attacks, **settings: Any) -> RobustProfile:
-    """Attack one network, such as an `Ensemble` of several points of a curve.
+def robustness(
+    model: nn.Module,
+    loader: Iterable[Any],
+    attacks: Attacks,
+    *,
+    num_examples: int | None = None,
+    loss_fn: LossFn = cross_entropy,
+    checkpoint: str | os.PathLike[str] | None = None,
+    seed: int = 0,
+    progress: bool = False,
+) -> RobustProfile:
+    """Attack one network, such as an `Ensemble` of several points of a curve: loss and accuracy, clean and attacked.
+
+    Every adversarial example is checked: it must be finite, in its ball and in the pixel range.
 
     Args:
         model: A network in eval mode, its normalisation inside.
-        loader: Data to attack, inputs in [0, 1].
-        attacks: See `Connection.robustness`.
-        settings: ``num_examples``, ``loss_fn``, ``checkpoint``, ``seed`` and ``progress``, as there.
+        loader: Data to attack, ``(inputs, targets)`` batches, inputs in [0, 1].
+        attacks: One or several attacks ``attack(model, x, y) -> x_adv``, such as `PGD` or those of
+            `modeconn.attacks.build`; a dict gives them names.
+        num_examples: Attack only so many examples, the first. None for all.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
+        checkpoint: A file of finished measurements, a line for each attack and batch. What is in it is not measured
+            again, also if attacks have been added meanwhile.
+        seed: Of the attacks.
+        progress: Whether to show a progress bar.
 
     Returns:
         A profile of one point, at t = 0.
 
     Raises:
-        ValueError: If the model is in train mode, or as in `Connection.robustness`.
+        ValueError: If the model is in train mode, inputs are outside [0, 1], or an attack leaves its ball or the pixel
+            range.
+        FloatingPointError: If an attack returns NaN.
 
     Example:
         >>> from modeconn import PGD, data, models
@@ -63,7 +83,17 @@ def robustness(model: nn.Module, loader: Iterable[Any], attacks: Attacks, **sett
         >>> bool(profile.accuracy["worst"] <= profile.accuracy["clean"])
         True
     """
-    return robustness_along(lambda t: model, [0.0], loader, attacks, **settings)
+    return robustness_along(
+        lambda t: model,
+        [0.0],
+        loader,
+        attacks,
+        num_examples=num_examples,
+        loss_fn=loss_fn,
+        checkpoint=checkpoint,
+        seed=seed,
+        progress=progress,
+    )
 
 
 def robustness_along(

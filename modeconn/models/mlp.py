@@ -43,8 +43,8 @@ def mlp(
         num_inputs: Number of input features.
         hidden: Widths of the hidden layers, possibly none.
         num_classes: Number of logits.
-        mean: Of the features, for the first layer; see `modeconn.models.Normalize`.
-        std: Per input, for the first layer; see `modeconn.models.Normalize`.
+        mean: Subtracted from the inputs before the first layer, one number or one for each; default 0.5.
+        std: What inputs are divided by after that, one number or one for each; default 0.25.
         seed: Of the initial weights (torch's own initialisation of a linear layer).
 
     Example:

@@ -48,7 +48,8 @@ def train_population(
     Args:
         models: Networks of one architecture, on one device; they are not changed.
         loader: Re-iterable of ``(inputs, targets)`` batches, read once an epoch for every network.
-        recipe: As for `modeconn.models.train`; the optimizer must act on every weight by itself, as SGD and Adam do.
+        recipe: Optimizer, schedule, epochs and weight decay of every network; the optimizer must act on every weight by
+            itself, as SGD and Adam do.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the examples of the batch, of operations that
             `torch.func.vmap` knows; so must the networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, and
             batch norm with ``momentum=None``.

@@ -25,8 +25,8 @@ class Normalize(nn.Module):
 
     Args:
         num_channels: Size of dimension 1 of the inputs: channels of images, features of vectors.
-        mean: Subtracted; default CIFAR-10's values for 3 channels, otherwise 0.5.
-        std: Divided by; default CIFAR-10's values for 3 channels, otherwise 0.25.
+        mean: Subtracted; default CIFAR-10's values for images of 3 channels, otherwise 0.5.
+        std: Divided by; default CIFAR-10's values for images of 3 channels, otherwise 0.25.
         spatial_dims: Number of dimensions after the channels, 2 for images, 0 for vectors.
 
     Raises:
@@ -38,7 +38,7 @@ class Normalize(nn.Module):
 
     def __init__(self, num_channels: int, mean: Statistic = None, std: Statistic = None, spatial_dims: int = 2) -> None:
         super().__init__()
-        rgb = num_channels == 3
+        rgb = num_channels == 3 and spatial_dims == 2
         mean = _statistic("mean", (CIFAR10_MEAN if rgb else 0.5) if mean is None else mean, num_channels)
         std = _statistic("std", (CIFAR10_STD if rgb else 0.25) if std is None else std, num_channels)
         if not (std > 0).all():
@@ -72,8 +72,8 @@ class Images:
     Args:
         channels: How many channels.
         size: Height and width, in pixels.
-        mean: Per channel, for the first layer; see `Normalize`.
-        std: Per channel, for the first layer; see `Normalize`.
+        mean: Subtracted from each channel before the first layer; default CIFAR-10's for 3 channels, otherwise 0.5.
+        std: What each channel is divided by after that; default CIFAR-10's for 3 channels, otherwise 0.25.
     """
 
     channels: int = 3
@@ -92,8 +92,8 @@ class ZooModel(nn.Module):
 
     Args:
         input_shape: Shape of one input, ``(channels, height, width)`` or ``(features,)``.
-        mean: See `Normalize`.
-        std: See `Normalize`.
+        mean: Subtracted from inputs; default CIFAR-10's values for images of 3 channels, otherwise 0.5.
+        std: What they are divided by; default CIFAR-10's values for images of 3 channels, otherwise 0.25.
     """
 
     zoo_entry: tuple[str, dict[str, Any]]  # set by `modeconn.network.registry.factory`, read by its `describe`
@@ -124,8 +124,8 @@ _ARGUMENTS = """
         num_classes: Number of logits.{width}
         in_channels: Channels of the images.
         image_size: Height and width of the images{smallest}.
-        mean: Per channel, for the first layer; see `modeconn.models.Normalize`.
-        std: Per channel, for the first layer; see `modeconn.models.Normalize`.
+        mean: Subtracted from each channel before the first layer; default CIFAR-10's for 3 channels, otherwise 0.5.
+        std: What each channel is divided by after that; default CIFAR-10's for 3 channels, otherwise 0.25.
         seed: Of the initial weights.
 """
 

@@ -86,7 +86,7 @@ def best_swap(
     Args:
         connection: A `modeconn.Connection` with a permutation, and a curve whose ends are fixed.
         loader: Training data. Default: the fit's own.
-        num_batches: As for `PAM`.
+        num_batches: On how many batches of the loader the loss is measured, each at its own t; None for all.
         num_tries: How many exchanges are tried exactly; None for all.
         loss_fn: Default that of the fit, or cross entropy.
         forward: ``forward(model, batch) -> loss`` in its place; default that of the fit, if it had one.

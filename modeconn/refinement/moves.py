@@ -68,7 +68,7 @@ def linear_costs(
 ) -> dict[str, Tensor]:
     r"""Return by group :math:`G` of shape ``(N, N)``, with :math:`G_{ij}` what unit j of b costs at place i.
 
-    To first order a move :math:`\\pi` changes the loss by :math:`\\sum_i G_{i \\pi(i)} - G_{ii}`: the gradient with
+    To first order a move :math:`\pi` changes the loss by :math:`\sum_i G_{i \pi(i)} - G_{ii}`: the gradient with
     respect to the relabelled b, contracted with b over every axis but that of the group.
 
     Args:
@@ -103,14 +103,14 @@ def parameters_of(spec: PermutationSpec, tree: Sequence[Group], names: Mapping[s
 def proximal_proposals(
     tree: Sequence[Group], costs: Mapping[str, Tensor], weights: Sequence[float]
 ) -> Iterator[dict[str, Tensor]]:
-    r"""Yield the minimisers of :math:`\\langle G, P \\rangle + \\tfrac{1}{2 \\nu} \\lVert P - I \\rVert^2`.
+    r"""Yield the minimisers of :math:`\langle G, P \rangle + \tfrac{1}{2 \nu} \lVert P - I \rVert^2`.
 
-    Since :math:`\\lVert P - I \\rVert^2 = 2 n - 2 \\operatorname{tr} P`, each is one assignment.
+    Since :math:`\lVert P - I \rVert^2 = 2 n - 2 \operatorname{tr} P`, each is one assignment.
 
     Args:
         tree: Groups that are moved together.
         costs: From `linear_costs`.
-        weights: Values of :math:`1 / \\nu`, in units of the largest entry of :math:`G`.
+        weights: Values of :math:`1 / \nu`, in units of the largest entry of :math:`G`.
     """
     for weight in weights:
         similarities = {}

@@ -150,7 +150,8 @@ class PermutationSpec(Findings):
 
         Args:
             model: The model the spec was made for.
-            example_input: As for `modeconn.discover`.
+            example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword
+                inputs. Default: ``model.example_input()``, where the model has that method.
             tolerance: Largest difference of any entry, relative to the standard deviation of its tensor. A mistake
                 shows as differences near 1, rounding in float64 as 1e-15: each operator is judged on exact inputs.
             seed: For the redrawn values and the relabelling.
@@ -170,7 +171,8 @@ class PermutationSpec(Findings):
 
         Args:
             model: The model that the spec was found in.
-            example_input: As for `modeconn.discover`.
+            example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword
+                inputs. Default: ``model.example_input()``, where the model has that method.
 
         Raises:
             ValueError: If discovery does not find this spec in the model, or needs rules that the file did not hold.

@@ -52,7 +52,29 @@ class VerificationError(ValueError):
 def verify(
     spec: Provable, model: nn.Module, example_input: Any = None, *, tolerance: float = 1e-9, seed: int = 0
 ) -> float:
-    """Prove a spec on a model, see `PermutationSpec.verify`, which says what the arguments are."""
+    """Prove a spec on a model: compare every tensor of its graphs with its predicted relabelling.
+
+    All groups are relabelled at once, a few times, until every place has had another unit, and another one than in any
+    other group of that size. Parameters and buffers are redrawn in float64, so that nothing is hidden by zeros or equal
+    values; both modes run, without dropout; integers and truth values must agree exactly.
+
+    Args:
+        spec: A `modeconn.PermutationSpec`; for one that was loaded from a file, the model is exported anew.
+        model: The model the spec was made for.
+        example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
+            Default: ``model.example_input()``, where the model has that method.
+        tolerance: Largest difference of any entry, relative to the standard deviation of its tensor. A mistake shows as
+            differences near 1, rounding as 1e-15.
+        seed: For the redrawn values and the relabelling.
+
+    Returns:
+        The largest relative difference met.
+
+    Raises:
+        VerificationError: With the first tensor that disagrees and the group behind it; or if the model fails, or makes
+            nothing but NaN, on redrawn weights, so that nothing can be proved.
+        ValueError: If the model, or the shape of the input, is not the one the spec was found for.
+    """
     spec.check_model(model)
     given = example_for(model, example_input)
     spec = spec.with_traces(model, example_input)

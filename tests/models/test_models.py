@@ -186,6 +186,11 @@ def test_default_normalisation_of_colour_images_is_that_of_cifar10():
     torch.testing.assert_close(normalize(torch.ones(1, 3, 1, 1)).flatten()[0], torch.tensor((1 - 0.4914) / 0.247))
 
 
+def test_three_features_are_no_colours():
+    normalize = models.mlp(3, (4,), 2).normalize
+    assert normalize.mean.tolist() == [0.5] * 3 and normalize.std.tolist() == [0.25] * 3
+
+
 def test_normalisation_is_saved_but_not_trained():
     model = small("tinyten", mean=0.1, std=0.2)
     assert {"normalize.mean", "normalize.std"} <= set(model.state_dict())

@@ -58,7 +58,7 @@ def reordered(walk: Walk, input: Traced, dims: Sequence[int], why: str) -> list[
 
 
 def fill_in_place(walk: Walk, input: Traced, value: Any = 0) -> list[Axis]:
-    """``fill_``, ``zero_``: what was there no longer matters, where it was does."""
+    """``fill_``, ``zero_``: the result keeps the axes of the tensor that is overwritten, whose values are lost."""
     return list(input.axes)
 
 
