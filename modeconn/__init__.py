@@ -21,6 +21,7 @@ from modeconn.connection import Connection
 from modeconn.curves import Bezier, Line, PolyChain
 from modeconn.deep_align import DeepAlign
 from modeconn.fit import fit_curve
+from modeconn.learning import callbacks
 from modeconn.learning.checkpoint import Checkpoint
 from modeconn.learning.history import History
 from modeconn.matching import (
@@ -67,7 +68,7 @@ __all__ = [  # in the order of the stages
     "Line", "Bezier", "PolyChain",
     "align", "Alignment", "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
     "StraightThrough",
-    "Checkpoint", "History",
+    "callbacks", "Checkpoint", "History",
     "PAM", "ProximalLinear", "SinkhornStep", "RelaxedStep", "best_swap", "BestSwap",
     "DeepAlign", "models",
     "Connection", "interpolate", "merge_many", "Merge", "fit_curve", "compare", "Comparison",

@@ -5,12 +5,12 @@ from __future__ import annotations
 import logging
 import os
 import warnings
-from collections.abc import Iterable
-from dataclasses import fields
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from modeconn.attacks.training import AdversaryLike, adversary_of
 from modeconn.connection import Connection, warn_about_buffers
@@ -32,6 +32,7 @@ from modeconn.network.weights import WeightSpace, Workspace, named_buffers
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.pam import PAM, Refinement
 from modeconn.symmetry import Permutation, PermutationSpec
+from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.rng import seeded
 
@@ -56,6 +57,7 @@ def fit_curve(
     example_input: Any = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     seed: int = 0,
+    callbacks: Sequence[Any] = (),
     progress: bool = False,
 ) -> Connection:
     r"""Align network b with network a, then learn a curve of low loss between them.
@@ -88,6 +90,8 @@ def fit_curve(
         checkpoint: A file, or a `Checkpoint` that also says how often to write it. If it exists, the run goes on from
             it and ends with the same bits as one that was never interrupted, on the same machine and versions.
         seed: For t, data order, augmentation, dropout and attacks. The caller's random state is left as it was.
+        callbacks: What is told of every step, epoch and relabelling that is tried, see `modeconn.callbacks.Callback`.
+            They change nothing, but may end the run after an epoch.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -131,45 +135,88 @@ def fit_curve(
         file.keep(permutation)
         del data  # with it ends a pass with which nobody went on, and its worker processes
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
-        buffers, history = (named_buffers(model_a), named_buffers(relabelled)), None
+        buffers = (named_buffers(model_a), named_buffers(relabelled))
         if curve.num_trained or refine:
             step = CurveStep(Workspace(model_a, space), curve, points, recipe)
-            history, moved = _learn(step, loss, training, refine, permutation, file, seed=seed, progress=progress)
-            if moved is not permutation:
-                permutation, buffers = moved, (buffers[0], moved.relabel(named_buffers(model_b)))
+            learner = _Learner(step, loss, training, refine, permutation, buffers, ends)
+            history = learner.learn(file, Callbacks(callbacks, space.device), seed=seed, progress=progress)
+            return learner.connection(points, history)
     path = Path(model_a, curve, points, buffers, space=space, training=training)
-    return Connection(path, permutation=permutation, history=history)
+    return Connection(path, permutation=permutation)
 
 
-def _learn(
-    step: CurveStep,
-    loss: StepLoss,
-    training: TrainingData,
-    refine: PAM | None,
-    permutation: Permutation | None,
-    file: RunFile,
-    *,
-    seed: int,
-    progress: bool,
-) -> tuple[History, Permutation | None]:
-    """Move the control points of ``step`` to low loss, from where the run was saved if it was.
+@dataclass
+class _Learner:
+    """Moves the control points of ``step`` to low loss.
 
-    Returns:
-        What happened, and how b is relabelled at the end.
+    Args:
+        step: Takes the steps; its control points are changed.
+        loss: What they lower.
+        training: Data and loss.
+        refine: How relabelling and curve are refined together, or None.
+        permutation: How b is relabelled.
+        buffers: Of a and of the relabelled b.
+        ends: The networks as they were given.
     """
-    between = None
-    if refine is not None:
-        if not permutation.spec.groups:
-            _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
-        if refine.exact:
-            descent = Descent(refine, permutation, step, training, file)
-            return descent.run(), descent.permutation
-        between = Refinement(refine, permutation, step, training, seed=seed)
-        if not step.curve.num_trained:
-            return between.relabel_only(file), between.permutation
-    with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
-        history = Run(step, training.loader, loss, seed=seed, file=file, between=between).train(progress=progress)
-    return history, permutation if between is None else between.permutation
+
+    step: CurveStep
+    loss: StepLoss
+    training: TrainingData
+    refine: PAM | None
+    permutation: Permutation | None
+    buffers: tuple[dict[str, Tensor], dict[str, Tensor]]
+    ends: tuple[nn.Module, nn.Module]
+
+    def learn(self, file: RunFile, callbacks: Callbacks, *, seed: int, progress: bool) -> History:
+        """Learn to the end, from where the run was saved if it was; return what happened."""
+        step, training, between = self.step, self.training, None
+        if self.refine is not None:
+            if not self.permutation.spec.groups:
+                _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
+            told = {"callbacks": callbacks, "progress": progress}
+            if self.refine.exact:
+                descent = Descent(self.refine, self.permutation, step, training, file, **told)
+                history = descent.run()
+                self._relabel(descent.permutation)
+                return history
+            between = Refinement(self.refine, self.permutation, step, training, seed=seed, **told)
+            if not step.curve.num_trained:
+                history = between.relabel_only(file)
+                self._relabel(between.permutation)
+                return history
+
+        def connection() -> Connection:
+            if between is not None:
+                self._relabel(between.permutation)
+            return self.connection(step.control_points.detach().clone())
+
+        with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
+            run = Run(
+                step,
+                training.loader,
+                self.loss,
+                seed=seed,
+                file=file,
+                between=between,
+                callbacks=callbacks,
+                connection=connection,
+            )
+            history = run.train(progress=progress)
+        if between is not None:
+            self._relabel(between.permutation)
+        return history
+
+    def connection(self, points: Tensor, history: History | None = None) -> Connection:
+        """Return the connection on a curve of these control points."""
+        step = self.step
+        path = Path(self.ends[0], step.curve, points, self.buffers, space=step.workspace.space, training=self.training)
+        return Connection(path, permutation=self.permutation, history=history)
+
+    def _relabel(self, permutation: Permutation) -> None:
+        """Take note of how b is relabelled now."""
+        if permutation is not self.permutation:
+            self.permutation = permutation
+            self.buffers = self.buffers[0], permutation.relabel(named_buffers(self.ends[1]))
 
 
 def _check_settings(

@@ -9,7 +9,7 @@ import signal
 import threading
 import time
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
 
@@ -22,6 +22,7 @@ from modeconn.learning.checkpoint import Resumable, RunFile, State, pack_rng, un
 from modeconn.learning.history import History
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.batches import batches, checksum, num_examples
+from modeconn.tools.callbacks import Callbacks, EpochEnd, StepEnd
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, set_rng_state
 
@@ -44,6 +45,8 @@ class _Progress:
     loss: list[float] = field(default_factory=list)
     loss_by_t: list[list[float | None]] = field(default_factory=list)
     seconds: float = 0.0
+    is_stopped: bool = False
+    values: list[dict[str, float]] = field(default_factory=list)
 
     @property
     def fractional_epoch(self) -> float:
@@ -96,6 +99,8 @@ class Run:
         seed: For t and the model's stream.
         file: Where the run saves itself, and goes on from.
         between: What changes the relabelling of b between epochs, or None.
+        callbacks: What is told of steps and epochs.
+        connection: Returns the connection as it is now, for callbacks.
     """
 
     def __init__(
@@ -107,7 +112,10 @@ class Run:
         seed: int,
         file: RunFile,
         between: BetweenEpochs | None = None,
+        callbacks: Callbacks | None = None,
+        connection: Callable[[], Any] | None = None,
     ) -> None:
+        self._callbacks, self._connection = callbacks or Callbacks(), connection
         self._step, self._loader, self._recipe, self._loss = step, loader, step.recipe, loss
         self._seed, self._file, self._between = seed, file, between
         self._device = step.control_points.device
@@ -141,7 +149,7 @@ class Run:
         self._started = time.perf_counter() - self._progress.seconds
         bar = progress_bar(show=progress, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
         with bar, self._interrupts_between_steps():
-            while self._progress.epoch < self._recipe.epochs:
+            while self._progress.epoch < self._recipe.epochs and not self._progress.is_stopped:
                 if self._between and self._progress.batch == 0:
                     self._between.before_epoch(self._progress.epoch)
                     if self._between.is_finished:
@@ -152,11 +160,12 @@ class Run:
             if self._interrupted:
                 raise KeyboardInterrupt
         turns = self._between.turns if self._between else []
-        return History(self._progress.loss, self._progress.loss_by_t, self._progress.seconds, turns)
+        done = self._progress
+        return History(done.loss, done.loss_by_t, done.seconds, turns, done.values)
 
     @property
     def _parts(self) -> tuple[Resumable, ...]:
-        return self._step, self._loss, *([self._between] if self._between else []), self
+        return self._step, self._loss, *([self._between] if self._between else []), self._callbacks, self
 
     def _train_epoch(self) -> None:
         iterator = self._start_epoch()
@@ -168,8 +177,19 @@ class Run:
         self._read_losses()
         self._progress.end_epoch()
         self._epoch_start = self._states()
-        self._save()
+        try:
+            self._tell_of_epoch()
+        finally:  # what a callback raises costs no epoch
+            self._save()
         _LOGGER.info("epoch %d: training loss %.4f", self._progress.epoch, self._progress.loss[-1])
+
+    def _tell_of_epoch(self) -> None:
+        done = self._progress
+        done.seconds = time.perf_counter() - self._started
+        event = EpochEnd(done.epoch, self._recipe.epochs, done.loss[-1], done.seconds, self._connection)
+        done.is_stopped = self._callbacks.tell("after_epoch", event)
+        if self._callbacks.hear("after_epoch"):
+            done.values.append(event.values)
 
     def _train_batch(self, batch: Any) -> None:
         for _ in range(self._loss.num_replays):
@@ -186,6 +206,9 @@ class Run:
         self._recipe.set_learning_rate(self._step.optimizer, progress.fractional_epoch)
         loss = self._step(batch, self._weights[place], self._loss.at(progress.epoch))
         self._pending.append((self._positions[place], loss, num_examples(batch)))
+        if self._callbacks.hear("after_step"):
+            event = StepEnd(progress.epoch, progress.step, self._positions[place], loss.detach())
+            self._callbacks.tell("after_step", event)
         progress.step += 1
 
     def _set_positions(self) -> None:

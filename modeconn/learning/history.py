@@ -15,9 +15,11 @@ class History:
         loss_by_t: The same for ten equal bins of t, one list of ten an epoch; None where no batch fell into a bin.
         seconds: Time of training alone, over all parts of an interrupted run.
         turns: What each step of `PAM` in the permutation did.
+        values: What callbacks measured after each epoch, by name; empty if there were none.
     """
 
     loss: list[float] = field(default_factory=list)
     loss_by_t: list[list[float | None]] = field(default_factory=list)
     seconds: float = 0.0
     turns: list[dict[str, Any]] = field(default_factory=list)
+    values: list[dict[str, float]] = field(default_factory=list)

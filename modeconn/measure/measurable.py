@@ -21,6 +21,7 @@ from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.batches import check_loader, first_batch
 from modeconn.network.loss import Forward, LossFn, TrainingData
+from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.rng import seeded
 
 
@@ -56,6 +57,7 @@ class Measurable:
         self,
         loader: Iterable[Any],
         *,
+        t: Sequence[float] | None = None,
         num_points: int = 61,
         recalibrate: Iterable[Any] | AdversarialExamples | None = None,
         recalibration_examples: int | None = NUM_EXAMPLES,
@@ -63,16 +65,18 @@ class Measurable:
         loss_fn: LossFn | None = None,
         forward: Forward | None = None,
         metrics: Mapping[str, AnyMetric] | None = None,
+        callbacks: Sequence[Any] = (),
         progress: bool = False,
     ) -> Profile:
-        """Measure loss, accuracy and other metrics at points evenly spaced in t, both ends included.
+        """Measure loss, accuracy and other metrics along the curve.
 
-        Batch norm is recalibrated at each, also at the ends. Test data and the data for recalibration are read once.
-        The caller's random state is left as it was.
+        Batch norm is recalibrated at each point, also at the ends. Test data and the data for recalibration are read
+        once. The caller's random state is left as it was.
 
         Args:
             loader: Data to measure on; it is never what batch norm is recalibrated on, unless you say so.
-            num_points: How many points, both ends included.
+            t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
+            num_points: How many.
             recalibrate: Training data for batch norm, or `AdversarialExamples` of it; default the fit's training
                 loader.
             recalibration_examples: How many examples of it to use, None for all.
@@ -85,14 +89,16 @@ class Measurable:
                 such as those of torchmetrics; functions ``(outputs, targets) -> (sum, weight)`` of a batch, whose sums
                 are divided at the end, so that batches may have any size; or those of `modeconn.metrics`, of which
                 ``disagreement`` and ``cka`` compare every network with one end of the curve.
+            callbacks: What is told of every point, see `modeconn.callbacks.Callback`.
             progress: Whether to show a progress bar.
 
         Raises:
-            ValueError: If the loader is empty, can be read only once or has targets outside the classes, training data
-                is needed to recalibrate, or a metric is none, has the name of another quantity, or computes more than
-                one number.
+            ValueError: If positions are wrong, the loader is empty, can be read only once or has targets outside the
+                classes, training data is needed to recalibrate, or a metric is none, has the name of another quantity,
+                or computes more than one number.
         """
-        t, named = chosen_positions(None, num_points), as_metrics(metrics)
+        positions, named = chosen_positions(t, num_points), as_metrics(metrics)
+        told = Callbacks(callbacks, self.device)
         if forward is None and loss_fn is None:
             forward = self.training.forward
         started = time.perf_counter()
@@ -100,7 +106,10 @@ class Measurable:
             check_loader(loader) if forward is None else first_batch(loader)
             networks = self._path.networks(recalibrate, recalibration_examples, repair)
             meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward, named)
-            return profile_along(networks, meter, t, self._path.arc_length(t), started=started, progress=progress)
+            lengths = self._path.arc_length(positions)
+            return profile_along(
+                networks, meter, positions, lengths, started=started, callbacks=told, progress=progress
+            )
 
     def robustness(
         self,

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.measure.meter import Meter
 from modeconn.measure.metrics import higher_is_better
+from modeconn.tools.callbacks import Callbacks, PointEnd
 from modeconn.tools.progress import progress_bar
 
 _QUANTITIES = {
@@ -131,25 +132,35 @@ class Networks(Protocol):
 
 
 def profile_along(
-    networks: Networks, meter: Meter, t: Sequence[float], arc_length: Tensor, *, started: float, progress: bool
+    networks: Networks,
+    meter: Meter,
+    t: Sequence[float],
+    arc_length: Tensor,
+    *,
+    started: float,
+    callbacks: Callbacks,
+    progress: bool,
 ) -> Profile:
-    """Measure the networks at the positions ``t``, then both ends as they came.
+    """Measure the networks at the positions ``t``, then both ends as they came, if these are among the positions.
 
     Args:
         networks: What is measured.
         meter: A new one.
-        t: From 0 to 1, rising.
+        t: In [0, 1], rising.
         arc_length: Of the curve up to each position, ``(N,)``.
         started: When the work began, by `time.perf_counter`.
+        callbacks: What is told of every point.
         progress: Whether to show a progress bar.
     """
     for end, position in (("a", 0.0), ("b", 1.0)):
         if end in meter.ends:
             meter.compare_with(end, networks(position))
-    for position in progress_bar(t, show=progress, desc="evaluate"):
+    for number, position in enumerate(progress_bar(t, show=progress, desc="evaluate")):
         meter.measure(networks(position))
+        callbacks.tell("after_point", PointEnd(position, number + 1, len(t)))
     count, own = len(t), [0, len(t) - 1]
-    if networks.ends_have_their_own:
+    has_ends = t[0] == 0 and t[-1] == 1
+    if has_ends and networks.ends_have_their_own:
         own = [count, count + 1]
         for number in (0, 1):
             meter.measure(networks.as_it_came(number))
@@ -159,11 +170,11 @@ def profile_along(
         loss=found.loss[:count],
         accuracy=None if found.accuracy is None else found.accuracy[:count],
         arc_length=arc_length,
-        own_loss=found.loss[own],
-        own_accuracy=None if found.accuracy is None else found.accuracy[own],
+        own_loss=found.loss[own] if has_ends else None,
+        own_accuracy=found.accuracy[own] if has_ends and found.accuracy is not None else None,
         num_examples=meter.num_examples,
         seconds=time.perf_counter() - started,
         metrics={name: values[:count] for name, values in found.metrics.items()},
-        own_metrics={name: values[own] for name, values in found.metrics.items()},
+        own_metrics={name: values[own] for name, values in found.metrics.items()} if has_ends else {},
         higher_is_better=higher_is_better(meter.metrics),
     )

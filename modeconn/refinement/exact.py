@@ -18,6 +18,7 @@ from modeconn.network.batches import batches
 from modeconn.network.loss import TrainingData
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
+from modeconn.tools.callbacks import Callbacks
 
 _SUFFICIENT = 1e-4  # the share of the linear decrease that a step must reach (Armijo)
 _SMALLEST = 1e-12
@@ -32,6 +33,8 @@ class Descent:
         step: Holds control points, which are changed, and module; its optimizer is not used.
         training: Loader and loss.
         file: Where the run saves itself, after every step.
+        callbacks: What is told of every move that is tried.
+        progress: Whether to show a progress bar of the moves.
 
     Attributes:
         permutation: How b is relabelled now.
@@ -39,8 +42,17 @@ class Descent:
     """
 
     def __init__(
-        self, pam: PAM, permutation: Permutation, step: CurveStep, training: TrainingData, file: RunFile
+        self,
+        pam: PAM,
+        permutation: Permutation,
+        step: CurveStep,
+        training: TrainingData,
+        file: RunFile,
+        *,
+        callbacks: Callbacks | None = None,
+        progress: bool = False,
     ) -> None:
+        self._callbacks, self._progress = callbacks, progress
         self.permutation, self.history = permutation, History()
         self._pam, self._step, self._file = pam, step, file
         self._points, self._curve = step.control_points, step.curve
@@ -73,7 +85,8 @@ class Descent:
 
     def _take_turn(self) -> None:
         history = self.history
-        found = improve_permutation(self._pam, self._step, self._loss, self.permutation, epoch=len(history.loss))
+        how = {"epoch": len(history.loss), "callbacks": self._callbacks, "progress": self._progress}
+        found = improve_permutation(self._pam, self._step, self._loss, self.permutation, **how)
         self.permutation, turn = found
         history.turns.append(turn)
         self._bend = self._held = self._points[1:-1] - self._line

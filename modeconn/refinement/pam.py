@@ -25,7 +25,9 @@ from modeconn.network.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Permutation
+from modeconn.tools.callbacks import Callbacks, MoveEnd
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
+from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 
 _LOGGER = logging.getLogger(__name__)
@@ -115,7 +117,15 @@ class PAM:
 
 
 def improve_permutation(
-    pam: PAM, step: CurveStep, loss: CurveLoss, permutation: Permutation, *, epoch: int, is_part: bool = False
+    pam: PAM,
+    step: CurveStep,
+    loss: CurveLoss,
+    permutation: Permutation,
+    *,
+    epoch: int,
+    is_part: bool = False,
+    callbacks: Callbacks | None = None,
+    progress: bool = False,
 ) -> tuple[Permutation, dict[str, Any]]:
     """Take the step in P: relabel the end b of ``step.control_points`` further, and move the curve's middle with it.
 
@@ -126,6 +136,8 @@ def improve_permutation(
         permutation: How b is relabelled now.
         epoch: For the record.
         is_part: Whether the loss is measured on a part of the data.
+        callbacks: What is told of every move that is tried.
+        progress: Whether to show a progress bar of the moves.
 
     Returns:
         How b is relabelled now, and what the step did, see `Refinement.turns`.
@@ -133,14 +145,17 @@ def improve_permutation(
     points, curve, space = step.control_points, step.curve, step.workspace.space
     bend = points[1:-1] - straight(curve, points[0], points[-1])
     needed = pam.standard_errors if is_part else 0.0
-    b = Relabelled(space, loss, points[-1], bend, permutation, pam.nu_permutation, needed)
+    bar = progress_bar(show=progress, desc=f"PAM before epoch {epoch}", unit="move", leave=False)
+    told = _Told(callbacks or Callbacks(), bar, epoch)
+    b = Relabelled(space, loss, points[-1], bend, permutation, pam.nu_permutation, needed, told)
     before = b.value
     if not math.isfinite(before):
         raise FloatingPointError(
             f"the loss along the curve is {before} before PAM's step in epoch {epoch}: look for values in the data "
             "that are not finite, or lower the learning rate of the recipe's optimizer."
         )
-    pam.step(b)
+    with bar:
+        pam.step(b)
     points[1:-1] = straight(curve, points[0], points[-1]) + bend
     moved = (b.permutation @ permutation.inverse()).num_moved
     _LOGGER.info("PAM before epoch %d: loss %.4f -> %.4f, %d units moved", epoch, before, b.value, moved)
@@ -154,6 +169,23 @@ def improve_permutation(
         "nu_permutation": _finite(pam.nu_permutation),
         "nu_curve": _finite(pam.nu_curve),
     }
+
+
+@dataclass(frozen=True)
+class _Told:
+    """Tells callbacks and a progress bar of moves that were tried."""
+
+    callbacks: Callbacks
+    bar: Any
+    epoch: int
+
+    def __call__(self, b: Relabelled) -> None:
+        self.bar.total = b.num_planned or None
+        self.bar.set_postfix(accepted=b.num_accepted, loss=f"{b.value:.4g}", refresh=False)
+        self.bar.update()
+        if self.callbacks.hear("after_move"):
+            event = MoveEnd(self.epoch, b.num_tried, b.num_planned, b.num_accepted, b.value)
+            self.callbacks.tell("after_move", event)
 
 
 def draw_sample(
@@ -201,6 +233,8 @@ class Refinement:
         step: Takes the steps of curve training; its control points and its anchor are changed.
         training: Loader and loss.
         seed: For the samples.
+        callbacks: What is told of every move that is tried.
+        progress: Whether to show a progress bar of the moves.
 
     Attributes:
         permutation: How b is relabelled now.
@@ -217,8 +251,11 @@ class Refinement:
         training: TrainingData,
         *,
         seed: int,
+        callbacks: Callbacks | None = None,
+        progress: bool = False,
     ) -> None:
         self.permutation = permutation
+        self._callbacks, self._progress = callbacks, progress
         self.turns: list[dict[str, Any]] = []
         self.is_finished = False
         self._pam, self._step, self._training, self._seed = pam, step, training, seed
@@ -247,7 +284,8 @@ class Refinement:
     def _turn(self, epoch: int, sample: Sample, is_part: bool) -> dict[str, Any]:
         step, forward = self._step, objective_of(self._training)
         loss = CurveLoss(step.workspace, step.curve, step.control_points[0], forward, sample, step.recipe.autocast)
-        found = improve_permutation(self._pam, step, loss, self.permutation, epoch=epoch, is_part=is_part)
+        how = {"is_part": is_part, "callbacks": self._callbacks, "progress": self._progress}
+        found = improve_permutation(self._pam, step, loss, self.permutation, epoch=epoch, **how)
         self.permutation, turn = found
         return turn
 

@@ -55,8 +55,12 @@ class ProximalLinear:
         """Return how many moves were accepted."""
         moved: set[tuple[str, int]] = set()
         accepted = 0
-        for move in self._candidates(b, forest):
-            if move.places.isdisjoint(moved) and b.try_move(move):
+        candidates = self._candidates(b, forest)
+        b.num_planned = b.num_tried + len(candidates)
+        for move in candidates:
+            if not move.places.isdisjoint(moved):
+                b.num_planned -= 1
+            elif b.try_move(move):
                 moved |= move.places
                 accepted += 1
         return accepted

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 import torch
@@ -34,12 +35,14 @@ class Relabelled:
         bend: Inner control points less the straight line's, ``(K - 2, P)``.
         permutation: How b was relabelled so far.
         nu: The proximal weight; infinite for none.
-        standard_errors: See `PAM`.
+        standard_errors: By how many standard errors of the paired differences the loss must fall.
+        on_try: Called after each move that was tried.
 
     Attributes:
         value: The loss now.
         num_tried: Moves tried.
         num_accepted: Those of them that were kept.
+        num_planned: How many moves are planned so far, 0 if that is not known; whoever plans them says it.
     """
 
     space: WeightSpace
@@ -49,8 +52,10 @@ class Relabelled:
     permutation: Permutation
     nu: float = float("inf")
     standard_errors: float = 0.0
+    on_try: Callable[[Relabelled], None] | None = None
     num_tried: int = 0
     num_accepted: int = 0
+    num_planned: int = 0
     value: float = field(init=False)
 
     def __post_init__(self) -> None:
@@ -73,16 +78,22 @@ class Relabelled:
 
     def try_move(self, move: Move) -> bool:
         """Make a move if loss and proximal term fall; whether they did."""
+        is_kept = self._is_kept(move)
+        self.num_tried += 1
+        self.num_accepted += is_kept
+        if self.on_try is not None:
+            self.on_try(self)
+        return is_kept
+
+    def _is_kept(self, move: Move) -> bool:
         before = self._make(move)
         penalty = 0.0 if math.isinf(self.nu) else self._distance(move.permutation @ self.permutation) / self.nu
         losses = self._losses_if_lower(penalty - self._penalty)
-        self.num_tried += 1
         if losses is None:
             self._write(before)
             return False
         self.permutation, self._penalty = move.permutation @ self.permutation, penalty
         self._losses, self.value = losses, float(losses.mean())
-        self.num_accepted += 1
         return True
 
     def _losses_if_lower(self, more_penalty: float) -> Tensor | None:

@@ -1,0 +1,167 @@
+"""Callbacks that come along: validation, early stopping, and records for other programs."""
+
+from __future__ import annotations
+
+import csv
+import math
+import os
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, StepEnd
+
+__all__ = [
+    "CSVLog",
+    "Callback",
+    "EarlyStopping",
+    "EpochEnd",
+    "MoveEnd",
+    "PointEnd",
+    "StepEnd",
+    "TensorBoardLog",
+    "Validation",
+]
+
+
+class Validation(Callback):
+    """Measures the networks at chosen positions of the curve after epochs, on data that nothing is trained on.
+
+    Args:
+        loader: Validation data.
+        t: Positions in [0, 1], rising.
+        every: Measure after every so many epochs.
+        settings: Of `Connection.evaluate`, such as ``recalibrate`` or ``metrics``.
+
+    Attributes:
+        values: One mapping for each measurement: "epoch", and by name "validation loss, t=0.5" and so on.
+    """
+
+    def __init__(self, loader: Iterable[Any], t: Sequence[float] = (0.5,), *, every: int = 1, **settings: Any) -> None:
+        if every < 1:
+            raise ValueError(f"every must be at least 1, got every={every}.")
+        self._loader, self._t, self._every, self._settings = loader, list(t), every, settings
+        self.values: list[dict[str, float]] = []
+
+    def after_epoch(self, event: EpochEnd) -> None:
+        """Measure."""
+        if event.epoch % self._every:
+            return
+        profile = event.connection().evaluate(self._loader, t=self._t, **self._settings)
+        found = {
+            f"validation {name}, t={t:g}": float(value)
+            for name, values in profile.values.items()
+            for t, value in zip(self._t, values, strict=True)
+            if name != "error"
+        }
+        self.values.append({"epoch": event.epoch, **found})
+        event.values.update(found)
+
+    def state(self) -> dict[str, Any]:
+        """Return all measurements."""
+        return {"values": self.values}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up where `state` was."""
+        self.values = list(state["values"])
+
+
+class EarlyStopping(Callback):
+    """Ends a run when a value has not become better for some epochs.
+
+    Args:
+        monitor: "loss", the training loss, or the name of a value that a callback before this one measured.
+        patience: Measurements without a better value after which the run ends, at least 1.
+        higher_is_better: Whether high values are good.
+        margin: By how much a value must be better to count.
+
+    Raises:
+        ValueError: If a setting is out of range; in the run, if there is no such value.
+    """
+
+    def __init__(
+        self, monitor: str = "loss", *, patience: int = 5, higher_is_better: bool = False, margin: float = 0.0
+    ) -> None:
+        if patience < 1 or not margin >= 0:
+            raise ValueError(
+                f"patience must be at least 1 and margin at least 0, got patience={patience}, margin={margin}."
+            )
+        self.monitor, self.patience, self.higher_is_better, self.margin = monitor, patience, higher_is_better, margin
+        self.best, self.num_worse, self._was_measured = math.inf, 0, False
+
+    def after_epoch(self, event: EpochEnd) -> bool:
+        """Compare the value with the best so far."""
+        known = {"loss": event.loss, **event.values}
+        if self.monitor not in known:
+            if self._was_measured or event.epoch < event.num_epochs:  # not every epoch is measured
+                return False
+            raise ValueError(
+                f"EarlyStopping watches {self.monitor!r}, which was never measured; there are "
+                f"{', '.join(map(repr, known))}."
+            )
+        self._was_measured = True
+        value = -known[self.monitor] if self.higher_is_better else known[self.monitor]
+        if value < self.best - self.margin:
+            self.best, self.num_worse = value, 0
+        else:
+            self.num_worse += 1
+        return self.num_worse >= self.patience
+
+    def state(self) -> dict[str, Any]:
+        """Return the best value, and how often no better one came since."""
+        return {
+            "best": None if math.isinf(self.best) else self.best,
+            "num_worse": self.num_worse,
+            "was_measured": self._was_measured,
+        }
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up where `state` was."""
+        self.best = math.inf if state["best"] is None else state["best"]
+        self.num_worse, self._was_measured = state["num_worse"], state["was_measured"]
+
+
+class CSVLog(Callback):
+    """Writes loss, seconds and what other callbacks measured into a CSV file, a row an epoch.
+
+    Args:
+        path: The file; a run that goes on from a checkpoint goes on in it, a new run begins it anew.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        self._path, self._rows = Path(path), []  # type: ignore[var-annotated]
+
+    def after_epoch(self, event: EpochEnd) -> None:
+        """Write all rows; a name that comes later has empty cells before."""
+        self._rows.append({"epoch": event.epoch, "loss": event.loss, "seconds": event.seconds, **event.values})
+        names = list(dict.fromkeys(name for row in self._rows for name in row))
+        with self._path.open("w", newline="", encoding="utf-8") as file:
+            writer = csv.DictWriter(file, names, lineterminator="\n")
+            writer.writeheader()
+            writer.writerows(self._rows)
+
+    def state(self) -> dict[str, Any]:
+        """Return all rows."""
+        return {"rows": self._rows}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up where `state` was."""
+        self._rows = list(state["rows"])
+
+
+class TensorBoardLog(Callback):
+    """Hands loss and what other callbacks measured to a writer with ``add_scalar(name, value, step)``.
+
+    Args:
+        writer: Such as `torch.utils.tensorboard.SummaryWriter`.
+    """
+
+    def __init__(self, writer: Any) -> None:
+        if not callable(getattr(writer, "add_scalar", None)):
+            raise ValueError(f"writer must have add_scalar(name, value, step), got {writer!r}.")
+        self._writer = writer
+
+    def after_epoch(self, event: EpochEnd) -> None:
+        """Hand over all values."""
+        for name, value in {"loss": event.loss, **event.values}.items():
+            self._writer.add_scalar(name, value, event.epoch)

@@ -1,0 +1,166 @@
+"""Hooks into what takes long: what callbacks are told, and when."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.tools.rng import seeded
+
+
+@dataclass(frozen=True)
+class StepEnd:
+    """A step of training along a curve.
+
+    Args:
+        epoch: Finished epochs.
+        step: Which step of the run, from 0.
+        t: Position on the curve, in [0, 1].
+        loss: The training loss, a scalar on the device; to read it there is to wait for the device.
+    """
+
+    epoch: int
+    step: int
+    t: float
+    loss: Tensor
+
+
+@dataclass(frozen=True)
+class EpochEnd:
+    """An epoch of training along a curve.
+
+    Args:
+        epoch: Finished epochs, from 1.
+        num_epochs: Epochs of the whole run.
+        loss: Mean training loss of the epoch.
+        seconds: Time of training so far.
+        connection: Called without arguments it returns the `modeconn.Connection` as it is now, a copy.
+        values: What callbacks before this one measured after this epoch, by name; add to it what others should see.
+    """
+
+    epoch: int
+    num_epochs: int
+    loss: float
+    seconds: float
+    connection: Callable[[], Any]
+    values: dict[str, float] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class MoveEnd:
+    """A relabelling that `modeconn.PAM` tried.
+
+    Args:
+        epoch: The epoch before which it was tried.
+        num_tried: Relabellings tried in this step in the permutation, this one included.
+        num_planned: How many are planned so far; 0 if that is not known.
+        num_accepted: How many were kept.
+        loss: The loss along the curve on the sample, now.
+    """
+
+    epoch: int
+    num_tried: int
+    num_planned: int
+    num_accepted: int
+    loss: float
+
+
+@dataclass(frozen=True)
+class PointEnd:
+    """A network on a curve that was measured.
+
+    Args:
+        t: Its position, in [0, 1].
+        num_measured: Networks measured, this one included.
+        num_points: Networks to measure.
+    """
+
+    t: float
+    num_measured: int
+    num_points: int
+
+
+class Callback:
+    """What is told how a run goes on; inherit from it, or write a class with some of its methods.
+
+    Callbacks see what happens and change nothing: random states are as before afterwards, and a run with callbacks ends
+    with the same bits as one without. What `state` returns is kept in the checkpoint of the run, if there is one.
+    """
+
+    def after_step(self, event: StepEnd) -> None:
+        """Take note of a step of training."""
+
+    def after_epoch(self, event: EpochEnd) -> bool | None:
+        """Take note of an epoch; True ends the run here."""
+
+    def after_move(self, event: MoveEnd) -> None:
+        """Take note of a relabelling that was tried."""
+
+    def after_point(self, event: PointEnd) -> None:
+        """Take note of a network that was measured."""
+
+    def state(self) -> dict[str, Any]:
+        """Return what the callback must know to go on after an interruption, as JSON can hold it."""
+        return {}
+
+    def load_state(self, state: Mapping[str, Any]) -> None:
+        """Take up where `state` was."""
+
+
+_MOMENTS = ("after_step", "after_epoch", "after_move", "after_point")
+
+
+class Callbacks:
+    """Several callbacks, told one after another.
+
+    Args:
+        callbacks: Objects with at least one of the methods of `Callback`.
+        device: Where random numbers are drawn.
+
+    Raises:
+        ValueError: If one of them is a class, or has none of the methods.
+    """
+
+    def __init__(self, callbacks: Sequence[Any] = (), device: torch.device | str = "cpu") -> None:
+        if not isinstance(callbacks, Sequence):
+            raise ValueError(f"callbacks must be a list of callbacks, got callbacks={callbacks!r}.")
+        for one in callbacks:
+            if isinstance(one, type) or not any(callable(getattr(one, moment, None)) for moment in _MOMENTS):
+                raise ValueError(f"a callback must be an object with one of {', '.join(_MOMENTS)}, got {one!r}.")
+        self._device = torch.device(device)
+        self._all = list(callbacks)
+        self._by_moment = {moment: [one for one in callbacks if _has_own(one, moment)] for moment in _MOMENTS}
+
+    def hear(self, moment: str) -> bool:
+        """Whether any callback is to be told of a moment, such as "after_step"."""
+        return bool(self._by_moment[moment])
+
+    def tell(self, moment: str, event: Any) -> bool:
+        """Tell all callbacks of a moment; whether one of them wants the run to end."""
+        if not self._by_moment[moment]:
+            return False
+        with seeded(0, self._device):
+            answers = [getattr(one, moment)(event) for one in self._by_moment[moment]]
+        return any(answer is True for answer in answers)
+
+    def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
+        """Return the state of all callbacks, as a part of a run."""
+        return {}, {"callbacks": [one.state() if hasattr(one, "state") else {} for one in self._all]}
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take up where `state` was, with as many callbacks as there were; others begin anew."""
+        known = about.get("callbacks", [])
+        if len(known) == len(self._all):
+            for one, state in zip(self._all, known, strict=True):
+                if hasattr(one, "load_state"):
+                    one.load_state(state)
+
+
+def _has_own(callback: Any, moment: str) -> bool:
+    """Whether a callback does something at a moment, and not merely inherits nothing."""
+    method = getattr(callback, moment, None)
+    return callable(method) and getattr(type(callback), moment, None) is not getattr(Callback, moment)

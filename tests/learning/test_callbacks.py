@@ -1,0 +1,227 @@
+"""Callbacks see every moment, change nothing, and go through checkpoints."""
+
+from __future__ import annotations
+
+import csv
+import functools
+import random
+import re
+
+import numpy as np
+import pytest
+import torch
+
+import modeconn
+from modeconn import PAM, Bezier, Connection, Recipe, WeightMatching, data, models
+from modeconn.learning.callbacks import Callback, CSVLog, EarlyStopping, TensorBoardLog, Validation
+from modeconn.refinement import ProximalLinear, pam
+from modeconn.tools.progress import progress_bar
+
+
+@pytest.fixture(scope="module")
+def networks():
+    train, test = data.load("digits")
+    recipe = Recipe(epochs=1)
+    a, b = (models.train(models.mlp(64, (12,), 10, seed=s), train, recipe=recipe, seed=s) for s in (1, 2))
+    return a, b, train.with_(batch_size=250), test
+
+
+class Note(Callback):
+    """Writes down every moment, and disturbs every random generator."""
+
+    def __init__(self) -> None:
+        self.steps, self.epochs, self.moves, self.points = [], [], [], []
+
+    def _disturb(self) -> None:
+        torch.rand(3), np.random.rand(3), random.random()  # noqa: NPY002  # what users draw from
+        torch.manual_seed(99)
+
+    def after_step(self, event):
+        self._disturb()
+        self.steps.append((event.epoch, event.step, event.t, float(event.loss)))
+
+    def after_epoch(self, event):
+        self._disturb()
+        self.epochs.append((event.epoch, event.loss, event.connection()))
+
+    def after_move(self, event):
+        self._disturb()
+        self.moves.append(event)
+
+    def after_point(self, event):
+        self.points.append((event.t, event.num_measured, event.num_points))
+
+
+def fit(networks, epochs=3, **settings):
+    a, b, train, _ = networks
+    how = {"align": WeightMatching(), "curve": Bezier(2), "seed": 4, **settings}
+    return modeconn.fit_curve(a, b, train, recipe=Recipe(epochs=epochs), **how)
+
+
+@pytest.mark.parametrize("refine", [None, PAM(iterations=2, num_batches=4)], ids=["fit", "pam"])
+def test_a_run_with_callbacks_ends_with_the_same_bits_as_one_without(networks, refine):
+    plain, note = fit(networks, refine=refine), Note()
+    watched = fit(networks, refine=refine, callbacks=[note])
+    assert torch.equal(watched.control_points, plain.control_points)
+    assert watched.permutation == plain.permutation and watched.history.loss == plain.history.loss
+    batches = len(networks[2])
+    assert [step[:2] for step in note.steps] == [(n // batches, n) for n in range(3 * batches)]
+    assert [epoch[:2] for epoch in note.epochs] == list(enumerate(plain.history.loss, 1))
+    last = note.epochs[-1][2]
+    assert torch.equal(last.control_points, plain.control_points) and last.permutation == plain.permutation
+    assert not torch.equal(note.epochs[0][2].control_points, plain.control_points)
+    for t in (0.0, 1.0):
+        for ours, theirs in zip(last.model_at(t).parameters(), plain.model_at(t).parameters(), strict=True):
+            assert torch.equal(ours, theirs)
+
+
+def test_every_move_of_pam_is_told_with_what_is_planned(networks):
+    note = Note()
+    step = ProximalLinear(num_rounds=3, num_tries=20)
+    found = fit(networks, refine=PAM(iterations=2, num_batches=4, step=step), callbacks=[note])
+    for turn in found.history.turns:
+        moves = [move for move in note.moves if move.epoch == turn["epoch"]]
+        assert [move.num_tried for move in moves] == list(range(1, turn["num_tried"] + 1))
+        assert moves[-1].num_accepted == turn["num_accepted"] and moves[-1].loss == turn["loss_after"]
+        assert moves[-1].num_planned >= moves[-1].num_tried and moves[-1].num_planned <= 3 * 20
+        assert moves[0].num_planned <= 20
+    exact = Note()
+    a, b, _, test = networks
+    small = [next(iter(test))]
+    refine = PAM(iterations=1, exact=True, num_points=3, step=ProximalLinear(num_rounds=1, num_tries=5))
+    modeconn.fit_curve(a, b, small, align=WeightMatching(), recipe=Recipe(epochs=1), refine=refine, callbacks=[exact])
+    assert len(exact.moves) == exact.moves[-1].num_tried >= 1
+
+
+def test_pam_shows_a_bar_that_moves(networks, capsys, monkeypatch):
+    monkeypatch.setattr(pam, "progress_bar", functools.partial(progress_bar, mininterval=0))  # every update is shown
+    refine = PAM(iterations=1, num_batches=2, step=ProximalLinear(num_rounds=1, num_tries=5))
+    fit(networks, epochs=1, refine=refine, progress=True)
+    shown = capsys.readouterr().err
+    assert re.search(r"PAM before epoch 0: .*[1-5]/[1-5] .*accepted=\d, loss=", shown)
+
+
+def test_validation_is_what_evaluate_says_of_the_curve_after_each_epoch(networks):
+    *_, test = networks
+    note, validation = Note(), Validation(test, t=[0.25, 0.5], every=2)
+    found = fit(networks, epochs=4, callbacks=[note, validation])
+    assert [one["epoch"] for one in validation.values] == [2, 4]
+    for one in validation.values:
+        profile = note.epochs[one["epoch"] - 1][2].evaluate(test, t=[0.25, 0.5])
+        for place, t in enumerate((0.25, 0.5)):
+            assert one[f"validation loss, t={t:g}"] == profile.loss[place]
+            assert one[f"validation accuracy, t={t:g}"] == profile.accuracy[place]
+    assert [bool(values) for values in found.history.values] == [False, True, False, True]
+
+
+def test_evaluate_takes_positions_and_tells_of_each(networks, tmp_path):
+    *_, test = networks
+    note, line = Note(), fit(networks, epochs=1)
+    part = line.evaluate(test, t=[0.2, 0.5], callbacks=[note])
+    assert note.points == [(0.2, 1, 2), (0.5, 2, 2)]
+    whole = line.evaluate(test, num_points=11)
+    torch.testing.assert_close(part.loss, whole.loss[[2, 5]])
+    assert part.own_loss is None and part.barrier != part.barrier  # NaN: no ends, no barrier
+    assert "own" not in repr(part) and modeconn.Profile.from_json(part.to_json()).t.tolist() == [0.2, 0.5]
+
+
+def test_a_run_stops_early_by_what_another_callback_measured(networks):
+    class Worse(Callback):
+        def after_epoch(self, event):
+            event.values["made up"] = float(event.epoch)
+
+    stopping = EarlyStopping("made up", patience=2)
+    found = fit(networks, epochs=9, callbacks=[Worse(), stopping])
+    assert len(found.history.loss) == 3 and stopping.best == 1
+    assert [one["made up"] for one in found.history.values] == [1, 2, 3]
+    rising = EarlyStopping("made up", patience=2, higher_is_better=True)
+    assert len(fit(networks, epochs=4, callbacks=[Worse(), rising]).history.loss) == 4
+    with pytest.raises(ValueError, match="watches 'speed', which was never measured; there are 'loss', 'made up'"):
+        fit(networks, epochs=2, callbacks=[Worse(), EarlyStopping("speed")])
+
+
+class _Stop(Exception):
+    pass
+
+
+def test_callbacks_go_on_from_a_checkpoint(networks, tmp_path):
+    *_, test = networks
+
+    class Killer(Callback):
+        def after_epoch(self, event):
+            if event.epoch == 2:
+                raise _Stop
+
+    def callbacks(folder):
+        log = CSVLog(folder / "log.csv")
+        return [Validation(test), EarlyStopping("validation loss, t=0.5", patience=9), log]
+
+    (tmp_path / "whole").mkdir(), (tmp_path / "parts").mkdir()
+    whole = callbacks(tmp_path / "whole")
+    expected = fit(networks, epochs=4, callbacks=whole)
+    with pytest.raises(_Stop):
+        fit(networks, epochs=4, callbacks=[*callbacks(tmp_path / "parts"), Killer()], checkpoint=tmp_path / "k")
+    again = [*callbacks(tmp_path / "parts"), Note()]
+    found = fit(networks, epochs=4, callbacks=again, checkpoint=tmp_path / "k")
+    assert torch.equal(found.control_points, expected.control_points)
+    assert again[0].values == whole[0].values and again[1].best == whole[1].best
+    assert len(again[-1].epochs) == 2  # the third and the fourth: what was told is not told again
+    tables = []
+    for name in ("whole", "parts"):
+        rows = list(csv.DictReader((tmp_path / name / "log.csv").read_text().splitlines()))
+        tables.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
+    assert tables[0] == tables[1] and [row["epoch"] for row in tables[0]] == ["1", "2", "3", "4"]
+
+
+def test_a_run_that_was_stopped_stays_so(networks, tmp_path):
+    class Enough(Callback):
+        def after_epoch(self, event):
+            return True
+
+    found = fit(networks, callbacks=[Enough()], checkpoint=tmp_path / "k")
+    again = fit(networks, checkpoint=tmp_path / "k")
+    assert len(found.history.loss) == 1 and torch.equal(again.control_points, found.control_points)
+    found.save(tmp_path / "c")
+    assert Connection.load(tmp_path / "c").history == found.history
+
+
+def test_a_writer_gets_all_values(networks):
+    class Writer:
+        rows = ()
+
+        def add_scalar(self, name, value, step):
+            self.rows = [*self.rows, (name, value, step)]
+
+    writer = Writer()
+    found = fit(networks, epochs=2, callbacks=[Validation(networks[3]), TensorBoardLog(writer)])
+    assert [row for row in writer.rows if row[0] == "loss"] == [
+        ("loss", x, n) for n, x in enumerate(found.history.loss, 1)
+    ]
+    assert {name for name, *_ in writer.rows} == {"loss", "validation loss, t=0.5", "validation accuracy, t=0.5"}
+
+
+@pytest.mark.parametrize(
+    ("callbacks", "message"),
+    [
+        (
+            [Note],
+            "must be an object with one of after_step, after_epoch, after_move, after_point, got <class",
+        ),
+        ([print], "a callback must be an object with one of"),
+        (Note(), "callbacks must be a list of callbacks"),
+    ],
+)
+def test_what_is_no_callback_is_refused_before_the_training(networks, callbacks, message):
+    with pytest.raises(ValueError, match=message):
+        fit(networks, callbacks=callbacks)
+    with pytest.raises(ValueError, match=message):
+        fit(networks, epochs=1).evaluate(networks[3], callbacks=callbacks)
+
+
+def test_wrong_settings_are_refused():
+    with pytest.raises(ValueError, match="patience must be at least 1 and margin at least 0, got patience=0"):
+        EarlyStopping(patience=0)
+    with pytest.raises(ValueError, match="every must be at least 1, got every=0"):
+        Validation([], every=0)
+    with pytest.raises(ValueError, match="writer must have add_scalar"):
+        TensorBoardLog(object())
