@@ -129,7 +129,7 @@ def fit_curve(
     }
     with seeded(seed, space.device):
         data = None if loader is None else _opened(loader, space, forward)
-        file = RunFile(_as_checkpoint(checkpoint), partial(_identified, settings, space, ends), space.device)
+        file = RunFile(checkpoint, partial(_identified, settings, space, ends), space.device)
         how = align if file.saved is None else file.permutation() or False
         permutation, relabelled = _relabel(ends, data, how, spec, example_input, is_refined=refine is not None)
         file.keep(permutation)
@@ -245,10 +245,6 @@ def _check_settings(
 def _is_finished(align: Any) -> bool:
     """Whether ``align`` is a permutation or an alignment, not a method to find one."""
     return isinstance(align, Permutation) or hasattr(align, "permutation")
-
-
-def _as_checkpoint(checkpoint: str | os.PathLike[str] | Checkpoint | None) -> Checkpoint | None:
-    return checkpoint if checkpoint is None or isinstance(checkpoint, Checkpoint) else Checkpoint(checkpoint)
 
 
 def _opened(loader: Iterable[Any], space: WeightSpace, forward: Forward | None) -> Opened:

@@ -216,9 +216,13 @@ def train(
     adversary: AdversaryOptions,
     model_arg: options.ModelArguments = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation of the data, dropout.")] = 0,
+    checkpoint: options.Kept = None,
     progress: options.Progress = None,
 ) -> None:
     r"""Train one network: an end for a connection.
+
+    Stopped by Ctrl-C or by anything else, the run goes on after its last finished epoch when the same command is given
+    again, and ends with the same bits.
 
     What the data says of the model need not be said again: classes, channels, image size, mean and deviation of the
     inputs. Default recipe: 30 epochs of SGD with Nesterov momentum at learning rate 0.1. With an adversary, also
@@ -235,11 +239,14 @@ def train(
             --step-size 2/255 --attack-steps 5
     """
     how, opponent = recipe.change(), adversary.opponent()
-    check_writable(out)
+    kept = checkpoint or out.with_name(out.name + ".checkpoint")
+    _check_outputs(out, kept)
     loader, test = data.load()
     network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed).to(data.device)
-    trained = models.train(network, loader, recipe=how, adversary=opponent, seed=seed, progress=_bars(progress))
-    models.save(trained, out)
+    settings = {"recipe": how, "adversary": opponent, "seed": seed, "checkpoint": kept, "progress": _bars(progress)}
+    with _kept_until_done(kept, is_own=checkpoint is not None):
+        trained = models.train(network, loader, **settings)
+        models.save(trained, out)
     both = Connection.straight_between(trained, trained, training=modeconn.TrainingData(loader))
     typer.echo(f"{model} on the test set: {_one_line(both.evaluate(test, num_points=2))}")
     typer.echo(f"Wrote {out}")
@@ -342,9 +349,7 @@ def fit(
         ),
     ] = "none",
     seed: Annotated[int, typer.Option(help="Of t, order and augmentation of the data, dropout.")] = 0,
-    checkpoint: Annotated[
-        Path | None, typer.Option(help="Where the run saves itself; default: OUT.checkpoint, deleted at the end.")
-    ] = None,
+    checkpoint: options.Kept = None,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints inside an epoch.")] = 60,
     progress: options.Progress = None,
 ) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn import Comparison, DeepAlign, Permutation, PermutationSpec, plot
+from modeconn.learning.checkpoint import FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
 from modeconn.tools import files
@@ -118,7 +119,9 @@ def _about_permutation(path: Path, tensors: dict[str, Any], about: dict[str, Any
 
 def _about_checkpoint(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
     settings = {name: value for name, value in about["settings"].items() if not name.startswith("parameter ")}
-    if "progress" in about:
+    if "epochs" in about:
+        done = f"{about['epochs']} epochs"
+    elif "progress" in about:
         done = f"{about['progress']['epoch']} epochs and {about['progress']['batch']} batches"
     else:  # PAM on a straight line, or in its exact mode
         turns = about["refinement"]["turns"] if "refinement" in about else about["turns"]
@@ -143,7 +146,8 @@ _SAFETENSORS = {
     "model": _about_model,
     "permutation": _about_permutation,
     "spec": _about_spec,
-    "checkpoint of fit_curve": _about_checkpoint,
+    FIT: _about_checkpoint,
+    TRAINING: _about_checkpoint,
 }
 
 

@@ -43,6 +43,10 @@ ModelArguments = Annotated[
 Progress = Annotated[bool | None, typer.Option(help="Whether to show progress bars; default: in a terminal.")]
 
 
+Kept = Annotated[
+    Path | None,
+    typer.Option("--checkpoint", help="Where the run saves itself; default: OUT.checkpoint, deleted at the end."),
+]
 Finished = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="Finished measurements; default: beside the result, deleted at the end."),

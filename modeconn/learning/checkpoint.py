@@ -18,7 +18,9 @@ from torch import Tensor
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools import files
 
-_KIND = "checkpoint of fit_curve"
+FIT, TRAINING = "checkpoint of fit_curve", "checkpoint of models.train"
+"""The kinds of runs that save themselves."""
+
 _FORMAT = 2
 _PERMUTATION = "permutation."
 
@@ -77,6 +79,7 @@ class RunFile:
         settings: Returns what makes the run what it is, under the names its caller knows; not called if there is no
             file to compare with or to write.
         device: Where the run computes.
+        kind: What the file says it is.
 
     Attributes:
         saved: What the file held, or None.
@@ -87,9 +90,16 @@ class RunFile:
     """
 
     def __init__(
-        self, checkpoint: Checkpoint | None, settings: Callable[[], dict[str, Any]], device: torch.device
+        self,
+        checkpoint: str | os.PathLike[str] | Checkpoint | None,
+        settings: Callable[[], dict[str, Any]],
+        device: torch.device,
+        *,
+        kind: str = FIT,
     ) -> None:
-        self._checkpoint, self._device = checkpoint, device
+        is_path = checkpoint is not None and not isinstance(checkpoint, Checkpoint)
+        checkpoint = Checkpoint(checkpoint) if is_path else checkpoint
+        self._checkpoint, self._device, self._kind = checkpoint, device, kind
         self._tensors: dict[str, Tensor] = {}
         self._about: dict[str, Any] = {}
         self._last_saved = time.monotonic()
@@ -100,7 +110,7 @@ class RunFile:
         if not Path(checkpoint.path).exists():
             files.check_writable(checkpoint.path)
             return
-        tensors, about = files.read(checkpoint.path, _KIND)
+        tensors, about = files.read(checkpoint.path, kind)
         _check_settings(checkpoint.path, {"format": about.get("format")}, {"format": _FORMAT})
         _check_settings(checkpoint.path, about["settings"], self._about["settings"])
         _warn_about_environment(about["environment"], environment(device))
@@ -127,7 +137,7 @@ class RunFile:
         for part_tensors, part_about in (part.state() for part in parts):
             tensors |= part_tensors
             about |= part_about
-        files.write(self._checkpoint.path, _KIND, tensors, about)
+        files.write(self._checkpoint.path, self._kind, tensors, about)
         self._last_saved = time.monotonic()
 
     def resume(self, *parts: Resumable) -> None:
@@ -173,6 +183,29 @@ def unpack_rng(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: 
     version, internal, gauss = about["python"]
     state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
     return {**state, "numpy": about["numpy"], "python": (version, tuple(internal), gauss)}
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> State:
+    """Return what an optimizer remembers from step to step."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{number}.{name}"] = value
+            else:
+                others.setdefault(str(number), {})[name] = value
+    return tensors, {"optimizer": others}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Let a new optimizer of the same parameters take up where `pack_optimizer` was."""
+    state = {int(number): dict(values) for number, values in about["optimizer"].items()}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
 
 
 def environment(device: torch.device) -> dict[str, Any]:

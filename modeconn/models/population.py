@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import partial
 from itertools import chain, islice
 from typing import Any, TypeVar
 
@@ -11,7 +13,8 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from modeconn.models.training import count_batches, run_epochs
+from modeconn.learning.checkpoint import Checkpoint, RunFile, State, pack_rng, unpack_rng
+from modeconn.models.training import Learned, count_batches, run_epochs, run_settings, training_file
 from modeconn.network.batches import check_loader
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy
@@ -36,6 +39,7 @@ def train_population(
     recipe: Recipe = _DEFAULT_RECIPE,
     loss_fn: LossFn = cross_entropy,
     seeds: Sequence[int] | None = None,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = False,
 ) -> list[M]:
     """Train copies of many networks of one architecture in one vectorised run, and return them in eval mode.
@@ -54,6 +58,8 @@ def train_population(
             `torch.func.vmap` knows; so must the networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, and
             batch norm with ``momentum=None``.
         seeds: Of batch order and augmentation, one for each network. Default: 0, 1, 2, ...
+        checkpoint: A file to which the run saves itself after every epoch. If it exists, the run goes on from it and
+            ends with the same bits as one that was never interrupted, on the same machine and versions.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -78,10 +84,12 @@ def train_population(
         raise ValueError(f"seeds must hold one for each of the {len(trained)} networks, got {len(seeds)}.")
     device = next(trained[0].parameters()).device
     _check_recipe(recipe, device)
+    settings = partial(run_settings, recipe, {"loss": loss_fn, "seeds": list(seeds)}, trained)
+    file = training_file(checkpoint, settings, device)
     with seeded(seeds[0], device):
         num_batches = count_batches(loader, any_batch=False)
         reading = _Reading(loader, seeds, device)
-        _PopulationRun(trained, recipe, loss_fn).run(reading, num_batches, progress=progress)
+        _PopulationRun(trained, recipe, loss_fn).run(reading, num_batches, file, progress=progress)
     return [model.eval() for model in trained]
 
 
@@ -92,7 +100,7 @@ class _Order:
         self._loader = loader
         self._device = device
         with seeded(seed, device):
-            self._state = rng_state(device)
+            self.state = rng_state(device)
 
     def begin_epoch(self) -> None:
         """Start from the loader's beginning at the next read."""
@@ -106,11 +114,11 @@ class _Order:
     @contextmanager
     def _own_randomness(self) -> Iterator[None]:
         outside = rng_state(self._device)
-        set_rng_state(self._state, self._device)
+        set_rng_state(self.state, self._device)
         try:
             yield
         finally:
-            self._state = rng_state(self._device)
+            self.state = rng_state(self._device)
             set_rng_state(outside, self._device)
 
 
@@ -129,6 +137,20 @@ class _Reading:
             kinds = ", ".join(type(part).__name__ for part in first)
             raise ValueError(f"loader must yield pairs of tensors, which can be stacked, got ({kinds}).")
         self._at_once = max(1, _READ_AHEAD_BYTES // (sum(part.nbytes for part in first) * len(seeds)))
+
+    def state(self) -> State:
+        """Return the random state of every order, as a part of a run."""
+        tensors: dict[str, Tensor] = {}
+        about = {}
+        for number, order in enumerate(self._orders):
+            own, about[f"order {number}"] = pack_rng(order.state, f"order {number}.")
+            tensors |= own
+        return tensors, about
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take up where `state` was."""
+        for number, order in enumerate(self._orders):
+            order.state = unpack_rng(tensors, about[f"order {number}"], f"order {number}.")
 
     def __iter__(self) -> Iterator[_Batch]:
         for order in self._orders:
@@ -164,8 +186,18 @@ class _PopulationRun:
             loss, network, randomness="different", way_out="Train such networks one by one.", compile=recipe.compile
         )
 
-    def run(self, steps: Iterable[_Batch], num_batches: int, *, progress: bool) -> None:
-        run_epochs(self.recipe, self.optimizer, lambda: steps, self._step, num_batches=num_batches, progress=progress)
+    def run(self, steps: _Reading, num_batches: int, file: RunFile, *, progress: bool) -> None:
+        run_epochs(
+            self.recipe,
+            self.optimizer,
+            lambda: steps,
+            self._step,
+            num_batches=num_batches,
+            file=file,
+            parts=(Learned(self.state, self.optimizer), steps),
+            device=self.device,
+            progress=progress,
+        )
         self._write_back()
 
     @torch.no_grad()

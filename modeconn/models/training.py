@@ -2,15 +2,29 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
-from collections.abc import Callable, Iterable
+import os
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import fields
 from functools import partial
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from modeconn.attacks.training import AdversaryLike
+from modeconn.attacks.training import AdversaryLike, adversary_of
+from modeconn.learning.checkpoint import (
+    TRAINING,
+    Checkpoint,
+    Resumable,
+    RunFile,
+    State,
+    load_optimizer,
+    pack_optimizer,
+    pack_rng,
+    unpack_rng,
+)
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import calibration_batches, norm_layers
@@ -20,8 +34,9 @@ from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, cross_entropy
 from modeconn.network.recipe import Recipe, autocast, one_cycle
 from modeconn.network.weights import device_of
+from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.progress import progress_bar
-from modeconn.tools.rng import seeded
+from modeconn.tools.rng import rng_state, seeded, set_rng_state
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -43,6 +58,7 @@ def train(
     adversary: AdversaryLike | None = None,
     recalibrate: Iterable[Any] | AdversarialExamples | bool | None = None,
     seed: int = 0,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = False,
 ) -> M:
     """Train a copy of ``model`` where it is, and return the copy in eval mode.
@@ -66,6 +82,8 @@ def train(
             at the end, 2,048 examples; True for those of ``loader``; False to keep the running statistics of the
             batches trained on, adversarial ones among them. Default: True with an adversary, else False.
         seed: Of batch order, augmentation, dropout and attacks.
+        checkpoint: A file to which the run saves itself after every epoch. If it exists, the run goes on from it and
+            ends with the same bits as one that was never interrupted, on the same machine and versions.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -75,6 +93,8 @@ def train(
         ValueError: If the loader is empty, can be read only once or does not yield pairs, if a target is none of the
             model's classes (noticed in the first epoch), if the model has nothing to train, or if inputs are none
             that the adversary can attack.
+            The same if the checkpoint belongs to another run.
+        OSError: If the checkpoint cannot be written.
         FloatingPointError: If the loss became infinite or NaN; noticed at the end of the epoch.
 
     Example:
@@ -91,8 +111,11 @@ def train(
 
     with seeded(seed, device):
         num_batches = count_batches(loader, any_batch=forward is not None)
+    about = {"loss": forward or loss_fn, "adversary": None if adversary is None else adversary_of(adversary)}
+    settings = partial(run_settings, recipe, {**about, "seed": seed}, [model])
+    file = training_file(checkpoint, settings, device)
     with seeded(seed, device):
-        _train(trained, loader, recipe, loss, num_batches=num_batches, progress=progress)
+        _train(trained, loader, recipe, loss, file, num_batches=num_batches, progress=progress)
     if recalibrate is None:
         recalibrate = adversary is not None
     if recalibrate is not False and norm_layers(trained):
@@ -117,9 +140,12 @@ def run_epochs(
     take_step: Callable[[Any, int], list[Tensor]],
     *,
     num_batches: int,
+    file: RunFile,
+    parts: Sequence[Resumable],
+    device: torch.device,
     progress: bool,
 ) -> None:
-    """Take the steps of a training run, epoch by epoch.
+    """Take the steps of a training run, epoch by epoch, from where the run was saved if it was.
 
     Args:
         recipe: Epochs and schedule.
@@ -128,13 +154,19 @@ def run_epochs(
         take_step: Called with a batch and the number of the epoch; returns the losses of the steps it took, each a
             scalar, or ``(M,)`` of M networks.
         num_batches: How many batches an epoch has.
+        file: Where the run saves itself after every epoch.
+        parts: What changes from step to step.
+        device: Where random numbers are drawn.
         progress: Whether to show a progress bar.
 
     Raises:
         FloatingPointError: If a loss is infinite or NaN. The losses of an epoch are looked at together at its end,
             since each look makes an accelerator wait.
     """
-    bar = progress_bar(range(recipe.epochs), show=progress, desc="train", unit="epoch")
+    done = _Done(device)
+    file.resume(*parts, done)
+    epochs = range(done.epochs, recipe.epochs)
+    bar = progress_bar(epochs, show=progress, desc="train", unit="epoch", initial=done.epochs, total=recipe.epochs)
     for epoch in bar:
         found: list[Tensor] = []
         for number, batch in enumerate(read()):
@@ -152,10 +184,57 @@ def run_epochs(
         mean = losses.mean().item()
         _LOGGER.info("epoch %d of %d: training loss %.4f", epoch + 1, recipe.epochs, mean)
         bar.set_postfix(loss=f"{mean:.4f}")
+        done.epochs = epoch + 1
+        file.save(*parts, done)
+
+
+class _Done:
+    """How many epochs are done, and the random state after them."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.epochs, self._device = 0, device
+
+    def state(self) -> State:
+        tensors, about = pack_rng(rng_state(self._device), "rng.")
+        return tensors, {"epochs": self.epochs, "rng": about}
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        self.epochs = about["epochs"]
+        set_rng_state(unpack_rng(tensors, about["rng"], "rng."), self._device)
+
+
+def training_file(
+    checkpoint: str | os.PathLike[str] | Checkpoint | None, settings: Callable[[], dict[str, Any]], device: torch.device
+) -> RunFile:
+    """Return the file of a training run.
+
+    Raises:
+        ValueError: If it is to be written inside epochs, or belongs to another run.
+    """
+    if isinstance(checkpoint, Checkpoint) and (checkpoint.every_batches or checkpoint.every_seconds):
+        raise ValueError(
+            f"training saves itself after every epoch, and not inside of them, got {checkpoint!r}. Pass the path alone."
+        )
+    return RunFile(checkpoint, settings, device, kind=TRAINING)
+
+
+def run_settings(recipe: Recipe, settings: Mapping[str, Any], networks: Sequence[nn.Module]) -> dict[str, Any]:
+    """Return what makes a training run what it is, as texts under the names its caller knows."""
+    about = {f"recipe.{field.name}": getattr(recipe, field.name) for field in fields(recipe)}
+    texts = {name: identify(value) for name, value in {**about, **settings}.items()}
+    digests = "".join(map(digest, networks))
+    return {**texts, "the digest of what is trained": hashlib.sha256(digests.encode()).hexdigest()}
 
 
 def _train(
-    model: nn.Module, loader: Iterable[Any], recipe: Recipe, loss: StepLoss, *, num_batches: int, progress: bool
+    model: nn.Module,
+    loader: Iterable[Any],
+    recipe: Recipe,
+    loss: StepLoss,
+    file: RunFile,
+    *,
+    num_batches: int,
+    progress: bool,
 ) -> None:
     """Train ``model`` in place."""
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
@@ -175,5 +254,48 @@ def _train(
     def steps(batch: Any, epoch: int) -> list[Tensor]:
         return [step(batch, loss.at(epoch)) for _ in range(loss.num_replays)]
 
-    run_epochs(recipe, optimizer, partial(batches, loader, device), steps, num_batches=num_batches, progress=progress)
+    run_epochs(
+        recipe,
+        optimizer,
+        partial(batches, loader, device),
+        steps,
+        num_batches=num_batches,
+        file=file,
+        parts=(Learned({**dict(model.named_parameters()), **dict(model.named_buffers())}, optimizer, scaler), loss),
+        device=device,
+        progress=progress,
+    )
     optimizer.zero_grad()
+
+
+class Learned:
+    """The tensors that training changes, as a part of a run.
+
+    Args:
+        tensors: Parameters and buffers by name.
+        optimizer: What it remembers.
+        scaler: Of the gradients, for float16; None if there is none.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self._tensors, self._optimizer, self._scaler = tensors, optimizer, scaler
+
+    def state(self) -> State:
+        """Return all that changes from step to step."""
+        tensors, about = pack_optimizer(self._optimizer)
+        own = {f"model.{name}": tensor.detach() for name, tensor in self._tensors.items()}
+        return {**own, **tensors}, {**about, "scaler": self._scaler.state_dict() if self._scaler else None}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Take up where `state` was."""
+        for name, tensor in self._tensors.items():
+            tensor.copy_(tensors[f"model.{name}"])
+        load_optimizer(self._optimizer, tensors, about)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(about["scaler"])
