@@ -3,7 +3,6 @@
 ``pytest --device cuda`` makes the networks and data of `tests.cases` on that device; default: the CPU.
 """
 
-import gc
 import os
 
 import pytest
@@ -28,4 +27,3 @@ def _exports_forgotten():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     FakeTensorMode.cache_clear()
-    gc.collect()
