@@ -6,7 +6,7 @@ import re
 
 import pytest
 import torch
-from torch import nn
+from torch import library, nn
 
 import modeconn
 from modeconn.symmetry import pointwise
@@ -14,7 +14,7 @@ from modeconn.symmetry import pointwise
 # -- what the user writes
 
 
-@torch.library.custom_op("modeconn_test::squash", mutates_args=())
+@library.custom_op("modeconn_test::squash", mutates_args=())
 def squash(x: torch.Tensor, scale: float) -> torch.Tensor:
     return x / (1 + scale * x.abs())
 
