@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import math
 import os
+import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -76,7 +77,10 @@ class EarlyStopping(Callback):
         margin: By how much a value must be better to count.
 
     Raises:
-        ValueError: If a setting is out of range; in the run, if there is no such value.
+        ValueError: If a setting is out of range.
+
+    Warns:
+        UserWarning: At the end of a run in which there was no such value.
     """
 
     def __init__(
@@ -95,10 +99,12 @@ class EarlyStopping(Callback):
         if self.monitor not in known:
             if self._was_measured or event.epoch < event.num_epochs:  # not every epoch is measured
                 return False
-            raise ValueError(
-                f"EarlyStopping watches {self.monitor!r}, which was never measured; there are "
-                f"{', '.join(map(repr, known))}."
+            warnings.warn(  # an error would throw the finished run away
+                f"EarlyStopping watched {self.monitor!r}, which was never measured; there are "
+                f"{', '.join(map(repr, known))}.",
+                stacklevel=2,
             )
+            return False
         self._was_measured = True
         value = -known[self.monitor] if self.higher_is_better else known[self.monitor]
         if value < self.best - self.margin:

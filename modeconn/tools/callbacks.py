@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -152,12 +153,17 @@ class Callbacks:
         return {}, {"callbacks": [one.state() if hasattr(one, "state") else {} for one in self._all]}
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was, with as many callbacks as there were; others begin anew."""
+        """Take up where `state` was, with as many callbacks as there were; others begin anew, with a warning."""
         known = about.get("callbacks", [])
-        if len(known) == len(self._all):
-            for one, state in zip(self._all, known, strict=True):
-                if hasattr(one, "load_state"):
-                    one.load_state(state)
+        if len(known) != len(self._all):
+            warnings.warn(
+                f"the run was saved with {len(known)} callbacks and goes on with {len(self._all)}: these begin anew.",
+                stacklevel=2,
+            )
+            return
+        for one, state in zip(self._all, known, strict=True):
+            if hasattr(one, "load_state"):
+                one.load_state(state)
 
 
 def _has_own(callback: Any, moment: str) -> bool:
