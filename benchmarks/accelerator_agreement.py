@@ -197,7 +197,7 @@ def case(name: str) -> Case:
     networks = []
     for seed in range(_COUNTS.get(name, 3)):
         with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed + 1)
+            torch.default_generator.manual_seed(seed + 1)  # of the CPU alone
             networks.append(models.train(_lively(build().double()), list(train), recipe=recipe))
     return Case(networks, list(train), list(test))
 

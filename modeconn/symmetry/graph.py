@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
+from torch._decomp import decompositions
 from torch.utils import _pytree as pytree
 
 from modeconn.network.batches import to_device
@@ -32,6 +33,11 @@ _UNINITIALISED = {
     for name in ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided")
 }
 """Operators whose values mean nothing until something is written there."""
+_RESHAPE, _VIEW = torch.ops.aten.reshape.default, torch.ops.aten.view.default
+_VIEWS = (_VIEW, torch.ops.aten._unsafe_view.default)
+"""Reshapes that ask for one layout in memory, in which another device or memory format may not put tensors."""
+_COPIES = (torch.ops.aten.clone.default, torch.ops.aten.contiguous.default)
+"""Copies that exports hold or leave out, according to the layout."""
 
 
 @dataclass(frozen=True)
@@ -130,6 +136,7 @@ class Graph:
         self._last_use = _last_uses(self.nodes)
         written = {_storage_of(source) for node in self.nodes for source in _written_by(node)}
         self.written_state = {self.state[node.name].name for node in written if node.name in self.state}
+        self._safe_to_copy = {node for node in self.nodes if _storage_of(node) not in written}
         self.free_batch = any(_is_free(n) for input in self._inputs() for n in input.shape)
 
     def run(
@@ -167,20 +174,38 @@ class Graph:
                 value = getattr(self._program.graph_module, node.target)
                 value = value.to(device) if isinstance(value, Tensor) else value
             else:
+                target = _RESHAPE if node.target == _VIEW and node in self._safe_to_copy else node.target
                 with torch.no_grad():  # not around the yield: two runs in step would restore each other's state
-                    value = _call(node, env, device, dtype, running_statistics)
+                    value = _call(node, target, env, device, dtype, running_statistics)
             env[node] = value
             yield node, value
             for done in self._last_use.get(node, ()):
                 del env[done]
 
     def is_like(self, other: Graph, ignore: Collection[str] = ()) -> bool:
-        """Whether another graph makes the same steps from the same constants, but for those to ignore."""
-        if [_step(node) for node in self.nodes] != [_step(node) for node in other.nodes]:
+        """Whether another graph makes the same steps from the same constants, but for those to ignore.
+
+        How tensors lie in memory does not count: it differs between devices, and decides what is copied on the way.
+        """
+        if self._steps() != other._steps():
             return False
         kept = [source for source in self.state.values() if source.name not in ignore]
         pairs = ((self.constant(source), other.constant(source)) for source in kept)
         return all(x is None or y is None or x.is_meta or torch.equal(x.to(y.device), y) for x, y in pairs)
+
+    def _steps(self) -> list[str]:
+        """Return what each node does to what, as text, without copies that change no value."""
+        names: dict[Node, Any] = {}
+        steps = []
+        for node in self.nodes:
+            source = node.all_input_nodes[0] if node.all_input_nodes else None
+            if node.target in _COPIES and {node, source} <= self._safe_to_copy:
+                names[node] = names[source]
+                continue
+            names[node] = len(steps) if node.op == "call_function" else node.name
+            arguments = torch.fx.node.map_aggregate((node.args, node.kwargs), lambda leaf: names.get(leaf, leaf))
+            steps.append(_step(_RESHAPE if node.target in _VIEWS else node.target, arguments))
+        return steps
 
     def check_inputs(self, example: Example) -> None:
         """Raise a ValueError unless inputs have the shapes that the model was exported for, but for a free batch."""
@@ -350,6 +375,8 @@ def _traceable() -> Iterator[None]:
     ]
     levels = [log.level for log in logs]
     torch.backends.mha.set_fastpath_enabled(False)
+    lstm = decompositions.one_layer_lstm
+    decompositions.one_layer_lstm = _one_layer_lstm
     for log in logs:
         log.setLevel(logging.CRITICAL)
     try:
@@ -358,8 +385,18 @@ def _traceable() -> Iterator[None]:
             yield
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
+        decompositions.one_layer_lstm = lstm
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
+
+
+def _one_layer_lstm(inputs: Tensor, hidden: Any, *args: Any, **kwargs: Any) -> Any:
+    """Compute what torch's decomposition does, with final states of the right shape: torch 2.11 adds a dimension."""
+    outputs, finals = _TORCH_ONE_LAYER_LSTM(inputs, hidden, *args, **kwargs)
+    return outputs, tuple(x if x.shape == h.shape else x.reshape(h.shape) for x, h in zip(finals, hidden, strict=True))
+
+
+_TORCH_ONE_LAYER_LSTM = decompositions.one_layer_lstm
 
 
 def _export_error(model: nn.Module, example: Example, training: bool, error: Exception) -> ValueError:
@@ -481,8 +518,8 @@ def _mutates(node: Node) -> bool:
     return schema is not None and schema.is_mutable
 
 
-def _step(node: Node) -> str:
-    text = f"{node.name} = {node.target} {node.args} {node.kwargs}"
+def _step(target: Any, arguments: Any) -> str:
+    text = f"{target} {arguments}"
     return re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", text)  # one model may be on another
 
 
@@ -522,7 +559,12 @@ def _last_uses(nodes: list[Node]) -> dict[Node, list[Node]]:
 
 
 def _call(
-    node: Node, env: dict[Node, Any], device: torch.device, dtype: torch.dtype | None, running_statistics: bool
+    node: Node,
+    target: Any,
+    env: dict[Node, Any],
+    device: torch.device,
+    dtype: torch.dtype | None,
+    running_statistics: bool,
 ) -> Any:
     from torch.fx.node import map_aggregate
 
@@ -541,7 +583,7 @@ def _call(
     names = [argument.name for argument in node.target._schema.arguments] if settings else []
     args = [settings.get(name, value) for name, value in zip(names, args, strict=False)] if settings else args
     tensors_in = [n for n in node.all_input_nodes if isinstance(env[n], Tensor)]
-    target: Any = _grouped_matmul if dtype == torch.float64 and node.target == _GROUPED_MATMUL else node.target
+    target = _grouped_matmul if dtype == torch.float64 and target == _GROUPED_MATMUL else target
     value = target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
     if dtype is not None and not tensors_in and isinstance(value, Tensor):
         value = value.to(_in_precision(value.dtype, dtype))  # made by the graph, in torch's default type
