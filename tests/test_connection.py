@@ -27,7 +27,7 @@ def connect(name="residual", curve=None, *, dtype=torch.float32, **kwargs) -> tu
     curve = curve or Bezier(2)
     space = WeightSpace(a)
     points = curve.initial_control_points(space.flatten(a), space.flatten(b))
-    points[1:-1] += 0.05 * torch.randn(points[1:-1].shape, generator=torch.Generator().manual_seed(2)).to(dtype)
+    points[1:-1] += 0.05 * torch.randn(points[1:-1].shape, generator=torch.Generator().manual_seed(2)).to(points)
     kwargs.setdefault("training", TrainingData(batches(seed=5, dtype=dtype)))
     path = Path(a, curve, points, (named_buffers(a), named_buffers(b)), training=kwargs.pop("training", None))
     return Connection(path, **kwargs), a, b

@@ -17,7 +17,7 @@ from modeconn.attacks.pgd import _NORMS
 from modeconn.models.training import DIGITS_RECIPE
 from modeconn.network.attack import under_attack
 from modeconn.network.loss import per_example
-from tests.cases import CASE, CASES
+from tests.cases import CASE, CASES, DEVICE
 
 NORMS = pytest.mark.parametrize("norm", ["linf", "l2"])
 
@@ -34,7 +34,7 @@ def digits() -> tuple[nn.Module, Tensor, Tensor]:
 def problem(name: str = "mlp", dtype: torch.dtype = torch.float64, seed: int = 0) -> tuple[nn.Module, Tensor, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(6, 1, 2, 4, generator=generator, dtype=dtype)
-    return CASE[name].make(seed, dtype), x, torch.randint(3, (6,), generator=generator)
+    return CASE[name].make(seed, dtype), x.to(DEVICE), torch.randint(3, (6,), generator=generator).to(DEVICE)
 
 
 def lengths(moved: Tensor, norm: str) -> Tensor:

@@ -33,7 +33,7 @@ from modeconn.network.batch_norm import calibration_batches, recalibrate
 from modeconn.network.loss import cross_entropy
 from modeconn.network.recipe import Recipe, constant
 from modeconn.network.weights import WeightSpace, Workspace
-from tests.cases import CASE, same_bits
+from tests.cases import CASE, DEVICE, same_bits
 from tests.cli.test_app import run
 from tests.learning import test_resume
 from tests.learning.resume_worker import RECIPE, fit
@@ -45,7 +45,7 @@ FEW = Recipe(epochs=2, optimizer=partial(torch.optim.SGD, lr=0.1), schedule=cons
 def pixels(num: int = 30, **settings) -> TensorLoader:
     generator = torch.Generator().manual_seed(0)
     inputs = torch.rand(num, 1, 2, 4, generator=generator)
-    return TensorLoader(inputs, torch.randint(3, (num,), generator=generator), batch_size=10, **settings)
+    return TensorLoader(inputs, torch.randint(3, (num,), generator=generator), batch_size=10, **settings).to(DEVICE)
 
 
 def resumable() -> TensorLoader:

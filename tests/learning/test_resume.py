@@ -19,7 +19,7 @@ from modeconn.network.loss import cross_entropy
 from modeconn.network.recipe import Recipe, constant
 from modeconn.symmetry import discover
 from modeconn.tools import files
-from tests.cases import CASE, batches
+from tests.cases import CASE, DEVICE, batches
 from tests.learning.resume_worker import RECIPE, after, fit, loader
 
 ROOT = Path(__file__).parents[2]
@@ -88,6 +88,15 @@ def test_a_run_that_fails_goes_on_from_the_end_of_the_epoch_before(tmp_path, cou
     assert same(fit(tmp_path / "c"), fit())
 
 
+@pytest.fixture
+def interruptible():
+    """Let Ctrl-C interrupt, also where a shell started the tests in the background and has it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_waits_for_the_step_and_saves(tmp_path):
     def forward(model, batch):
         steps.append(None)
@@ -104,6 +113,7 @@ def test_ctrl_c_waits_for_the_step_and_saves(tmp_path):
     assert same(fit(tmp_path / "c", forward=forward), fit(forward=forward))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_a_second_ctrl_c_acts_at_once_and_leaves_the_last_checkpoint(tmp_path):
     def forward(model, batch):
         steps.append(None)
@@ -119,6 +129,7 @@ def test_a_second_ctrl_c_acts_at_once_and_leaves_the_last_checkpoint(tmp_path):
     assert same(fit(tmp_path / "c", forward=forward), fit(forward=forward))
 
 
+@pytest.mark.usefixtures("interruptible")
 def test_ctrl_c_during_the_last_write_is_not_lost(tmp_path, monkeypatch):
     monkeypatch.setattr(os, "replace", after(3, lambda: signal.raise_signal(signal.SIGINT), os.replace))
     with pytest.raises(KeyboardInterrupt):
@@ -186,7 +197,7 @@ def test_modules_that_learn_in_their_buffers_resume_too(tmp_path):
 
     def centred(seed: int):
         model = torch.nn.Sequential(CASE["mlp"].make(seed))
-        model.register_buffer("mean", torch.zeros(()))
+        model.register_buffer("mean", torch.zeros((), device=DEVICE))
         return model
 
     from modeconn.fit import fit_curve

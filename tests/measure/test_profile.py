@@ -106,8 +106,8 @@ def test_every_example_counts_alike_whatever_the_batches(last):
     meter.measure(model)
     inputs, targets = (torch.cat(parts) for parts in zip(*data, strict=True))
     loss, accuracy = meter.results().loss, meter.results().accuracy
-    torch.testing.assert_close(loss[0], cross_entropy(model(inputs), targets))
-    torch.testing.assert_close(accuracy[0], (model(inputs).argmax(1) == targets).double().mean())
+    torch.testing.assert_close(loss[0], cross_entropy(model(inputs), targets).cpu())
+    torch.testing.assert_close(accuracy[0], (model(inputs).argmax(1) == targets).double().mean().cpu())
     assert meter.num_examples == 36 + last
 
 

@@ -24,7 +24,7 @@ from modeconn.cli.app import app
 from modeconn.measure.curvature import largest_eigenvalue
 from modeconn.measure.robust_profile import pack_bits, pack_floats, unpack_bits, unpack_floats
 from modeconn.network.loss import TrainingData
-from tests.cases import CASE
+from tests.cases import CASE, DEVICE
 
 STRONG, WEAK = PGD(0.3, 0.1, 4, seed=3), PGD(0.1, 0.05, 1, seed=3)
 
@@ -33,7 +33,7 @@ def examples(num_examples: int = 24, batch_size: int = 10, seed: int = 0) -> lis
     generator = torch.Generator().manual_seed(seed)
     x = torch.rand(num_examples, 1, 2, 4, generator=generator, dtype=torch.float64)
     y = torch.randint(3, (num_examples,), generator=generator)
-    return list(zip(x.split(batch_size), y.split(batch_size), strict=True))
+    return list(zip(x.to(DEVICE).split(batch_size), y.to(DEVICE).split(batch_size), strict=True))
 
 
 def connect(name: str = "mlp", loader: object = None) -> Connection:

@@ -11,7 +11,7 @@ import modeconn
 from modeconn.data import Flip, TensorLoader
 from modeconn.network.batch_norm import calibration_batches, norm_layers, recalibrate
 from modeconn.network.batches import endless_batches
-from tests.cases import CASE, batches, clone, same_bits
+from tests.cases import CASE, DEVICE, batches, clone, same_bits
 from tests.reference import pooled_statistics
 
 CPU = torch.device("cpu")
@@ -74,7 +74,7 @@ def test_a_forward_pass_that_fails_leaves_the_model_as_it_was():
     model = CASE["batch_norm"].make(0).train()
     before = clone(model)
     with pytest.raises(RuntimeError, match="mat1 and mat2"):
-        recalibrate(model, [*batches(1), (torch.ones(4, 3), None)])
+        recalibrate(model, [*batches(1), (torch.ones(4, 3, device=DEVICE), None)])
     assert same_bits(model, before) and model[2].training and not model[2]._forward_pre_hooks
 
 
@@ -115,7 +115,7 @@ def sizes(data):
 
 def test_calibration_reads_the_first_examples_and_cuts_the_last_batch():
     data = batches(5, 12)
-    taken = calibration_batches(data, CPU, limit=30)
+    taken = calibration_batches(data, DEVICE, limit=30)
     assert sizes(taken) == [12, 12, 6]
     assert torch.equal(taken[2][0], data[2][0][:6]) and torch.equal(taken[2][1], data[2][1][:6])
 

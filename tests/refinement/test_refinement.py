@@ -24,7 +24,7 @@ from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.refinement.relaxed_step import decompose, project
 from modeconn.symmetry.spec import Permutation
-from tests.cases import CASE, batches, same_bits
+from tests.cases import CASE, DEVICE, batches, same_bits
 from tests.learning.resume_worker import fit, loader
 from tests.learning.test_resume import Breaking
 from tests.symmetry import cases as symmetry_cases
@@ -137,7 +137,7 @@ def test_the_loss_along_the_curve_is_that_of_its_networks_and_has_its_gradients(
 
     loss = CurveLoss(Workspace(a, space), curve, space.flatten(a), forward, sample)
     theta_b = space.flatten(b)
-    bend = 0.1 * torch.randn(curve.num_control_points - 2, len(theta_b), dtype=torch.float64)
+    bend = 0.1 * torch.randn(curve.num_control_points - 2, len(theta_b), dtype=torch.float64).to(DEVICE)
 
     def naive(theta_b, bend):
         points = curve.initial_control_points(space.flatten(a), theta_b)
