@@ -28,7 +28,8 @@ from modeconn.network.batches import check_loader, num_examples, tensors_of
 from modeconn.network.loss import LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, device_of, load_buffers
-from modeconn.symmetry import Permutation, PermutationSpec
+from modeconn.symmetry import PermutationSpec
+from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools.files import write_text
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
@@ -120,7 +121,8 @@ class Comparison:
         drawn = torch.randint(len(ours), (num_resamples, len(ours)), generator=generator)
         ratios = ours[drawn].mean(1) / theirs[drawn].mean(1)
         quantiles = ratios.new_tensor([0.025, 0.975])
-        low, high = ratios.nanquantile(quantiles, interpolation="nearest").tolist()  # NaN: 0 of 0, which says nothing
+        # A resample whose baseline is 0 has no ratio (0 / 0 is NaN) and is left out.
+        low, high = ratios.nanquantile(quantiles, interpolation="nearest").tolist()
         return float(ours.mean() / theirs.mean()), low, high
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -232,7 +234,8 @@ def compare(
     space = _check_pairs(pairs)
     with seeded(seed, space.device):
         spec = find_spec(pairs[0][0], loader, spec, example_input, verify=True)
-    with seeded(seed, space.device):  # anew, so that the first batch is the same where the spec is known
+    # Seeded anew, so that the first batch does not depend on whether the spec is known.
+    with seeded(seed, space.device):
         check_loader(test)
         measured = fetch(test, space.device)
         about = [loss_fn, curve, recipe, num_points, repair, seed, _num_batches(loader)]
@@ -241,9 +244,10 @@ def compare(
             digest(tensors_of(check_loader(loader))),
             digest(one for batch in measured for one in tensors_of(batch)),
         ]
-        names = {row: identify(method) for row, method in named.items()}  # before any method changes itself
+        # Taken before a method changes its own settings.
+        names = {row: identify(method) for row, method in named.items()}
     trial = _Matching(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)
-    match_units(torch.eye(2))  # so that the time and memory of one-time imports are those of no method
+    match_units(torch.eye(2))  # imported now, so that no method pays time and memory for one-time imports
     known = Records(checkpoint)
     records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
     bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
@@ -296,12 +300,12 @@ class _Matching:
             record |= _barriers("curve", fitted.evaluate(self.test, num_points=self.num_points))
         return record | cost
 
-    def _match(self, method: Method, model_a: nn.Module, model_b: nn.Module) -> tuple[Permutation, _Record]:
+    def _match(self, method: Method, model_a: nn.Module, model_b: nn.Module) -> tuple[Relabelling, _Record]:
         device = device_of(model_a)
         with seeded(self.seed, device), peak_memory(device) as peak:
             begin = time.perf_counter()
             permutation = method.match(self.spec, model_a, model_b, self.training.loader).permutation
-            seconds = time.perf_counter() - begin  # permutations are on the CPU, so an accelerator is done as well
+            seconds = time.perf_counter() - begin  # relabellings are on the CPU, so an accelerator has finished too
         return permutation, {"seconds": seconds, **({} if peak.num_bytes is None else {"peak bytes": peak.num_bytes})}
 
     def _measure_as_it_is(self, line: Connection) -> Profile:

@@ -15,7 +15,6 @@ from modeconn.curves import Curve
 from modeconn.curves import describe as describe_curve
 from modeconn.curves import rebuild as rebuild_curve
 from modeconn.curves.path import Path
-from modeconn.learning.checkpoint import permutation_tensors, saved_permutation
 from modeconn.learning.history import History
 from modeconn.measure.measurable import Measurable
 from modeconn.network.attack import AdversarialExamples
@@ -24,11 +23,12 @@ from modeconn.network.copies import copy_of
 from modeconn.network.loss import TrainingData
 from modeconn.network.registry import build, describe
 from modeconn.network.weights import WeightSpace
-from modeconn.symmetry import Permutation
+from modeconn.symmetry.relabelling import Relabelling, pack, unpack
 from modeconn.tools import files
 
 _KIND = "connection"
 _FORMAT = 1
+_MOVED = "permutation."  # begins the names of the relabelling's tensors
 
 
 class Connection(Measurable):
@@ -53,7 +53,7 @@ class Connection(Measurable):
         device: Where the control points are.
     """
 
-    def __init__(self, path: Path, *, permutation: Permutation | None = None, history: History | None = None) -> None:
+    def __init__(self, path: Path, *, permutation: Relabelling | None = None, history: History | None = None) -> None:
         super().__init__(path, path.training, path.space.device)
         self.space, self.curve, self.control_points = path.space, path.curve, path.control_points
         self.buffers = path.buffers
@@ -132,16 +132,16 @@ class Connection(Measurable):
         tensors = {"control_points": torch.stack([self.space.to_canonical(row) for row in self.control_points])}
         for end, buffers in zip("ab", self.buffers, strict=True):
             tensors |= {f"buffers.{end}.{name}": buffer for name, buffer in buffers.items()}
-        tensors |= permutation_tensors(self.permutation)
+        moved, relabelled_by = pack(self.permutation, _MOVED)
         about = {
             "format": _FORMAT,
             "curve": describe_curve(self.curve),
             "parameters": self.space.shapes,
             "model": describe(self._path.template),
-            "permutation": None if self.permutation is None else self.permutation.spec.to_json(),
+            **relabelled_by,
             "history": None if self.history is None else asdict(self.history),
         }
-        files.write(path, _KIND, tensors, about)
+        files.write(path, _KIND, tensors | moved, about)
 
     @classmethod
     def load(
@@ -169,7 +169,7 @@ class Connection(Measurable):
         points = tensors.pop("control_points")
         template = _rebuild(about["model"], points.dtype, path) if template is None else template
         if device is not None:
-            template = copy_of(template).to(device)  # a copy: `to` moves the caller's own
+            template = copy_of(template).to(device)  # copied, because `to` would move the caller's template
         buffers = tuple(
             {name.removeprefix(start): buffer for name, buffer in tensors.items() if name.startswith(start)}
             for start in ("buffers.a.", "buffers.b.")
@@ -188,7 +188,7 @@ class Connection(Measurable):
         )
         return cls(
             path,
-            permutation=saved_permutation(tensors, about["permutation"]),
+            permutation=unpack(tensors, about, _MOVED),
             history=None if about["history"] is None else History(**about["history"]),
         )
 

@@ -24,7 +24,7 @@ from modeconn.learning.history import History
 from modeconn.learning.step_loss import StepLoss
 from modeconn.matching import ActivationMatching, Alignment, Method, WeightMatching
 from modeconn.matching.alignment import find_alignment, find_spec
-from modeconn.matching.method import check_data, check_method
+from modeconn.matching.method import check_data, check_method, finished
 from modeconn.network.batches import Opened, check_pair
 from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
@@ -32,8 +32,10 @@ from modeconn.network.weights import WeightSpace, Workspace, named_buffers
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.pam import PAM, Refinement
 from modeconn.symmetry import Permutation, PermutationSpec
+from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.fingerprint import digest, identify
+from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
 
 _LOGGER = logging.getLogger(__name__)
@@ -46,7 +48,7 @@ def fit_curve(
     model_b: nn.Module,
     loader: Iterable[Any] | None = None,
     *,
-    align: bool | Permutation | Alignment | Method = True,
+    align: bool | Relabelling | Alignment | Method = True,
     curve: Curve = _QUADRATIC,
     recipe: Recipe = _RECIPE,
     refine: PAM | None = None,
@@ -74,7 +76,7 @@ def fit_curve(
         model_b: Network at t=1, once relabelled; of the same architecture, dtype and device.
         loader: Training data, any re-iterable of ``(inputs, targets)``. Without it, networks are aligned by their
             weights, no curve is learned, and the straight connection is returned with a warning.
-        align: True for the default method of `modeconn.align`, a method object, a finished permutation or alignment,
+        align: True for the default method of `modeconn.align`, a method object, a finished relabelling or alignment,
             or False to take b as it is.
         curve: The family of curves to learn from; `Line()` learns nothing. A class of your own is a dataclass that
             inherits from `modeconn.curves.Curve`.
@@ -92,7 +94,7 @@ def fit_curve(
         seed: For t, data order, augmentation, dropout and attacks. The caller's random state is left as it was.
         callbacks: What is told of every step, epoch and relabelling that is tried, see `modeconn.callbacks.Callback`.
             They change nothing, but may end the run after an epoch.
-        progress: Whether to show a progress bar.
+        progress: Whether to show progress bars: of the alignment where it takes more than a second, of PAM, of epochs.
 
     Returns:
         The connection, with the history of the fit.
@@ -124,16 +126,17 @@ def fit_curve(
         "loss": forward or loss_fn,
         "refine": refine,
         "adversary": None if adversary is None else adversary_of(adversary),
-        "align": getattr(align, "permutation", align),
+        "align": finished(align) or align,
         "seed": seed,
     }
     with seeded(seed, space.device):
         data = None if loader is None else _opened(loader, space, forward)
         file = RunFile(checkpoint, partial(_identified, settings, space, ends), space.device)
-        how = align if file.saved is None else file.permutation() or False
-        permutation, relabelled = _relabel(ends, data, how, spec, example_input, is_refined=refine is not None)
+        how = align if file.saved is None else file.relabelling() or False
+        with bars(progress):
+            permutation, relabelled = _relabel(ends, data, how, spec, example_input, is_refined=refine is not None)
         file.keep(permutation)
-        del data  # with it ends a pass with which nobody went on, and its worker processes
+        del data  # ends the pass that was begun, with its worker processes, if nobody went on with it
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
         buffers = (named_buffers(model_a), named_buffers(relabelled))
         if curve.num_trained or refine:
@@ -163,7 +166,7 @@ class _Learner:
     loss: StepLoss
     training: TrainingData
     refine: PAM | None
-    permutation: Permutation | None
+    permutation: Relabelling | None
     buffers: tuple[dict[str, Tensor], dict[str, Tensor]]
     ends: tuple[nn.Module, nn.Module]
 
@@ -190,7 +193,8 @@ class _Learner:
                 self._relabel(between.permutation)
             return self.connection(step.control_points.detach().clone())
 
-        with seeded(seed, step.control_points.device):  # anew, so that the alignment does not move the data's order
+        # Seeded anew, so that the data's order does not depend on the alignment.
+        with seeded(seed, step.control_points.device):
             run = Run(
                 step,
                 training.loader,
@@ -212,7 +216,7 @@ class _Learner:
         path = Path(self.ends[0], step.curve, points, self.buffers, space=step.workspace.space, training=self.training)
         return Connection(path, permutation=self.permutation, history=history)
 
-    def _relabel(self, permutation: Permutation) -> None:
+    def _relabel(self, permutation: Relabelling) -> None:
         """Take note of how b is relabelled now."""
         if permutation is not self.permutation:
             self.permutation = permutation
@@ -229,7 +233,7 @@ def _check_settings(
 ) -> None:
     """Raise a ValueError unless the settings of a fit go together."""
     describe_curve(curve)  # what cannot be saved is refused before hours of training, not after
-    if not isinstance(align, bool) and not _is_finished(align):
+    if not isinstance(align, bool) and finished(align) is None:
         check_method(align, name="align")
         check_data(align, loader)
     if refine is not None:
@@ -240,11 +244,6 @@ def _check_settings(
         raise ValueError(f"{adversary!r} attacks training data, so fit_curve needs it: pass loader=.")
     if adversary is not None and refine is not None:
         raise ValueError(f"{refine!r} moves units by the clean loss, so it does not go with {adversary!r}.")
-
-
-def _is_finished(align: Any) -> bool:
-    """Whether ``align`` is a permutation or an alignment, not a method to find one."""
-    return isinstance(align, Permutation) or hasattr(align, "permutation")
 
 
 def _opened(loader: Iterable[Any], space: WeightSpace, forward: Forward | None) -> Opened:
@@ -267,23 +266,28 @@ def _identified(settings: dict[str, Any], space: WeightSpace, ends: tuple[nn.Mod
 def _relabel(
     ends: tuple[nn.Module, nn.Module],
     data: Opened | None,
-    align: bool | Permutation | Alignment | Method,
+    align: bool | Relabelling | Alignment | Method,
     spec: PermutationSpec | None,
     example_input: Any,
     *,
     is_refined: bool,
-) -> tuple[Permutation | None, nn.Module]:
+) -> tuple[Relabelling | None, nn.Module]:
     """Return how b is relabelled at the start, None if it is not, and b so relabelled.
 
-    A run that is refined needs the groups even where nothing moves at the start.
+    A run that is refined needs the groups even where nothing moves at the start, and units that move as a whole.
     """
-    permutation = None
-    if _is_finished(align):
-        permutation = getattr(align, "permutation", align)
-    elif align is not False:
+    relabelling, model = finished(align), None
+    if relabelling is None and align is not False:
         method = (ActivationMatching() if data is not None else WeightMatching()) if align is True else align
         found = find_alignment(*ends, data, method, spec=spec, example_input=example_input, verify=True)
-        return found.permutation, found.model_b
-    elif is_refined:
-        permutation = find_spec(ends[0], data, spec, example_input, verify=True).identity()
-    return permutation, ends[1] if permutation is None else permutation.apply(ends[1])
+        relabelling, model = found.permutation, found.model_b
+    elif relabelling is None and is_refined:
+        relabelling = find_spec(ends[0], data, spec, example_input, verify=True).identity()
+    if is_refined and not isinstance(relabelling, Permutation):
+        raise ValueError(
+            f"refine= moves whole units, and align= gave a relabelling of another kind, {relabelling.kind}. Pass a "
+            f"method that finds a permutation, or leave refine= out."
+        )
+    if relabelling is None:
+        return None, ends[1]
+    return relabelling, relabelling.apply(ends[1]) if model is None else model

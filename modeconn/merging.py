@@ -18,7 +18,8 @@ from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_
 from modeconn.network.copies import copy_of
 from modeconn.network.repair import repair as repair_model
 from modeconn.network.weights import WeightSpace, load_buffers
-from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.symmetry.relabelling import Relabelling
+from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.rng import seeded
 
 
@@ -49,7 +50,7 @@ def interpolate(
         >>> torch.equal(interpolate(a, b, 1.0).weight, b.weight)
         True
     """
-    line = Path.straight_between(model_a, model_b)  # first of all, since it checks them
+    line = Path.straight_between(model_a, model_b)  # first, because it checks that the networks fit together
     warn_about_buffers(model_a, model_b)
     return line.model_at(t, recalibrate, recalibration_examples, repair)
 
@@ -67,10 +68,10 @@ class Merge:
     """
 
     model: nn.Module
-    permutations: tuple[Permutation, ...]
+    permutations: tuple[Relabelling, ...]
     history: tuple[float, ...]
 
-    def pairwise(self, i: int, j: int) -> Permutation:
+    def pairwise(self, i: int, j: int) -> Relabelling:
         r"""Return the relabelling of network j after network i, :math:`P_{ij} = P_i^{-1} P_j`.
 
         These compose exactly, :math:`P_{ij} P_{jk} P_{ki} = 1`, unlike relabellings that are found pair by pair.
@@ -168,7 +169,7 @@ class _CommonNames:
 
     def __init__(self, space: WeightSpace, spec: PermutationSpec, models: Sequence[nn.Module]) -> None:
         self.models = list(models)
-        self.permutations = [spec.identity() for _ in models]
+        self.permutations: list[Relabelling] = [spec.identity() for _ in models]
         self._space = space
         self._spec = spec
         self._thetas = torch.stack([space.flatten(model) for model in models]).double()
@@ -217,7 +218,7 @@ class _CommonNames:
             if self.spread() == start:
                 break
 
-    def _move(self, i: int, step: Permutation, moved: nn.Module, theta: Tensor) -> None:
+    def _move(self, i: int, step: Relabelling, moved: nn.Module, theta: Tensor) -> None:
         self.models[i], self._thetas[i] = moved, theta
         self.permutations[i] = step @ self.permutations[i]
 

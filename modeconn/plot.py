@@ -80,10 +80,11 @@ class Comparison(Protocol):
 Correlation = Mapping[str, tuple[float, float]]
 """Mean correlation ``(before, after)`` by group."""
 
-_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # told apart by all eyes
+# Colours that colour-blind readers tell apart.
+_COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 _BEFORE, _AFTER = "#8C8C8C", _COLOURS[0]
 _PERCENT = {"accuracy", "error"}
-_DASHES = ("-", "--", "-.", ":")  # told apart in grey print as well
+_DASHES = ("-", "--", "-.", ":")  # line styles, which grey print tells apart too
 _FEW_GROUPS, _MANY_GROUPS = 6, 12
 
 
@@ -166,7 +167,8 @@ def robust_profile(
     ax.set_xlabel("position on the curve, t (0: network a, 1: network b)")
     ax.set_ylabel(f"{quantity} (%)" if quantity in _PERCENT else "loss (mean per example)")
     _finished(ax, legend=False)
-    beside = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(3, len(ax.lines))}  # bands fill the axes
+    # The bands reach from edge to edge.
+    beside = {"loc": "lower center", "bbox_to_anchor": (0.5, 1), "ncols": min(3, len(ax.lines))}
     ax.legend(frameon=False, fontsize="small", **beside)
     return ax
 

@@ -16,8 +16,8 @@ from modeconn.network.loss import LossFn, check_targets, cross_entropy, per_exam
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.fingerprint import identify
 
-_SCALE = 2.0**10  # of the loss, against underflow of its gradient in float16; a power of two rounds nothing
-_ROUNDING = 1e-5  # by so much may augmentation leave the pixel range
+_SCALE = 2.0**10  # The loss is scaled up so that float16 gradients do not underflow; a power of two adds no rounding.
+_ROUNDING = 1e-5  # Augmentation may leave the pixel range by this much.
 
 
 @dataclass(frozen=True, repr=False)
@@ -145,7 +145,7 @@ class PGD:
             found_nan |= gradient.isnan().any()
             moved = torch.add(x_adv.detach(), norm.direction(gradient), alpha=uphill * self.step_size)
             x_adv = norm.project(moved, x, self.eps).clamp(lowest, highest)
-        if found_nan:  # looked at once: each look makes an accelerator wait
+        if found_nan:  # Checked once per call, because every check makes an accelerator wait.
             raise FloatingPointError(f"{self!r} met a gradient that is NaN; look for NaN in the network's weights.")
         return x_adv
 

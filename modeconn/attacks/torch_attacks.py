@@ -20,9 +20,9 @@ from modeconn.tools.rng import seeded
 
 _RADII = ("eps", "max_epsilon")
 _STEP_SIZES = ("alpha", "lr")
-_REAL = ("c", "kappa", "lam", "nsig", "scale")  # their defaults are whole, but they need not be
+_REAL = ("c", "kappa", "lam", "nsig", "scale")  # Their defaults are integers, but other numbers are allowed.
 _KINDS = {int: "a whole number", float: "a number", bool: "True or False", str: "a string", tuple: "a pair"}
-_BLACK_BOXES = ("GN", "OnePixel", "Pixle", "SPSA", "Square")  # they read outputs, never gradients
+_BLACK_BOXES = ("GN", "OnePixel", "Pixle", "SPSA", "Square")  # These attacks read outputs, never gradients.
 _FEWEST_CLASSES = 4  # the loss of its targeted attack divides by a difference among the four largest logits
 
 
@@ -118,7 +118,8 @@ class TorchAttack:
                 return seen.inputs(_classes()[self.name](seen, **arguments)(images, y).detach())
             except torch.OutOfMemoryError:
                 raise
-            except Exception as error:  # of any kind: most of its checks are none
+            # torchattacks rarely validates its arguments, so any exception may mean a wrong one.
+            except Exception as error:
                 raise ValueError(f"{self!r} failed with {type(error).__name__}: {error}") from error
 
     def _arguments(self, seen: nn.Module, images: Tensor) -> dict[str, Any]:
@@ -128,7 +129,8 @@ class TorchAttack:
             filled["seed"] = int(torch.randint(2**31, ()))
         if "n_classes" in defaults:
             with torch.no_grad():
-                num_classes = seen(images).shape[1]  # of the whole batch: batch norm in train mode takes no single one
+                # The whole batch, because batch norm in train mode refuses a single example.
+                num_classes = seen(images).shape[1]
             filled.setdefault("n_classes", min(defaults["n_classes"], num_classes))
             self._check_classes(filled["n_classes"], num_classes)
         return filled
@@ -277,7 +279,7 @@ class _AsImages(nn.Module):
         self._shape, self._dtype = x.shape[1:], x.dtype
         self._channels = x.shape[1] if x.dim() == 4 else 1
         self._length = x[0].numel() // self._channels
-        self._side = math.isqrt(self._length - 1) + 1  # rounded up
+        self._side = math.isqrt(self._length - 1) + 1  # round up to a whole side
 
     def train(self, mode: bool = True) -> _AsImages:
         return self
@@ -299,7 +301,7 @@ def _classes() -> dict[str, Any]:
     """Return the attacks of torchattacks by name; its wrappers of several networks or attacks are none."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # of what is written in its files; they are none of the user's concern
+            warnings.simplefilter("ignore")  # warnings about torchattacks' own source code, which the user cannot mend
             import torchattacks
     except ModuleNotFoundError as error:
         if error.name != "torchattacks":

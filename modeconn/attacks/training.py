@@ -145,7 +145,7 @@ class FreeAdversarialTraining:
     clip: tuple[float, float] | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
-        PGD(self.eps, self._step_size, 1, clip=self.clip)  # checks them
+        PGD(self.eps, self._step_size, 1, clip=self.clip)  # raises unless the settings are valid
         check_integers(self, "num_replays")
         check_at_least(self, 1, "num_replays")
 
@@ -212,7 +212,7 @@ def adversary_of(adversary: AdversaryLike) -> Adversary | FreeAdversarialTrainin
         ValueError: If it is neither.
     """
     if isinstance(adversary, FreeAdversarialTraining) or inspect.isroutine(getattr(type(adversary), "loss", None)):
-        return adversary  # an attack may keep a loss, but has no method of that name
+        return adversary  # An attack may hold a loss as an attribute; only an adversary has a method of that name.
     if isinstance(adversary, type) or not callable(adversary):
         raise ValueError(
             f"adversary must be an attack, AdversarialTraining(...), FreeAdversarialTraining(...) or TRADES(...), got "

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -19,11 +17,20 @@ from modeconn import Connection, Recipe, models, plot
 from modeconn.cli import deep_align, options, parse
 from modeconn.cli import demo as story
 from modeconn.cli.files import describe_file, draw_files
-from modeconn.cli.options import AdversaryOptions, DataOptions, ModelOptions, RecipeOptions, grouped
+from modeconn.cli.options import (
+    AdversaryOptions,
+    DataOptions,
+    ModelOptions,
+    RecipeOptions,
+    grouped,
+    kept_until_done,
+    say,
+)
 from modeconn.cli.options import bars as _bars
 from modeconn.measure.along import AlongCurve
 from modeconn.tools.files import check_writable
 from modeconn.tools.measurements import Records
+from modeconn.tools.progress import bars as progress_bars
 
 _INTERRUPTED = 130  # 128 + SIGINT, as shells have it
 
@@ -35,10 +42,10 @@ class _Group(TyperGroup):
         try:
             return super().invoke(context)
         except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-            _say(f"error: {error}")
+            say(f"error: {error}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            _say("interrupted.")
+            say("interrupted.")
             raise typer.Exit(_INTERRUPTED) from None
 
 
@@ -69,11 +76,6 @@ def _program(
     """Hold the options of the program itself."""
 
 
-def _say(text: str) -> None:
-    """Tell the user something that is no result: on stderr, so that results can be piped."""
-    typer.echo(f"modeconn: {text}", err=True)
-
-
 def _check_outputs(*paths: Path | None) -> None:
     """Raise unless each file that is asked for can be written, and to a place of its own."""
     asked = [path for path in paths if path is not None]
@@ -82,19 +84,6 @@ def _check_outputs(*paths: Path | None) -> None:
         check_writable(path)
         if places.count(place) > 1:
             raise ValueError(f"several results would be written to {str(path)!r}. Give them names that differ.")
-
-
-@contextmanager
-def _kept_until_done(path: Path, *, is_own: bool) -> Iterator[None]:
-    """Say where an interrupted run is kept; delete the file of a finished one, unless it is the user's own."""
-    try:
-        yield
-    except (KeyboardInterrupt, ValueError, FloatingPointError):
-        if path.exists():
-            _say(f"the run is kept in {path}; give the same command again to go on.")
-        raise
-    if not is_own:
-        path.unlink(missing_ok=True)
 
 
 def _legend(files: list[Path], labels: str | None) -> list[str] | None:
@@ -200,7 +189,7 @@ def demo(
         return parse.make_model(plan.model, plan.arguments, loaders[0], seed=seed).to(data.device)
 
     with story.on_threads(plan.num_threads):
-        found = story.tell(plan, make, *loaders, seeds=seeds, say=_say, progress=_bars(progress))
+        found = story.tell(plan, make, *loaders, seeds=seeds, say=say, progress=_bars(progress))
     story.write_results(found, out, {"data": data.data, "data_seed": data.data_seed, "seeds": seeds, **plan.to_json()})
     typer.echo(f"{plan.model} on {data.data}, {found.rows[0].profile.num_examples} test examples\n\n{found.table()}\n")
     typer.echo(f"Figures (*.png), networks and connections (*.safetensors), numbers (*.json): {out.resolve()}")
@@ -244,7 +233,7 @@ def train(
     loader, test = data.load()
     network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed).to(data.device)
     settings = {"recipe": how, "adversary": opponent, "seed": seed, "checkpoint": kept, "progress": _bars(progress)}
-    with _kept_until_done(kept, is_own=checkpoint is not None):
+    with kept_until_done(kept, is_own=checkpoint is not None):
         trained = models.train(network, loader, **settings)
         models.save(trained, out)
     both = Connection.straight_between(trained, trained, training=modeconn.TrainingData(loader))
@@ -267,6 +256,7 @@ def align(
         str | None,
         typer.Option(help=f"{options.METHOD}; default: activation where there is data."),
     ] = None,
+    progress: options.Progress = None,
 ) -> None:
     r"""Relabel the units of network b so that it agrees with network a; its function stays the same.
 
@@ -284,7 +274,8 @@ def align(
     _check_outputs(out, permutation, report)
     chosen = _under_attack(None if method is None else parse.method(method), adversary.opponent())
     loader, _ = data.load_if_given()
-    found = modeconn.align(*shape.read((a, b), loader, data.device), loader, method=chosen)
+    networks = shape.read((a, b), loader, data.device)
+    found = modeconn.align(*networks, loader, method=chosen, progress=_bars(progress))
     models.save(found.model_b, out)
     if permutation is not None:
         found.permutation.save(permutation)
@@ -378,7 +369,7 @@ def fit(
     _check_outputs(out, kept)
     loader, _ = data.load()
     networks = shape.read((a, b), loader, data.device)
-    with _kept_until_done(kept, is_own=checkpoint is not None):
+    with kept_until_done(kept, is_own=checkpoint is not None):
         connection = modeconn.fit_curve(
             *networks,
             loader,
@@ -493,7 +484,7 @@ def robustness(
         kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
         Records(kept)  # another file than a checkpoint is refused here, before anything is said of it
         loaded = _connection(path, template, curve_class, data.device)
-        with _kept_until_done(kept, is_own=checkpoint is not None):
+        with kept_until_done(kept, is_own=checkpoint is not None):
             found = loaded.robustness(
                 loaders[1],
                 attacks,
@@ -603,7 +594,7 @@ def compare(
     _check_outputs(out, table, kept)
     loaders = data.load()
     loaded = shape.read(networks, loaders[0], data.device)
-    with _kept_until_done(kept, is_own=checkpoint is not None):
+    with kept_until_done(kept, is_own=checkpoint is not None):
         found = modeconn.compare(
             list(zip(loaded[::2], loaded[1::2], strict=True)),
             methods,
@@ -684,6 +675,7 @@ def symmetry(
     save_spec: Annotated[
         Path | None, typer.Option(help="Write the spec to this file, for Python.", show_default=False)
     ] = None,
+    progress: options.Progress = None,
 ) -> None:
     """Find and prove the groups of units of a model that can be relabelled.
 
@@ -701,10 +693,11 @@ def symmetry(
     else:
         network = parse.make_model(model, parse.settings(model_arg), None)
     example = None if input_shape is None else tuple(map(parse.example_input, input_shape))
-    spec = modeconn.discover(network, example, freeze=freeze or ())
+    with progress_bars(_bars(progress)):
+        spec = modeconn.discover(network, example, freeze=freeze or ())
+        error = spec.verify(network, example) if verify else None
     typer.echo(repr(spec.report()))
-    if verify:
-        error = spec.verify(network, example)
+    if error is not None:
         typer.echo(f"\nproved: no tensor differs from its prediction by more than {error:.1e} standard deviations")
     if out is not None:
         out.write_text(spec.report().to_json() + "\n")

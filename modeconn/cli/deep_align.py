@@ -10,7 +10,7 @@ from torch import nn
 
 from modeconn import ActivationMatching, DeepAlign, WeightMatching, compare, models
 from modeconn.cli import options, parse
-from modeconn.cli.options import DataOptions, ModelOptions, RecipeOptions, bars, grouped
+from modeconn.cli.options import DataOptions, ModelOptions, RecipeOptions, bars, grouped, kept_until_done
 from modeconn.tools.files import check_writable
 
 app = typer.Typer(
@@ -35,9 +35,13 @@ def fit(
     ] = "",
     networks: Annotated[int, typer.Option(min=0, help="Train so many networks first, with seeds 0, 1, ...")] = 0,
     keep: Annotated[Path | None, typer.Option(help="Folder for the networks trained here.")] = None,
+    checkpoint: options.Kept = None,
     progress: options.Progress = None,
 ) -> None:
     r"""Fit an aligner to networks in files, or to networks trained here in one vectorised run, or to both.
+
+    Stopped by Ctrl-C or by anything else, it goes on from its checkpoint when the same command is given again; networks
+    to train come first, anew if they were finished.
 
     For example:
 
@@ -59,11 +63,15 @@ def fit(
         arguments = parse.settings(shape.model_arg)
         made = [parse.make_model(shape.model, arguments, loader, seed=seed) for seed in range(networks)]
         made = [network.to(data.device) for network in made]
-        trained = models.train_population(made, loader, recipe=how, progress=bars(progress))
+        kept = out.with_name(out.name + ".networks.checkpoint")
+        with kept_until_done(kept, is_own=False):
+            trained = models.train_population(made, loader, recipe=how, checkpoint=kept, progress=bars(progress))
         _keep(trained, keep)
         population += trained
-    fitted = aligner.fit(population, loader, progress=bars(progress))
-    fitted.save(out)
+    kept = checkpoint or out.with_name(out.name + ".checkpoint")
+    with kept_until_done(kept, is_own=checkpoint is not None):
+        fitted = aligner.fit(population, loader, checkpoint=kept, progress=bars(progress))
+        fitted.save(out)
     step, value = min(fitted.fitted.validation, key=lambda one: one[1])
     what = "loss in the middle" if fitted.connectivity else "squared distance of parameters, as a share,"
     typer.echo(f"{len(population)} networks; {what} {value:.4f} on validation pairs, after {step} steps")

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from modeconn import Comparison, DeepAlign, Permutation, PermutationSpec, plot
-from modeconn.learning.checkpoint import FIT, TRAINING
+from modeconn import Comparison, DeepAlign, PermutationSpec, Relabelling, plot
+from modeconn.learning.checkpoint import ALIGNER, FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
 from modeconn.tools import files
@@ -28,6 +28,7 @@ def describe_file(path: Path) -> str:
     else:
         tensors, about = files.read(path)
         kind, text = about["kind"], _SAFETENSORS[about["kind"]](path, tensors, about)
+        kind = about["relabelling"]["kind"] if kind == "relabelling" else kind
     return f"{path}: {kind}\n{text}"
 
 
@@ -101,7 +102,7 @@ def _about_connection(path: Path, tensors: dict[str, Any], about: dict[str, Any]
         "curve": f"{name}({', '.join(f'{key}={value}' for key, value in arguments.items())}), {points} control points",
         "model": _model(about),
         "weights": f"{weights:,} of {str(tensors['control_points'].dtype).removeprefix('torch.')}",
-        "b": "as it was" if about["permutation"] is None else "relabelled",
+        "b": "as it was" if about.get("relabelling", about.get("permutation")) is None else "relabelled",
         "fit": "none" if history is None else _fit(history),
     }
     return _lines(lines)
@@ -112,14 +113,16 @@ def _about_model(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> 
     return _lines({"model": _model(about), "numbers": f"{count:,} in {len(tensors)} parameters and buffers"})
 
 
-def _about_permutation(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
-    permutation = Permutation.load(path)
-    return f"{permutation!r} of a\n{permutation.spec!r}"
+def _about_relabelling(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
+    relabelling = Relabelling.load(path)
+    return f"{relabelling!r} of a\n{relabelling.spec!r}"
 
 
 def _about_checkpoint(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
     settings = {name: value for name, value in about["settings"].items() if not name.startswith("parameter ")}
-    if "epochs" in about:
+    if "steps" in about:
+        done = f"{about['steps']} steps"
+    elif "epochs" in about:
         done = f"{about['epochs']} epochs"
     elif "progress" in about:
         done = f"{about['progress']['epoch']} epochs and {about['progress']['batch']} batches"
@@ -144,10 +147,12 @@ _SAFETENSORS = {
     "deep align": _about_deep_align,
     "connection": _about_connection,
     "model": _about_model,
-    "permutation": _about_permutation,
+    "relabelling": _about_relabelling,
+    "permutation": _about_relabelling,  # what older files are called
     "spec": _about_spec,
     FIT: _about_checkpoint,
     TRAINING: _about_checkpoint,
+    ALIGNER: _about_checkpoint,
 }
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any, get_type_hints
@@ -51,6 +52,24 @@ Finished = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="Finished measurements; default: beside the result, deleted at the end."),
 ]
+
+
+def say(text: str) -> None:
+    """Tell the user something that is no result: on stderr, so that results can be piped."""
+    typer.echo(f"modeconn: {text}", err=True)
+
+
+@contextmanager
+def kept_until_done(path: Path, *, is_own: bool) -> Iterator[None]:
+    """Say where an interrupted run is kept; delete the file of a finished one, unless it is the user's own."""
+    try:
+        yield
+    except (KeyboardInterrupt, ValueError, FloatingPointError):
+        if path.exists():
+            say(f"the run is kept in {path}; give the same command again to go on.")
+        raise
+    if not is_own:
+        path.unlink(missing_ok=True)
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ import torch
 from torch import nn
 
 import modeconn
-from modeconn import PAM, DeepAlign, Permutation, models
+from modeconn import PAM, DeepAlign, Relabelling, models
 from modeconn.attacks.pgd import PGD
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.curves import Curve
@@ -82,11 +82,11 @@ def deep_align(text: str) -> DeepAlign:
     return DeepAlign(**given, augmentation=WeightAugmentation(**augmentation))
 
 
-def alignment(text: str) -> bool | Method | Permutation:
+def alignment(text: str) -> bool | Method | Relabelling:
     """Read ``none``, a method, or the name of a permutation file."""
     if text == "none":
         return False
-    return Permutation.load(text) if Path(text).is_file() else method(text)
+    return Relabelling.load(text) if Path(text).is_file() else method(text)
 
 
 def refinement(text: str) -> PAM | None:

@@ -149,7 +149,8 @@ def check_positions(t: float | Tensor) -> Tensor:
         ValueError: If a position lies outside [0, 1].
     """
     positions = torch.as_tensor(t, dtype=torch.float64, device="cpu")
-    outside = positions[~((positions >= 0) & (positions <= 1))]  # written so that NaN is outside
+    # A comparison that is False for NaN, which is outside of [0, 1].
+    outside = positions[~((positions >= 0) & (positions <= 1))]
     if outside.numel():
         raise ValueError(f"t must lie in [0, 1], got t={outside.flatten()[0].item()}.")
     return positions

@@ -117,9 +117,9 @@ class CurveStep:
 
     @torch.no_grad()
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
+        """Restore what `state` returned."""
         self.control_points.copy_(tensors["control_points"])
-        for name, buffer in self.workspace.model.named_buffers():  # some modules do learn in them
+        for name, buffer in self.workspace.model.named_buffers():  # Some modules learn in their buffers.
             buffer.copy_(tensors[f"buffer.{name}"])
         self._pull, self._anchor = about["pull"], None
         if "anchor" in tensors:

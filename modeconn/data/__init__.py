@@ -34,7 +34,7 @@ class _DataSet:
 
 
 _CIFAR_AUGMENT = (Rotate(15), Flip(), Crop(4))  # Tatro et al. (2020)
-_TINY_IMAGENET_AUGMENT = (Rotate(30), Flip(), Crop(8))  # likewise, without their scaling and colour jitter
+_TINY_IMAGENET_AUGMENT = (Rotate(30), Flip(), Crop(8))  # Tatro et al. (2020), without their scaling and colour jitter
 
 _DATA_SETS = {
     "digits": _DataSet(lambda root, seed: read_digits(seed), 10, batch_size=64),

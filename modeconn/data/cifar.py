@@ -130,7 +130,7 @@ _STAND_INS = {
     ("numpy", "ndarray"): _Array,
     ("numpy", "dtype"): _Uint8,
     ("numpy.core.multiarray", "_reconstruct"): _empty_array,
-    ("numpy._core.multiarray", "_reconstruct"): _empty_array,  # where NumPy 2 has it
+    ("numpy._core.multiarray", "_reconstruct"): _empty_array,  # the module's name in NumPy 2
     ("_codecs", "encode"): _latin1_bytes,
 }
 

@@ -61,7 +61,7 @@ def _read_part(pillow: ModuleType, examples: Sequence[tuple[Path, int]]) -> Part
     images = torch.empty(len(examples), 3, _SIDE, _SIDE, dtype=torch.uint8)
     for row, (path, _) in enumerate(examples):
         with pillow.open(path) as image:
-            pixels = np.array(image.convert("RGB"))  # some are grey
+            pixels = np.array(image.convert("RGB"))  # some images are grey
         if pixels.shape != (_SIDE, _SIDE, 3):
             raise ValueError(f"{path} must have {_SIDE}x{_SIDE} pixels, it has {pixels.shape[1]}x{pixels.shape[0]}.")
         images[row] = torch.from_numpy(pixels).permute(2, 0, 1)

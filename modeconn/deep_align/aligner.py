@@ -5,7 +5,8 @@ from __future__ import annotations
 import os
 import warnings
 from collections.abc import Iterable, Sequence
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import partial
 from math import inf, isfinite
 from typing import Any
 
@@ -17,6 +18,7 @@ from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.settings import Settings
 from modeconn.deep_align.training import EncoderTraining, PopulationNetwork
 from modeconn.deep_align.unit_graph import Entry, UnitGraph, difference, layout_of, spec_difference
+from modeconn.learning.checkpoint import ALIGNER, Checkpoint, run_file
 from modeconn.matching import Match, match_groups
 from modeconn.matching.alignment import find_spec
 from modeconn.network.batches import first_batch, inputs_of
@@ -24,12 +26,12 @@ from modeconn.network.loss import LossFn, cross_entropy
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools import files
-from modeconn.tools.fingerprint import digest
+from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.rng import preserved, seeded
 
 _FORMAT = 3
 _KIND = "deep align"
-_ENOUGH = 20  # networks of a population of which some can be spared for validation
+_ENOUGH = 20  # from this many networks on, a tenth is held out for validation
 
 
 @dataclass(frozen=True, eq=False)
@@ -117,6 +119,7 @@ class DeepAlign(Settings):
         loss_fn: LossFn = cross_entropy,
         spec: PermutationSpec | None = None,
         example_input: Any = None,
+        checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
         progress: bool = False,
     ) -> DeepAlign:
         """Return a fitted copy of these settings; networks and global random state stay as they are.
@@ -134,12 +137,17 @@ class DeepAlign(Settings):
                 networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, unless ``connectivity`` is 0.
             spec: What `discover` found for this architecture. Default: it is discovered and proved here.
             example_input: For discovery, and to check rescaling; default the first inputs of the loader.
+            checkpoint: A file to which the run saves itself as it validates, after every ``validate_every`` steps. If
+                it exists, the run goes on from it and ends with the same bits as one that was never interrupted, on
+                the same machine and versions.
             progress: Whether to show a progress bar.
 
         Raises:
             ValueError: If there are not two networks, or not half of them finite; one differs from the first, in which
                 tensor or group; they are in float16; data is missing; units lie in blocks, such as heads; a layer
-                cannot be run for many networks at once; or rescaling does not fit.
+                cannot be run for many networks at once; or rescaling does not fit. The same if the checkpoint belongs
+                to another run.
+            OSError: If the checkpoint cannot be written.
             FloatingPointError: If the loss became infinite or NaN, or never was finite between validation networks.
         """
         models = _at_least_two(population, "population")
@@ -173,9 +181,16 @@ class DeepAlign(Settings):
             encoder.standardise(states)
             network = PopulationNetwork(models[0], loss_fn)
             training = EncoderTraining(self, encoder, network, states, held_out, loader, example)
-            training.run(progress=progress)
+            file = run_file(checkpoint, partial(self._identified, loss_fn, states, held_out), space.device, ALIGNER)
+            training.run(file, progress=progress)
         fitted = Fitted(encoder.requires_grad_(False), training.history, training.validations)
         return replace(self, fitted=fitted)
+
+    def _identified(self, loss_fn: LossFn, states: Tensor, held_out: Tensor) -> dict[str, Any]:
+        """Return what makes a run what it is, as texts under the names its caller knows."""
+        settings = {name: identify(getattr(self, name)) for name in (field.name for field in fields(Settings))}
+        networks = {"the digest of the population": digest([states]), "of the validation networks": digest([held_out])}
+        return {**settings, "loss_fn": identify(loss_fn), **networks}
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
@@ -249,7 +264,7 @@ class DeepAlign(Settings):
         aligner = cls(**{**settings, "augmentation": WeightAugmentation(**settings["augmentation"])})
         layout = {name: Entry(tensor, tuple(shape), role) for name, (tensor, shape, role) in about["layout"].items()}
         graph = UnitGraph(PermutationSpec.from_json(about["spec"]), layout, device)
-        with preserved():  # its first weights are drawn, only to be replaced
+        with preserved():  # the encoder draws initial weights, which are replaced below
             encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)
         encoder = encoder.to(device=device, dtype=tensors["scale"].dtype).requires_grad_(False)
         encoder.load_state_dict(tensors)

@@ -56,7 +56,8 @@ class WeightAugmentation:
             quantile = (self.prune * torch.rand(len(x), 1, device=x.device) * x.shape[1]).long()
             kept = (size >= size.sort(1).values.gather(1, quantile)) & (torch.rand_like(x) >= self.dropout)
             noisy = x + self.noise * x.std(1, correction=0, keepdim=True) * torch.randn_like(x)
-            if graph.layout[name].role == "weight":  # asked last: what is drawn does not depend on it
+            # Checked last, so that the random numbers drawn do not depend on it.
+            if graph.layout[name].role == "weight":
                 changed[:, part] = kept * noisy
         return changed
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modeconn.deep_align.unit_graph import UnitGraph
 
 _EDGE_WIDTH = 16  # hidden channels of the function that embeds an edge
-_CONSTANT = 1e-3  # of its size, the deviation up to which a piece is constant
+_CONSTANT = 1e-3  # A piece counts as constant up to this deviation, relative to its size.
 
 
 class Encoder(nn.Module):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from math import inf, isfinite
 from typing import Any
 
@@ -16,10 +16,12 @@ from torch.func import functional_call
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.settings import Settings
+from modeconn.learning.checkpoint import RunFile, State
+from modeconn.learning.parts import BatchStream, Count, Learned, Randomness
 from modeconn.matching import match_units
 from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.network.batch_norm import calibration_batches, norm_layers
-from modeconn.network.batches import check_loader, endless_batches, to_device
+from modeconn.network.batches import check_loader, to_device
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, main_output
 from modeconn.network.recipe import one_cycle
@@ -60,10 +62,10 @@ class EncoderTraining:
         self.settings, self.encoder, self.graph = settings, encoder, encoder.graph
         self.states = states
         spread = states.var(0).masked_fill(self.graph.is_buffer, 0).sum()
-        self.distance = 2 * spread.clamp(min=1e-12)  # of two networks, squared, on average
+        self.distance = 2 * spread.clamp(min=1e-12)  # mean squared distance between two networks
         self.network = network
+        self.batches = None if not settings.connectivity else BatchStream(loader, states.device)
         if settings.connectivity:
-            self.batches = endless_batches(loader, states.device)
             self.sample = list(
                 calibration_batches(loader, states.device, limit=_VALIDATION_EXAMPLES, seed=settings.seed)
             )
@@ -75,29 +77,51 @@ class EncoderTraining:
         self.validation = validation[first], validation[second]
         self.history: dict[str, list[float]] = {name: [] for name in ("supervised", "alignment", "connectivity")}
         self.validations: list[tuple[int, float]] = []
+        self._best: dict[str, Tensor] = {}  # the encoder where its validation was lowest
 
-    def run(self, *, progress: bool) -> None:
-        """Make all steps, then return to the best."""
+    def run(self, file: RunFile, *, progress: bool) -> None:
+        """Make all steps, from where the run was saved if it was, and return to the best; validations are saved."""
         settings = self.settings
         optimizer = torch.optim.AdamW(
             self.encoder.parameters(), lr=settings.learning_rate, weight_decay=settings.weight_decay
         )
-        best = self._validate(0)
-        bar = progress_bar(range(1, settings.num_steps + 1), show=progress, desc="Deep-Align", unit="step")
+        done, randomness = Count("steps"), Randomness(self.states.device)
+        parts = [self, Learned(self.encoder.state_dict(), optimizer), done, *([self.batches] if self.batches else [])]
+        parts.append(randomness)  # last, because others draw random numbers while they restore their state
+        file.resume(*parts)
+        if not self.validations:
+            self._validate(0)
+        steps = range(done.value + 1, settings.num_steps + 1)
+        bar = progress_bar(
+            steps, show=progress, desc="Deep-Align", unit="step", initial=done.value, total=settings.num_steps
+        )
         for step in bar:
             for group in optimizer.param_groups:
                 group["lr"] = settings.learning_rate * one_cycle(step - 1, settings.num_steps)
             self._step(optimizer, step)
+            done.value = step
             if step % settings.validate_every == 0 or step == settings.num_steps:
-                found = self._validate(step)
-                best = min(best, found, key=lambda one: one[0])
-                bar.set_postfix(validation=f"{found[0]:.4f}")
-        if best[0] == inf:
+                bar.set_postfix(validation=f"{self._validate(step):.4f}")
+                file.save(*parts)
+        if not self._best:
             raise FloatingPointError(
                 f"the loss in the middle between validation networks is not finite after any of {settings.num_steps} "
                 f"steps; look for values in networks or data that are too large."
             )
-        self.encoder.load_state_dict(best[1])
+        self.encoder.load_state_dict(self._best)
+
+    def state(self) -> State:
+        """Return what was found so far, as a part of a run."""
+        values = [(step, value if isfinite(value) else None) for step, value in self.validations]
+        best = {f"best.{name}": tensor for name, tensor in self._best.items()}
+        return best, {"losses": self.history, "validations": values}
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.history = about["losses"]
+        self.validations = [(step, inf if value is None else value) for step, value in about["validations"]]
+        best = {name: tensor for name, tensor in tensors.items() if name.startswith("best.")}
+        self._best = {name.removeprefix("best."): tensor.to(self.states.device) for name, tensor in best.items()}
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         losses = self.losses()
@@ -156,8 +180,8 @@ class EncoderTraining:
             )
 
     @torch.no_grad()
-    def _validate(self, step: int) -> tuple[float, dict[str, Tensor]]:
-        """Return the loss in the middle between validation networks, really relabelled, and a copy of the weights.
+    def _validate(self, step: int) -> float:
+        """Return the loss in the middle between validation networks, really relabelled; keep the best encoder.
 
         Without data, or use for it, it is the squared distance of their parameters.
         """
@@ -172,9 +196,11 @@ class EncoderTraining:
             losses = [self.network.losses(middle, x, y).mean() * len(y) for x, y in self.sample]
             value = float(sum(losses)) / sum(len(y) for _, y in self.sample)
         value = value if isfinite(value) else inf
+        if value < min((before for _, before in self.validations), default=inf):
+            self._best = copy.deepcopy(self.encoder.state_dict())
         self.validations.append((step, value))
         _LOGGER.info("step %d of %d: validation %.4f", step, self.settings.num_steps, value)
-        return value, copy.deepcopy(self.encoder.state_dict())
+        return value
 
 
 class PopulationNetwork:
@@ -230,7 +256,8 @@ def supervised_loss(similarities: list[Tensor], perms: list[Tensor]) -> Tensor:
 
 
 def _soft(similarities: list[Tensor]) -> list[Tensor]:
-    matrices = soft_matrices({str(k): x for k, x in enumerate(similarities)}, 1.0)  # it groups matrices by size
+    # soft_matrices groups by size; restore the order of the groups.
+    matrices = soft_matrices({str(k): x for k, x in enumerate(similarities)}, 1.0)
     return [matrices[str(k)] for k in range(len(similarities))]
 
 

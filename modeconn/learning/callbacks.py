@@ -45,7 +45,7 @@ class Validation(Callback):
         self.values: list[dict[str, float]] = []
 
     def after_epoch(self, event: EpochEnd) -> None:
-        """Measure."""
+        """Measure the networks at the chosen positions, in the epochs that ``every`` chooses."""
         if event.epoch % self._every:
             return
         profile = event.connection().evaluate(self._loader, t=self._t, **self._settings)
@@ -63,7 +63,7 @@ class Validation(Callback):
         return {"values": self.values}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
+        """Restore what `state` returned."""
         self.values = list(state["values"])
 
 
@@ -97,9 +97,9 @@ class EarlyStopping(Callback):
         """Compare the value with the best so far."""
         known = {"loss": event.loss, **event.values}
         if self.monitor not in known:
-            if self._was_measured or event.epoch < event.num_epochs:  # not every epoch is measured
+            if self._was_measured or event.epoch < event.num_epochs:  # Not every epoch has a measurement.
                 return False
-            warnings.warn(  # an error would throw the finished run away
+            warnings.warn(  # Raising here would lose the run that has just finished.
                 f"EarlyStopping watched {self.monitor!r}, which was never measured; there are "
                 f"{', '.join(map(repr, known))}.",
                 stacklevel=2,
@@ -122,7 +122,7 @@ class EarlyStopping(Callback):
         }
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
+        """Restore what `state` returned."""
         self.best = math.inf if state["best"] is None else state["best"]
         self.num_worse, self._was_measured = state["num_worse"], state["was_measured"]
 
@@ -151,7 +151,7 @@ class CSVLog(Callback):
         return {"rows": self._rows}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
+        """Restore what `state` returned."""
         self._rows = list(state["rows"])
 
 

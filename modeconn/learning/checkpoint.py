@@ -15,14 +15,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.symmetry.relabelling import Relabelling, pack, unpack
 from modeconn.tools import files
 
 FIT, TRAINING = "checkpoint of fit_curve", "checkpoint of models.train"
+ALIGNER = "checkpoint of DeepAlign.fit"
 """The kinds of runs that save themselves."""
 
 _FORMAT = 2
-_PERMUTATION = "permutation."
+_MOVED = "permutation."  # begins the names of the relabelling's tensors
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """All that changes in a part of a run: as tensors, and as JSON can hold it."""
@@ -36,7 +37,7 @@ class Resumable(Protocol):
         ...
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was, from what all parts of the run returned, tensors on the CPU."""
+        """Restore what `state` returned, from what all parts of the run returned, tensors on the CPU."""
         ...
 
 
@@ -106,7 +107,7 @@ class RunFile:
         self.saved: State | None = None
         if checkpoint is None:
             return
-        self._about = {"format": _FORMAT, "settings": settings(), "permutation": None}
+        self._about = {"format": _FORMAT, "settings": settings(), **pack(None)[1]}
         if not Path(checkpoint.path).exists():
             files.check_writable(checkpoint.path)
             return
@@ -116,14 +117,14 @@ class RunFile:
         _warn_about_environment(about["environment"], environment(device))
         self.saved = tensors, about
 
-    def permutation(self) -> Permutation | None:
+    def relabelling(self) -> Relabelling | None:
         """Return how b was relabelled when the run was saved; None if it was not, or nothing is saved."""
-        return None if self.saved is None else saved_permutation(self.saved[0], self.saved[1]["permutation"])
+        return None if self.saved is None else unpack(*self.saved, _MOVED)
 
-    def keep(self, permutation: Permutation | None) -> None:
+    def keep(self, relabelling: Relabelling | None) -> None:
         """Let every checkpoint hold how b was relabelled at the start."""
-        self._tensors = permutation_tensors(permutation)
-        self._about["permutation"] = None if permutation is None else permutation.spec.to_json()
+        self._tensors, about = pack(relabelling, _MOVED)
+        self._about |= about
 
     def is_due(self, batch: int) -> bool:
         """Whether to save inside an epoch, after ``batch`` batches of it."""
@@ -158,54 +159,29 @@ class RunFile:
         )
 
 
-def permutation_tensors(permutation: Permutation | None) -> dict[str, Tensor]:
-    """Return the tensors by which a file holds a permutation; its spec goes into the description."""
-    return {} if permutation is None else {f"{_PERMUTATION}{name}": perm for name, perm in permutation.perms.items()}
+def run_file(
+    checkpoint: str | os.PathLike[str] | Checkpoint | None,
+    settings: Callable[[], dict[str, Any]],
+    device: torch.device,
+    kind: str,
+) -> RunFile:
+    """Return the file of a run that saves itself at fixed moments.
+
+    Raises:
+        ValueError: If it is to be written at others, or belongs to another run.
+        OSError: If it cannot be written.
+    """
+    if isinstance(checkpoint, Checkpoint) and (checkpoint.every_batches or checkpoint.every_seconds):
+        raise ValueError(
+            f"this run saves itself at its own moments, after each epoch or validation, got {checkpoint!r}. Pass the "
+            f"path alone."
+        )
+    return RunFile(checkpoint, settings, device, kind=kind)
 
 
-def saved_permutation(tensors: Mapping[str, Tensor], spec: Any) -> Permutation | None:
-    """Invert `permutation_tensors`, with the spec as JSON; None if there is none."""
-    if spec is None:
-        return None
-    perms = {name.removeprefix(_PERMUTATION): perm for name, perm in tensors.items() if name.startswith(_PERMUTATION)}
-    return Permutation(PermutationSpec.from_json(spec), perms)
-
-
-def pack_rng(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Split a state of `modeconn.tools.rng.rng_state` into tensors, their names beginning with ``prefix``, and JSON."""
-    tensors = {f"{prefix}{name}": value for name, value in state.items() if isinstance(value, Tensor)}
-    numpy_state = json.loads(json.dumps(state["numpy"], default=np.ndarray.tolist))
-    return tensors, {"numpy": numpy_state, "python": state["python"]}
-
-
-def unpack_rng(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str) -> dict[str, Any]:
-    """Invert `pack_rng`."""
-    version, internal, gauss = about["python"]
-    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
-    return {**state, "numpy": about["numpy"], "python": (version, tuple(internal), gauss)}
-
-
-def pack_optimizer(optimizer: torch.optim.Optimizer) -> State:
-    """Return what an optimizer remembers from step to step."""
-    tensors: dict[str, Tensor] = {}
-    others: dict[str, dict[str, Any]] = {}
-    for number, values in optimizer.state_dict()["state"].items():
-        for name, value in values.items():
-            if isinstance(value, Tensor):
-                tensors[f"optimizer.{number}.{name}"] = value
-            else:
-                others.setdefault(str(number), {})[name] = value
-    return tensors, {"optimizer": others}
-
-
-def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-    """Let a new optimizer of the same parameters take up where `pack_optimizer` was."""
-    state = {int(number): dict(values) for number, values in about["optimizer"].items()}
-    for key, value in tensors.items():
-        if key.startswith("optimizer."):
-            _, number, name = key.split(".", 2)
-            state.setdefault(int(number), {})[name] = value
-    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})
+def moved_tensors(relabelling: Relabelling) -> dict[str, Tensor]:
+    """Return the tensors that stand for a relabelling in a checkpoint: they take the place of those of the start."""
+    return pack(relabelling, _MOVED)[0]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

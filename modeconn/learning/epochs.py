@@ -18,8 +18,9 @@ import torch
 from torch import Tensor
 
 from modeconn.curves.step import BLOCK, CurveStep, stratified_positions
-from modeconn.learning.checkpoint import Resumable, RunFile, State, pack_rng, unpack_rng
+from modeconn.learning.checkpoint import Resumable, RunFile, State
 from modeconn.learning.history import History
+from modeconn.learning.parts import pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.batches import batches, checksum, num_examples
 from modeconn.tools.callbacks import Callbacks, EpochEnd, StepEnd
@@ -120,7 +121,7 @@ class Run:
         self._seed, self._file, self._between = seed, file, between
         self._device = step.control_points.device
         self._progress = _Progress()
-        with contextlib.suppress(TypeError):  # a loader without length shows it in the first epoch
+        with contextlib.suppress(TypeError):  # unknown for a loader without a length until its first epoch is over
             self._progress.batches_per_epoch = len(loader)
 
         self._data_stream = torch.get_rng_state()
@@ -179,7 +180,7 @@ class Run:
         self._epoch_start = self._states()
         try:
             self._tell_of_epoch()
-        finally:  # what a callback raises costs no epoch
+        finally:  # an exception in a callback must not lose the epoch
             self._save()
         _LOGGER.info("epoch %d: training loss %.4f", self._progress.epoch, self._progress.loss[-1])
 
@@ -338,7 +339,7 @@ class Run:
         return tensors, about
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
+        """Restore what `state` returned."""
         self._progress = _Progress(**about["progress"])
         self._epoch_start = unpack_rng(tensors, about["rng_start"], "rng_start.")
         at_start = self._progress.batch == 0

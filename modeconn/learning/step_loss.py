@@ -55,7 +55,7 @@ class StepLoss:
         return ({} if known is None else {"perturbation": known}), {}
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
+        """Restore what `state` returned."""
         if isinstance(self._opponent, FreeRun):
             self._opponent.perturbation = tensors.get("perturbation")
 

@@ -18,7 +18,9 @@ from modeconn.network.batches import Opened, check_rereadable, first_batch, inpu
 from modeconn.network.weights import WeightSpace, device_of
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.graph import ExportError, InputMismatch
-from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.symmetry.relabelling import Relabelling
+from modeconn.symmetry.spec import PermutationSpec
+from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
 
 _LOGGER = logging.getLogger(__name__)
@@ -30,7 +32,8 @@ class Alignment:
 
     Args:
         model_b: b relabelled: a new model, the same function as b.
-        permutation: ``permutation.apply(b)`` is ``model_b``.
+        permutation: The relabelling, a `Permutation` unless a method of your own finds others:
+            ``permutation.apply(b)`` is ``model_b``.
         correlation: Mean correlation of paired units before and after, by group, on the data that was given, if its
             batches are the model's inputs; groups that are never summed over are left out.
         constant_units: Units that never change on that data, ``(of a, of b)`` by group; they stay where they can.
@@ -38,7 +41,7 @@ class Alignment:
     """
 
     model_b: nn.Module
-    permutation: Permutation
+    permutation: Relabelling
     correlation: dict[str, tuple[float, float]] = field(default_factory=dict)
     constant_units: dict[str, tuple[int, int]] = field(default_factory=dict)
     history: tuple[float, ...] = ()
@@ -67,6 +70,7 @@ def align(
     spec: PermutationSpec | None = None,
     example_input: Any = None,
     verify: bool = True,
+    progress: bool = False,
 ) -> Alignment:
     """Relabel the units of b so that it agrees with a; a stays, b is copied.
 
@@ -80,6 +84,7 @@ def align(
         spec: What `discover` found for this architecture. Default: it is discovered here.
         example_input: For discovery, where there is neither a loader nor ``model_a.example_input()``.
         verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
+        progress: Whether to show progress bars where discovery, proof or matching take more than a second.
 
     Returns:
         The relabelled b, its permutation, and the correlations before and after. A model without a free group gives
@@ -102,7 +107,8 @@ def align(
     check_method(method)
     check_data(method, loader)
     data = None if loader is None else Opened(loader, space.device)
-    return find_alignment(model_a, model_b, data, method, spec=spec, example_input=example_input, verify=verify)
+    with bars(progress):
+        return find_alignment(model_a, model_b, data, method, spec=spec, example_input=example_input, verify=verify)
 
 
 def find_alignment(
@@ -121,7 +127,7 @@ def find_alignment(
         match = method.match(spec, model_a, model_b, data)
     correlation = match.correlation
     if not correlation and data is not None:
-        with suppress(InputMismatch):  # the method itself read nothing of these batches
+        with suppress(InputMismatch):  # batches the networks cannot read are fine if the method did not need them
             moments = collect(spec, model_a, model_b, data, num_examples_at_most=2_048, before_activation=False)
             correlation = correlations(moments, match.permutation)
     return Alignment(

@@ -82,7 +82,7 @@ def match_groups(spec: PermutationSpec, similarities: Mapping[str, Tensor]) -> P
 
 
 def match_tree(groups: Sequence[Group], similarities: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Do the same for some of the groups, among them every parent of each; return their perms by name.
+    """Choose the relabelling of largest total similarity of groups that vary together; return perms by group name.
 
     Similarities in double precision on the CPU may be overwritten.
     """

@@ -25,6 +25,7 @@ from modeconn.network.loss import LossFn, cross_entropy, supervised
 from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_integers, check_positive
+from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
 
 _POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -298,7 +299,7 @@ def learn_softly(
         temperature: What logits are divided by, from the number of the step, which counts from 1.
     """
     looks = evenly(num_rounds, num_steps)
-    for step in range(1, num_steps + 1):
+    for step in passing_bar(range(1, num_steps + 1), desc="soft matching", unit="step"):
         optimizer.zero_grad()
         weights.backward(soft_matrices(logits, temperature(step)), gradient)
         optimizer.step()

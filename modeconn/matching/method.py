@@ -9,6 +9,7 @@ from typing import Any, Protocol
 from torch import nn
 
 from modeconn.matching.statistics import Moments
+from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 
 
@@ -23,7 +24,7 @@ class Match:
         history: The method's objective, step by step, if it has one.
     """
 
-    permutation: Permutation
+    permutation: Relabelling
     correlation: dict[str, tuple[float, float]] = field(default_factory=dict)
     constant_units: dict[str, tuple[int, int]] = field(default_factory=dict)
     history: tuple[float, ...] = ()
@@ -60,37 +61,43 @@ def check_data(method: Any, loader: Iterable[Any] | None) -> None:
         method = getattr(method, "start", None)
 
 
-Start = Permutation | Method | None
+Start = Relabelling | Method | None
 """Where a method that improves a relabelling begins: a given one, one that another method finds, or nothing moved.
 
-What `modeconn.align` returned stands for its permutation.
+What `modeconn.align` returned stands for its relabelling.
 """
 
 
 def check_start(start: Any) -> None:
     """Raise a ValueError unless ``start`` is one."""
-    if not (start is None or isinstance(_given(start), Permutation)):
+    if start is not None and finished(start) is None:
         check_method(start, name="start")
 
 
-def _given(start: Any) -> Any:
-    """Return the permutation that ``start`` is or, if `modeconn.align` made it, holds; else something else."""
-    return start if isinstance(start, Permutation) else getattr(start, "permutation", None)
+def finished(given: Any) -> Relabelling | None:
+    """Return the relabelling that something is or, if `modeconn.align` made it, holds; None for a method or a flag."""
+    found = given if isinstance(given, Relabelling) else getattr(given, "permutation", None)
+    return found if isinstance(found, Relabelling) else None
 
 
 def starting_permutation(
     start: Start, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
 ) -> Permutation:
-    """Return the relabelling of b that ``start`` stands for.
+    """Return the permutation of b that ``start`` stands for.
 
     Raises:
-        ValueError: If it is a permutation of another spec.
+        ValueError: If it is of another spec, or a relabelling of another kind.
     """
     if start is None:
         return spec.identity()
-    given = _given(start)
+    given = finished(start)
+    if given is None:
+        given = start.match(spec, model_a, model_b, loader).permutation
     if not isinstance(given, Permutation):
-        return start.match(spec, model_a, model_b, loader).permutation
+        raise ValueError(
+            f"start= is a {given.kind}, and this method moves whole units. Pass a permutation, or a method that finds "
+            f"one."
+        )
     if {g.name: g.shape for g in given.spec.groups} != {g.name: g.shape for g in spec.groups}:
         raise ValueError(
             "start= is a permutation of another spec: its groups differ from those of the networks that are matched. "
@@ -99,15 +106,17 @@ def starting_permutation(
     return Permutation(spec, given.perms)
 
 
-def correlations(moments: Mapping[str, Moments], permutation: Permutation) -> dict[str, tuple[float, float]]:
+def correlations(moments: Mapping[str, Moments], relabelling: Relabelling) -> dict[str, tuple[float, float]]:
     """Return the mean correlation of paired units before and after relabelling, by group.
 
-    Units that are constant in either network count as 0.
+    Units that are constant in either network count as 0. Groups whose units are not paired one by one are left out.
     """
     result = {}
     for name, m in moments.items():
+        sources = relabelling.sources(name)
+        if sources is None:
+            continue
         correlation = m.correlation()
-        sources = permutation.flat_sources(name).to(correlation.device)
-        after = correlation.gather(1, sources[:, None]).mean()
+        after = correlation.gather(1, sources.to(correlation.device)[:, None]).mean()
         result[name] = (float(correlation.diagonal().mean()), float(after))
     return result

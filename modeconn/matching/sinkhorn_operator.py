@@ -80,7 +80,8 @@ class _Sinkhorn(torch.autograd.Function):
         weighted = plan * grad.double()
         rows, columns = weighted.sum(-1, keepdim=True), weighted.sum(-2, keepdim=True).mT
         right = columns - plan.mT @ rows
-        right -= right.mean(-2, keepdim=True)  # 0 but for the tolerance, which the almost singular system would blow up
+        # It is 0 up to the tolerance; the nearly singular system would amplify the rest.
+        right -= right.mean(-2, keepdim=True)
         v = _solve_laplacian(plan.mT @ plan, right)
         u = rows - plan @ v
         return (weighted - plan * (u + v.mT)).to(grad.dtype), None

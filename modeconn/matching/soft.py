@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_groups
 from modeconn.symmetry.groups import Group
-from modeconn.symmetry.spec import Permutation, PermutationSpec, relabelled_copy
+from modeconn.symmetry.relabelling import relabelled_copy
+from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.symmetry.structure import Labels, find_label
 
 _TOLERANCE = 1e-4
@@ -159,7 +160,7 @@ def _check_matrices(group: Group, matrices: Tensor) -> None:
         )
     values = matrices.detach()
     off = max(float((values.sum(dim) - 1).abs().max()) for dim in (-1, -2))
-    if not (off <= _TOLERANCE and float(values.min()) >= 0):  # written so that NaN is wrong
+    if not (off <= _TOLERANCE and float(values.min()) >= 0):  # a comparison that is False for NaN, which is refused
         raise ValueError(
             f"the soft permutation of group '{group.name}' must be doubly stochastic: entries of at least 0 (the "
             f"smallest is {float(values.min()):.3g}), rows and columns that sum to 1 (the worst is off by {off:.3g})."

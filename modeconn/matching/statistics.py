@@ -151,7 +151,7 @@ def readings(spec: PermutationSpec, trace: Trace, *, before_activation: bool) ->
     for tap in trace.taps:
         moving = spec.structure.moving_atoms(tap.axis) & groups.keys()
         blocks = {parent for atom in moving for parent in spec.structure.parents[atom]}
-        for atom in sorted(moving - blocks):  # what a block's units say of it is weighed by match_groups
+        for atom in sorted(moving - blocks):  # match_groups weighs the evidence of a block's units
             node = _before_pooling(trace, tap, atom, spec)
             if before_activation:
                 node = _before_activation(trace, node, atom, spec)

@@ -13,6 +13,7 @@ from modeconn.matching.learned import Incumbent, LearnedMatching, Target, evenly
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.copies import copy_of
 from modeconn.network.weights import Workspace
+from modeconn.tools.progress import passing_bar
 
 
 @dataclass(frozen=True)
@@ -64,7 +65,7 @@ class StraightThrough(LearnedMatching):
         spec, space, theta_b = incumbent.spec, incumbent.space, incumbent.theta_b
         permutation, theta = incumbent.permutation, torch.empty_like(theta_b)
         looks = evenly(self.num_rounds, self.num_steps)
-        for step in range(1, self.num_steps + 1):
+        for step in passing_bar(range(1, self.num_steps + 1), desc="straight-through matching", unit="step"):
             one_sweep = WeightMatching(start=permutation, num_sweeps=1, seed=self.seed + step)
             permutation = one_sweep.match(spec, free.model, wide_b).permutation
             if step in looks:

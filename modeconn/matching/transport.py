@@ -151,7 +151,7 @@ def match_softly(groups: Sequence[Group], scores: Mapping[str, Tensor]) -> dict[
         plan = sinkhorn(blocks)
         matrices[group.name] = plan.reshape(shape_of(group))
         parent = next((name for name, _ in reversed(group.parents) if name), None)
-        if parent is not None and sizes[parent] == count:  # it varies with all the other parents
+        if parent is not None and sizes[parent] == count:  # the parent itself varies with all the other parents
             total[parent] = total.get(parent, 0) + (plan * blocks + torch.special.entr(plan)).sum((-2, -1))
     return matrices
 

@@ -122,7 +122,7 @@ class _Descent:
         perms = {g.atom: start.perms[g.name] for g in self._spec.groups if not start.perms[g.name].equal(still[g.name])}
         for name, weight in self._b.items():
             self._moved[name].copy_(self._spec.structure.relabel(weight, self._spec.state[name], perms))
-        self._sources = {g.name: start.flat_sources(g.name).view(g.shape) for g in self._spec.groups}
+        self._sources = {g.name: start.sources(g.name).view(g.shape) for g in self._spec.groups}
 
     def permutation(self) -> Permutation:
         """Return the relabelling found so far."""

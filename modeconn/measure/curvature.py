@@ -19,8 +19,9 @@ from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 
-_LOOK_EVERY = 10  # steps; before the first look a random vector may hide the largest eigenvalue behind many close ones
-_ROUNDING = 10.0  # in units of the precision of a number
+# Steps before the first check: a random vector may hide the largest eigenvalue behind many close ones.
+_LOOK_EVERY = 10
+_ROUNDING = 10.0  # relative to the machine precision
 
 _Product = Callable[[Tensor], Tensor]
 """Vectors ``(R, D)`` to what R symmetric matrices make of them, ``(R, D)``."""
@@ -170,7 +171,7 @@ def _product_in_inputs(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) 
     x = x.detach().requires_grad_()
 
     def product(vectors: Tensor) -> Tensor:
-        loss = loss_fn(model(x), y) * len(y)  # the sum: its Hessian is made of one block for each example
+        loss = loss_fn(model(x), y) * len(y)  # The Hessian of the sum over examples has one block for each example.
         return _times(loss, x, vectors.view_as(x)).flatten(1)
 
     return product, torch.randn_like(x).flatten(1)
@@ -179,7 +180,7 @@ def _product_in_inputs(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) 
 def _times(loss: Tensor, at: Tensor, vector: Tensor) -> Tensor:
     """Return the product of the Hessian of ``loss`` with a vector."""
     (gradient,) = torch.autograd.grad(loss, at, create_graph=True)
-    if not gradient.requires_grad:  # a loss that is linear has no second derivative
+    if not gradient.requires_grad:  # A linear loss has no second derivative.
         return torch.zeros_like(vector)
     (product,) = torch.autograd.grad((gradient * vector).sum(), at, materialize_grads=True)
     return product.detach()
@@ -214,7 +215,7 @@ def _ritz(diagonal: list[Tensor], beside: list[Tensor], lengths: Tensor, toleran
     """Return the largest Ritz value of each matrix, and whether its residual is small, both ``(R,)``."""
     matrices = torch.diag_embed(torch.stack(diagonal, 1).double().cpu())
     if beside:
-        matrices += torch.diag_embed(torch.stack(beside, 1).double().cpu(), -1)  # eigh reads this half alone
+        matrices += torch.diag_embed(torch.stack(beside, 1).double().cpu(), -1)  # eigh reads the lower half only
     if not matrices.isfinite().all():
         raise FloatingPointError("the Hessian is NaN or infinite. Look for NaN in the network's weights and the data.")
     every, vectors = torch.linalg.eigh(matrices)

@@ -159,7 +159,8 @@ class Meter:
         if theirs is None:
             with self._layers_heard(end.model) as heard:
                 theirs = self._answers(end.model, batch, heard)
-            if isinstance(self._data, list):  # others may come in another order in the next pass
+            # A loader that was not read into a list may change the order of its batches in the next pass.
+            if isinstance(self._data, list):
                 end.keep(number, theirs)
         return answers.of(metric.layer), theirs.of(metric.layer)
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 MetricFunction = Callable[[Any, Any], tuple[Any, Any]]
 """``metric(outputs, targets) -> (sum, weight)`` of a batch; the value is the quotient of both over all batches."""
 
-_MOST_FEATURES = 8192  # of a layer compared by CKA, whose sums hold the square of it: 512 MiB each
+_MOST_FEATURES = 8192  # Most features of a layer compared by CKA: its sums hold their square, 512 MiB each.
 _NAMES_TAKEN = ("t", "arc_length", "loss", "accuracy", "error")
 
 
@@ -195,7 +195,8 @@ class _LinearCKA:
 
     def reset(self) -> None:
         self._count = 0
-        self._means: tuple[Tensor, Tensor] | None = None  # of the first batch: products of small numbers round less
+        # Centred at the first batch's mean, because products of small numbers lose less to rounding.
+        self._means: tuple[Tensor, Tensor] | None = None
         self._sums: list[Any] = [0.0, 0.0]
         self._products: list[Any] = [0.0, 0.0, 0.0]
 

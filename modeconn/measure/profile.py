@@ -111,7 +111,7 @@ class Profile(AlongCurve):
         return {"barrier": self.barrier, "accuracy_drop": self.accuracy_drop, **super()._for_readers()}
 
     def _shown(self) -> list[str]:
-        return [name for name in self.values if name != "error"]  # it is what accuracy leaves of 100%
+        return [name for name in self.values if name != "error"]  # error is 1 - accuracy, so one of the two is enough
 
 
 class Networks(Protocol):

@@ -25,10 +25,11 @@ if TYPE_CHECKING:
 
 CLEAN, WORST = "clean", "worst"
 
-_DEVIATES = 1.959964  # of a normal distribution, on both sides of 95% of it
+_DEVIATES = 1.959964  # the quantile of a normal distribution for two-sided 95% intervals
 _STANDARD_ERRORS = 2.0
 _STRENGTHS = ("eps", "max_epsilon", "steps", "num_steps", "num_iter_set", "n_queries", "num_restarts", "n_restarts")
-_FREE = ("step_size", "alpha")  # step sizes grow with eps, so attacks compared for strength may differ in them
+# Step sizes scale with eps, so they may differ between attacks that are compared for strength.
+_FREE = ("step_size", "alpha")
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -304,7 +305,7 @@ class RobustProfile(AlongCurve):
         difference = more.double() - fewer.double()
         mean = difference.mean(1)
         errors = mean / (difference.std(1) / self.num_examples**0.5).clamp(min=torch.finfo(torch.float64).tiny)
-        place = int(errors.nan_to_num(0).argmax())  # NaN: one example has no deviation
+        place = int(errors.nan_to_num(0).argmax())  # one example has no standard deviation, so NaN
         by_chance = NormalDist().cdf(-_STANDARD_ERRORS) / len(errors)
         return place if errors[place] > -NormalDist().inv_cdf(by_chance) else None
 

@@ -36,7 +36,7 @@ from modeconn.tools.rng import seeded
 
 Attacks = Attack | Sequence[Attack] | Mapping[str, Attack]
 
-_TOLERANCE = 1e-6  # of the ball and of the pixel range
+_TOLERANCE = 1e-6  # tolerated distance outside of the ball and of the pixel range
 _ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
@@ -115,7 +115,8 @@ def robustness_along(
     first = networks[0] if transfer else model_at(t[0])
     data = _read(loader, device_of(first), num_examples)
     trial = _Attacking(data, loss_fn, seed, known, networks)
-    names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}  # while they are as given
+    # Read before an attack changes its own settings.
+    names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}
     rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
     bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
     for place, position in enumerate(t):
@@ -209,7 +210,7 @@ def _attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int,
     """Return adversarial examples that were looked at; an error says which attack it was, and at which t."""
     try:
         with seeded(seed, x.device), under_attack(model):
-            x_adv = attack(model, x.clone(), y.clone())  # clones: some attacks change what they are given
+            x_adv = attack(model, x.clone(), y.clone())  # cloned, because some attacks change their inputs in place
     except (ValueError, FloatingPointError) as error:
         raise type(error)(f"{label}: {error}") from error
     except Exception as error:
@@ -233,7 +234,8 @@ def _check_ball(attack: Attack, x_adv: Tensor, x: Tensor, label: str) -> None:
         return
     moved = (x_adv.double() - x.double()).flatten(1)
     length = torch.linalg.vector_norm(moved, ord=_ORDERS[norm], dim=1).max().item()
-    rounding = torch.finfo(x.dtype).eps / 2 * moved.shape[1] ** (1 / _ORDERS[norm])  # of x + delta, at most 1
+    # Rounding of x + delta, where pixels are at most 1.
+    rounding = torch.finfo(x.dtype).eps / 2 * moved.shape[1] ** (1 / _ORDERS[norm])
     if length > (eps + max(_TOLERANCE, rounding) if eps else 0):
         raise ValueError(f"{label} left its ball: an example moved by {length:g} in the norm {norm}, eps is {eps:g}.")
 

@@ -17,8 +17,8 @@ from modeconn.tools import files
 
 KIND = "model"
 _FORMAT = 1
-_ZIP = b"PK"  # what torch.save writes
-_BARE_PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # what it wrote before version 1.6
+_ZIP = b"PK"  # the first bytes of a file that torch.save writes
+_BARE_PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # and of one that it wrote before version 1.6
 _HEADER = slice(8, 9)
 _SAFETENSORS = b"{"
 

@@ -13,8 +13,9 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from modeconn.learning.checkpoint import Checkpoint, RunFile, State, pack_rng, unpack_rng
-from modeconn.models.training import Learned, count_batches, run_epochs, run_settings, training_file
+from modeconn.learning.checkpoint import TRAINING, Checkpoint, RunFile, State, run_file
+from modeconn.learning.parts import Learned, pack_rng, unpack_rng
+from modeconn.models.training import count_batches, run_epochs, run_settings
 from modeconn.network.batches import check_loader
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy
@@ -85,7 +86,7 @@ def train_population(
     device = next(trained[0].parameters()).device
     _check_recipe(recipe, device)
     settings = partial(run_settings, recipe, {"loss": loss_fn, "seeds": list(seeds)}, trained)
-    file = training_file(checkpoint, settings, device)
+    file = run_file(checkpoint, settings, device, TRAINING)
     with seeded(seeds[0], device):
         num_batches = count_batches(loader, any_batch=False)
         reading = _Reading(loader, seeds, device)
@@ -104,7 +105,7 @@ class _Order:
 
     def begin_epoch(self) -> None:
         """Start from the loader's beginning at the next read."""
-        self._batches = chain.from_iterable((self._loader,))  # asks the loader for an iterator then, not now
+        self._batches = chain.from_iterable((self._loader,))  # asks the loader for an iterator at the first read only
 
     def take(self, count: int) -> list[_Batch]:
         """Return the next batches of the epoch: so many, or those that are left."""
@@ -148,7 +149,7 @@ class _Reading:
         return tensors, about
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
+        """Restore what `state` returned."""
         for number, order in enumerate(self._orders):
             order.state = unpack_rng(tensors, about[f"order {number}"], f"order {number}.")
 
@@ -213,7 +214,8 @@ class _PopulationRun:
         self.optimizer.zero_grad()
         with autocast(self.device, self.recipe.autocast):
             losses = self.losses(self.state, *batch)
-        losses.sum().backward()  # no weight is in two of them, so each network gets the gradient of its own
+        # No weight belongs to two networks, so the gradient of the sum is that of each network.
+        losses.sum().backward()
         self.optimizer.step()
         return [losses.detach()]
 

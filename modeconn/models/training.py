@@ -14,17 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.attacks.training import AdversaryLike, adversary_of
-from modeconn.learning.checkpoint import (
-    TRAINING,
-    Checkpoint,
-    Resumable,
-    RunFile,
-    State,
-    load_optimizer,
-    pack_optimizer,
-    pack_rng,
-    unpack_rng,
-)
+from modeconn.learning.checkpoint import TRAINING, Checkpoint, Resumable, RunFile, run_file
+from modeconn.learning.parts import Count, Learned, Randomness
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import calibration_batches, norm_layers
@@ -36,7 +27,7 @@ from modeconn.network.recipe import Recipe, autocast, one_cycle
 from modeconn.network.weights import device_of
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.progress import progress_bar
-from modeconn.tools.rng import rng_state, seeded, set_rng_state
+from modeconn.tools.rng import seeded
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -113,7 +104,7 @@ def train(
         num_batches = count_batches(loader, any_batch=forward is not None)
     about = {"loss": forward or loss_fn, "adversary": None if adversary is None else adversary_of(adversary)}
     settings = partial(run_settings, recipe, {**about, "seed": seed}, [model])
-    file = training_file(checkpoint, settings, device)
+    file = run_file(checkpoint, settings, device, TRAINING)
     with seeded(seed, device):
         _train(trained, loader, recipe, loss, file, num_batches=num_batches, progress=progress)
     if recalibrate is None:
@@ -163,10 +154,11 @@ def run_epochs(
         FloatingPointError: If a loss is infinite or NaN. The losses of an epoch are looked at together at its end,
             since each look makes an accelerator wait.
     """
-    done = _Done(device)
-    file.resume(*parts, done)
-    epochs = range(done.epochs, recipe.epochs)
-    bar = progress_bar(epochs, show=progress, desc="train", unit="epoch", initial=done.epochs, total=recipe.epochs)
+    done = Count("epochs")
+    parts = (*parts, done, Randomness(device))
+    file.resume(*parts)
+    epochs = range(done.value, recipe.epochs)
+    bar = progress_bar(epochs, show=progress, desc="train", unit="epoch", initial=done.value, total=recipe.epochs)
     for epoch in bar:
         found: list[Tensor] = []
         for number, batch in enumerate(read()):
@@ -184,38 +176,8 @@ def run_epochs(
         mean = losses.mean().item()
         _LOGGER.info("epoch %d of %d: training loss %.4f", epoch + 1, recipe.epochs, mean)
         bar.set_postfix(loss=f"{mean:.4f}")
-        done.epochs = epoch + 1
-        file.save(*parts, done)
-
-
-class _Done:
-    """How many epochs are done, and the random state after them."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.epochs, self._device = 0, device
-
-    def state(self) -> State:
-        tensors, about = pack_rng(rng_state(self._device), "rng.")
-        return tensors, {"epochs": self.epochs, "rng": about}
-
-    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        self.epochs = about["epochs"]
-        set_rng_state(unpack_rng(tensors, about["rng"], "rng."), self._device)
-
-
-def training_file(
-    checkpoint: str | os.PathLike[str] | Checkpoint | None, settings: Callable[[], dict[str, Any]], device: torch.device
-) -> RunFile:
-    """Return the file of a training run.
-
-    Raises:
-        ValueError: If it is to be written inside epochs, or belongs to another run.
-    """
-    if isinstance(checkpoint, Checkpoint) and (checkpoint.every_batches or checkpoint.every_seconds):
-        raise ValueError(
-            f"training saves itself after every epoch, and not inside of them, got {checkpoint!r}. Pass the path alone."
-        )
-    return RunFile(checkpoint, settings, device, kind=TRAINING)
+        done.value = epoch + 1
+        file.save(*parts)
 
 
 def run_settings(recipe: Recipe, settings: Mapping[str, Any], networks: Sequence[nn.Module]) -> dict[str, Any]:
@@ -266,36 +228,3 @@ def _train(
         progress=progress,
     )
     optimizer.zero_grad()
-
-
-class Learned:
-    """The tensors that training changes, as a part of a run.
-
-    Args:
-        tensors: Parameters and buffers by name.
-        optimizer: What it remembers.
-        scaler: Of the gradients, for float16; None if there is none.
-    """
-
-    def __init__(
-        self,
-        tensors: Mapping[str, Tensor],
-        optimizer: torch.optim.Optimizer,
-        scaler: torch.amp.GradScaler | None = None,
-    ) -> None:
-        self._tensors, self._optimizer, self._scaler = tensors, optimizer, scaler
-
-    def state(self) -> State:
-        """Return all that changes from step to step."""
-        tensors, about = pack_optimizer(self._optimizer)
-        own = {f"model.{name}": tensor.detach() for name, tensor in self._tensors.items()}
-        return {**own, **tensors}, {**about, "scaler": self._scaler.state_dict() if self._scaler else None}
-
-    @torch.no_grad()
-    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
-        for name, tensor in self._tensors.items():
-            tensor.copy_(tensors[f"model.{name}"])
-        load_optimizer(self._optimizer, tensors, about)
-        if self._scaler is not None:
-            self._scaler.load_state_dict(about["scaler"])

@@ -185,7 +185,7 @@ def _entered(
 ) -> Callable[..., ImageModel]:
     at_least = "" if smallest is None else f", at least {smallest}"
     network.__name__ = network.__qualname__ = name
-    network.__module__ = "modeconn.models"  # where users find it
+    network.__module__ = "modeconn.models"  # registered under the module where users import it from
     arguments = _ARGUMENTS.format(width=width, smallest=at_least)
     network.__doc__ = f"{about}\n{arguments}\n    References:\n        {reference}\n    "
     return factory(network)

@@ -46,7 +46,7 @@ def check_examples(x_adv: Any, x: Tensor, name: object) -> None:
 
 @contextmanager
 def under_attack(model: nn.Module) -> Iterator[None]:
-    """Let gradients reach inputs alone, and leave of train mode only the batch statistics of batch norm.
+    """Freeze the parameters and, in train mode, keep nothing but the batch statistics of batch norm; undo both on exit.
 
     A network in train mode is attacked as the function that the next update improves: its batch norm uses the batch at
     hand. But no running statistic moves, dropout is off, and so are heads that exist for training alone. A network in

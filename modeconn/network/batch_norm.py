@@ -113,7 +113,8 @@ def _batch_statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[di
 
     def new_row(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = next(iter((*args, *kwargs.values())))
-        row = layer.running_mean.new_zeros(2, layer.num_features)  # with momentum 1 they become the batch's own
+        # With momentum 1 the running statistics become those of the batch.
+        row = layer.running_mean.new_zeros(2, layer.num_features)
         layer.running_mean, layer.running_var = row
         calls[layer].append((inputs.numel() // layer.num_features, row))
 
@@ -137,5 +138,6 @@ def pool(calls: _Calls) -> tuple[Tensor, Tensor]:
     counts = means.new_tensor([count for count, _ in calls])[:, None]
     total = counts.sum()
     mean = (counts * means).sum(0) / total
-    squares = (counts - 1) * variances + counts * (means - mean) ** 2  # each row's variance is unbiased: n - 1
+    # Each row holds an unbiased variance, with the denominator n - 1.
+    squares = (counts - 1) * variances + counts * (means - mean) ** 2
     return mean, squares.sum(0) / (total - 1)

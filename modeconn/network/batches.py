@@ -102,7 +102,7 @@ def _rebuilt(value: Any, parts: dict[Any, Any]) -> Any:
         return rebuilt
     rebuilt = copy.copy(value)
     for name, part in parts.items():
-        object.__setattr__(rebuilt, name, part)  # also in frozen data classes
+        object.__setattr__(rebuilt, name, part)  # works for frozen data classes too
     return rebuilt
 
 
@@ -239,7 +239,7 @@ class Opened:
         return len(self._loader)
 
     def __getattr__(self, name: str) -> Any:
-        return getattr(self.__dict__["_loader"], name)  # what is read of a loader besides its batches is its own
+        return getattr(self.__dict__["_loader"], name)  # all other attributes are those of the wrapped loader
 
     def in_order(self) -> Iterable[Any]:
         """Return the loader in order: the first time, to be read in a seeded stretch, the pass that has begun."""

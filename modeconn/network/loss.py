@@ -55,7 +55,7 @@ def per_example(loss_fn: LossFn, outputs: Tensor | tuple[Tensor, ...], targets: 
     targets = targets[:, None]
     try:
         return torch.func.vmap(loss_fn)(alone, targets)
-    except Exception:  # of any kind: what vmap cannot do, and what the loss says of it
+    except Exception:  # vmap and losses raise many types of errors; all mean that the fast path is not possible
         rows = alone if is_one else zip(*alone, strict=True)
         return torch.stack([loss_fn(row, target) for row, target in zip(rows, targets, strict=True)])
 

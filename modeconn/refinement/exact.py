@@ -12,7 +12,7 @@ from torch import Tensor
 
 from modeconn.curves.loss import CurveLoss, straight
 from modeconn.curves.step import CurveStep
-from modeconn.learning.checkpoint import RunFile, State, permutation_tensors
+from modeconn.learning.checkpoint import RunFile, State, moved_tensors
 from modeconn.learning.history import History
 from modeconn.network.batches import batches
 from modeconn.network.loss import TrainingData
@@ -114,10 +114,10 @@ class Descent:
         """Return all that changes from step to step, as tensors and as JSON can hold it."""
         tensors = {"control_points": self._points, "bend": self._bend, "held": self._held}
         about = {"loss": self.history.loss, "turns": self.history.turns, "rate": self._rate}
-        return {**tensors, **permutation_tensors(self.permutation)}, about
+        return {**tensors, **moved_tensors(self.permutation)}, about
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was; a run begins with the permutation of its checkpoint."""
+        """Restore what `state` returned; a run begins with the permutation of its checkpoint."""
         self._points.copy_(tensors["control_points"])
         self._bend, self._held = (tensors[name].to(self._points.device) for name in ("bend", "held"))
         self.history, self._rate = History(about["loss"], turns=about["turns"]), about["rate"]
@@ -142,4 +142,4 @@ def _descend_once(
         if value <= start - _SUFFICIENT * rate * slope:
             return candidate, value, 2 * rate
         rate /= 2
-    return x, start, first  # no step lowers it by more than rounding
+    return x, start, first  # No step lowers the objective by more than rounding.

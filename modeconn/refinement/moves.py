@@ -47,7 +47,7 @@ class Move:
         found: set[tuple[str, int]] = set()
         for group in self.spec.groups:
             if any(name in self.perms for name, _ in group.parents):
-                moved = self.permutation.flat_sources(group.name) != torch.arange(prod(group.shape))
+                moved = self.permutation.sources(group.name) != torch.arange(prod(group.shape))
             elif group.name in self.perms:
                 moved = (self.perms[group.name] != torch.arange(group.size)).flatten()
             else:
@@ -128,7 +128,7 @@ def gain(
     total = 0.0
     for group in tree:
         if group.name in costs:
-            cost, sources = costs[group.name], permutation.flat_sources(group.name)
+            cost, sources = costs[group.name], permutation.sources(group.name)
             total += float((cost.diagonal() - cost.gather(1, sources[:, None])[:, 0]).sum())
     return total
 
@@ -140,7 +140,7 @@ def cycles(
 
     A part is a cycle of units, or of blocks with everything inside them.
     """
-    taken: set[tuple[str, tuple[int, ...]]] = set()  # rows of perms that go with a cycle of their blocks
+    taken: set[tuple[str, tuple[int, ...]]] = set()  # Rows of perms that move together with a cycle of their blocks.
     for group in sorted(tree, key=lambda g: len(g.parents)):
         perm, cost = perms[group.name], costs.get(group.name)
         falls = [0.0] * prod(group.shape) if cost is None else _falls(group, perm, cost)

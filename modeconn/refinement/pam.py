@@ -17,7 +17,7 @@ from torch import Tensor
 from modeconn.curves import Curve
 from modeconn.curves.loss import CurveLoss, Sample, straight
 from modeconn.curves.step import CurveStep
-from modeconn.learning.checkpoint import RunFile, State, permutation_tensors
+from modeconn.learning.checkpoint import RunFile, State, moved_tensors
 from modeconn.learning.history import History
 from modeconn.network.batches import batches
 from modeconn.network.loss import Forward, TrainingData, loss_alone, supervised
@@ -31,7 +31,7 @@ from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 
 _LOGGER = logging.getLogger(__name__)
-_ENOUGH = 16  # positions that tell how the loss is along the curve
+_ENOUGH = 16  # number of positions at which the loss along the curve is sampled
 
 
 class PermutationStep(Protocol):
@@ -292,8 +292,8 @@ class Refinement:
     def state(self) -> State:
         """Return all that changes from turn to turn, as tensors and as JSON can hold it."""
         about = {"turns": self.turns, "is_finished": self.is_finished}
-        return permutation_tensors(self.permutation), {"refinement": about}
+        return moved_tensors(self.permutation), {"refinement": about}
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was; a run begins with the permutation of its checkpoint."""
+        """Restore what `state` returned; a run begins with the permutation of its checkpoint."""
         self.turns, self.is_finished = about["refinement"]["turns"], about["refinement"]["is_finished"]

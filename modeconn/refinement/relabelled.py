@@ -108,7 +108,8 @@ class Relabelled:
             error = float(rise.std()) / math.sqrt(seen) if seen > 1 else 0.0
             if _FIRST_LOOK <= seen < len(losses) and float(rise.mean()) > _STANDARD_ERRORS * error:
                 return None
-        has_fallen = float(losses.mean()) + more_penalty < self.value  # written so that NaN is refused
+        # A comparison that is False for NaN, which is refused.
+        has_fallen = float(losses.mean()) + more_penalty < self.value
         return losses if has_fallen and float(rise.mean()) <= -self.standard_errors * error else None
 
     def value_after(self, move: Move) -> float:
@@ -137,4 +138,4 @@ class Relabelled:
     def _distance(self, permutation: Permutation) -> int:
         """Return half of the squared distance of the permutation matrices from those at first."""
         names = [group.name for group in self.spec.groups]
-        return sum(int((permutation.flat_sources(n) != self._first.flat_sources(n)).sum()) for n in names)
+        return sum(int((permutation.sources(n) != self._first.sources(n)).sum()) for n in names)

@@ -17,8 +17,8 @@ from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 
 _TOLERANCE = 1e-5
-_MAX_TURNS = 1000  # of projecting; 10 to 50 are usual
-_SMALLEST = 5e-4  # entries below it count for nothing in a decomposition
+_MAX_TURNS = 1000  # Most iterations of a projection; 10 to 50 are usual.
+_SMALLEST = 5e-4  # Smaller entries are ignored in a decomposition.
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 from modeconn.symmetry.discover import UnknownOperatorWarning, discover
 from modeconn.symmetry.groups import Group
+from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import broadcast, pointwise
 from modeconn.symmetry.spec import Permutation, PermutationSpec
@@ -13,6 +14,7 @@ __all__ = [
     "Group",
     "Permutation",
     "PermutationSpec",
+    "Relabelling",
     "Rule",
     "Traced",
     "UnknownOperatorWarning",

@@ -1,7 +1,7 @@
 """The algebra of tensor axes: how a relabelling of hidden units acts on each axis of each tensor.
 
-An *atom* is a set of interchangeable positions: *free* (any permutation of them) or *fixed* (none). An *axis* is
-written with atoms as a concatenation of products::
+An *atom* is a set of positions on which a group of one *kind* may act (`modeconn.symmetry.kinds`): any permutation, or
+none, when it is *fixed*. An *axis* is written with atoms as a concatenation of products::
 
     axis    = (segment, segment, ...)     positions of the first segment, then of the second, ...
     segment = (factor, factor, ...)       row-major product, the last factor runs fastest
@@ -11,8 +11,9 @@ so ``((c, hw),)`` are ``c`` channels of ``hw`` pixels each after a flatten, ``((
 ``((h, ((q,), (k,), (v,))),)`` heads that each hold a query, a key and a value. ``((),)`` has one position.
 
 Everything that discovery learns is one of two facts about atoms, kept in one table that all axes are read through:
-two axes act alike (`Space.unify`), or an axis does not move (`Space.fix`). Both only ever shrink the symmetry group,
-so what was concluded earlier stays true, and an equation too hard to solve may always end in `Space.fix`.
+two axes act alike (`Space.unify`), or only some kind of group acts on an axis (`Space.lower`; `Space.fix` for none).
+Both only ever shrink the symmetry group, so what was concluded earlier stays true, and an equation too hard to solve
+may always end in `Space.fix`.
 
 *Families.* Where an axis ``p`` is fixed, another axis of the same tensor may be relabelled differently at each index of
 ``p``: query, key and value in ``x.view(..., 3, heads, size)``. ``select(p, i)`` then turns atom ``q`` into its *member*
@@ -26,6 +27,8 @@ from dataclasses import dataclass
 from itertools import pairwise
 from math import prod
 from typing import Any
+
+from modeconn.symmetry.kinds import FIXED, PERMUTATION, Kind
 
 Axis = tuple[Any, ...]
 Tensor = tuple[Axis, ...]
@@ -47,11 +50,17 @@ class At:
 
 
 class Space:
-    """All atoms of one model, and everything known about them."""
+    """All atoms of one model, and everything known about them.
 
-    def __init__(self) -> None:
+    Args:
+        top: The kind of an axis of which nothing is known yet.
+    """
+
+    def __init__(self, top: Kind = PERMUTATION) -> None:
+        self._top = top
         self._size: list[int] = []
-        self._why: list[str | None] = []  # why an atom is fixed, None while it is free
+        self._kind: list[Kind] = []
+        self._why: list[str | None] = []  # what lowered an atom to its kind, None while it has the top one
         self._meaning: dict[int, Axis] = {}  # atom -> the axis it was found to be; every axis is read through this
         self._normal: dict[Axis, Axis] = {}  # cache of `normal`, emptied when `_meaning` grows
         self._batch: set[int] = set()
@@ -60,23 +69,24 @@ class Space:
     # ---------------------------------------------------------------- making and reading axes
 
     def free(self, size: int) -> Axis:
-        """Return a new axis of interchangeable positions."""
-        return self._new(size, None)
+        """Return a new axis of which nothing is known yet."""
+        return self._new(size, self._top, None)
 
     def fixed(self, size: int, why: str) -> Axis:
         """Return a new axis whose positions carry meaning."""
-        return self._new(size, why)
+        return self._new(size, FIXED, why)
 
     def batch(self, size: int) -> Axis:
         """Return a new fixed axis that stands for the batch: any other size would do as well."""
-        axis = self._new(size, "input")
+        axis = self._new(size, FIXED, "input")
         self._batch.update(axis[0])
         return axis
 
-    def _new(self, size: int, why: str | None) -> Axis:
+    def _new(self, size: int, kind: Kind, why: str | None) -> Axis:
         if size <= 1:
             return ((),) * size
         self._size.append(size)
+        self._kind.append(kind)
         self._why.append(why)
         return ((len(self._size) - 1,),)
 
@@ -117,7 +127,7 @@ class Space:
 
     def is_fixed(self, axis: Axis) -> bool:
         """Return whether no position of the axis can move."""
-        return all(self._why[atom] for atom in atoms_of(self.normal(axis)))
+        return all(self._kind[atom] is FIXED for atom in atoms_of(self.normal(axis)))
 
     @property
     def batch_atoms(self) -> frozenset[int]:
@@ -133,9 +143,13 @@ class Space:
         """Return the number of positions of one atom."""
         return self._size[atom]
 
+    def atom_kind(self, atom: int) -> Kind:
+        """Return the kind of group that may act on an atom of a normal axis."""
+        return self._kind[atom]
+
     def is_free_atom(self, atom: int) -> bool:
-        """Return whether an atom of a normal axis is free."""
-        return self._why[atom] is None
+        """Return whether an atom of a normal axis is not fixed."""
+        return self._kind[atom] is not FIXED
 
     # ---------------------------------------------------------------- building axes from axes
 
@@ -183,8 +197,8 @@ class Space:
         return (factors,), UNIT
 
     def _split_atom(self, atom: int, num: int) -> tuple[Axis, Axis]:
-        why, size = self._why[atom], self._size[atom]
-        head, tail = self._new(num, why), self._new(size // num, why)
+        known, size = (self._kind[atom], self._why[atom]), self._size[atom]
+        head, tail = self._new(num, *known), self._new(size // num, *known)
         if atom in self._batch:
             self._batch.update(head[0])
         self._define(atom, ((*head[0], *tail[0]),))
@@ -199,7 +213,7 @@ class Space:
             cuts = [starts.index(k * rest) for k in range(num)] + [len(axis)]
             over = self.fixed(num, "stacked")
             return over, self.family(over, [axis[cuts[k] : cuts[k + 1]] for k in range(num)])
-        if all(size % rest == 0 for size in sizes):  # (a + b) x rest
+        if all(size % rest == 0 for size in sizes):  # a concatenation times the rest
             pairs = [self._split_two((segment,), size // rest, rest) for segment, size in zip(axis, sizes, strict=True)]
             for _, tail in pairs[1:]:
                 self.unify(pairs[0][1], tail)
@@ -231,14 +245,20 @@ class Space:
 
     # ---------------------------------------------------------------- what is learned
 
+    def lower(self, axis: Axis, kind: Kind, why: str | None) -> None:
+        """Learn that no larger group than one of a kind may act on an axis; the reason that led to a kind stays."""
+        for atom in atoms_of(self.normal(axis)):
+            met = self._kind[atom].meet(kind)
+            if met is not self._kind[atom]:
+                self._kind[atom], self._why[atom] = met, why
+
     def fix(self, axis: Axis, why: str) -> None:
         """Learn that no position of the axis may move, and remember the first reason."""
-        for atom in atoms_of(self.normal(axis)):
-            self._why[atom] = self._why[atom] or why
+        self.lower(axis, FIXED, why)
 
     def why_fixed(self, axis: Axis) -> str | None:
         """Return why the first fixed atom of an axis is fixed, None if all are free."""
-        return next((self._why[atom] for atom in atoms_of(self.normal(axis)) if self._why[atom]), None)
+        return next((self._why[atom] for atom in atoms_of(self.normal(axis)) if self._kind[atom] is FIXED), None)
 
     def unify(self, x: Axis, y: Axis) -> None:
         """Learn that two axes of one size are always relabelled alike."""
@@ -280,8 +300,9 @@ class Space:
 
     def _equate(self, f: Any, g: Any) -> bool:
         if isinstance(f, int) and isinstance(g, int):
-            f, g = max(f, g), min(f, g)  # the older keeps its name: a family that is its own member would not settle
-            self._why[g] = self._why[g] or self._why[f]
+            # The older atom keeps its number: a family that became its own member would never settle.
+            f, g = max(f, g), min(f, g)
+            self.lower(((g,),), self._kind[f], self._why[f])
             self._batch.update({g} if f in self._batch else ())
             self._define(f, ((g,),))
         elif isinstance(f, int):
@@ -294,17 +315,16 @@ class Space:
         return True
 
     def _become(self, atom: int, axis: Axis) -> None:
-        if why := self._why[atom]:
-            self.fix(axis, why)
+        self.lower(axis, self._kind[atom], self._why[atom])
         self._define(atom, axis)
 
     def _cut_segment(self, segment: tuple[Any, ...], position: int) -> bool:
         first, rest = segment[0], self._segment_size(segment[1:])
         if position % rest:
             return False
-        size, why = self._size[first], self._why[first]  # the first factor of a normal segment is an atom
+        size, known = self._size[first], (self._kind[first], self._why[first])  # a normal segment begins with an atom
         num = position // rest
-        self._define(first, self._new(num, why) + self._new(size - num, why))
+        self._define(first, self._new(num, *known) + self._new(size - num, *known))
         return True
 
     def _define(self, atom: int, axis: Axis) -> None:
@@ -318,7 +338,7 @@ class Space:
                 if not (isinstance(f, int) and isinstance(g, int) and self._size[f] == self._size[g]):
                     return
                 if MISALIGNED in (self._why[f], self._why[g]):
-                    continue  # it may be a new name for positions in another order
+                    continue  # A misaligned atom may stand for the same positions in another order.
                 if f != g and f not in self._meaning and g not in self._meaning:
                     self._batch.update({g} if f in self._batch else ())
                     self._define(f, ((g,),))
@@ -341,11 +361,11 @@ class Space:
     def _member_factor(self, factor: Any, p: int, index: int) -> Any:
         if not isinstance(factor, int):
             return self._member_axis(factor, p, index)
-        if self._why[factor]:
+        if self._kind[factor] is FIXED:
             return factor
         key = (factor, p, index)
         if key not in self._member:
-            self._member[key] = self.free(self._size[factor])[0][0]
+            self._member[key] = self._new(self._size[factor], self._kind[factor], self._why[factor])[0][0]
         return self._member[key]
 
     def family(self, over: Axis, axes: Sequence[Axis]) -> Axis:
@@ -384,14 +404,15 @@ class Space:
             changed = False
             for key in list(self._member):
                 family, over = self.normal(((key[0],),)), self.normal(((key[1],),))
-                if family == ((key[0],),) and over == ((key[1],),) and self._why[key[0]] is None:
+                if family == ((key[0],),) and over == ((key[1],),) and self.is_free_atom(key[0]):
                     continue
                 self.unify(((self._member.pop(key),),), self.member(family, over, key[2]))
                 changed = True
 
     def _undetermined_families(self, tensors: set[Tensor]) -> set[int]:
         over: dict[int, int] = {}
-        lost = {family for family, p, _ in self._member if over.setdefault(family, p) != p}  # one index axis is enough
+        # A family may be indexed along one axis only.
+        lost = {family for family, p, _ in self._member if over.setdefault(family, p) != p}
         families = self.families()
         for tensor in tensors:
             for part in expand(tensor, families, but=lost, partly=True):

@@ -12,6 +12,7 @@ from modeconn.symmetry.explore import explore
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.symmetry.walk import Rule
+from modeconn.tools.progress import bars
 
 
 class UnknownOperatorWarning(UserWarning):
@@ -24,6 +25,7 @@ def discover(
     *,
     rules: Mapping[Any, Rule] = RULES,
     freeze: Sequence[str] = (),
+    progress: bool = False,
 ) -> PermutationSpec:
     """Find every group of hidden units of a model that may be relabelled without changing its function.
 
@@ -36,6 +38,7 @@ def discover(
             Default: ``model.example_input()``, where the model has that method. The result holds for any batch size.
         rules: Rule by operator; extend with ``{**RULES, torch.ops.mylib.scan.default: my_rule}``.
         freeze: Names of parameters or buffers, or patterns such as ``"blocks.0.*"``, all of whose axes stay fixed.
+        progress: Whether to show a progress bar where it takes more than a second.
 
     Returns:
         The groups and where each of them appears.
@@ -55,7 +58,8 @@ def discover(
         PermutationSpec(1 group, 8 units)
           0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
     """
-    spec = PermutationSpec.of(explore(model, example_input, rules, freeze))
+    with bars(progress):
+        spec = PermutationSpec.of(explore(model, example_input, rules, freeze))
     for unknown in spec.unknown:
         warnings.warn(
             f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning, stacklevel=2

@@ -21,6 +21,7 @@ from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.structure import Structure, dependencies
 from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
+from modeconn.tools.progress import passing_bar
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -132,7 +133,7 @@ class Exploration(Walk):
         self._contracted.append([])
         values: dict[Node, Any] = {}
         self._values.append(values)
-        for node in graph.nodes:
+        for node in passing_bar(graph.nodes, desc=f"discover, {graph.mode} mode", unit="operator"):
             if node.op == "placeholder":
                 values[node] = self._placeholder(node, graph)
             else:  # get_attr: the body of a branch or loop
@@ -318,7 +319,8 @@ class Exploration(Walk):
             mine = {p for p in mine if set(parents.get(p, ())) <= mine}
             parents[atom] = tuple(sorted(mine, key=lambda p: (p in parents, order.index(p) if p in parents else p)))
         atoms = range(self.num_atoms)
-        return Structure({a: self.atom_size(a) for a in atoms}, parents, families, self.batch_atoms)
+        kinds = {atom: self.atom_kind(atom) for atom in parents}
+        return Structure({a: self.atom_size(a) for a in atoms}, parents, families, self.batch_atoms, kinds)
 
     def _costs(self) -> Iterable[UnknownOperator]:
         """Sum up the units that each unknown operator fixed, by operator."""

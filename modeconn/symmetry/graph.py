@@ -139,6 +139,11 @@ class Graph:
         self._safe_to_copy = {node for node in self.nodes if _storage_of(node) not in written}
         self.free_batch = any(_is_free(n) for input in self._inputs() for n in input.shape)
 
+    @property
+    def mode(self) -> str:
+        """The mode as a word."""
+        return "train" if self.training else "eval"
+
     def run(
         self,
         state: Mapping[str, Tensor],
@@ -472,7 +477,7 @@ def decompose(node: Node) -> Any:
     for table in (dict, core_aten_decompositions):  # the second takes seconds to build, and is rarely needed
         try:
             graph = make_fx(call, table())(*tensors).graph
-        except Exception:  # whatever an operator without a decomposition raises under tracing
+        except Exception:  # tracing an operator without a decomposition raises errors of many types
             return None
         graph.eliminate_dead_code()
         calls = [part.target for part in graph.nodes if part.op == "call_function"]
@@ -520,7 +525,8 @@ def _mutates(node: Node) -> bool:
 
 def _step(target: Any, arguments: Any) -> str:
     text = f"{target} {arguments}"
-    return re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", text)  # one model may be on another
+    # The device does not matter: the two models may be on different ones.
+    return re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", text)
 
 
 def _written_by(node: Node) -> list[Node]:

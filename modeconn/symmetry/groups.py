@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modeconn.symmetry.axes import Axis
+from modeconn.symmetry.kinds import PERMUTATION, Kind
 from modeconn.symmetry.structure import Structure
 
 NamedPerms = dict[str, Tensor]
@@ -27,6 +28,7 @@ class Group:
         parents: Sizes of what their relabelling may vary with, by the name of the group, or "" for a fixed axis:
             ``{"attention": 12}`` for the units of a head, of which each head has its own relabelling.
         places: Where they appear: ``(parameter or buffer, dimension)``.
+        kind: Which maps of them leave the function as it is.
     """
 
     name: str
@@ -34,6 +36,7 @@ class Group:
     size: int
     parents: tuple[tuple[str, int], ...]
     places: tuple[tuple[str, int], ...]
+    kind: Kind = PERMUTATION
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -43,7 +46,7 @@ class Group:
     @property
     def log10_size(self) -> float:
         """Decimal logarithm of the number of its relabellings."""
-        return math.prod(self.shape[:-1]) * math.lgamma(self.size + 1) / math.log(10)
+        return math.prod(self.shape[:-1]) * self.kind.log10_order(self.size)
 
     def __str__(self) -> str:
         return " in each of ".join([f"{self.size} units", *(f"{n} {name or 'places'}" for name, n in self.parents)])
@@ -73,6 +76,7 @@ def groups_of(structure: Structure, state: Mapping[str, tuple[Axis, ...]]) -> tu
             size=structure.sizes[atom],
             parents=tuple((by_atom.get(p, ""), structure.sizes[p]) for p in structure.parents[atom]),
             places=tuple(places[atom]),
+            kind=structure.kind(atom),
         )
         for atom in atoms
     )

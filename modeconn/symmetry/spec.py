@@ -5,19 +5,20 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from modeconn.network.copies import copy_of
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.explore import explore, own_rules
 from modeconn.symmetry.findings import Findings, UnknownOperator
 from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_perms
+from modeconn.symmetry.kinds import KINDS
+from modeconn.symmetry.relabelling import Relabelling, named_state
 from modeconn.symmetry.report import SymmetryReport
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.structure import Structure
@@ -128,7 +129,7 @@ class PermutationSpec(Findings):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError unless the model has the parameters and shapes this spec was made for."""
-        tensors = dict(_named_state(model))
+        tensors = dict(named_state(model))
         for name, shape in self.shapes.items():
             if name not in tensors:
                 raise ValueError(f"this spec is of another model: {type(model).__name__} has no '{name}'.")
@@ -232,6 +233,7 @@ class PermutationSpec(Findings):
                 "sizes": {str(a): structure.sizes[a] for a in sorted(kept)},
                 "parents": {str(a): list(p) for a, p in structure.parents.items()},
                 "families": {str(a): [p, members] for a, (p, members) in structure.families.items() if a in kept},
+                "kinds": {str(a): structure.kind(a).name for a in structure.parents},
                 "state": self.state,
                 "fixed": self.fixed,
                 "unread": self.unread,
@@ -252,6 +254,7 @@ class PermutationSpec(Findings):
                 {int(a): n for a, n in data["sizes"].items()},
                 {int(a): tuple(p) for a, p in data["parents"].items()},
                 {int(a): (p, [_axis(m) for m in members]) for a, (p, members) in data["families"].items()},
+                kinds={int(a): KINDS[name] for a, name in data.get("kinds", {}).items()},  # older files do not say it
             )
             state = {name: tuple(_axis(axis) for axis in axes) for name, axes in data["state"].items()}
             fixed = {name: tuple(why) for name, why in data["fixed"].items()}
@@ -262,8 +265,8 @@ class PermutationSpec(Findings):
         return cls(structure, state, fixed, tuple(data["unread"]), unknown, freeze=freeze, own_rules=rules)
 
 
-@dataclass(frozen=True, eq=False)
-class Permutation:
+@dataclass(frozen=True, eq=False, repr=False)
+class Permutation(Relabelling):
     """One permutation per group of a spec.
 
     Unit ``perm[i]`` takes place ``i``: ``w.index_select(dim, perm)``, as a matrix ``P[i, perm[i]] = 1``. The units of a
@@ -278,6 +281,8 @@ class Permutation:
         ValueError: If a group is missing or unknown, or its ``perm`` is not a permutation of that group.
     """
 
+    kind: ClassVar[str] = "permutation"
+
     spec: PermutationSpec
     perms: Mapping[str, Tensor]
 
@@ -290,14 +295,6 @@ class Permutation:
         for group in self.spec.groups:
             _check_perm(group, self.perms[group.name])
 
-    def apply(self, model: nn.Module) -> nn.Module:
-        """Return a relabelled copy of ``model``; parameters and saved buffers move, the function stays.
-
-        Raises:
-            ValueError: If the model is not of this permutation's spec.
-        """
-        return relabelled_copy(self.spec, model, self.relabel)
-
     def relabel(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return named parameters and buffers with their units moved; names that the spec does not know stay."""
         return self.spec.structure.relabel_all(tensors, self.spec.state, self.by_atom())
@@ -306,7 +303,7 @@ class Permutation:
         """Return the perms under the numbers that the spec's structure uses."""
         return {group.atom: self.perms[group.name] for group in self.spec.groups}
 
-    def flat_sources(self, name: str) -> Tensor:
+    def sources(self, name: str) -> Tensor:
         """Return the source of every unit of a group, blocks and units inside them numbered row-major, ``(N,)``."""
         group = self.spec[name]
         flat = torch.zeros(group.shape, dtype=torch.int64)
@@ -324,13 +321,11 @@ class Permutation:
         inverse[(*self._parent_sources(group), perm)] = torch.arange(group.size).expand(group.shape)
         return inverse
 
-    def __matmul__(self, other: Permutation) -> Permutation:
-        """``(p @ q).apply(m)`` equals ``p.apply(q.apply(m))``."""
-        if (other.spec.state, other.spec.shapes) != (self.spec.state, self.spec.shapes):
-            raise ValueError("these permutations are of different specs, so they cannot be composed.")
+    def after(self, first: Permutation) -> Permutation:
+        """Return the relabelling that makes ``first`` and then this one."""
         return Permutation(
             self.spec,
-            {g.name: other.perms[g.name][(*self._parent_sources(g), self.perms[g.name])] for g in self.spec.groups},
+            {g.name: first.perms[g.name][(*self._parent_sources(g), self.perms[g.name])] for g in self.spec.groups},
         )
 
     def _parent_sources(self, group: Group) -> list[Tensor]:
@@ -367,19 +362,19 @@ class Permutation:
     def __repr__(self) -> str:
         return f"Permutation({len(self.perms)} groups, {self.num_moved:,} of {self.spec.num_units:,} units moved)"
 
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write the permutation and its spec to a safetensors file, all or nothing."""
-        files.write(path, "permutation", self.perms, {"spec": self.spec.to_json()})
+    @property
+    def is_identity(self) -> bool:
+        """Whether every unit is in its own place."""
+        return self.num_moved == 0
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the perms by group name."""
+        return dict(self.perms)
 
     @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Permutation:
-        """Read what `save` wrote.
-
-        Raises:
-            ValueError: If the file is no permutation that modeconn wrote.
-        """
-        perms, about = files.read(path, "permutation")
-        return cls(PermutationSpec.from_json(about["spec"]), perms)
+    def restore(cls, spec: str, tensors: Mapping[str, Tensor]) -> Permutation:
+        """Return the permutation of these perms, with its spec as JSON."""
+        return cls(PermutationSpec.from_json(spec), tensors)
 
 
 def _check_perm(group: Group, perm: Tensor) -> None:
@@ -395,29 +390,6 @@ def _check_perm(group: Group, perm: Tensor) -> None:
         raise ValueError(
             f"permutation for group '{group.name}' {what}; it must contain each of 0..{group.size - 1} once."
         )
-
-
-def relabelled_copy(
-    spec: PermutationSpec, model: nn.Module, relabel: Callable[[dict[str, Tensor]], Mapping[str, Tensor]]
-) -> nn.Module:
-    """Return a copy of ``model`` with what ``relabel`` makes of the parameters and saved buffers that a spec knows.
-
-    Raises:
-        ValueError: If the model is not of this spec.
-    """
-    spec.check_model(model)
-    relabelled = copy_of(model)
-    tensors = dict(_named_state(relabelled))
-    with torch.no_grad():
-        moved = relabel({name: tensors[name] for name in spec.state})
-        for name in {id(tensors[name]): name for name in reversed(moved)}.values():  # tied ones once
-            tensors[name].copy_(moved[name])
-    return relabelled
-
-
-def _named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)
 
 
 def _closure(structure: Structure, axes: Sequence[Axis]) -> set[int]:

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modeconn.symmetry import axes as algebra
 from modeconn.symmetry.axes import At, Axis, Families, atoms_of, expand
+from modeconn.symmetry.kinds import PERMUTATION, Kind
 
 Labels = tuple[tuple[int, int], ...]
 """For each dimension of a piece, its atom and the axis of the tensor that it came from."""
@@ -30,12 +31,18 @@ class Structure:
             permutation for each head. Parents come before their children.
         families: Atoms that stand for different axes at different indices of a fixed axis.
         batch: Fixed atoms that stand for the batch, whose size is only that of the example.
+        kinds: Which kind of group acts on each free atom; permutations on those that are not named.
     """
 
     sizes: dict[int, int]
     parents: dict[int, tuple[int, ...]]
     families: Families = field(default_factory=dict)
     batch: frozenset[int] = frozenset()
+    kinds: Mapping[int, Kind] = field(default_factory=dict)
+
+    def kind(self, atom: int) -> Kind:
+        """Return which kind of group acts on a free atom."""
+        return self.kinds.get(atom, PERMUTATION)
 
     def size(self, axis: Axis) -> int:
         """Return the number of positions of an axis."""
@@ -139,7 +146,7 @@ class Structure:
 
     def _source_index(self, axes: Sequence[Axis], perms: Perms) -> Tensor:
         if len(axes) == 1 and axes[0] in {((atom,),) for atom in perms if not self.parents[atom]}:
-            return perms[axes[0][0][0]].cpu()  # nothing but these units
+            return perms[axes[0][0][0]].cpu()  # the axis consists of these units only
         shape = [self.size(axis) for axis in axes]
         places = torch.arange(prod(shape)).view(shape)
         index = torch.empty_like(places)

@@ -18,6 +18,7 @@ from modeconn.symmetry.findings import Trace
 from modeconn.symmetry.graph import Example, export, first_line
 from modeconn.symmetry.groups import Group, NamedPerms, identity_perms, random_perms
 from modeconn.symmetry.structure import Structure
+from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
 
 if TYPE_CHECKING:
@@ -85,9 +86,10 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     proof = _Proof(spec, redraw_state(model, generator), _float64(given.to("cpu")), seed)
     worst = 0.0
-    for perms in telling_relabellings(spec.groups, generator):
+    for number, perms in enumerate(telling_relabellings(spec.groups, generator), 1):
         for trace in traces:
-            for name, error in proof.differences(trace, perms):
+            told = {"desc": f"verify, {trace.graph.mode} mode, relabelling {number}", "unit": "operator"}
+            for name, error in passing_bar(proof.differences(trace, perms), total=len(trace.graph.nodes), **told):
                 if not error <= tolerance:
                     raise VerificationError(proof.blame(trace, perms, name, error, tolerance))
                 worst = max(worst, error)
@@ -112,14 +114,15 @@ def telling_relabellings(groups: Sequence[Group], generator: torch.Generator) ->
     The first is drawn at random. One in three such moves every unit of a group, and few tell all pairs of groups apart
     at all places; so what is missing is made. Blocks are told apart in the same way as groups.
     """
-    seen: dict[int, Tensor] = {}  # by size: for each group or block and each place, a number for all its units so far
+    # By size: for each group or block and each place, a number that encodes all units it has had.
+    seen: dict[int, Tensor] = {}
     by_size = {size: [group for group in groups if group.size == size] for size in {group.size for group in groups}}
     perms = random_perms(groups, generator)
     for digit in count():
         yield perms
         for size, alike in by_size.items():
             rows = torch.cat([perms[group.name].view(-1, size) for group in alike])
-            rows = torch.cat([rows, torch.arange(size)[None]])  # what stays where it is
+            rows = torch.cat([rows, torch.arange(size)[None]])  # the identity, from which all must differ
             seen[size] = seen.get(size, 0) * size + rows
         if all(bool((codes.sort(0).values.diff(dim=0) != 0).all()) for codes in seen.values()):
             return
@@ -167,7 +170,7 @@ def _redraw(tensor: Tensor, generator: torch.Generator) -> Tensor:
         return torch.view_as_complex(parts) / math.sqrt(2 * _fan_in(tensor))
     if tensor.dim() < 2:
         return torch.rand(tensor.shape, generator=generator, dtype=torch.float64) + 0.5
-    if not tensor.is_meta and bool((tensor >= 0).all()):  # of which a root may be taken
+    if not tensor.is_meta and bool((tensor >= 0).all()):  # such as variances, of which a root may be taken
         return torch.randn(tensor.shape, generator=generator, dtype=torch.float64).abs() / math.sqrt(_fan_in(tensor))
     return torch.randn(tensor.shape, generator=generator, dtype=torch.float64) / math.sqrt(_fan_in(tensor))
 
@@ -317,12 +320,14 @@ def _float64(example: Example) -> Example:
             )
         if not leaf.is_floating_point():
             return leaf.to(torch.complex128) if leaf.is_complex() else leaf.clone()
-        leaf = torch.where(leaf.isfinite(), leaf, 0).double()  # what is odd about an example is not the spec's matter
+        # An example with odd values says nothing against the spec.
+        leaf = torch.where(leaf.isfinite(), leaf, 0).double()
         noise = torch.rand(leaf.shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
         if not leaf.any():
-            return noise  # an example of zeros shows nothing
+            return noise  # An example of zeros would hide mistakes.
         if not (leaf != leaf.flatten()[0]).any():
             return leaf * (1 - noise / 2)
-        return torch.lerp(leaf, leaf.mean(), noise / 2)  # stays in its range, which may be that of probabilities
+        # Keep the values in the range of the example, which may hold probabilities.
+        return torch.lerp(leaf, leaf.mean(), noise / 2)
 
     return Example(*pytree.tree_map(convert, (example.args, example.kwargs)))

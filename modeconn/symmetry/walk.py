@@ -67,7 +67,7 @@ class Walk(Space):
         self.arguments: dict[str, Any] = {}
         self._shown: set[tuple[Axis, ...]] = set()
         self._seen: list[Axis] = []  # contracted, so they matter though no output has them
-        self._contracted: list[list[tuple[Node, Axis]]] = []  # by graph
+        self._contracted: list[list[tuple[Node, Axis]]] = []  # one list for each graph
 
     @property
     def shape(self) -> tuple[int, ...]:

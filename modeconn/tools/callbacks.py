@@ -109,7 +109,7 @@ class Callback:
         return {}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
-        """Take up where `state` was."""
+        """Restore what `state` returned."""
 
 
 _MOMENTS = ("after_step", "after_epoch", "after_move", "after_point")
@@ -153,7 +153,7 @@ class Callbacks:
         return {}, {"callbacks": [one.state() if hasattr(one, "state") else {} for one in self._all]}
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Take up where `state` was, with as many callbacks as there were; others begin anew, with a warning."""
+        """Restore what `state` returned to as many callbacks as there were; others begin anew, with a warning."""
         known = about.get("callbacks", [])
         if len(known) != len(self._all):
             warnings.warn(

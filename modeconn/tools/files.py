@@ -65,14 +65,15 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
         ValueError: If it is a pickle, which might run code, or truncated, or a file of another kind or program.
     """
     path = Path(path)
-    with path.open("rb") as file:  # a missing file is named in Python's own words
+    with path.open("rb") as file:  # opened first, so that a missing file raises Python's own error
         start = file.read(2)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
     except safetensors.SafetensorError as error:
-        if start.startswith(_PICKLES):  # asked only now: the length of a good header may begin with the same bytes
+        # Checked only after safetensors failed: a valid header may begin with the same bytes.
+        if start.startswith(_PICKLES):
             raise ValueError(
                 f"{str(path)!r} is a pickle (a file of torch.save), which could run code when it is read. "
                 f"Only safetensors files that modeconn wrote are read."

@@ -46,7 +46,8 @@ def digest(value: nn.Module | Iterable[Tensor]) -> str:
         return _hash(identify(value))
     total = hashlib.sha256()
     for tensor in value:
-        dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)  # the stride of one number may be 0
+        # Cloned, because a tensor of one number may have the stride 0.
+        dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         total.update(f"{tuple(tensor.shape)}, {tensor.dtype}".encode())
         total.update(dense.view(-1).view(torch.uint8).numpy())
     return total.hexdigest()[:16]
@@ -77,7 +78,7 @@ def _describe(value: Any, inside: Callable[[Any], str], depth: int) -> str:
         return f"tensor of digest {digest([value])}"
     if isinstance(value, (np.ndarray, np.generic)):
         return f"array of digest {_hash(f'{value.shape}, {value.dtype}, {value.tobytes().hex()}')}"
-    if isinstance(value, (types.ModuleType, logging.Logger)):  # of which there is one of that name
+    if isinstance(value, (types.ModuleType, logging.Logger)):  # modules and loggers are unique by name
         return f"{_name(type(value))} {getattr(value, '__name__', None) or value.name}"
     if isinstance(value, type) or inspect.isbuiltin(value):
         return _name(value)
@@ -145,7 +146,7 @@ def _code(function: Any, inside: Callable[[Any], str]) -> str:
 def _contents(cell: types.CellType) -> list[Any]:
     try:
         return [cell.cell_contents]
-    except ValueError:  # what it is to hold is not assigned yet
+    except ValueError:  # an empty cell: its variable is not assigned yet
         return []
 
 

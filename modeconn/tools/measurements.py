@@ -51,7 +51,8 @@ class Records:
         self._known[key] = record
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
-                file.write(f"\n{json.dumps({key: record})}")  # a line break first: the last line may be a broken one
+                # Begin with a line break, because the last line may be incomplete.
+                file.write(f"\n{json.dumps({key: record})}")
                 file.flush()
                 os.fsync(file.fileno())
 

@@ -37,7 +37,8 @@ def preserved(device: torch.device | str = "cpu") -> Iterator[None]:
     """Give the caller's generators back unchanged after the block, whatever draws from them or reseeds them in it."""
     device = torch.device(device)
     saved = rng_state(device)
-    others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []  # torch.manual_seed seeds them all
+    # All GPUs, because a call of torch.manual_seed in the block seeds every device.
+    others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
     try:
         yield
     finally:

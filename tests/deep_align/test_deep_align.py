@@ -19,6 +19,7 @@ from typer.testing import CliRunner
 
 import modeconn
 from modeconn import (
+    Checkpoint,
     DeepAlign,
     Permutation,
     PermutationSpec,
@@ -645,6 +646,44 @@ def test_it_is_saved_and_loaded_with_the_same_bits(digits, aligner, tmp_path):
     ours, theirs = aligner.similarities(a, b), again.similarities(a, b)
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
     assert again.match(discover(a), a, b).permutation == aligner.match(discover(a), a, b).permutation
+
+
+@pytest.mark.parametrize("connectivity", [0.0, 1.0])
+@pytest.mark.parametrize("left", [14, 22])
+def test_a_fit_that_was_interrupted_goes_on_with_the_same_bits(left, connectivity, tmp_path, monkeypatch):
+    population = [network(perceptron, seed) for seed in range(5)]
+    data = [(x.double(), y) for x, y in batches()]
+    how = replace(SMALL, num_steps=25, validate_every=10, connectivity=connectivity)
+    whole = how.fit(population, data)
+    step, num_steps = EncoderTraining._step, []
+
+    def breaking(self, *args):
+        num_steps.append(None)
+        if len(num_steps) == left:
+            raise KeyboardInterrupt
+        return step(self, *args)
+
+    monkeypatch.setattr(EncoderTraining, "_step", breaking)
+    with pytest.raises(KeyboardInterrupt):
+        how.fit(population, data, checkpoint=tmp_path / "run")
+    resumed = how.fit(population, data, checkpoint=tmp_path / "run")
+    assert len(num_steps) == left + 25 - 10 * (left // 10)
+    assert repr(resumed) == repr(whole)
+    assert resumed.fitted.history == whole.fitted.history and resumed.fitted.validation == whole.fitted.validation
+    found = CliRunner().invoke(app, ["info", str(tmp_path / "run")])
+    assert "25 steps" in found.stdout and "validate_every" in found.stdout
+
+
+def test_a_checkpoint_of_another_fit_is_refused_and_so_are_moments_of_ones_own(tmp_path):
+    population = [network(perceptron, seed) for seed in range(3)]
+    how = replace(SMALL, num_steps=10, connectivity=0)
+    how.fit(population, example_input=images().double(), checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="is of another run: num_steps is 10 in it and 20 here"):
+        replace(how, num_steps=20).fit(population, example_input=images().double(), checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="is of another run: the digest of the population"):
+        how.fit(population[1:], example_input=images().double(), checkpoint=tmp_path / "run")
+    with pytest.raises(ValueError, match="saves itself at its own moments"):
+        how.fit(population, example_input=images().double(), checkpoint=Checkpoint(tmp_path / "new", every_batches=3))
 
 
 def test_aligners_that_answer_differently_are_written_differently():

@@ -37,7 +37,7 @@ def test_all_parts_are_taken_to_where_they_were_saved(tmp_path):
     path = tmp_path / "run"
     one, two = Part("one", 1.0), Part("two", 2.0)
     file = RunFile(Checkpoint(path), settings(), CPU)
-    assert file.saved is None and file.permutation() is None and file.is_kept
+    assert file.saved is None and file.relabelling() is None and file.is_kept
     file.save(one, two)
     one.value = 5.0
     file.save(one, two)
@@ -65,7 +65,7 @@ def test_the_relabelling_at_the_start_is_in_every_checkpoint(tmp_path):
     file = RunFile(Checkpoint(tmp_path / "run"), settings(), CPU)
     file.keep(permutation)
     file.save(Part("one", 1.0))
-    assert RunFile(Checkpoint(tmp_path / "run"), settings(), CPU).permutation() == permutation
+    assert RunFile(Checkpoint(tmp_path / "run"), settings(), CPU).relabelling() == permutation
 
 
 @pytest.mark.parametrize(

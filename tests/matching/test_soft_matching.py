@@ -150,7 +150,7 @@ def test_a_hard_permutation_is_a_soft_one_exactly(name: str, generator: torch.Ge
     assert all(torch.equal(x, expected[name]) for name, x in soft.relabel(tensors).items())
     assert soft.round() == hard
     for group in spec.groups:
-        assert torch.equal(soft.matrix(group.name).argmax(1), hard.flat_sources(group.name))
+        assert torch.equal(soft.matrix(group.name).argmax(1), hard.sources(group.name))
     assert same_bits(soft.apply(model), hard.apply(model))
 
 
@@ -393,7 +393,7 @@ def test_the_gradient_of_the_path_is_that_of_autograd(generator: torch.Generator
     settings = {"num_examples": 12, "batches_per_step": 3, "seed": 0}
     path = PathLoss(a, loader, loss_fn, path=Bezier(2), **settings)
     with torch.no_grad():
-        path.offsets.normal_(0, 0.1, generator=generator)
+        path.offsets.copy_(0.1 * torch.randn(path.offsets.shape, generator=generator, dtype=torch.float64))
     theta_a, theta_b = space.flatten(a), space.flatten(b).requires_grad_()
     offsets = path.offsets.detach().clone().requires_grad_()
     found = path.gradient(theta_b.detach())
@@ -480,7 +480,7 @@ def test_exact_transport_of_activations_is_matching_by_their_distance(generator:
     found, expected = (method.match(spec, a, b, loader) for method in methods)
     moments = collect(spec, a, b, loader, num_examples_at_most=None, before_activation=False)
     for name, m in moments.items():  # units that never fire are equal to each other
-        sources = [match.permutation.flat_sources(name)[:, None] for match in (found, expected)]
+        sources = [match.permutation.sources(name)[:, None] for match in (found, expected)]
         torch.testing.assert_close(*(m.inner_product().gather(1, source).sum() for source in sources))
     assert found.constant_units == expected.constant_units
 

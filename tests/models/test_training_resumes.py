@@ -103,7 +103,7 @@ def test_a_checkpoint_of_another_run_is_refused_and_info_describes_it(tmp_path):
 
 
 def test_a_checkpoint_inside_epochs_is_refused(tmp_path):
-    with pytest.raises(ValueError, match="training saves itself after every epoch, and not inside of them"):
+    with pytest.raises(ValueError, match="this run saves itself at its own moments, after each epoch"):
         models.train(CASE["mlp"].make(0), batches(), checkpoint=modeconn.Checkpoint(tmp_path / "k", every_batches=2))
 
 

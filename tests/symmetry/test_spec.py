@@ -7,7 +7,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from modeconn import Permutation, PermutationSpec, discover, models
+from modeconn import Connection, Line, Permutation, PermutationSpec, Relabelling, discover, fit_curve, models
+from modeconn.tools import files
 from tests.symmetry.cases import CASES, Case
 
 SOME = [
@@ -133,6 +134,20 @@ def test_permutations_of_different_specs_cannot_be_composed() -> None:
     p, q = (discover(models.mlp(4, (n,), 2)).identity() for n in (3, 4))
     with pytest.raises(ValueError, match="of different specs"):
         p @ q
+
+
+def test_files_from_when_permutations_were_the_only_kind_are_read(generator: torch.Generator, tmp_path: Path) -> None:
+    a, b = (models.mlp(6, (5,), 3, seed=seed) for seed in (1, 2))
+    permutation = discover(a).random(generator)
+    about = {"spec": permutation.spec.to_json()}
+    files.write(tmp_path / "p", "permutation", permutation.perms, about)
+    assert Permutation.load(tmp_path / "p") == Relabelling.load(tmp_path / "p") == permutation
+    connection = fit_curve(a, b, [(torch.rand(4, 6), torch.arange(4) % 3)], align=permutation, curve=Line())
+    connection.save(tmp_path / "c")
+    tensors, about = files.read(tmp_path / "c")
+    about["permutation"] = about.pop("relabelling")["spec"]
+    files.write(tmp_path / "c", about.pop("kind"), tensors, about)
+    assert Connection.load(tmp_path / "c").permutation == permutation
 
 
 def test_a_file_of_another_kind_is_no_permutation(tmp_path: Path) -> None:

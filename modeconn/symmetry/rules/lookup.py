@@ -128,7 +128,7 @@ def scatter_reduce(
         for x, y in pairwise(axes):
             if walk.size(x) == walk.size(y):
                 walk.unify(x, y)
-            else:  # a part of it, from the beginning
+            else:  # the part of the axis from its beginning
                 walk.fix(x, "written to by number")
                 walk.fix(y, "written to by number")
     return list(input.axes)

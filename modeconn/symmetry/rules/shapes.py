@@ -57,7 +57,8 @@ def transpose(walk: Walk, input: Traced, dim0: int = -2, dim1: int = -1) -> list
 
 def movedim(walk: Walk, input: Traced, source: Any, destination: Any) -> list[Axis]:
     """Move axes to other places."""
-    order = list(torch.empty([1] * len(input.axes)).movedim(source, destination).shape)  # checks the arguments
+    # Raises unless the arguments are valid.
+    order = list(torch.empty([1] * len(input.axes)).movedim(source, destination).shape)
     rank = len(order)
     source = [source] if isinstance(source, int) else source
     destination = [destination] if isinstance(destination, int) else destination

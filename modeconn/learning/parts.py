@@ -1,0 +1,159 @@
+"""Parts of which several kinds of runs are made, each with a state that a checkpoint keeps."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from modeconn.learning.checkpoint import State
+from modeconn.network.batches import endless_batches
+from modeconn.tools.rng import rng_state, set_rng_state
+
+
+class Count:
+    """How much of a run is done.
+
+    Args:
+        name: What is counted, such as "epochs".
+    """
+
+    def __init__(self, name: str) -> None:
+        self.value, self._name = 0, name
+
+    def state(self) -> State:
+        """Return the number."""
+        return {}, {self._name: self.value}
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        self.value = about[self._name]
+
+
+class Randomness:
+    """The global random state inside of a run.
+
+    Args:
+        device: Where random numbers are drawn, beside the CPU.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+
+    def state(self) -> State:
+        """Return the state of all generators."""
+        tensors, about = pack_rng(rng_state(self._device), "rng.")
+        return tensors, {"rng": about}
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        set_rng_state(unpack_rng(tensors, about["rng"], "rng."), self._device)
+
+
+class BatchStream:
+    """Batches of a loader, pass after pass, drawn under a random state of their own: the rest of a run moves no order.
+
+    To come back to its place after an interruption it reads again, from the beginning, as many batches as were read.
+
+    Args:
+        loader: Any re-iterable of batches.
+        device: Where they go, and whose random state the loader may draw from.
+    """
+
+    def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
+        self._device, self._random = device, rng_state(device)
+        self._batches, self._count = endless_batches(loader, device), 0
+
+    def __next__(self) -> Any:
+        outside = rng_state(self._device)
+        set_rng_state(self._random, self._device)
+        try:
+            batch = next(self._batches)
+            self._random = rng_state(self._device)
+        finally:
+            set_rng_state(outside, self._device)
+        self._count += 1
+        return batch
+
+    def state(self) -> State:
+        """Return how many batches were read."""
+        return {}, {"batches": self._count}
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Restore what `state` returned, in a stream that is at its beginning."""
+        for _ in range(about["batches"]):
+            next(self)
+
+
+class Learned:
+    """The tensors that training changes, as a part of a run.
+
+    Args:
+        tensors: Parameters and buffers by name.
+        optimizer: What it remembers.
+        scaler: Of the gradients, for float16; None if there is none.
+    """
+
+    def __init__(
+        self,
+        tensors: Mapping[str, Tensor],
+        optimizer: torch.optim.Optimizer,
+        scaler: torch.amp.GradScaler | None = None,
+    ) -> None:
+        self._tensors, self._optimizer, self._scaler = tensors, optimizer, scaler
+
+    def state(self) -> State:
+        """Return all that changes from step to step."""
+        tensors, about = pack_optimizer(self._optimizer)
+        own = {f"model.{name}": tensor.detach() for name, tensor in self._tensors.items()}
+        return {**own, **tensors}, {**about, "scaler": self._scaler.state_dict() if self._scaler else None}
+
+    @torch.no_grad()
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Restore what `state` returned."""
+        for name, tensor in self._tensors.items():
+            tensor.copy_(tensors[f"model.{name}"])
+        load_optimizer(self._optimizer, tensors, about)
+        if self._scaler is not None:
+            self._scaler.load_state_dict(about["scaler"])
+
+
+def pack_rng(state: Mapping[str, Any], prefix: str) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    """Split a state of `modeconn.tools.rng.rng_state` into tensors, their names beginning with ``prefix``, and JSON."""
+    tensors = {f"{prefix}{name}": value for name, value in state.items() if isinstance(value, Tensor)}
+    numpy_state = json.loads(json.dumps(state["numpy"], default=np.ndarray.tolist))
+    return tensors, {"numpy": numpy_state, "python": state["python"]}
+
+
+def unpack_rng(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    """Invert `pack_rng`."""
+    version, internal, gauss = about["python"]
+    state = {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
+    return {**state, "numpy": about["numpy"], "python": (version, tuple(internal), gauss)}
+
+
+def pack_optimizer(optimizer: torch.optim.Optimizer) -> State:
+    """Return what an optimizer remembers from step to step."""
+    tensors: dict[str, Tensor] = {}
+    others: dict[str, dict[str, Any]] = {}
+    for number, values in optimizer.state_dict()["state"].items():
+        for name, value in values.items():
+            if isinstance(value, Tensor):
+                tensors[f"optimizer.{number}.{name}"] = value
+            else:
+                others.setdefault(str(number), {})[name] = value
+    return tensors, {"optimizer": others}
+
+
+def load_optimizer(optimizer: torch.optim.Optimizer, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+    """Let a new optimizer of the same parameters take up where `pack_optimizer` was."""
+    state = {int(number): dict(values) for number, values in about["optimizer"].items()}
+    for key, value in tensors.items():
+        if key.startswith("optimizer."):
+            _, number, name = key.split(".", 2)
+            state.setdefault(int(number), {})[name] = value
+    optimizer.load_state_dict({"state": state, "param_groups": optimizer.state_dict()["param_groups"]})

@@ -1,0 +1,49 @@
+"""The kinds of groups that may act along an axis: a lattice in which operators lower an atom, and nothing raises it."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import cache
+
+
+@dataclass(frozen=True, eq=False)
+class Kind:
+    """A family of groups, one for each number of units.
+
+    Args:
+        name: In files and reports.
+        below: The kinds whose groups are parts of this one's.
+        log10_order: Returns the decimal logarithm of the number of elements, from the number of units.
+    """
+
+    name: str
+    below: frozenset[Kind] = frozenset()
+    log10_order: Callable[[int], float] = lambda size: 0.0
+
+    def __repr__(self) -> str:
+        return f"Kind({self.name!r})"
+
+    @cache  # noqa: B019 (kinds are few, and live as long as the program)
+    def meet(self, other: Kind) -> Kind:
+        """Return the largest kind that is a part of both.
+
+        Raises:
+            ValueError: If there is no such kind: what is below two kinds must have a largest member.
+        """
+        common = (self.below | {self}) & (other.below | {other})
+        for kind in common:
+            if common <= kind.below | {kind}:
+                return kind
+        raise ValueError(f"the kinds {self.name} and {other.name} have no largest kind below both.")
+
+
+FIXED = Kind("fixed")
+"""Nothing but the identity: each position has its meaning."""
+
+PERMUTATION = Kind("permutation", frozenset({FIXED}), lambda size: math.lgamma(size + 1) / math.log(10))
+"""Any order of the units."""
+
+KINDS = {kind.name: kind for kind in (FIXED, PERMUTATION)}
+"""Every kind by its name."""
