@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from accelerator_report import Clock, LeftOut, Report, attempt
+from profiles import numbers_of
 from torch import Tensor, nn
 
 import modeconn
@@ -212,7 +213,7 @@ class Pair:
         fitted = time.perf_counter()
         plan.need(_EVALUATION, "a profile")
         profile = connection.evaluate(self._test, num_points=plan.points, recalibrate=self._train)
-        return {**_summary(profile), "seconds to align": aligned - start, "minutes": (fitted - start) / 60}
+        return {**numbers_of(profile), "seconds to align": aligned - start, "minutes": (fitted - start) / 60}
 
     def _fit(self, curve: Any, align: Any, refine: PAM | None) -> Connection:
         plan = self._plan
@@ -234,15 +235,3 @@ class Pair:
         )
         connection.save(plan.folder / f"{name}.safetensors")
         return connection
-
-
-def _summary(profile: modeconn.Profile) -> dict[str, Any]:
-    return {
-        "end accuracy": float(profile.own_accuracy.mean()),
-        "end loss": float(profile.own_loss.mean()),
-        "min accuracy": profile.min_accuracy,
-        "mean accuracy": profile.mean_accuracy,
-        "arc-length mean accuracy": profile.arc_mean_accuracy,
-        "barrier": profile.barrier,
-        "seconds to evaluate": profile.seconds,
-    }

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from profiles import numbers_of
 from spread import Spread, shown, spread
 from timing import environment
 from torch import nn
@@ -54,19 +55,6 @@ def endpoint(seed: int, train: data.TensorLoader, settings: dict[str, Any], work
     return files.load(path).to(memory_format=torch.channels_last)
 
 
-def measure(connection: modeconn.Connection, test: data.TensorLoader, points: int) -> dict[str, float]:
-    profile = connection.evaluate(test, num_points=points)
-    return {
-        "end accuracy": float(profile.own_accuracy.mean()),
-        "end loss": float(profile.own_loss.mean()),
-        "min accuracy": profile.min_accuracy,
-        "mean accuracy": profile.mean_accuracy,
-        "arc-length mean accuracy": profile.arc_mean_accuracy,
-        "barrier": profile.barrier,
-        "seconds to evaluate": profile.seconds,
-    }
-
-
 def run(
     a: nn.Module,
     b: nn.Module,
@@ -97,7 +85,7 @@ def run(
         checkpoint=done.with_suffix(".safetensors") if "curve" in row else None,
     )
     fitted = time.perf_counter() - begin
-    found = {**measure(connection, test, points), "seconds to fit": fitted}
+    found = {**numbers_of(connection.evaluate(test, num_points=points)), "seconds to fit": fitted}
     if connection.history:
         moved = [turn["num_moved"] for turn in connection.history.turns]
         found["units moved by PAM"] = sum(moved)

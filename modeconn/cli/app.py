@@ -105,6 +105,13 @@ def _connection(path: Path, template: nn.Module | None, curve_class: str | None,
     return Connection.load(path, template, curve=kind, device=device)
 
 
+def _result_files(base: Path) -> list[Path]:
+    """Return the JSON and the CSV file whose names begin with ``base``, once it is sure that they can be written."""
+    results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
+    _check_outputs(*results)
+    return results
+
+
 def _write_result(found: AlongCurve, results: list[Path]) -> None:
     """Write a result along a curve as JSON and CSV, and say so."""
     found.to_json(results[0])
@@ -405,9 +412,7 @@ def evaluate(
 
         modeconn evaluate curve.safetensors --data digits --points 25
     """
-    base = connection.with_suffix("") if out is None else out
-    results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
-    _check_outputs(*results)
+    results = _result_files(connection.with_suffix("") if out is None else out)
     train_loader, measured = _training_and_measured(data, on)
     loaded = _connection(connection, shape.template(train_loader), curve_class, data.device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=train_loader, progress=_bars(progress))
@@ -531,9 +536,7 @@ def curvature(
 
         modeconn curvature curve.safetensors --data digits --points 5
     """
-    base = connection.with_name(f"{connection.stem}.curvature") if out is None else out
-    results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
-    _check_outputs(*results)
+    results = _result_files(connection.with_name(f"{connection.stem}.curvature") if out is None else out)
     if wrt not in ("weights", "inputs"):
         raise ValueError(f"--wrt must be weights or inputs, got {wrt!r}.")
     train_loader, measured = _training_and_measured(data, on)

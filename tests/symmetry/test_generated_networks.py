@@ -373,7 +373,10 @@ COMMON = settings(
 @COMMON
 @given(networks())
 def test_no_relabelling_of_a_generated_network_changes_any_tensor(drawn: tuple[Generated, Tensor]) -> None:
-    net, x = drawn
+    check_that_no_tensor_changes(*drawn)
+
+
+def check_that_no_tensor_changes(net: Generated, x: Tensor) -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error", UnknownOperatorWarning)
         spec = discover(net, x)
@@ -396,12 +399,7 @@ def test_most_generated_networks_have_units_to_relabel() -> None:
 @settings(COMMON, max_examples=max(EXAMPLES // 2, 1))
 @given(networks(lookups=True))
 def test_no_relabelling_changes_what_is_written_by_number_or_position(drawn: tuple[Generated, Tensor]) -> None:
-    net, x = drawn
-    with warnings.catch_warnings():
-        warnings.simplefilter("error", UnknownOperatorWarning)
-        spec = discover(net, x)
-    assert spec.verify(net, x) < 1e-9
-    assert largest_change(spec, net, x) < 1e-6
+    check_that_no_tensor_changes(*drawn)
 
 
 @settings(COMMON, max_examples=max(EXAMPLES // 4, 1))
