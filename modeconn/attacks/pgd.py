@@ -140,7 +140,7 @@ class PGD:
             x_adv = x_adv.detach().requires_grad_()
             outputs = model(x_adv)
             if step == 0:
-                check_targets(outputs, y, name="an attack")
+                check_targets(outputs, y, self.loss_fn, name="an attack")
             (gradient,) = torch.autograd.grad(_SCALE * self.loss_fn(outputs, y), x_adv)
             found_nan |= gradient.isnan().any()
             moved = torch.add(x_adv.detach(), norm.direction(gradient), alpha=uphill * self.step_size)

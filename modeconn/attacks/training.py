@@ -5,7 +5,7 @@ from __future__ import annotations
 import inspect
 import math
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F
@@ -221,10 +221,10 @@ def adversary_of(adversary: AdversaryLike) -> Adversary | FreeAdversarialTrainin
     return AdversarialTraining(adversary)
 
 
-def _log_probabilities(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
+def _log_probabilities(outputs: Any) -> Tensor:
     return main_output(outputs).log_softmax(1)
 
 
-def _divergence(outputs: Tensor | tuple[Tensor, ...], answers: Tensor) -> Tensor:
+def _divergence(outputs: Any, answers: Tensor) -> Tensor:
     """Return the mean over examples of the divergence of ``outputs`` from log probabilities ``answers``, ``(N, C)``."""
     return F.kl_div(_log_probabilities(outputs), answers, reduction="batchmean", log_target=True)

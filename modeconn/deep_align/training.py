@@ -238,7 +238,8 @@ class PopulationNetwork:
 
     def check_targets(self, inputs: Any, targets: Tensor) -> None:
         """Raise a ValueError if a target is no class."""
-        check_targets(self.outputs({}, inputs), targets, self._loss_fn)
+        with torch.no_grad():
+            check_targets(self._call({}, inputs), targets, self._loss_fn)
 
 
 def supervised_loss(similarities: list[Tensor], perms: list[Tensor]) -> Tensor:

@@ -10,11 +10,13 @@ from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.network.attack import under_attack
-from modeconn.network.batches import batches, check_loader, inputs_and_targets, num_examples
-from modeconn.network.loss import LossFn, check_targets, cross_entropy
+from modeconn.network.batches import batches, check_loader, first_batch, inputs_and_targets, num_examples, run
+from modeconn.network.loss import Forward, LossFn, answer_of, check_targets, cross_entropy
+from modeconn.network.scores import Weighted, weighted
 from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
@@ -91,6 +93,7 @@ def largest_eigenvalue(
     num_steps: int = 100,
     tolerance: float = 1e-3,
     loss_fn: LossFn = cross_entropy,
+    forward: Forward | None = None,
     seed: int = 0,
 ) -> tuple[float, int]:
     r"""Return the largest eigenvalue of the Hessian of a network's loss, and over how many examples.
@@ -101,9 +104,9 @@ def largest_eigenvalue(
     respect to inputs, one of the size of a batch), usually 10 to 50. The largest eigenvalue in their span is returned
     once its residual :math:`\lVert H v - \lambda v \rVert` is small.
 
-    With respect to weights it is the Hessian of the mean loss. With respect to inputs each example has one of its own;
-    all are found side by side, and the result is the mean of their eigenvalues (Zhao et al., 2020, compare it
-    with the robust loss along a curve).
+    With respect to weights it is the Hessian of the mean loss, for all parameters that are not frozen. With respect to
+    inputs each example has one of its own; all are found side by side, and the result is the mean of their eigenvalues
+    (Zhao et al., 2020, compare it with the robust loss along a curve).
 
     Args:
         model: A network in eval mode, in which no example depends on others.
@@ -112,6 +115,7 @@ def largest_eigenvalue(
         num_steps: How many products at most; more would be needed if a warning says so.
         tolerance: How large the residual may be, relative to the eigenvalue.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, differentiable twice.
+        forward: ``forward(model, batch) -> loss`` in its place, for ``wrt="weights"``.
         seed: Of the random vectors.
 
     Raises:
@@ -127,52 +131,81 @@ def largest_eigenvalue(
         raise ValueError(
             f"num_steps must be at least 1 and tolerance positive, got num_steps={num_steps}, tolerance={tolerance}."
         )
+    if forward is not None and wrt == "inputs":
+        raise ValueError(
+            "with forward= it is not known which inputs belong to which example: pass loss_fn=, or wrt='weights'."
+        )
     check_eval_mode(model)
-    device = device_of(model)
-    with seeded(seed, device), under_attack(model), torch.enable_grad():
-        check_loader(loader)
-        data = list(map(inputs_and_targets, batches(loader, device)))
-        _check_data(model, data)
+    device, space, loss = device_of(model), WeightSpace(model), _Loss(model, loss_fn, forward)
+    math = sdpa_kernel(SDPBackend.MATH)  # the other ways to compute attention have no second derivative
+    with seeded(seed, device), under_attack(model), torch.enable_grad(), math:
+        check_loader(loader) if forward is None else first_batch(loader)
+        data = list(batches(loader, device))
         count = sum(num_examples(batch) for batch in data)
         if wrt == "weights":
-            products = [_product_in_weights(model, data, loss_fn)]
+            products = [_product_in_weights(loss, space, data)]
         else:
-            products = [_product_in_inputs(model, x, y, loss_fn) for x, y in data]
+            products = [_product_in_inputs(loss, *inputs_and_targets(batch)) for batch in data]
         values = [_largest(product, start, num_steps, tolerance) for product, start in products]
     return float(torch.cat(values).double().mean()), count
 
 
-def _check_data(model: nn.Module, data: list[Any]) -> None:
-    for x, y in data:
-        if not x.is_floating_point():
-            raise ValueError(f"inputs of loader must be floating point, got {x.dtype}.")
-        with torch.no_grad():
-            check_targets(model(x), y)
+class _Loss(nn.Module):
+    """The loss of a batch around the model, so that other weights can be put into it.
+
+    Args:
+        model: The network.
+        loss_fn: ``loss_fn(outputs, targets)``.
+        forward: ``forward(model, batch) -> loss`` in its place.
+    """
+
+    def __init__(self, model: nn.Module, loss_fn: LossFn, forward: Forward | None) -> None:
+        super().__init__()
+        self.model, self._loss_fn, self._forward = model, loss_fn, forward
+        self._checked: set[int] = set()
+        self.training = False
+
+    def forward(self, batch: Any) -> Weighted:
+        """Return the loss as a sum and its weight."""
+        size = num_examples(batch)
+        if self._forward is not None:
+            loss, _ = answer_of(self._forward(self.model, batch))
+            return Weighted(loss.double() * size, float(size), False)
+        inputs, targets = inputs_and_targets(batch)
+        outputs = run(self.model, inputs)
+        if id(batch) not in self._checked:
+            self._checked.add(id(batch))
+            check_targets(outputs, targets, self._loss_fn)
+        return weighted(self._loss_fn, self._loss_fn(outputs, targets), outputs, targets, size)
 
 
-def _product_in_weights(model: nn.Module, data: list[Any], loss_fn: LossFn) -> tuple[_Product, Tensor]:
+def _product_in_weights(loss: _Loss, space: WeightSpace, data: list[Any]) -> tuple[_Product, Tensor]:
     """Return products with the Hessian of the mean loss over ``data``, and a first vector ``(1, P)``."""
-    space = WeightSpace(model)
-    theta = space.flatten(model).requires_grad_()
-    count = sum(num_examples(batch) for batch in data)
+    theta = space.flatten(loss.model).requires_grad_()
+    moving = space.trainable.to(theta)
 
     def product(vectors: Tensor) -> Tensor:
-        total = torch.zeros_like(theta)
-        for x, y in data:
-            loss = loss_fn(torch.func.functional_call(model, space.unflatten(theta), (x,)), y)
-            total += _times(loss, theta, vectors[0]) * (len(y) / count)
-        return total[None]
+        total, weight = torch.zeros_like(theta), 0.0
+        for batch in data:
+            weights = {f"model.{name}": tensor for name, tensor in space.unflatten(theta).items()}
+            found = torch.func.functional_call(loss, weights, (batch,))
+            total += _times(found.total, theta, vectors[0])
+            weight = weight + found.weight
+        return (total * moving / weight)[None]
 
-    return product, torch.randn_like(theta)[None]
+    return product, (torch.randn_like(theta) * moving)[None]
 
 
-def _product_in_inputs(model: nn.Module, x: Tensor, y: Tensor, loss_fn: LossFn) -> tuple[_Product, Tensor]:
+def _product_in_inputs(loss: _Loss, x: Tensor, y: Tensor) -> tuple[_Product, Tensor]:
     """Return products with the Hessian of each example's loss, and first vectors ``(N, D)``."""
+    if not (isinstance(x, Tensor) and x.is_floating_point()):
+        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
+        raise ValueError(f"inputs of loader must be one floating-point tensor for wrt='inputs', got {what}.")
     x = x.detach().requires_grad_()
 
     def product(vectors: Tensor) -> Tensor:
-        loss = loss_fn(model(x), y) * len(y)  # The Hessian of the sum over examples has one block for each example.
-        return _times(loss, x, vectors.view_as(x)).flatten(1)
+        total = loss((x, y)).total  # The Hessian of the sum over examples has one block for each example.
+        return _times(total, x, vectors.view_as(x)).flatten(1)
 
     return product, torch.randn_like(x).flatten(1)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,12 +12,15 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.measure.metrics import Against, AnyMetric, on_device, value_of
-from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples
+from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples, part_of, run
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import Forward, LossFn, answer_of, check_targets, is_classification, main_output
+from modeconn.network.loss import Forward, LossFn, answer_of, check_targets
+from modeconn.network.scores import classes_of, weighted
 from modeconn.network.weights import device_of
+from modeconn.tools.rng import preserved
 
 _KEPT_BYTES = 1 << 30
+_NOT_A_MEAN = 1e-2  # relative difference above rounding in any precision
 
 
 def fetch(loader: Iterable[Any], device: torch.device, *, limit: int = _KEPT_BYTES) -> Iterable[Any]:
@@ -47,8 +51,8 @@ class Measured:
     """What a `Meter` found, in the order in which networks were measured.
 
     Args:
-        loss: Mean loss per example, float64 ``(M,)`` on the CPU, as all others.
-        accuracy: Fraction of right answers, ``(M,)``, or None where targets are no classes.
+        loss: Mean loss, float64 ``(M,)`` on the CPU, as all others.
+        accuracy: Fraction of right answers, ``(M,)``, or None where it is not certain what a right one is.
         metrics: Values of metrics by name, ``(M,)`` each.
     """
 
@@ -71,9 +75,11 @@ class _Answers:
 
 
 class Meter:
-    """Measures networks on the same data: mean loss per example, for class targets accuracy, and other metrics.
+    """Measures networks on the same data: mean loss, where it is certain accuracy, and other metrics.
 
-    Results stay on the device until they are read, so that measuring many networks does not wait for each.
+    What is certain, and what each batch weighs, `modeconn.network.scores` decides. A loss of which that is not known is
+    taken for a mean over examples; whether it is one is tried out once, on the halves of a batch. Results stay on the
+    device until they are read, so that measuring many networks does not wait for each.
 
     Args:
         data: Batches on the device of the networks, from `fetch`.
@@ -91,7 +97,8 @@ class Meter:
         metrics: Mapping[str, AnyMetric] | None = None,
     ) -> None:
         self._data, self._loss_fn, self._forward, self.metrics = data, loss_fn, forward, metrics or {}
-        self._checked = False
+        self._checked = self._was_tried = False
+        self._has_accuracy = True
         self._ends: dict[str, _End] = {}
         self._totals: list[Tensor] = []
         self._values: dict[str, list[Tensor]] = {name: [] for name in self.metrics}
@@ -118,11 +125,11 @@ class Meter:
             for number, batch in enumerate(self._data):
                 size = num_examples(batch)
                 answers = self._answers(model, batch, heard)
-                totals.append(_means(answers) * size)  # by size: the last batch may be a small one
+                totals.append(self._sums(answers, size, model, batch))
                 self.num_examples += size
                 for name, metric in updated.items():
                     metric.update(*self._compared(self.metrics[name], answers, number, batch))
-        self._totals.append(torch.stack(totals).sum(0) / self.num_examples)
+        self._totals.append(torch.stack(totals).sum(0))
         for name, metric in updated.items():
             self._values[name].append(value_of(metric, name))
             metric.reset()
@@ -130,15 +137,52 @@ class Meter:
 
     def results(self) -> Measured:
         """Return what was found of all networks measured so far."""
-        loss, accuracy = torch.stack(self._totals).cpu().unbind(1)
+        loss, weight, correct, counted = torch.stack(self._totals).cpu().unbind(1)
         metrics = {name: torch.stack([value.cpu() for value in values]) for name, values in self._values.items()}
-        return Measured(loss, None if accuracy.isnan().all() else accuracy, metrics)
+        return Measured(loss / weight, correct / counted if self._has_accuracy else None, metrics)
+
+    def _sums(self, answers: _Answers, size: int, model: nn.Module, batch: Any) -> Tensor:
+        """Return the loss of a batch times its weight, that weight, right answers, and how many there could be."""
+        if self._forward is None:
+            found = weighted(self._loss_fn, answers.loss, answers.outputs, answers.targets, size)
+            total, weight, is_exact = found.total, found.weight, found.is_exact
+        else:
+            total, weight, is_exact = answers.loss.double() * size, float(size), False
+        if not is_exact and not self._was_tried and size > 1:
+            self._try_halves(model, batch, float(answers.loss), size)
+        loss_fn = None if self._forward is not None else self._loss_fn
+        classes = classes_of(answers.outputs, answers.targets, loss_fn) if self._has_accuracy else None
+        if classes is not None and not self._checked and classes.outside().numel():
+            classes = None  # integers that are no classes of the model, such as counts
+        self._has_accuracy = classes is not None
+        right = (classes.correct.sum(), classes.counted.sum()) if classes is not None else (0.0, 0.0)
+        parts = (x if isinstance(x, Tensor) else total.new_full((), x) for x in (total, weight, *right))
+        return torch.stack([part.double() for part in parts])
+
+    def _try_halves(self, model: nn.Module, batch: Any, loss: float, size: int) -> None:
+        """Warn if the loss of a batch is not the mean of those of its halves: it then depends on the batch size."""
+        self._was_tried = True
+        half = size // 2
+        parts = [part_of(batch, slice(half)), part_of(batch, slice(half, None))]
+        if [num_examples(part) for part in parts] != [half, size - half]:
+            return  # a batch of objects that cannot be cut
+        with preserved(device_of(model)):
+            again, *found = (float(self._answers(model, part, {}).loss) for part in (batch, *parts))
+        mean = (found[0] * half + found[1] * (size - half)) / size
+        allowed = _NOT_A_MEAN * max(abs(loss), abs(mean), 1e-6)
+        if abs(again - loss) <= allowed < abs(mean - loss):  # else it draws random numbers
+            warnings.warn(
+                f"the loss is no mean over the examples of a batch: it is {loss:.6g} of {size} examples, and "
+                f"{found[0]:.6g} and {found[1]:.6g} of their halves. So it depends on the batch size, here and in "
+                f"training. Divide by the number of examples, or use a loss of torch, whose weights are known.",
+                stacklevel=2,
+            )
 
     def _answers(self, model: nn.Module, batch: Any, heard: dict[str, Any]) -> _Answers:
         heard.clear()
         if self._forward is None:
             inputs, targets = inputs_and_targets(batch)
-            outputs = model(inputs)
+            outputs = run(model, inputs)
             if not self._checked:
                 check_targets(outputs, targets, self._loss_fn)
             return _Answers(self._loss_fn(outputs, targets), outputs, targets, dict(heard))
@@ -206,12 +250,3 @@ def _listener(heard: dict[str, Any], name: str) -> Any:
         heard[name] = output
 
     return listen
-
-
-def _means(answers: _Answers) -> Tensor:
-    """Return mean loss and accuracy of a batch, the accuracy NaN where targets are no classes."""
-    loss = answers.loss.double()
-    if answers.targets is None or not is_classification(answers.outputs, answers.targets):
-        return torch.stack([loss, torch.full_like(loss, torch.nan)])
-    correct = main_output(answers.outputs).argmax(1) == answers.targets
-    return torch.stack([loss, correct.double().mean()])

@@ -26,7 +26,8 @@ from modeconn.measure.robust_profile import (
 )
 from modeconn.network.attack import Attack, check_examples, under_attack
 from modeconn.network.batches import batches, check_loader, inputs_and_targets
-from modeconn.network.loss import LossFn, check_targets, cross_entropy, is_classification, main_output, per_example
+from modeconn.network.loss import LossFn, check_targets, cross_entropy, main_output, per_example
+from modeconn.network.scores import classes_of
 from modeconn.network.weights import check_eval_mode, device_of
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
@@ -197,13 +198,17 @@ class _Attacking:
 
     @torch.no_grad()
     def _answers(self, model: nn.Module, x: Tensor, y: Tensor, label: str) -> tuple[Tensor, Tensor]:
-        outputs = main_output(model(x))
-        if outputs.isnan().any():
+        outputs = model(x)
+        if main_output(outputs).isnan().any():
             raise FloatingPointError(f"{label}: the network answers NaN. Look for NaN in its weights.")
-        if not is_classification(outputs, y):
-            raise ValueError(f"attacks are measured on classes, but targets are {y.dtype} of shape {tuple(y.shape)}.")
-        check_targets(outputs, y)
-        return outputs.argmax(1) == y, per_example(self._loss_fn, outputs, y)
+        classes = classes_of(outputs, y, self._loss_fn)
+        if classes is None or y.ndim != 1:
+            raise ValueError(
+                f"attacks are measured on examples of one class each, but targets are {y.dtype} of shape "
+                f"{tuple(y.shape)}, and the model's scores have the shape {tuple(main_output(outputs).shape)}."
+            )
+        check_targets(outputs, y, cross_entropy)
+        return classes.correct, per_example(self._loss_fn, outputs, y)
 
 
 def _attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int, label: str) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import NamedTuple
+
 import torch
 from torch import Tensor, nn
 
@@ -62,13 +64,21 @@ class AuxiliaryHead(nn.Sequential):
         )
 
 
+class Outputs(NamedTuple):
+    """What GoogLeNet returns in train mode: scores ``(N, C)``, and those of its auxiliary heads."""
+
+    logits: Tensor
+    aux1: Tensor
+    aux2: Tensor
+
+
 class GoogLeNet(ImageModel):
     """Nine inception blocks after a stem that keeps small images large.
 
     Against the paper's network for 224 pixels, the stem's first convolution has stride 1, and the poolings after it
     and before the last two blocks are left out (Tatro et al., 2020): 32 pixels become 16, then 8.
 
-    Returns logits ``(N, C)`` in eval mode and ``(logits, auxiliary1, auxiliary2)`` in train mode.
+    Returns logits ``(N, C)`` in eval mode, and in train mode `Outputs`.
     """
 
     def __init__(self, num_classes: int, images: Images) -> None:
@@ -107,12 +117,12 @@ class GoogLeNet(ImageModel):
             if isinstance(module, (nn.Conv2d, nn.Linear)):
                 nn.init.trunc_normal_(module.weight, std=0.01, a=-0.02, b=0.02)
 
-    def forward(self, x: Tensor) -> Tensor | tuple[Tensor, Tensor, Tensor]:
+    def forward(self, x: Tensor) -> Tensor | Outputs:
         inner1 = self.to_auxiliary1(self.stem(self.normalize(x)))
         inner2 = self.to_auxiliary2(inner1)
         logits = self.classifier(self.dropout(self.pool(self.to_end(inner2)).flatten(1)))
         if self.training:
-            return logits, self.auxiliary1(inner1), self.auxiliary2(inner2)
+            return Outputs(logits, self.auxiliary1(inner1), self.auxiliary2(inner2))
         return logits
 
 
@@ -121,6 +131,6 @@ googlenet = image_factory(
     GoogLeNet,
     """Make GoogLeNet as Tatro et al. (2020) train it: 10,237,388 parameters at 100 classes, auxiliary heads included.
 
-    In train mode it returns ``(logits, auxiliary1, auxiliary2)``; `modeconn.cross_entropy` weighs them.""",
+    In train mode it returns a tuple named ``logits``, ``aux1``, ``aux2``, which `modeconn.cross_entropy` weighs.""",
     reference="Szegedy et al., 2015, https://arxiv.org/abs/1409.4842",
 )

@@ -204,8 +204,8 @@ class _PopulationRun:
     @torch.no_grad()
     def _check_targets(self, inputs: Tensor, targets: Tensor) -> None:
         outputs = self.models[0](inputs[0])
-        check_targets(outputs, targets[0], self.loss_fn)
-        check_targets(outputs, targets.flatten(0, 1))
+        for own in targets:
+            check_targets(outputs, own, self.loss_fn)
 
     def _step(self, batch: _Batch, epoch: int) -> list[Tensor]:
         """Make one step of every network and return the losses before it, ``(M,)``."""

@@ -24,6 +24,34 @@ def inputs_of(batch: Any) -> Any:
     return batch[0] if isinstance(batch, (tuple, list)) and len(batch) in (1, 2) else batch
 
 
+def run(model: Callable[..., Any], inputs: Any) -> Any:
+    """Call a model on a batch's inputs: a tuple or list is spread by position, a mapping by keyword.
+
+    So do `modeconn.discover` and all that runs a model.
+
+    Raises:
+        ValueError: If the model does not run on them, with what it said.
+    """
+    try:
+        if isinstance(inputs, (tuple, list)):
+            return model(*inputs)
+        return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, IndexError) as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"the model does not run on the inputs of a batch, {described(inputs)}: {lines[0] if lines else error!r} "
+            f"For batches that are no (inputs, targets) pass forward=."
+        ) from error
+
+
+def described(inputs: Any) -> str:
+    """Say what tensors there are, for an error message."""
+    found = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_of(inputs)]
+    return f"{type(inputs).__name__} of {', '.join(found) or 'no tensors'}"
+
+
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
     """Return both halves of a batch that is a pair, as losses and attacks read it."""
     inputs, targets = batch
@@ -293,7 +321,7 @@ def first_examples(data: Iterable[Any], limit: int | None) -> Iterator[Any]:
     room = math.inf if limit is None else limit
     for batch in data:
         size = num_examples(batch)
-        yield batch if size <= room else _cut(batch, size, int(room))
+        yield batch if size <= room else part_of(batch, slice(int(room)))
         room -= size
         if room <= 0:
             return
@@ -329,10 +357,11 @@ def _concatenated(first: Any, second: Any) -> Tensor:
     return torch.cat([first, second])  # a TypeError for objects that are no tensors: such batches are not joined
 
 
-def _cut(batch: Any, size: int, count: int) -> Any:
-    """Return the first ``count`` of the ``size`` examples of a batch; an object that cannot be cut stays whole."""
+def part_of(batch: Any, chosen: slice) -> Any:
+    """Return some of the examples of a batch; an object that cannot be cut stays whole."""
+    size = num_examples(batch)
 
     def cut(leaf: Any) -> Any:
-        return leaf[:count] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size else leaf
+        return leaf[chosen] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size else leaf
 
     return _map(cut, batch)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -41,7 +42,7 @@ class Ensemble(nn.Module):
             raise ValueError("models is empty: an ensemble needs at least one network.")
         self.training = self.members.training = any(member.training for member in self.members)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Return the logarithm of the mean probabilities, ``(N, C)``."""
-        votes = torch.stack([main_output(member(x)).log_softmax(1) for member in self.members])
+    def forward(self, *inputs: Any, **named: Any) -> Tensor:
+        """Return the logarithm of the mean probabilities, ``(N, C)``, for what each member takes."""
+        votes = torch.stack([main_output(member(*inputs, **named)).log_softmax(1) for member in self.members])
         return votes.logsumexp(0) - math.log(len(self.members))

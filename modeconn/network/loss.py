@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable
+import operator
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from modeconn.network.batches import inputs_and_targets
+from modeconn.network.batches import inputs_and_targets, run
+from modeconn.network.scores import auxiliary_scores, class_axes, classes_of, is_integer, knows_its_axis, scores_of
 
-LossFn = Callable[[Tensor, Tensor], Tensor]
+LossFn = Callable[[Any, Any], Tensor]
 """``loss_fn(outputs, targets) -> loss``, a mean over the examples of the batch."""
 
 Forward = Callable[[nn.Module, Any], Any]
@@ -22,53 +25,83 @@ Forward = Callable[[nn.Module, Any], Any]
 AUXILIARY_WEIGHT = 0.3
 
 
-def main_output(outputs: Tensor | tuple[Tensor, ...]) -> Tensor:
-    """Return the logits alone, also of a model that returns ``(logits, *auxiliary_logits)``."""
-    return outputs[0] if isinstance(outputs, (tuple, list)) else outputs
+def main_output(outputs: Any) -> Tensor:
+    """Return the class scores among a model's outputs, see `modeconn.network.scores`.
+
+    Raises:
+        ValueError: If the model returns several things, none of which it calls ``logits``.
+    """
+    scores = scores_of(outputs)
+    if scores is None:
+        raise ValueError(
+            f"the model returns {_described(outputs)}, and it is not known which part of that the scores are. Name it: "
+            f"return a named tuple, data class or dict with 'logits'; or pass loss_fn=, which gets all that the model "
+            f"returns, or forward=."
+        )
+    return scores
 
 
-def cross_entropy(outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
-    """Mean cross entropy per example; auxiliary classifiers, where a model returns them, count 0.3 each.
+def _described(outputs: Any) -> str:
+    if isinstance(outputs, Mapping):
+        return f"a {type(outputs).__name__} of {', '.join(map(repr, outputs))}"
+    if isinstance(outputs, (tuple, list)):
+        kinds = ", ".join(str(tuple(o.shape)) if isinstance(o, Tensor) else type(o).__name__ for o in outputs)
+        return f"{len(outputs)} outputs ({kinds})"
+    return f"a {type(outputs).__name__}"
+
+
+def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
+    """Mean cross entropy per target; auxiliary heads that a model names count 0.3 each. The default loss everywhere.
+
+    What the scores are, and which axis the classes lie along, `modeconn.network.scores` says: axis 1, or another one if
+    scores have the shape of the targets without that one alone.
 
     Args:
-        outputs: Logits ``(N, C)``, or ``(logits, *auxiliary_logits)`` as GoogLeNet returns in train mode
-            (Szegedy et al., 2015, https://arxiv.org/abs/1409.4842, section 5).
-        targets: int64 ``(N,)`` in ``[0, C)``.
+        outputs: Scores ``(N, C)``, ``(N, C, ...)`` or ``(N, ..., C)``; or a named tuple, data class or mapping with
+            ``logits``, whose parts named ``aux...`` are auxiliary heads, as those of GoogLeNet in train mode (Szegedy
+            et al., 2015, https://arxiv.org/abs/1409.4842, section 5).
+        targets: Classes, integers in ``[0, C)``, ``(N,)`` or ``(N, ...)``, of which -100 counts for nothing; or
+            probabilities of classes in the shape of the scores.
 
     Returns:
         A scalar.
+
+    Raises:
+        ValueError: If it is not known which output the scores are, or which axis the classes lie along.
     """
-    loss = F.cross_entropy(main_output(outputs), targets)
-    if isinstance(outputs, (tuple, list)):
-        for auxiliary in outputs[1:]:
-            loss = loss + AUXILIARY_WEIGHT * F.cross_entropy(auxiliary, targets)
+    loss = _cross_entropy(main_output(outputs), targets)
+    for auxiliary in auxiliary_scores(outputs):
+        loss = loss + AUXILIARY_WEIGHT * _cross_entropy(auxiliary, targets)
     return loss
 
 
-def per_example(loss_fn: LossFn, outputs: Tensor | tuple[Tensor, ...], targets: Tensor) -> Tensor:
+cross_entropy.is_mean_over_targets = True  # type: ignore[attr-defined]  # read by `modeconn.network.scores.weighted`
+
+
+def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
+    if scores.ndim <= 2 or not is_integer(targets):
+        return F.cross_entropy(scores, targets)
+    axes = class_axes(scores, targets)
+    if len(axes) != 1:
+        raise ValueError(
+            f"classes may lie along {'none' if not axes else ' or '.join(map(str, axes))} of the axes of scores of "
+            f"shape {tuple(scores.shape)} for targets of shape {tuple(targets.shape)}. Pass a loss_fn= that knows it, "
+            f"such as torch.nn.CrossEntropyLoss() for classes along axis 1."
+        )
+    return F.cross_entropy(scores.movedim(axes[0], 1), targets)
+
+
+def per_example(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
     """Return what ``loss_fn``, a mean over examples, is of each example alone, ``(N,)``.
 
     In one vectorised call where it can be made; a loss that indexes by its targets or branches is called one by one.
     """
-    is_one = isinstance(outputs, Tensor)
-    alone: Any = outputs[:, None] if is_one else tuple(output[:, None] for output in outputs)
-    targets = targets[:, None]
+    alone, targets = pytree.tree_map(lambda output: output[:, None], outputs), targets[:, None]
     try:
         return torch.func.vmap(loss_fn)(alone, targets)
     except Exception:  # vmap and losses raise many types of errors; all mean that the fast path is not possible
-        rows = alone if is_one else zip(*alone, strict=True)
+        rows = (pytree.tree_map(operator.itemgetter(i), alone) for i in range(len(targets)))
         return torch.stack([loss_fn(row, target) for row, target in zip(rows, targets, strict=True)])
-
-
-def is_classification(outputs: Tensor | tuple[Tensor, ...], targets: object) -> bool:
-    """Whether ``targets`` are class indices for logits ``(N, C, ...)``: integers, with one dimension less."""
-    logits = main_output(outputs)
-    return (
-        isinstance(targets, Tensor)
-        and isinstance(logits, Tensor)
-        and not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
-        and logits.ndim == targets.ndim + 1
-    )
 
 
 @dataclass(frozen=True)
@@ -97,7 +130,7 @@ def supervised(loss_fn: LossFn, *, check: bool = False) -> Forward:
 
     def forward(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = inputs_and_targets(batch)
-        return compare(model(inputs), targets)
+        return compare(run(model, inputs), targets)
 
     return forward
 
@@ -147,39 +180,46 @@ def _is_with_outputs(found: Any) -> bool:
     return isinstance(found, tuple) and len(found) == 3
 
 
-def check_targets(
-    outputs: Tensor | tuple[Tensor, ...], targets: Tensor, loss_fn: LossFn | None = None, *, name: str = "loader"
-) -> None:
-    """Raise unless class indices lie in the classes the model knows, and a default loss makes sense of the targets.
+def check_targets(outputs: Any, targets: Any, loss_fn: LossFn, *, name: str = "loader") -> None:
+    """Raise unless a loss that is known makes sense of outputs and targets; one of the user's own is not judged.
 
     Raises:
-        ValueError: With the first target that is no class; on an accelerator the loss itself would end the process. If
-            ``loss_fn`` is `cross_entropy`: where the model has but one output, of which it is 0 whatever that is, or
-            targets are neither classes nor probabilities of classes.
+        ValueError: If ``loss_fn`` is `cross_entropy`: where the model has but one output, of which it is 0 whatever
+            that is, or targets are neither classes nor probabilities of classes. If it is one of torch's cross
+            entropies too: with the first target that is no class; on an accelerator the loss would end the process.
     """
-    if loss_fn is cross_entropy:
+    is_default = loss_fn is cross_entropy
+    if is_default:
         _check_for_cross_entropy(main_output(outputs), targets, name)
-    if not is_classification(outputs, targets):
+    classes = classes_of(outputs, targets, loss_fn) if is_default or knows_its_axis(loss_fn) else None
+    if classes is None:
         return
-    num_classes = main_output(outputs).shape[1]
-    outside = targets[(targets < 0) | (targets >= num_classes)]
+    outside = classes.outside()
     if outside.numel():
+        num_classes = classes.scores.shape[1]
         raise ValueError(
             f"targets of {name} must lie in 0..{num_classes - 1}, the model's {num_classes} classes, got a target of "
-            f"{outside.flatten()[0].item()}."
+            f"{outside[0].item()}; what is to be left out must be {classes.ignored}."
         )
 
 
-def _check_for_cross_entropy(logits: object, targets: object, name: str) -> None:
-    if not (isinstance(logits, Tensor) and isinstance(targets, Tensor)):
+def _check_for_cross_entropy(scores: Tensor, targets: object, name: str) -> None:
+    if not isinstance(targets, Tensor):
         return
     way_out = "Pass loss_fn=, such as torch.nn.functional.mse_loss, or forward=."
-    if logits.ndim < 2 or logits.shape[1] == 1:
+    if scores.ndim < 2 or scores.shape[1] == 1:
         raise ValueError(
-            f"the model's outputs of shape {tuple(logits.shape)} are no scores of two or more classes, which cross "
+            f"the model's outputs of shape {tuple(scores.shape)} are no scores of two or more classes, which cross "
             f"entropy, the default loss, compares. {way_out}"
         )
-    if targets.is_floating_point() and not _are_probabilities(targets, logits):
+    if is_integer(targets):
+        if not class_axes(scores, targets):
+            raise ValueError(
+                f"targets of {name} have the shape {tuple(targets.shape)}, which is not that of the model's outputs, "
+                f"{tuple(scores.shape)}, without one of their axes: cross entropy, the default loss, cannot compare "
+                f"them. {way_out}"
+            )
+    elif not _are_probabilities(targets, scores):
         raise ValueError(
             f"targets of {name} are real numbers, of shape {tuple(targets.shape)}: neither classes nor probabilities "
             f"of classes, which cross entropy, the default loss, takes. {way_out}"
@@ -188,7 +228,7 @@ def _check_for_cross_entropy(logits: object, targets: object, name: str) -> None
 
 def _are_probabilities(targets: Tensor, logits: Tensor) -> bool:
     """Whether targets are at least 0, with sum 1 over the model's classes, as far as their precision tells."""
-    if targets.shape != logits.shape:
+    if targets.shape != logits.shape or not targets.is_floating_point():
         return False
     off = (targets.float().sum(1) - 1).abs().max()
     return bool(targets.min() >= 0) and float(off) < 1e-3 + logits.shape[1] * torch.finfo(targets.dtype).eps

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 
 from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, pool, recalibrate
-from modeconn.network.batches import inputs_of
+from modeconn.network.batches import inputs_of, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward
 from modeconn.network.weights import WeightSpace
@@ -110,7 +110,7 @@ def measure(
     ]
     try:
         for batch in data:
-            model(inputs_of(batch)) if forward is None else forward(model, batch)
+            run(model, inputs_of(batch)) if forward is None else forward(model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import csv
+from collections import namedtuple
 
 import pytest
 import torch
@@ -115,7 +116,7 @@ def test_auxiliary_outputs_do_not_count_for_accuracy():
     class WithAuxiliary(nn.Module):
         def forward(self, x):
             right = nn.functional.one_hot(x.long(), 3).float()
-            return right, right.flip(1)
+            return namedtuple("Outputs", ("logits", "aux"))(right, right.flip(1))
 
     meter = Meter([(torch.tensor([0.0, 2.0]), torch.tensor([0, 2]))], cross_entropy)
     meter.measure(WithAuxiliary())
@@ -139,7 +140,7 @@ def test_batches_of_another_kind_are_measured_by_their_own_forward():
 def test_a_target_outside_the_classes_is_an_error(target):
     data = batches(2)
     data[1][1][4] = target
-    with pytest.raises(ValueError, match=rf"must lie in 0\.\.2, the model's 3 classes, got a target of {target}\."):
+    with pytest.raises(ValueError, match=rf"must lie in 0\.\.2, the model's 3 classes, got a target of {target};"):
         Meter(data, cross_entropy).measure(CASE["mlp"].make(0))
 
 

@@ -324,7 +324,10 @@ def test_inputs_outside_the_pixel_range_are_refused(change, message):
             {"loader": [(torch.rand(3, 1, 2, 4).double(), torch.tensor([0, 1, 7]))]},
             "targets of loader must lie in 0..2",
         ),
-        ({"loader": [(torch.rand(3, 1, 2, 4).double(), torch.rand(3))]}, "attacks are measured on classes"),
+        (
+            {"loader": [(torch.rand(3, 1, 2, 4).double(), torch.rand(3))]},
+            "attacks are measured on examples of one class each",
+        ),
     ],
 )
 def test_settings_that_make_no_sense_are_refused(settings, message):
@@ -802,8 +805,10 @@ def test_flat_losses_have_no_curvature_and_wrong_settings_are_refused():
     with pytest.warns(UserWarning, match="did not settle in 1 steps"):
         largest_eigenvalue(model, examples(), num_steps=1)
     x, y = examples()[0]
-    with pytest.raises(ValueError, match=r"inputs of loader must be floating point, got torch\.uint8"):
+    with pytest.raises(ValueError, match=r"does not run on the inputs of a batch, Tensor of uint8 \(10, 1, 2, 4\)"):
         largest_eigenvalue(model, [(x.byte(), y)])
+    with pytest.raises(ValueError, match=r"must be one floating-point tensor for wrt='inputs', got torch\.uint8"):
+        largest_eigenvalue(model, [(x.byte(), y)], wrt="inputs")
     with pytest.raises(ValueError, match=r"targets of loader must lie in 0\.\.2"):
         largest_eigenvalue(model, [(x, y + 9)])
     with pytest.raises(FloatingPointError, match="the Hessian is NaN or infinite"):

@@ -1,0 +1,178 @@
+"""What outputs and targets mean: which output holds class scores, along which axis, which targets count, how much.
+
+Everything that computes a loss or an accuracy asks this module, and nothing else guesses. The rules:
+
+- *Scores.* A tensor is the scores. Of a named tuple, data class or mapping it is what the model calls ``logits``; what
+  it calls ``aux...`` are auxiliary heads. Several outputs without names say nothing.
+- *Classes* lie along axis 1 for torch's own cross entropies, which say so. Otherwise they lie along the one axis
+  without which scores have the shape of the targets; where two axes would do, nobody knows.
+- *Counted* are all targets but those of the loss's ``ignore_index``, by torch's default -100.
+- With a loss of the user's own, nothing is refused. Where the rules find no classes there is no accuracy.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+IGNORED = -100
+"""The label that torch's cross entropies leave out unless they are told another one."""
+
+_ALONG_AXIS_1 = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
+_OVER_ELEMENTS = (
+    *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),
+    *(nn.GaussianNLLLoss, nn.SoftMarginLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
+    *(F.binary_cross_entropy, F.binary_cross_entropy_with_logits, F.poisson_nll_loss, F.gaussian_nll_loss),
+)
+"""Losses of torch that are means over all elements of the outputs."""
+
+
+def named_part(outputs: Any, name: str) -> Any:
+    """Return what a model itself calls by a name among its outputs, None if nothing."""
+    if isinstance(outputs, Mapping):
+        return outputs.get(name)
+    has_names = hasattr(outputs, "_fields") or hasattr(outputs, "__dataclass_fields__")
+    return getattr(outputs, name, None) if has_names else None
+
+
+def scores_of(outputs: Any) -> Tensor | None:
+    """Return the scores among a model's outputs; None if nobody knows which they are."""
+    found = outputs if isinstance(outputs, Tensor) else named_part(outputs, "logits")
+    return found if isinstance(found, Tensor) else None
+
+
+def auxiliary_scores(outputs: Any) -> list[Tensor]:
+    """Return the scores of auxiliary heads: outputs that the model calls ``aux...``."""
+    names = outputs if isinstance(outputs, Mapping) else getattr(outputs, "_fields", ())
+    if hasattr(outputs, "__dataclass_fields__") and not isinstance(outputs, Mapping):
+        names = outputs.__dataclass_fields__
+    parts = [named_part(outputs, name) for name in names if str(name).startswith("aux")]
+    return [part for part in parts if isinstance(part, Tensor)]
+
+
+def class_axes(scores: Tensor, targets: Tensor) -> list[int]:
+    """Return the axes along which classes may lie: those without which scores have the shape of the targets."""
+    shape = tuple(scores.shape)
+    return [axis for axis in range(1, len(shape)) if (*shape[:axis], *shape[axis + 1 :]) == tuple(targets.shape)]
+
+
+def is_integer(targets: Any) -> bool:
+    """Whether targets are whole numbers, as class indices are."""
+    return isinstance(targets, Tensor) and not (
+        targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    )
+
+
+def setting_of(loss_fn: Any, name: str, default: Any) -> Any:
+    """Return a setting of a loss, such as "ignore_index": its attribute, or an argument of a `functools.partial`."""
+    if isinstance(loss_fn, functools.partial):
+        return loss_fn.keywords.get(name, setting_of(loss_fn.func, name, default))
+    return getattr(loss_fn, name, default) if isinstance(loss_fn, nn.Module) else default
+
+
+def is_one_of(loss_fn: Any, kinds: tuple[Any, ...]) -> bool:
+    """Whether a loss is one of these classes or functions, also with some of its arguments set."""
+    loss_fn = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
+    return any(type(loss_fn) is kind if isinstance(kind, type) else loss_fn is kind for kind in kinds)
+
+
+def knows_its_axis(loss_fn: Any) -> bool:
+    """Whether a loss is one of torch's, for which classes always lie along axis 1."""
+    return is_one_of(loss_fn, _ALONG_AXIS_1)
+
+
+@dataclass(frozen=True)
+class Classes:
+    """Scores of classes and targets that are classes.
+
+    Args:
+        scores: ``(N, C, ...)``.
+        targets: Integers ``(N, ...)``.
+        ignored: The label that counts for nothing.
+    """
+
+    scores: Tensor
+    targets: Tensor
+    ignored: int
+
+    @property
+    def counted(self) -> Tensor:
+        """Which targets count, bool ``(N, ...)``."""
+        return self.targets != self.ignored
+
+    @property
+    def correct(self) -> Tensor:
+        """Which targets have the highest score, bool ``(N, ...)``; none that does not count."""
+        return (self.scores.argmax(1) == self.targets) & self.counted
+
+    def outside(self) -> Tensor:
+        """Return the targets that count and are no class, ``(K,)``."""
+        is_class = (self.targets >= 0) & (self.targets < self.scores.shape[1])
+        return self.targets[~is_class & self.counted]
+
+
+def classes_of(outputs: Any, targets: Any, loss_fn: Any = None) -> Classes | None:
+    """Return scores and targets as classes; None if they are none, or nobody knows along which axis they lie.
+
+    Args:
+        outputs: What the model returned.
+        targets: What the batch says.
+        loss_fn: The loss, where there is one: torch's own say what axis and which label they ignore.
+    """
+    scores = scores_of(outputs)
+    if scores is None or not is_integer(targets):
+        return None
+    axes = class_axes(scores, targets)
+    if 1 in axes and knows_its_axis(loss_fn):
+        axes = [1]
+    if len(axes) != 1 or scores.shape[axes[0]] < 2:
+        return None
+    return Classes(scores.movedim(axes[0], 1), targets, setting_of(loss_fn, "ignore_index", IGNORED))
+
+
+@dataclass(frozen=True)
+class Weighted:
+    """The loss of a batch as a sum and what it was divided by, so that batches of any size combine exactly.
+
+    Args:
+        total: A scalar.
+        weight: A scalar or number; its unit is the loss's own: examples, targets that count, class weights.
+        is_exact: Whether it is known how the loss weighs its parts; else it is taken for a mean over examples.
+    """
+
+    total: Tensor
+    weight: Tensor | float
+    is_exact: bool
+
+
+def weighted(loss_fn: Callable[..., Any], loss: Tensor, outputs: Any, targets: Any, num_examples: int) -> Weighted:
+    """Return the sum and the weight of a batch's loss.
+
+    Args:
+        loss_fn: What computed it.
+        loss: Its value, a scalar.
+        outputs: What the model returned.
+        targets: What the batch says.
+        num_examples: The batch size.
+    """
+    loss = loss.double()
+    if setting_of(loss_fn, "reduction", "mean") == "sum":
+        return Weighted(loss, float(num_examples), True)
+    if knows_its_axis(loss_fn) or getattr(loss_fn, "is_mean_over_targets", False):
+        classes = classes_of(outputs, targets, loss_fn)
+        if classes is None:  # probabilities of classes: every place counts alike
+            scores = scores_of(outputs)
+            return Weighted(loss * num_examples, float(num_examples), scores is not None and scores.ndim == 2)
+        by_class = setting_of(loss_fn, "weight", None)
+        counted = classes.counted
+        weight = counted.sum().double() if by_class is None else by_class.double()[classes.targets[counted]].sum()
+        return Weighted(torch.where(weight > 0, loss * weight, 0.0), weight, True)
+    if is_one_of(loss_fn, _OVER_ELEMENTS) and isinstance(outputs, Tensor):
+        return Weighted(loss * outputs.numel(), float(outputs.numel()), True)
+    return Weighted(loss * num_examples, float(num_examples), False)
