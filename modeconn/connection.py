@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable
 from dataclasses import asdict
 from typing import Any
@@ -18,7 +17,7 @@ from modeconn.curves.path import Path
 from modeconn.learning.history import History
 from modeconn.measure.measurable import Measurable
 from modeconn.network.attack import AdversarialExamples
-from modeconn.network.batch_norm import NUM_EXAMPLES, norm_layers
+from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import TrainingData
 from modeconn.network.registry import build, describe
@@ -190,24 +189,6 @@ class Connection(Measurable):
             path,
             permutation=unpack(tensors, about, _MOVED),
             history=None if about["history"] is None else History(**about["history"]),
-        )
-
-
-def warn_about_buffers(model_a: nn.Module, model_b: nn.Module) -> None:
-    """Warn of floating-point buffers that differ between the ends and that nothing re-estimates between them."""
-    layers = norm_layers(model_a).values()
-    estimated = {id(buffer) for layer in layers for buffer in (layer.running_mean, layer.running_var)}
-    others = dict(model_b.named_buffers())
-    differ = [
-        name
-        for name, buffer in model_a.named_buffers()
-        if id(buffer) not in estimated and buffer.is_floating_point() and not torch.equal(buffer, others[name])
-    ]
-    if differ:
-        warnings.warn(
-            f"buffers {', '.join(map(repr, differ))} differ between the networks and are no batch-norm statistics; "
-            f"networks between them take those of the first.",
-            stacklevel=3,
         )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from modeconn.attacks.training import AdversaryLike, adversary_of
-from modeconn.connection import Connection, warn_about_buffers
+from modeconn.connection import Connection
 from modeconn.curves import Bezier, Curve, Line
 from modeconn.curves import describe as describe_curve
 from modeconn.curves.path import Path
@@ -110,7 +110,6 @@ def fit_curve(
     space, ends = WeightSpace(model_a), (model_a, model_b)
     for end, model in zip("ab", ends, strict=True):
         space.check(model, name=end)
-    warn_about_buffers(model_a, model_b)
     _check_settings(align, refine, curve, recipe, adversary, loader)
     loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward)
     if loader is None:

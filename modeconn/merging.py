@@ -9,15 +9,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.connection import warn_about_buffers
 from modeconn.curves.path import Path
 from modeconn.matching.alignment import find_spec
 from modeconn.matching.method import Method, check_data, check_method
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, recalibrate
 from modeconn.network.copies import copy_of
+from modeconn.network.estimates import differing, take_mean, warn_of
 from modeconn.network.repair import repair as repair_model
-from modeconn.network.weights import WeightSpace, load_buffers
+from modeconn.network.weights import WeightSpace, named_buffers
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.rng import seeded
@@ -50,9 +50,7 @@ def interpolate(
         >>> torch.equal(interpolate(a, b, 1.0).weight, b.weight)
         True
     """
-    line = Path.straight_between(model_a, model_b)  # first, because it checks that the networks fit together
-    warn_about_buffers(model_a, model_b)
-    return line.model_at(t, recalibrate, recalibration_examples, repair)
+    return Path.straight_between(model_a, model_b).model_at(t, recalibrate, recalibration_examples, repair)
 
 
 @dataclass(frozen=True)
@@ -152,8 +150,8 @@ def merge_many(
     permutations = tuple(back @ permutation for permutation in names.permutations)
     merged = back.apply(names.mean())
     relabelled = [permutation.apply(model) for permutation, model in zip(permutations, models, strict=True)]
-    for other in relabelled[1:]:
-        warn_about_buffers(relabelled[0], other)
+    buffers = [named_buffers(network) for network in relabelled]
+    warn_of(differing(merged, buffers), buffers[0], stacklevel=3)
     if loader is not None and (repair or norm_layers(merged)):
         merged = repair_model(merged, relabelled, loader)
     return Merge(merged, permutations, tuple(history))
@@ -179,9 +177,10 @@ class _CommonNames:
         return _spread(self._thetas)
 
     def mean(self) -> nn.Module:
-        """Return the mean of all weights, with the buffers of the first network."""
+        """Return the mean of all weights, with buffers as `modeconn.network.estimates` has them."""
         model = copy_of(self.models[0]).eval()
         self._space.load(self._thetas.mean(0), model)
+        take_mean(model, self.models)
         return model
 
     def follow_the_first(self, method: Method, loader: Iterable[Any] | None) -> None:
@@ -207,7 +206,7 @@ class _CommonNames:
             for i in torch.randperm(len(self.models), generator=generator).tolist():
                 rest = torch.cat([self._thetas[:i], self._thetas[i + 1 :]])
                 self._space.load(rest.mean(0), others)
-                load_buffers(dict(self.models[0 if i else 1].named_buffers()), others)
+                take_mean(others, [*self.models[:i], *self.models[i + 1 :]])
                 recalibrate(others, calibration)
                 step = method.match(self._spec, others, self.models[i], loader).permutation
                 moved = step.apply(self.models[i])

@@ -342,7 +342,7 @@ def test_models_that_do_not_belong_together_are_an_error():
 def test_a_target_outside_the_classes_is_an_error():
     data = batches()
     data[2][1][3] = 3
-    with pytest.raises(ValueError, match=r"targets of loader must lie in 0\.\.2, .* got a target of 3\."):
+    with pytest.raises(ValueError, match=r"targets of loader must lie in 0\.\.2, .* got a target of 3;"):
         fit_curve(*pair(), data, align=False, recipe=SHORT)
 
 

@@ -14,6 +14,7 @@ from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
 from modeconn.network.copies import copy_of
+from modeconn.network.estimates import differing, mixed, settle, warn_of
 from modeconn.network.loss import TrainingData
 from modeconn.network.repair import Statistics, impose, measure, mix
 from modeconn.network.weights import WeightSpace, load_buffers, named_buffers
@@ -23,7 +24,8 @@ class Path:
     """A curve through weight space with the networks on it.
 
     At t=0 it is network a and at t=1 network b, both bit for bit, weights and buffers; between them weights follow the
-    curve, batch norm is recalibrated on training data, and other buffers are a's.
+    curve, batch norm is recalibrated on training data, and of other buffers `modeconn.network.estimates` says what they
+    are, with a warning if they differ between the ends.
 
     Args:
         template: A network of the architecture; it is copied, and its weights do not matter.
@@ -55,6 +57,14 @@ class Path:
         self.training = training or TrainingData()
         self.template = copy_of(template).eval()
         self._calibration: dict[int | None, Any] = {}
+        self._differing = differing(self.template, buffers)
+        warn_of(self._differing, buffers[0], stacklevel=4)
+
+    def buffers_at(self, t: float) -> dict[str, Tensor]:
+        """Return the buffers at ``t``: those of the end at an end, and between them what the rules say."""
+        if t in (0, 1) or not self._differing:
+            return self.buffers[1 if t == 1 else 0]
+        return {**self.buffers[0], **mixed(self._differing, self.buffers, (1 - t, t))}
 
     @classmethod
     def straight_between(cls, model_a: nn.Module, model_b: nn.Module, training: TrainingData | None = None) -> Path:
@@ -177,5 +187,7 @@ class Networks:
 
     def _place(self, theta: Tensor, t: float) -> nn.Module:
         self._path.space.load(theta, self._model)
-        load_buffers(self._path.buffers[1 if t == 1 else 0], self._model)
+        load_buffers(self._path.buffers_at(t), self._model)
+        if t not in (0, 1) or self._path.curve.free_ends:
+            settle(self._model)
         return self._model

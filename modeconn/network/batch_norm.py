@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batches import batches, first_examples, inputs_of, run, shuffled, without_singles
@@ -27,12 +27,12 @@ NUM_EXAMPLES = 2048
 _Calls = list[tuple[int, Tensor]]
 
 
-def norm_layers(model: nn.Module) -> dict[str, _BatchNorm]:
-    """Return the batch-norm layers that keep running statistics, by name."""
+def norm_layers(model: nn.Module) -> dict[str, _NormBase]:
+    """Return the layers of batch norm, and of instance norm, that keep running statistics, by name."""
     return {
         name: module
         for name, module in model.named_modules()
-        if isinstance(module, _BatchNorm) and module.running_mean is not None
+        if isinstance(module, _NormBase) and module.running_mean is not None
     }
 
 
@@ -100,36 +100,48 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
             run(model, inputs_of(batch)) if forward is None else forward(model, batch)
     for layer, seen in calls.items():
         if seen:
-            mean, variance = pool(seen)
+            mean, variance = pool(seen) if isinstance(layer, _BatchNorm) else _average(seen)
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(variance)
 
 
 @contextmanager
-def _batch_statistics(model: nn.Module, layers: list[_BatchNorm]) -> Iterator[dict[_BatchNorm, _Calls]]:
+def _batch_statistics(model: nn.Module, layers: list[_NormBase]) -> Iterator[dict[_NormBase, _Calls]]:
     """Let ``layers`` alone train, each call writing its batch's statistics to a row of its own; undo all that after."""
     saved = [(layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in layers]
-    calls: dict[_BatchNorm, _Calls] = {layer: [] for layer in layers}
+    calls: dict[_NormBase, _Calls] = {layer: [] for layer in layers}
 
-    def new_row(layer: _BatchNorm, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def new_row(layer: _NormBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         inputs = next(iter((*args, *kwargs.values())))
         # With momentum 1 the running statistics become those of the batch.
         row = layer.running_mean.new_zeros(2, layer.num_features)
         layer.running_mean, layer.running_var = row
-        calls[layer].append((inputs.numel() // layer.num_features, row))
+        count = inputs.numel() // layer.num_features if isinstance(layer, _BatchNorm) else len(inputs)
+        calls[layer].append((count, row))
 
     hooks = [layer.register_forward_pre_hook(new_row, with_kwargs=True) for layer in layers]
     try:
         with flags_kept(model):
-            use_batch_statistics(model, _BatchNorm)
+            use_batch_statistics(model, _NormBase)
             for layer in layers:
-                layer.momentum, layer.num_batches_tracked = 1.0, None
+                layer.momentum = 1.0
+                if not isinstance(layer, SyncBatchNorm):  # which asks for a counter, where others are faster without
+                    layer.num_batches_tracked = None
+                elif layer.num_batches_tracked is not None:
+                    layer.num_batches_tracked = layer.num_batches_tracked.clone()
             yield calls
     finally:
         for hook in hooks:
             hook.remove()
         for layer, values in zip(layers, saved, strict=True):
             layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked = values
+
+
+def _average(calls: _Calls) -> tuple[Tensor, Tensor]:
+    """Return the mean over examples of the mean and of the variance of each, as instance norm keeps them, ``(C,)``."""
+    means, variances = torch.stack([row for _, row in calls]).double().unbind(1)
+    counts = means.new_tensor([count for count, _ in calls])[:, None]
+    return (counts * means).sum(0) / counts.sum(), (counts * variances).sum(0) / counts.sum()
 
 
 def pool(calls: _Calls) -> tuple[Tensor, Tensor]:

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._decomp import decompositions
+from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from modeconn.network.batches import to_device
@@ -285,6 +286,9 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
         ValueError: If the model cannot run on the example, or cannot be exported.
     """
     shadow = _shadow(model).train(training)
+    for module in shadow.modules():
+        if isinstance(module, _NormBase) and module.momentum is None:
+            module.momentum = 0.1  # else its average reads the number of batches, which export cannot follow
     shadow.register_forward_hook(lambda module, inputs, outputs: _plain(outputs))
     _name_keywords(shadow, example)
     with _traceable():
@@ -617,6 +621,12 @@ def _grouped_matmul(x: Tensor, y: Tensor, offsets: Tensor | None = None, *settin
     return torch.cat([x[g] @ y[:, a:b] for g, (a, b) in groups], 1)
 
 
+def _argument(node: Node, name: str) -> Any:
+    """Return an argument of an operator by its name in the schema."""
+    names = [argument.name for argument in node.target._schema.arguments]
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}.get(name)
+
+
 def _settings(node: Node, running_statistics: bool) -> dict[str, Any]:
     """Return the arguments of an operator that are not to be taken from the graph."""
     schema = getattr(node.target, "_schema", None)
@@ -627,6 +637,6 @@ def _settings(node: Node, running_statistics: bool) -> dict[str, Any]:
         return {"p": 0.0}
     if "rrelu" in schema.name:
         return {"training": False}
-    if running_statistics and {"running_mean", "training"} <= names:
+    if running_statistics and {"running_mean", "training"} <= names and _argument(node, "running_mean") is not None:
         return {"training": False}
     return {name: 0.0 for name in ("dropout", "dropout_p") if name in names}
