@@ -22,12 +22,11 @@ from modeconn.network.copies import copy_of
 from modeconn.network.loss import TrainingData
 from modeconn.network.registry import build, describe
 from modeconn.network.weights import WeightSpace
-from modeconn.symmetry.relabelling import Relabelling, pack, unpack
+from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files
 
 _KIND = "connection"
 _FORMAT = 1
-_MOVED = "permutation."  # begins the names of the relabelling's tensors
 
 
 class Connection(Measurable):
@@ -131,7 +130,7 @@ class Connection(Measurable):
         tensors = {"control_points": torch.stack([self.space.to_canonical(row) for row in self.control_points])}
         for end, buffers in zip("ab", self.buffers, strict=True):
             tensors |= {f"buffers.{end}.{name}": buffer for name, buffer in buffers.items()}
-        moved, relabelled_by = pack(self.permutation, _MOVED)
+        moved, relabelled_by = pack(self.permutation, MOVED)
         about = {
             "format": _FORMAT,
             "curve": describe_curve(self.curve),
@@ -187,7 +186,7 @@ class Connection(Measurable):
         )
         return cls(
             path,
-            permutation=unpack(tensors, about, _MOVED),
+            permutation=unpack(tensors, about, MOVED),
             history=None if about["history"] is None else History(**about["history"]),
         )
 

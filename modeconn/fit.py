@@ -26,6 +26,7 @@ from modeconn.matching import ActivationMatching, Alignment, Method, WeightMatch
 from modeconn.matching.alignment import find_alignment, find_spec
 from modeconn.matching.method import check_data, check_method, finished
 from modeconn.network.batches import Opened, check_pair
+from modeconn.network.estimates import differing, warn_of
 from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, Workspace, named_buffers
@@ -93,7 +94,8 @@ def fit_curve(
             it and ends with the same bits as one that was never interrupted, on the same machine and versions.
         seed: For t, data order, augmentation, dropout and attacks. The caller's random state is left as it was.
         callbacks: What is told of every step, epoch and relabelling that is tried, see `modeconn.callbacks.Callback`.
-            They change nothing, but may end the run after an epoch.
+            They change nothing, but may end the run after an epoch. A line has no epochs; ``PAM(exact=True)`` counts
+            each step of gradient descent as one, and tells of no other steps.
         progress: Whether to show progress bars: of the alignment where it takes more than a second, of PAM, of epochs.
 
     Returns:
@@ -111,6 +113,7 @@ def fit_curve(
     for end, model in zip("ab", ends, strict=True):
         space.check(model, name=end)
     _check_settings(align, refine, curve, recipe, adversary, loader)
+    told = Callbacks(callbacks, space.device)
     loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward)
     if loader is None:
         curve, checkpoint = Line(), None
@@ -130,7 +133,7 @@ def fit_curve(
     }
     with seeded(seed, space.device):
         data = None if loader is None else _opened(loader, space, forward)
-        file = RunFile(checkpoint, partial(_identified, settings, space, ends), space.device)
+        file = RunFile(checkpoint, partial(_identified, settings, space, ends), space.device, loader=loader)
         how = align if file.saved is None else file.relabelling() or False
         with bars(progress):
             permutation, relabelled = _relabel(ends, data, how, spec, example_input, is_refined=refine is not None)
@@ -138,12 +141,13 @@ def fit_curve(
         del data  # ends the pass that was begun, with its worker processes, if nobody went on with it
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
         buffers = (named_buffers(model_a), named_buffers(relabelled))
+        warn_of(differing(model_a, buffers), buffers[0], stacklevel=3)
         if curve.num_trained or refine:
             step = CurveStep(Workspace(model_a, space), curve, points, recipe)
             learner = _Learner(step, loss, training, refine, permutation, buffers, ends)
-            history = learner.learn(file, Callbacks(callbacks, space.device), seed=seed, progress=progress)
+            history = learner.learn(file, told, seed=seed, progress=progress)
             return learner.connection(points, history)
-    path = Path(model_a, curve, points, buffers, space=space, training=training)
+    path = Path(model_a, curve, points, buffers, space=space, training=training, warns=False)
     return Connection(path, permutation=permutation)
 
 
@@ -168,6 +172,7 @@ class _Learner:
     permutation: Relabelling | None
     buffers: tuple[dict[str, Tensor], dict[str, Tensor]]
     ends: tuple[nn.Module, nn.Module]
+    _moving: Descent | Refinement | None = None
 
     def learn(self, file: RunFile, callbacks: Callbacks, *, seed: int, progress: bool) -> History:
         """Learn to the end, from where the run was saved if it was; return what happened."""
@@ -177,21 +182,12 @@ class _Learner:
                 _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
             told = {"callbacks": callbacks, "progress": progress}
             if self.refine.exact:
-                descent = Descent(self.refine, self.permutation, step, training, file, **told)
-                history = descent.run()
-                self._relabel(descent.permutation)
-                return history
-            between = Refinement(self.refine, self.permutation, step, training, seed=seed, **told)
+                descent = Descent(self.refine, self.permutation, step, training, file, connection=self._now, **told)
+                self._moving = descent
+                return descent.run()
+            self._moving = between = Refinement(self.refine, self.permutation, step, training, seed=seed, **told)
             if not step.curve.num_trained:
-                history = between.relabel_only(file)
-                self._relabel(between.permutation)
-                return history
-
-        def connection() -> Connection:
-            if between is not None:
-                self._relabel(between.permutation)
-            return self.connection(step.control_points.detach().clone())
-
+                return between.relabel_only(file)
         # Seeded anew, so that the data's order does not depend on the alignment.
         with seeded(seed, step.control_points.device):
             run = Run(
@@ -202,24 +198,23 @@ class _Learner:
                 file=file,
                 between=between,
                 callbacks=callbacks,
-                connection=connection,
+                connection=self._now,
             )
-            history = run.train(progress=progress)
-        if between is not None:
-            self._relabel(between.permutation)
-        return history
+            return run.train(progress=progress)
 
     def connection(self, points: Tensor, history: History | None = None) -> Connection:
-        """Return the connection on a curve of these control points."""
-        step = self.step
-        path = Path(self.ends[0], step.curve, points, self.buffers, space=step.workspace.space, training=self.training)
-        return Connection(path, permutation=self.permutation, history=history)
-
-    def _relabel(self, permutation: Relabelling) -> None:
-        """Take note of how b is relabelled now."""
+        """Return the connection on a curve of these control points, with b as it is relabelled now."""
+        step, permutation = self.step, self.permutation if self._moving is None else self._moving.permutation
         if permutation is not self.permutation:
             self.permutation = permutation
             self.buffers = self.buffers[0], permutation.relabel(named_buffers(self.ends[1]))
+        buffers = tuple({name: tensor.clone() for name, tensor in side.items()} for side in self.buffers)
+        settings = {"space": step.workspace.space, "training": self.training, "warns": False}
+        path = Path(self.ends[0], step.curve, points, buffers, **settings)
+        return Connection(path, permutation=permutation, history=history)
+
+    def _now(self) -> Connection:
+        return self.connection(self.step.control_points.detach().clone())
 
 
 def _check_settings(

@@ -72,8 +72,14 @@ def _program(
     version: Annotated[
         bool, typer.Option("--version", callback=_show_version, is_eager=True, help="Show the version and exit.")
     ] = False,
+    imports: Annotated[
+        list[str] | None,
+        typer.Option("--import", metavar="MODULE", help="Import a module of yours first, whose classes files hold."),
+    ] = None,
 ) -> None:
     """Hold the options of the program itself."""
+    for module in imports or ():
+        parse.imported(module)
 
 
 def _check_outputs(*paths: Path | None) -> None:

@@ -27,6 +27,8 @@ def describe_file(path: Path) -> str:
         text = _correlation_table(content) if isinstance(content, dict) else repr(content)
     else:
         tensors, about = files.read(path)
+        if about["kind"] not in _SAFETENSORS:
+            raise ValueError(f"{str(path)!r} is a {about['kind']}, of which this version of modeconn knows nothing.")
         kind, text = about["kind"], _SAFETENSORS[about["kind"]](path, tensors, about)
         kind = about["relabelling"]["kind"] if kind == "relabelling" else kind
     return f"{path}: {kind}\n{text}"
@@ -138,7 +140,7 @@ def _about_spec(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> s
 
 def _about_deep_align(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
     aligner = DeepAlign.load(path)
-    step, value = min(about["validation"], key=lambda one: one[1])
+    step, value = min(aligner.fitted.validation, key=lambda one: one[1])
     lines = {**about["settings"], "fitted": aligner.fitted, "validation": f"{value:.4f}, best after {step} steps"}
     return f"{_lines(lines)}\n{aligner.fitted.encoder.graph.spec!r}"
 

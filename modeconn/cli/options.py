@@ -64,9 +64,13 @@ def kept_until_done(path: Path, *, is_own: bool) -> Iterator[None]:
     """Say where an interrupted run is kept; delete the file of a finished one, unless it is the user's own."""
     try:
         yield
-    except (KeyboardInterrupt, ValueError, FloatingPointError):
+    except KeyboardInterrupt:
         if path.exists():
             say(f"the run is kept in {path}; give the same command again to go on.")
+        raise
+    except FloatingPointError:
+        if path.exists():
+            say(f"the last good state of the run is kept in {path}.")
         raise
     if not is_own:
         path.unlink(missing_ok=True)

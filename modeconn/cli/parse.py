@@ -237,14 +237,15 @@ def _facts(train: TensorLoader) -> dict[str, Any]:
 
 
 def imported(path: str) -> Any:
-    """Import ``package.module:name``, also from the current folder, as ``python -m`` would."""
+    """Import ``package.module:name`` or ``package.module``, also from the current folder, as ``python -m`` would."""
     module, _, name = path.partition(":")
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        return getattr(importlib.import_module(module), name)
-    except (ImportError, AttributeError) as error:
-        raise ValueError(f"cannot import {path!r}: {error}.") from None
+        found = importlib.import_module(module)
+        return getattr(found, name) if name else found
+    except Exception as error:  # what a module raises while it is imported may be of any type
+        raise ValueError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error
 
 
 def _call(text: str, choices: Mapping[str, Callable[..., Any]], what: str, **readers: Callable[[Any], Any]) -> Any:

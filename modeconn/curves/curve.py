@@ -21,10 +21,11 @@ class Curve(ABC):
 
     A curve holds no weights: control points ``(K, P)`` are passed to it. With ``free_ends`` the first and the last
     one are trained too, and need no longer be the networks that were connected. A subclass states only its formula:
-    `_basis` and `_derivative`, float64, for ``t`` of any shape.
+    `num_control_points`, `_basis` and `_derivative`, float64, for ``t`` of any shape. Its ends are fixed unless it sets
+    ``free_ends``.
     """
 
-    free_ends: bool
+    free_ends: bool = False
 
     @property
     @abstractmethod

@@ -34,6 +34,7 @@ class Path:
         buffers: All buffers of both ends, by name.
         space: The weight space of ``template``, if known.
         training: Data and loss of the fit, if there was one.
+        warns: Whether to warn of buffers that differ between the ends.
 
     Raises:
         ValueError: If the control points have another shape.
@@ -48,6 +49,7 @@ class Path:
         *,
         space: WeightSpace | None = None,
         training: TrainingData | None = None,
+        warns: bool = True,
     ) -> None:
         self.space = space or WeightSpace(template)
         expected = (curve.num_control_points, self.space.num_parameters)
@@ -58,7 +60,8 @@ class Path:
         self.template = copy_of(template).eval()
         self._calibration: dict[int | None, Any] = {}
         self._differing = differing(self.template, buffers)
-        warn_of(self._differing, buffers[0], stacklevel=4)
+        if warns:
+            warn_of(self._differing, buffers[0], stacklevel=5)
 
     def buffers_at(self, t: float) -> dict[str, Tensor]:
         """Return the buffers at ``t``: those of the end at an end, and between them what the rules say."""
@@ -81,7 +84,7 @@ class Path:
     def straight(self) -> Path:
         """Return the straight line between the same ends."""
         ends = self.control_points[[0, -1]]
-        return Path(self.template, Line(), ends, self.buffers, space=self.space, training=self.training)
+        return Path(self.template, Line(), ends, self.buffers, space=self.space, training=self.training, warns=False)
 
     def model_at(
         self,

@@ -164,8 +164,8 @@ class DeepAlign(Settings):
                 "model.float() or model.bfloat16()."
             )
         with seeded(self.seed, space.device):
-            first = None if loader is None else inputs_of(first_batch(loader))
-            example = first if example_input is None else example_input
+            first = None if loader is None else first_batch(loader)
+            example = inputs_of(first) if example_input is None and first is not None else example_input
             spec = find_spec(models[0], None, spec, example, verify=True)
             graph = UnitGraph(spec, layout_of(models[0]), space.device)
             states = _read(graph, models, "population", space.dtype)
@@ -181,16 +181,20 @@ class DeepAlign(Settings):
             encoder.standardise(states)
             network = PopulationNetwork(models[0], loss_fn)
             training = EncoderTraining(self, encoder, network, states, held_out, loader, example)
-            file = run_file(checkpoint, partial(self._identified, loss_fn, states, held_out), space.device, ALIGNER)
+            about = partial(self._identified, loss_fn, spec, states, held_out)
+            file = run_file(checkpoint, about, space.device, ALIGNER, loader)
             training.run(file, progress=progress)
         fitted = Fitted(encoder.requires_grad_(False), training.history, training.validations)
         return replace(self, fitted=fitted)
 
-    def _identified(self, loss_fn: LossFn, states: Tensor, held_out: Tensor) -> dict[str, Any]:
+    def _identified(self, loss_fn: LossFn, spec: PermutationSpec, states: Tensor, held_out: Tensor) -> dict[str, Any]:
         """Return what makes a run what it is, as texts under the names its caller knows."""
         settings = {name: identify(getattr(self, name)) for name in (field.name for field in fields(Settings))}
-        networks = {"the digest of the population": digest([states]), "of the validation networks": digest([held_out])}
-        return {**settings, "loss_fn": identify(loss_fn), **networks}
+        networks = {
+            "the digest of the population": digest([states]),
+            "the digest of the validation networks": digest([held_out]),
+        }
+        return {**settings, "loss_fn": identify(loss_fn), "spec": identify(spec), **networks}
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None

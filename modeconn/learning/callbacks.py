@@ -10,7 +10,9 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, StepEnd
+from modeconn.measure.along import chosen_positions
+from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, RunBegin, StepEnd
+from modeconn.tools.files import check_writable
 
 __all__ = [
     "CSVLog",
@@ -19,6 +21,7 @@ __all__ = [
     "EpochEnd",
     "MoveEnd",
     "PointEnd",
+    "RunBegin",
     "StepEnd",
     "TensorBoardLog",
     "Validation",
@@ -41,8 +44,12 @@ class Validation(Callback):
     def __init__(self, loader: Iterable[Any], t: Sequence[float] = (0.5,), *, every: int = 1, **settings: Any) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got every={every}.")
-        self._loader, self._t, self._every, self._settings = loader, list(t), every, settings
+        self._loader, self._t, self._every, self._settings = loader, chosen_positions(t, 1), every, settings
         self.values: list[dict[str, float]] = []
+
+    def before_run(self, event: RunBegin) -> None:
+        """Forget the measurements of an earlier run."""
+        self.values = []
 
     def after_epoch(self, event: EpochEnd) -> None:
         """Measure the networks at the chosen positions, in the epochs that ``every`` chooses."""
@@ -50,7 +57,7 @@ class Validation(Callback):
             return
         profile = event.connection().evaluate(self._loader, t=self._t, **self._settings)
         found = {
-            f"validation {name}, t={t:g}": float(value)
+            f"validation {name}, t={t!r}": float(value)
             for name, values in profile.values.items()
             for t, value in zip(self._t, values, strict=True)
             if name != "error"
@@ -93,6 +100,10 @@ class EarlyStopping(Callback):
         self.monitor, self.patience, self.higher_is_better, self.margin = monitor, patience, higher_is_better, margin
         self.best, self.num_worse, self._was_measured = math.inf, 0, False
 
+    def before_run(self, event: RunBegin) -> None:
+        """Forget the best value of an earlier run."""
+        self.best, self.num_worse, self._was_measured = math.inf, 0, False
+
     def after_epoch(self, event: EpochEnd) -> bool:
         """Compare the value with the best so far."""
         known = {"loss": event.loss, **event.values}
@@ -115,16 +126,11 @@ class EarlyStopping(Callback):
 
     def state(self) -> dict[str, Any]:
         """Return the best value, and how often no better one came since."""
-        return {
-            "best": None if math.isinf(self.best) else self.best,
-            "num_worse": self.num_worse,
-            "was_measured": self._was_measured,
-        }
+        return {"best": self.best, "num_worse": self.num_worse, "was_measured": self._was_measured}
 
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
-        self.best = math.inf if state["best"] is None else state["best"]
-        self.num_worse, self._was_measured = state["num_worse"], state["was_measured"]
+        self.best, self.num_worse, self._was_measured = state["best"], state["num_worse"], state["was_measured"]
 
 
 class CSVLog(Callback):
@@ -132,10 +138,18 @@ class CSVLog(Callback):
 
     Args:
         path: The file; a run that goes on from a checkpoint goes on in it, a new run begins it anew.
+
+    Raises:
+        OSError: If it cannot be written.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
+        check_writable(path)
         self._path, self._rows = Path(path), []  # type: ignore[var-annotated]
+
+    def before_run(self, event: RunBegin) -> None:
+        """Forget the rows of an earlier run."""
+        self._rows = []
 
     def after_epoch(self, event: EpochEnd) -> None:
         """Write all rows; a name that comes later has empty cells before."""

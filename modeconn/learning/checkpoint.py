@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import time
@@ -15,15 +16,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.symmetry.relabelling import Relabelling, pack, unpack
+from modeconn.network.batches import checksum, described, first_batch
+from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files
+from modeconn.tools.rng import seeded
 
 FIT, TRAINING = "checkpoint of fit_curve", "checkpoint of models.train"
 ALIGNER = "checkpoint of DeepAlign.fit"
 """The kinds of runs that save themselves."""
 
 _FORMAT = 2
-_MOVED = "permutation."  # begins the names of the relabelling's tensors
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """All that changes in a part of a run: as tensors, and as JSON can hold it."""
@@ -81,6 +83,7 @@ class RunFile:
             file to compare with or to write.
         device: Where the run computes.
         kind: What the file says it is.
+        loader: The data of the run, None for a run without.
 
     Attributes:
         saved: What the file held, or None.
@@ -88,6 +91,9 @@ class RunFile:
     Raises:
         ValueError: If the file belongs to another run.
         OSError: If it cannot be written.
+
+    Warns:
+        UserWarning: If the first batch is another one than when the run began.
     """
 
     def __init__(
@@ -97,6 +103,7 @@ class RunFile:
         device: torch.device,
         *,
         kind: str = FIT,
+        loader: Any = None,
     ) -> None:
         is_path = checkpoint is not None and not isinstance(checkpoint, Checkpoint)
         checkpoint = Checkpoint(checkpoint) if is_path else checkpoint
@@ -107,7 +114,8 @@ class RunFile:
         self.saved: State | None = None
         if checkpoint is None:
             return
-        self._about = {"format": _FORMAT, "settings": settings(), **pack(None)[1]}
+        about_data, first = ({}, None) if loader is None else _identified(loader, device)
+        self._about = {"format": _FORMAT, "settings": {**settings(), **about_data}, "first": first, **pack(None)[1]}
         if not Path(checkpoint.path).exists():
             files.check_writable(checkpoint.path)
             return
@@ -115,15 +123,21 @@ class RunFile:
         _check_settings(checkpoint.path, {"format": about.get("format")}, {"format": _FORMAT})
         _check_settings(checkpoint.path, about["settings"], self._about["settings"])
         _warn_about_environment(about["environment"], environment(device))
+        if first != about["first"]:
+            warnings.warn(
+                f"the first batch of loader is another one than when the run of {os.fspath(checkpoint.path)!r} began: "
+                f"other data, or an order that does not follow from torch's random state. The run goes on with it.",
+                stacklevel=4,
+            )
         self.saved = tensors, about
 
     def relabelling(self) -> Relabelling | None:
         """Return how b was relabelled when the run was saved; None if it was not, or nothing is saved."""
-        return None if self.saved is None else unpack(*self.saved, _MOVED)
+        return None if self.saved is None else unpack(*self.saved, MOVED)
 
     def keep(self, relabelling: Relabelling | None) -> None:
         """Let every checkpoint hold how b was relabelled at the start."""
-        self._tensors, about = pack(relabelling, _MOVED)
+        self._tensors, about = pack(relabelling, MOVED)
         self._about |= about
 
     def is_due(self, batch: int) -> bool:
@@ -141,11 +155,13 @@ class RunFile:
         files.write(self._checkpoint.path, self._kind, tensors, about)
         self._last_saved = time.monotonic()
 
-    def resume(self, *parts: Resumable) -> None:
-        """Take all parts of the run to where they were saved; nothing happens if nothing was."""
-        if self.saved is not None:
-            for part in parts:
-                part.load_state(*self.saved)
+    def resume(self, *parts: Resumable) -> bool:
+        """Take all parts of the run to where they were saved; whether anything was."""
+        if self.saved is None:
+            return False
+        for part in parts:
+            part.load_state(*self.saved)
+        return True
 
     @property
     def is_kept(self) -> bool:
@@ -159,11 +175,40 @@ class RunFile:
         )
 
 
+def _identified(loader: Any, device: torch.device) -> tuple[dict[str, Any], int | None]:
+    """Return what tells one loader from another, and a checksum of its first batch, if that is always the same."""
+    sums = set()
+    for _ in range(2):
+        with seeded(0, device):
+            first = first_batch(loader)
+        sums.add(checksum(first))
+    found = {"the first batch of loader": described(first)}
+    with contextlib.suppress(TypeError):
+        found["the number of batches of loader"] = len(loader)
+    return found, sums.pop() if len(sums) == 1 else None
+
+
+def has_own_generator(loader: Any) -> bool:
+    """Whether a DataLoader, or its sampler, does not draw from the global generator."""
+    return any(getattr(part, "generator", None) is not None for part in (loader, getattr(loader, "sampler", None)))
+
+
+def warn_of_own_generator(loader: Any) -> None:
+    """Warn, where a run goes on, if the order of its data cannot be what it would have been."""
+    if has_own_generator(loader):
+        warnings.warn(
+            "the loader draws from a generator of its own, which no checkpoint holds: the run will not end with the "
+            "same bits as an uninterrupted one.",
+            stacklevel=4,
+        )
+
+
 def run_file(
     checkpoint: str | os.PathLike[str] | Checkpoint | None,
     settings: Callable[[], dict[str, Any]],
     device: torch.device,
     kind: str,
+    loader: Any,
 ) -> RunFile:
     """Return the file of a run that saves itself at fixed moments.
 
@@ -176,12 +221,15 @@ def run_file(
             f"this run saves itself at its own moments, after each epoch or validation, got {checkpoint!r}. Pass the "
             f"path alone."
         )
-    return RunFile(checkpoint, settings, device, kind=kind)
+    file = RunFile(checkpoint, settings, device, kind=kind, loader=loader)
+    if file.saved is not None:
+        warn_of_own_generator(loader)
+    return file
 
 
 def moved_tensors(relabelling: Relabelling) -> dict[str, Tensor]:
     """Return the tensors that stand for a relabelling in a checkpoint: they take the place of those of the start."""
-    return pack(relabelling, _MOVED)[0]
+    return pack(relabelling, MOVED)[0]
 
 
 def environment(device: torch.device) -> dict[str, Any]:

@@ -18,12 +18,12 @@ import torch
 from torch import Tensor
 
 from modeconn.curves.step import BLOCK, CurveStep, stratified_positions
-from modeconn.learning.checkpoint import Resumable, RunFile, State
+from modeconn.learning.checkpoint import Resumable, RunFile, State, warn_of_own_generator
 from modeconn.learning.history import History
 from modeconn.learning.parts import pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.batches import batches, checksum, num_examples
-from modeconn.tools.callbacks import Callbacks, EpochEnd, StepEnd
+from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, set_rng_state
 
@@ -146,7 +146,8 @@ class Run:
             FloatingPointError: If loss or weights stop being finite.
             KeyboardInterrupt: After Ctrl-C, when the step is done and a checkpoint, if there are any, written.
         """
-        self._file.resume(*self._parts)
+        if not self._file.resume(*self._parts):
+            self._callbacks.tell("before_run", RunBegin(self._recipe.epochs))
         self._started = time.perf_counter() - self._progress.seconds
         bar = progress_bar(show=progress, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
         with bar, self._interrupts_between_steps():
@@ -188,9 +189,12 @@ class Run:
         done = self._progress
         done.seconds = time.perf_counter() - self._started
         event = EpochEnd(done.epoch, self._recipe.epochs, done.loss[-1], done.seconds, self._connection)
-        done.is_stopped = self._callbacks.tell("after_epoch", event)
-        if self._callbacks.hear("after_epoch"):
-            done.values.append(event.values)
+        if not self._callbacks.hear("after_epoch"):
+            return
+        try:
+            done.is_stopped = self._callbacks.tell("after_epoch", event)
+        finally:
+            done.values.append({name: number_of(name, value) for name, value in event.values.items()})
 
     def _train_batch(self, batch: Any) -> None:
         for _ in range(self._loss.num_replays):
@@ -345,14 +349,5 @@ class Run:
         at_start = self._progress.batch == 0
         self._set_states(self._epoch_start if at_start else unpack_rng(tensors, about["rng_now"], "rng_now."))
         self._seen = about["last_batch"]
-        if at_start and self._progress.epoch < self._recipe.epochs and _has_own_generator(self._loader):
-            warnings.warn(
-                "the loader draws from a generator of its own, which no checkpoint holds: the run will not "
-                "end with the same bits as an uninterrupted one.",
-                stacklevel=6,
-            )
-
-
-def _has_own_generator(loader: Any) -> bool:
-    """Whether a DataLoader, or its sampler, does not draw from the global generator."""
-    return any(getattr(part, "generator", None) is not None for part in (loader, getattr(loader, "sampler", None)))
+        if at_start and self._progress.epoch < self._recipe.epochs:
+            warn_of_own_generator(self._loader)

@@ -13,7 +13,7 @@ class History:
     Args:
         loss: Mean training loss of each epoch, without the weight penalty.
         loss_by_t: The same for ten equal bins of t, one list of ten an epoch; None where no batch fell into a bin.
-        seconds: Time of training alone, over all parts of an interrupted run.
+        seconds: Time of the run, steps of PAM and callbacks included, over all parts of an interrupted run.
         turns: What each step of `PAM` in the permutation did.
         values: What callbacks measured after each epoch, by name; empty if there were none.
     """

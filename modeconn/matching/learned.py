@@ -235,7 +235,7 @@ class Incumbent:
         value = best if permutation == self.permutation else self._value(permutation)
         if value < best:
             self.permutation = permutation
-        self.history.append(min(value, best))
+        self.history.append(value if value < best else best)  # a value that is NaN is no better
 
     def _value(self, permutation: Permutation) -> float:
         write_weights(permutation.relabel(self._weights_b), self._theta, self.space)

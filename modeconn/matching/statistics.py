@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.network.attack import Attack, attacked_in_eval_mode
 from modeconn.network.batches import batches, check_pair, first_examples, in_order, inputs_of
-from modeconn.network.weights import device_of
+from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.findings import Tap, Trace
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.groups import Group
@@ -265,8 +265,7 @@ def _in_step(
 
 
 def _state(model: nn.Module) -> dict[str, Tensor]:
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    return {name: tensor.detach() for name, tensor in named}
+    return {name: tensor.detach() for name, tensor in named_state(model)}
 
 
 def _add(spec: PermutationSpec, moments: dict[str, Moments], group: Group, axes: Any, a: Tensor, b: Tensor) -> None:

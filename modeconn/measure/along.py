@@ -16,6 +16,7 @@ from torch import Tensor
 
 from modeconn import plot
 from modeconn.tools.files import write_text
+from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
 
 if TYPE_CHECKING:
@@ -70,6 +71,7 @@ class AlongCurve:
     arc_length: Tensor | None = None
     num_examples: int = 0
     seconds: float = 0.0
+    higher_is_better: Mapping[str, bool] = {}
 
     def __init__(
         self,
@@ -85,15 +87,20 @@ class AlongCurve:
         self.t, self.values, self.own = t.double(), {name: value.double() for name, value in values.items()}, own or {}
         self.arc_length, self.num_examples, self.seconds = arc_length, num_examples, seconds
         self.higher_is_better = dict(higher_is_better or {})
-        if not len(self.t) or bool((self.t.diff() <= 0).any()):
+        if self.t.ndim != 1 or not len(self.t) or not bool((self.t.diff() > 0).all() and self.t.isfinite().all()):
             raise ValueError(f"t must hold rising positions, got t={self.t.tolist()}.")
         for name, value in self.values.items():
             if value.shape != self.t.shape:
-                raise ValueError(f"{name!r} must have one value for each of {len(self.t)} positions, got {len(value)}.")
+                raise ValueError(
+                    f"{name!r} must have one value for each of {len(self.t)} positions, got a shape of "
+                    f"{tuple(value.shape)}."
+                )
+        if not self.values or "t" in self.values:
+            raise ValueError(f"values must hold one quantity or more, none named 't', got {list(self.values)}.")
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        AlongCurve.kinds[cls.__name__] = cls
+        register(AlongCurve.kinds, cls.__name__, cls)
 
     def quantity(self, name: str) -> Quantity:
         """Return how a quantity is written, and which way it gets worse."""
@@ -169,6 +176,8 @@ class AlongCurve:
         try:
             record = json.loads(text)
             kind = record.get("kind", cls.__name__)  # files of older versions do not say it
+            if kind != cls.__name__ and kind not in AlongCurve.kinds:
+                raise ValueError(f"this is a {kind}, whose class nobody imported. Import it first.")
             found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
             if not issubclass(found, cls):
                 raise ValueError(f"this is a {kind}, not a {cls.__name__}.")

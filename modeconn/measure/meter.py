@@ -10,8 +10,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
-from modeconn.measure.metrics import Against, AnyMetric, on_device, value_of
+from modeconn.measure.metrics import Against, AnyMetric, inner_of, on_device, value_of
 from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples, part_of, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, answer_of, check_targets
@@ -117,7 +118,7 @@ class Meter:
     def measure(self, model: nn.Module) -> None:
         """Measure one network, in the mode it is in."""
         on_device(self.metrics, device_of(model))
-        updated = {name: _inner(metric) for name, metric in self.metrics.items()}
+        updated = {name: inner_of(metric) for name, metric in self.metrics.items()}
         for metric in updated.values():
             metric.reset()
         totals, self.num_examples = [], 0
@@ -241,12 +242,9 @@ class _End:
             self.kept[number] = answers
 
 
-def _inner(metric: AnyMetric) -> Any:
-    return metric.metric if isinstance(metric, Against) else metric
-
-
 def _listener(heard: dict[str, Any], name: str) -> Any:
     def listen(module: nn.Module, arguments: Any, output: Any) -> None:
-        heard[name] = output
+        # Cloned, because a layer behind it may work in place.
+        heard[name] = pytree.tree_map(lambda leaf: leaf.clone() if isinstance(leaf, Tensor) else leaf, output)
 
     return listen

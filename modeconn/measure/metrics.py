@@ -6,9 +6,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from modeconn.network.loss import main_output
 
 MetricFunction = Callable[[Any, Any], tuple[Any, Any]]
 """``metric(outputs, targets) -> (sum, weight)`` of a batch; the value is the quotient of both over all batches."""
@@ -164,7 +167,7 @@ def disagreement(end: Literal["a", "b"], *, axis: int = 1) -> Against:
     """
 
     def different(outputs: Tensor, others: Tensor) -> tuple[Tensor, int]:
-        differ = _main(outputs).argmax(axis) != _main(others).argmax(axis)
+        differ = main_output(outputs).argmax(axis) != main_output(others).argmax(axis)
         return differ.sum(), differ.numel()
 
     return Against(end, Quotient(different, "disagreement", higher_is_better=False))
@@ -201,7 +204,7 @@ class _LinearCKA:
         self._products: list[Any] = [0.0, 0.0, 0.0]
 
     def update(self, outputs: Tensor, others: Tensor) -> None:
-        x, y = (_main(one).flatten(1).double() for one in (outputs, others))
+        x, y = (_representation(one).flatten(1).double() for one in (outputs, others))
         if max(x.shape[1], y.shape[1]) > _MOST_FEATURES:
             raise ValueError(
                 f"CKA of {x.shape[1]} features would need the square of it in memory. Choose a layer with at most "
@@ -241,7 +244,19 @@ def as_metrics(metrics: Mapping[str, AnyMetric] | None) -> dict[str, AnyMetric]:
             found[name] = Against(metric.end, _as_metric(metric.metric, name), metric.layer)
         else:
             found[name] = _as_metric(metric, name)
+    held = [inner_of(metric) for metric in found.values()]
+    for name, one in zip(found, held, strict=True):
+        if sum(one is other for other in held) > 1:
+            raise ValueError(
+                f"metric {name!r} is one object under several names, which would mix their batches. Pass an object for "
+                f"each name."
+            )
     return found
+
+
+def inner_of(metric: AnyMetric) -> Any:
+    """Return what takes in batches: the metric itself, or that which compares with an end."""
+    return metric.metric if isinstance(metric, Against) else metric
 
 
 def _as_metric(metric: Any, name: str) -> Metric:
@@ -264,8 +279,8 @@ def value_of(metric: Metric, name: str) -> Tensor:
         ValueError: If it computes anything else.
     """
     value = metric.compute()
-    if isinstance(value, bool | int | float):
-        return torch.tensor(float(value), dtype=torch.float64)
+    if isinstance(value, bool | int | float | np.number | np.ndarray) and np.size(value) == 1:
+        return torch.tensor(float(np.asarray(value).item()), dtype=torch.float64)
     if not isinstance(value, Tensor) or value.numel() != 1:
         raise ValueError(f"metric {name!r} must compute one number, got {value!r:.80}.")
     return value.detach().double().reshape(())
@@ -274,27 +289,27 @@ def value_of(metric: Metric, name: str) -> Tensor:
 def on_device(metrics: Mapping[str, AnyMetric], device: torch.device) -> None:
     """Move the state of metrics that are modules, as those of torchmetrics are, to the device of the networks."""
     for metric in metrics.values():
-        inner = metric.metric if isinstance(metric, Against) else metric
-        if isinstance(inner, nn.Module):
-            inner.to(device)
+        if isinstance(inner_of(metric), nn.Module):
+            inner_of(metric).to(device)
 
 
 def higher_is_better(metrics: Mapping[str, AnyMetric]) -> dict[str, bool]:
     """Return which way metrics get worse, for those that say it."""
-    inner = {name: metric.metric if isinstance(metric, Against) else metric for name, metric in metrics.items()}
-    said = {name: getattr(metric, "higher_is_better", None) for name, metric in inner.items()}
+    said = {name: getattr(inner_of(metric), "higher_is_better", None) for name, metric in metrics.items()}
     return {name: bool(way) for name, way in said.items() if way is not None}
 
 
-def _main(outputs: Any) -> Tensor:
-    return outputs[0] if isinstance(outputs, tuple | list) else outputs
+def _representation(outputs: Any) -> Tensor:
+    """Return what a layer makes; of a tuple, as of a recurrent layer, the first part."""
+    return outputs[0] if isinstance(outputs, tuple | list) else main_output(outputs)
 
 
 def _classes_last(outputs: Any, targets: Tensor, axis: int) -> Tensor:
-    scores = _main(outputs).movedim(axis, -1)
+    given = main_output(outputs)
+    scores = given.movedim(axis, -1)
     if scores.shape[:-1] != targets.shape:
         raise ValueError(
-            f"with classes in axis {axis}, outputs of shape {tuple(_main(outputs).shape)} do not fit targets of shape "
+            f"with classes in axis {axis}, outputs of shape {tuple(given.shape)} do not fit targets of shape "
             f"{tuple(targets.shape)}. Pass axis=, 1 for outputs (N, C, ...) and -1 for (N, ..., C)."
         )
     return scores

@@ -150,7 +150,7 @@ def loss_alone(forward: Forward) -> Forward:
 
     def alone(model: nn.Module, batch: Any) -> Tensor:
         found = forward(model, batch)
-        return found[0] if _is_with_outputs(found) else found
+        return (found[0] if _is_with_outputs(found) else found).reshape(())
 
     return alone
 
@@ -173,7 +173,7 @@ def answer_of(found: Any) -> tuple[Tensor, tuple[Any, Any] | None]:
             f"forward= must return the mean loss of a batch, a tensor of one number, or (loss, outputs, targets), got "
             f"{what}."
         )
-    return loss, tuple(rest) if rest else None
+    return loss.reshape(()), tuple(rest) if rest else None
 
 
 def _is_with_outputs(found: Any) -> bool:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import torch
@@ -257,6 +258,12 @@ def check_eval_mode(model: nn.Module) -> None:
         if module.training:
             where = f" (in {name!r})" if name else ""
             raise ValueError(f"the model is in train mode{where}, in which it is not used. Call model.eval() first.")
+
+
+def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """Yield parameters and buffers by name, tied ones under each of their names."""
+    yield from model.named_parameters(remove_duplicate=False)
+    yield from model.named_buffers(remove_duplicate=False)
 
 
 def named_buffers(model: nn.Module) -> dict[str, Tensor]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,7 +19,7 @@ from modeconn.network.batches import batches
 from modeconn.network.loss import TrainingData
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
-from modeconn.tools.callbacks import Callbacks
+from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, number_of
 
 _SUFFICIENT = 1e-4  # the share of the linear decrease that a step must reach (Armijo)
 _SMALLEST = 1e-12
@@ -33,7 +34,8 @@ class Descent:
         step: Holds control points, which are changed, and module; its optimizer is not used.
         training: Loader and loss.
         file: Where the run saves itself, after every step.
-        callbacks: What is told of every move that is tried.
+        callbacks: What is told of every move that is tried, and of every step of gradient descent as an epoch.
+        connection: Returns the connection as it is now, for callbacks.
         progress: Whether to show a progress bar of the moves.
 
     Attributes:
@@ -50,9 +52,10 @@ class Descent:
         file: RunFile,
         *,
         callbacks: Callbacks | None = None,
+        connection: Callable[[], Any] | None = None,
         progress: bool = False,
     ) -> None:
-        self._callbacks, self._progress = callbacks, progress
+        self._callbacks, self._progress, self._connection = callbacks or Callbacks(), progress, connection
         self.permutation, self.history = permutation, History()
         self._pam, self._step, self._file = pam, step, file
         self._points, self._curve = step.control_points, step.curve
@@ -62,7 +65,7 @@ class Descent:
         self._loss = CurveLoss(step.workspace, self._curve, self._points[0], objective_of(training), sample)
         self._trained = step.workspace.space.trainable
         self._bend = self._held = self._points[1:-1] - self._line  # now, and at the start of the turn
-        self._rate = 1.0
+        self._rate, self._is_stopped, self._started = 1.0, False, time.perf_counter()
 
     @property
     def _line(self) -> Tensor:
@@ -70,9 +73,11 @@ class Descent:
 
     def run(self) -> History:
         """Take all turns, from where the run was saved, one step of gradient descent for each epoch."""
-        self._file.resume(self)
-        started = time.perf_counter()
-        history, pam, num_steps = self.history, self._pam, self._step.recipe.epochs
+        num_steps = self._step.recipe.epochs
+        if not self._file.resume(self, self._callbacks):
+            self._callbacks.tell("before_run", RunBegin(num_steps))
+        self._started = time.perf_counter() - self.history.seconds
+        history, pam = self.history, self._pam
         for iteration in range(pam.iterations):
             if iteration == len(history.turns):
                 self._take_turn()
@@ -81,7 +86,23 @@ class Descent:
             value = None
             for _ in range(len(history.loss), math.ceil((iteration + 1) * num_steps / pam.iterations)):
                 value = self._descend(value)
-        return History(history.loss, [], time.perf_counter() - started, history.turns)
+                if self._is_stopped:
+                    return self._finished()
+        return self._finished()
+
+    def _finished(self) -> History:
+        return replace(self.history, seconds=time.perf_counter() - self._started)
+
+    def _tell(self, value: float) -> None:
+        """Tell callbacks of a step of gradient descent."""
+        if not self._callbacks.hear("after_epoch"):
+            return
+        done, seconds = len(self.history.loss), time.perf_counter() - self._started
+        event = EpochEnd(done, self._step.recipe.epochs, value, seconds, self._connection)
+        try:
+            self._is_stopped = self._callbacks.tell("after_epoch", event)
+        finally:
+            self.history.values.append({name: number_of(name, one) for name, one in event.values.items()})
 
     def _take_turn(self) -> None:
         history = self.history
@@ -101,26 +122,32 @@ class Descent:
         self._bend, value, self._rate = _descend_once(self._objective, self._bend, slope, start, self._rate)
         self._points[1:-1] = self._line + self._bend
         self.history.loss.append(value)
-        self._save()
+        try:
+            self._tell(value)
+        finally:  # an exception in a callback must not lose the step
+            self._save()
         return value
 
     def _objective(self, bend: Tensor) -> float:
         return self._loss.value(self._points[-1], bend) + _proximal(bend, self._held, self._pam.nu_curve)
 
     def _save(self) -> None:
-        self._file.save(self)
+        self._file.save(self, self._callbacks)
 
     def state(self) -> State:
         """Return all that changes from step to step, as tensors and as JSON can hold it."""
         tensors = {"control_points": self._points, "bend": self._bend, "held": self._held}
-        about = {"loss": self.history.loss, "turns": self.history.turns, "rate": self._rate}
+        history = {"loss": self.history.loss, "turns": self.history.turns, "values": self.history.values}
+        about = {**history, "seconds": time.perf_counter() - self._started, "rate": self._rate}
+        about["is_stopped"] = self._is_stopped
         return {**tensors, **moved_tensors(self.permutation)}, about
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned; a run begins with the permutation of its checkpoint."""
         self._points.copy_(tensors["control_points"])
         self._bend, self._held = (tensors[name].to(self._points.device) for name in ("bend", "held"))
-        self.history, self._rate = History(about["loss"], turns=about["turns"]), about["rate"]
+        self.history = History(about["loss"], [], about["seconds"], about["turns"], about["values"])
+        self._rate, self._is_stopped = about["rate"], about["is_stopped"]
 
 
 def _proximal(bend: Tensor, held: Tensor, nu: float) -> float:

@@ -25,7 +25,7 @@ from modeconn.network.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Permutation
-from modeconn.tools.callbacks import Callbacks, MoveEnd
+from modeconn.tools.callbacks import Callbacks, MoveEnd, RunBegin
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
@@ -257,7 +257,7 @@ class Refinement:
         self.permutation = permutation
         self._callbacks, self._progress = callbacks, progress
         self.turns: list[dict[str, Any]] = []
-        self.is_finished = False
+        self.is_finished, self._seconds = False, 0.0
         self._pam, self._step, self._training, self._seed = pam, step, training, seed
         self._starts = {math.ceil(i * step.recipe.epochs / pam.iterations) for i in range(pam.iterations)}
 
@@ -273,13 +273,16 @@ class Refinement:
 
     def relabel_only(self, file: RunFile) -> History:
         """Take all turns along a curve that has nothing to learn, the straight line, from where the run was saved."""
-        start = time.perf_counter()
-        file.resume(self._step, self)
+        callbacks = self._callbacks or Callbacks()
+        if not file.resume(self._step, self, callbacks):
+            callbacks.tell("before_run", RunBegin(self._step.recipe.epochs))
+        self._started = time.perf_counter() - self._seconds
         for epoch in range(self._step.recipe.epochs):
             if not self.is_finished:
                 self.before_epoch(epoch)
-                file.save(self._step, self)
-        return History(seconds=time.perf_counter() - start, turns=self.turns)
+                self._seconds = time.perf_counter() - self._started
+                file.save(self._step, self, callbacks)
+        return History(seconds=self._seconds, turns=self.turns)
 
     def _turn(self, epoch: int, sample: Sample, is_part: bool) -> dict[str, Any]:
         step, forward = self._step, objective_of(self._training)
@@ -291,9 +294,10 @@ class Refinement:
 
     def state(self) -> State:
         """Return all that changes from turn to turn, as tensors and as JSON can hold it."""
-        about = {"turns": self.turns, "is_finished": self.is_finished}
+        about = {"turns": self.turns, "is_finished": self.is_finished, "seconds": self._seconds}
         return moved_tensors(self.permutation), {"refinement": about}
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned; a run begins with the permutation of its checkpoint."""
-        self.turns, self.is_finished = about["refinement"]["turns"], about["refinement"]["is_finished"]
+        kept = about["refinement"]
+        self.turns, self.is_finished, self._seconds = kept["turns"], kept["is_finished"], kept["seconds"]

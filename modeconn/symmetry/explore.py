@@ -13,7 +13,7 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from modeconn.network.weights import device_of
+from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.axes import Axis, atoms_of, expand
 from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
 from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
@@ -34,10 +34,21 @@ _ABOUT_SIZES = ("sym_", "_assert", "_check", "item", "_local_scalar_dense", "is_
 def explore(
     model: nn.Module, example_input: Any = None, rules: Mapping[Any, Rule] = RULES, freeze: Sequence[str] = ()
 ) -> Findings:
-    """Export a model in both modes and walk its graphs; arguments and errors are those of `modeconn.discover`."""
+    """Export a model in both modes, walk its graphs, and return what was found.
+
+    Args:
+        model: Any module that `torch.export` can export.
+        example_input: What ``model(...)`` takes; default ``model.example_input()``.
+        rules: Rule by operator.
+        freeze: Names of parameters or buffers, or patterns, all of whose axes stay fixed.
+
+    Raises:
+        ValueError: If the model is none, does not run on the example, cannot be exported, or a pattern matches nothing.
+    """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
         what = "a class" if isinstance(model, type) else f"a {type(model).__name__}"
         raise ValueError(f"model must be an ordinary nn.Module, which torch.export can follow, got {what}.")
+    freeze = (freeze,) if isinstance(freeze, str) else tuple(map(str, freeze))
     example = example_for(model, example_input)
     graphs = [export(model, example, training=False)]
     try:
@@ -49,7 +60,7 @@ def explore(
     for graph in graphs:
         walk.run(graph)
     found = walk.finish()
-    return replace(found, freeze=tuple(freeze), rules=rules, own_rules=own_rules(rules))
+    return replace(found, freeze=freeze, rules=rules, own_rules=own_rules(rules))
 
 
 def own_rules(rules: Mapping[Any, Rule]) -> dict[str, str]:
@@ -63,10 +74,8 @@ def _place(rule: Rule) -> str:
     return f"{named.__module__}:{named.__qualname__}"
 
 
-def example_for(model: nn.Module, example_input: Any = None, batch: Any = None) -> Example:
-    """Return the example input: the one given, else a loader's first inputs, else the model's own."""
-    if example_input is None:
-        example_input = batch
+def example_for(model: nn.Module, example_input: Any = None) -> Example:
+    """Return the example input: the one given, else the model's own."""
     if example_input is None and hasattr(model, "example_input"):
         example_input = model.example_input()
     if example_input is None:
@@ -107,8 +116,7 @@ class Exploration(Walk):
         saved = set(model.state_dict(keep_vars=True))
         by_tensor: dict[int, tuple[Axis, ...]] = {}
         state = {}
-        named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-        for name, tensor in named:
+        for name, tensor in named_state(model):
             if name in saved and (tensor.is_floating_point() or tensor.is_complex()):
                 if id(tensor) not in by_tensor:
                     by_tensor[id(tensor)] = tuple(self.free(n) for n in tensor.shape)
@@ -117,7 +125,7 @@ class Exploration(Walk):
 
     def freeze(self, patterns: Sequence[str]) -> None:
         """Fix the parameters and buffers that match a name or pattern."""
-        for pattern in [patterns] if isinstance(patterns, str) else map(str, patterns):
+        for pattern in patterns:
             names = [name for name in self.state if fnmatch.fnmatchcase(name, pattern)]
             if not names:
                 raise ValueError(

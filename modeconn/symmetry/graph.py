@@ -173,7 +173,7 @@ class Graph:
             if node.op == "output":
                 return
             if node.op == "placeholder":
-                value = self._state_value(node, state, device, dtype) if node.name in self.state else next(inputs)
+                value = self._state_value(node, state, device) if node.name in self.state else next(inputs)
                 if dtype and isinstance(value, Tensor):
                     value = value.to(_in_precision(value.dtype, dtype))
             elif node.op == "get_attr":
@@ -236,7 +236,7 @@ class Graph:
         """Return the value of a constant, None for what the model's state holds."""
         return self._program.constants.get(source.name) if source.kind == "constant" else None
 
-    def _state_value(self, node: Node, state: Mapping[str, Tensor], device: torch.device, dtype: Any) -> Tensor:
+    def _state_value(self, node: Node, state: Mapping[str, Tensor], device: torch.device) -> Tensor:
         source = self.state[node.name]
         if source.kind == "parameter":
             return state[source.name]

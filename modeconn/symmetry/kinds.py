@@ -6,6 +6,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 
 @dataclass(frozen=True, eq=False)
@@ -13,8 +14,8 @@ class Kind:
     """A family of groups, one for each number of units.
 
     Args:
-        name: In files and reports.
-        below: The kinds whose groups are parts of this one's.
+        name: In files.
+        below: Kinds whose groups are parts of this one's; what is below them is added.
         log10_order: Returns the decimal logarithm of the number of elements, from the number of units.
     """
 
@@ -22,8 +23,14 @@ class Kind:
     below: frozenset[Kind] = frozenset()
     log10_order: Callable[[int], float] = lambda size: 0.0
 
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "below", self.below.union(*(kind.below for kind in self.below)))
+
     def __repr__(self) -> str:
         return f"Kind({self.name!r})"
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return _named, (self.name,)  # there is one of each name, in copies and in other processes
 
     @cache  # noqa: B019 (kinds are few, and live as long as the program)
     def meet(self, other: Kind) -> Kind:
@@ -47,3 +54,7 @@ PERMUTATION = Kind("permutation", frozenset({FIXED}), lambda size: math.lgamma(s
 
 KINDS = {kind.name: kind for kind in (FIXED, PERMUTATION)}
 """Every kind by its name."""
+
+
+def _named(name: str) -> Kind:
+    return KINDS[name]

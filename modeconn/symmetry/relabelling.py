@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
 from torch import Tensor, nn
 
 from modeconn.network.copies import copy_of
+from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis
 from modeconn.tools import files
+from modeconn.tools.register import place_of, register
 
 _FILE, _OLDER_FILE = "relabelling", "permutation"  # the second when permutations were the only kind
 _KINDS: dict[str, type[Relabelling]] = {}
@@ -29,7 +31,7 @@ class Symmetries(Protocol):
         ...
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise a ValueError unless the model has these."""
+        """Raise a ValueError unless the model has parameters and buffers of these names and shapes."""
         ...
 
     def to_json(self) -> str:
@@ -51,12 +53,12 @@ class Relabelling(ABC):
     """
 
     kind: ClassVar[str]
-    spec: Any
+    spec: Symmetries
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
         if "kind" in vars(cls):
-            _KINDS[cls.kind] = cls
+            register(_KINDS, cls.kind, cls)
 
     # ---------------------------------------------------------------- what a kind defines
 
@@ -106,7 +108,7 @@ class Relabelling(ABC):
             return NotImplemented
         if (other.spec.state, other.spec.shapes) != (self.spec.state, self.spec.shapes):
             raise ValueError("these relabellings are of different specs, so they cannot be composed.")
-        if type(other) is type(self):
+        if other.kind == self.kind:
             return self.after(other)
         if not (self.is_identity or other.is_identity):
             raise ValueError(
@@ -131,9 +133,13 @@ class Relabelling(ABC):
         if about["kind"] not in (_FILE, _OLDER_FILE):
             raise ValueError(f"{os.fspath(path)!r} is a {about['kind']}, not a {getattr(cls, 'kind', _FILE)}.")
         found = unpack(tensors, about if about["kind"] == _FILE else {"permutation": about["spec"]})
-        if not isinstance(found, cls):
+        if cls is not Relabelling and found.kind != cls.kind:
             raise ValueError(f"{os.fspath(path)!r} is a {found.kind}, not a {cls.kind}.")
         return found
+
+
+MOVED = "permutation."
+"""Begins the names of a relabelling's tensors in files that hold others, too."""
 
 
 def pack(relabelling: Relabelling | None, prefix: str = "") -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -148,9 +154,8 @@ def pack(relabelling: Relabelling | None, prefix: str = "") -> tuple[dict[str, T
     """
     if relabelling is None:
         return {}, {"relabelling": None}
-    owner = type(relabelling)
-    place = f"{owner.__module__}:{owner.__qualname__}"
-    about = {"kind": owner.kind, "class": place, "spec": relabelling.spec.to_json()}
+    owner = _KINDS[relabelling.kind]
+    about = {"kind": relabelling.kind, "class": place_of(owner), "spec": relabelling.spec.to_json()}
     return {f"{prefix}{name}": tensor for name, tensor in relabelling.tensors().items()}, {"relabelling": about}
 
 
@@ -165,8 +170,8 @@ def unpack(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str 
         return None
     if kept["kind"] not in _KINDS:
         raise ValueError(
-            f"this file holds a relabelling of the kind {kept['kind']!r}, which is {kept['class']} and which nobody "
-            f"imported: import {kept['class'].partition(':')[0]} first."
+            f"this file holds a relabelling of the kind {kept['kind']!r}, which was {kept['class']} and which nobody "
+            f"imported: import {kept['class'].partition(':')[0]} first, on the command line modeconn --import MODULE."
         )
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return _KINDS[kept["kind"]].restore(kept["spec"], own)
@@ -193,9 +198,3 @@ def relabelled_copy(
         for name in {id(tensors[name]): name for name in reversed(moved)}.values():  # write each tied tensor once
             tensors[name].copy_(moved[name])
     return relabelled
-
-
-def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """Yield parameters and buffers by name, tied ones under each of their names."""
-    yield from model.named_parameters(remove_duplicate=False)
-    yield from model.named_buffers(remove_duplicate=False)

@@ -13,12 +13,13 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.explore import explore, own_rules
 from modeconn.symmetry.findings import Findings, UnknownOperator
 from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_perms
 from modeconn.symmetry.kinds import KINDS
-from modeconn.symmetry.relabelling import Relabelling, named_state
+from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.report import SymmetryReport
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.structure import Structure

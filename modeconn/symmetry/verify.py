@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.explore import example_for
 from modeconn.symmetry.findings import Trace
@@ -152,8 +153,7 @@ def redraw_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tens
     drawn: dict[int, Tensor] = {}
     state: dict[str, Tensor] = {}
     saved = set(model.state_dict(keep_vars=True))
-    named = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
-    for name, tensor in named:
+    for name, tensor in named_state(model):
         if name not in saved:
             continue
         if id(tensor) not in drawn:
@@ -232,11 +232,10 @@ class _Proof:
             alone = {**identity, group.name: perms[group.name]}
             if any(not e <= tolerance for _, e in self.differences(trace, alone)):
                 guilty.append(f"'{group.name}'")
-        mode = "train" if trace.graph.training else "eval"
         who = f"group {', '.join(guilty)}" if guilty else "several groups together"
         return (
-            f"relabelling {who} changes the function: in {mode} mode tensor '{name}' differs from its prediction by "
-            f"{error:.1e} standard deviations."
+            f"relabelling {who} changes the function: in {trace.graph.mode} mode tensor '{name}' differs from its "
+            f"prediction by {error:.1e} standard deviations."
         )
 
     def _groups_at(self, trace: Trace, name: str) -> Iterator[Group]:

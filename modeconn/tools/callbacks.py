@@ -14,6 +14,17 @@ from modeconn.tools.rng import seeded
 
 
 @dataclass(frozen=True)
+class RunBegin:
+    """A run that begins anew, not one that goes on from a checkpoint.
+
+    Args:
+        num_epochs: Epochs of the whole run.
+    """
+
+    num_epochs: int
+
+
+@dataclass(frozen=True)
 class StepEnd:
     """A step of training along a curve.
 
@@ -92,6 +103,9 @@ class Callback:
     with the same bits as one without. What `state` returns is kept in the checkpoint of the run, if there is one.
     """
 
+    def before_run(self, event: RunBegin) -> None:
+        """Forget what an earlier run left; not called where a run goes on."""
+
     def after_step(self, event: StepEnd) -> None:
         """Take note of a step of training."""
 
@@ -112,7 +126,7 @@ class Callback:
         """Restore what `state` returned."""
 
 
-_MOMENTS = ("after_step", "after_epoch", "after_move", "after_point")
+_MOMENTS = tuple(name for name in vars(Callback) if name.startswith(("before_", "after_")))
 
 
 class Callbacks:
@@ -150,20 +164,42 @@ class Callbacks:
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state of all callbacks, as a part of a run."""
-        return {}, {"callbacks": [one.state() if hasattr(one, "state") else {} for one in self._all]}
+        return {}, {"callbacks": [[_name(one), one.state() if hasattr(one, "state") else {}] for one in self._all]}
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Restore what `state` returned to as many callbacks as there were; others begin anew, with a warning."""
-        known = about.get("callbacks", [])
-        if len(known) != len(self._all):
+        """Restore what `state` returned to the next callback of the same class; others begin anew, with a warning."""
+        left, new = list(about.get("callbacks", [])), []
+        for one in self._all:
+            known = next((pair for pair in left if pair[0] == _name(one)), None)
+            if known is not None:
+                left.remove(known)
+                if hasattr(one, "load_state"):
+                    one.load_state(known[1])
+            elif hasattr(one, "state") and one.state():
+                new.append(_name(one))
+        gone = [name for name, state in left if state]
+        if gone or new:
             warnings.warn(
-                f"the run was saved with {len(known)} callbacks and goes on with {len(self._all)}: these begin anew.",
+                f"the run goes on with other callbacks: what {', '.join(gone) or 'none'} knew is lost, and "
+                f"{', '.join(new) or 'none'} begin anew.",
                 stacklevel=2,
             )
-            return
-        for one, state in zip(self._all, known, strict=True):
-            if hasattr(one, "load_state"):
-                one.load_state(state)
+
+
+def number_of(name: str, value: Any) -> float:
+    """Return a value that a callback measured as a number, which files can hold.
+
+    Raises:
+        ValueError: If it is none.
+    """
+    try:
+        return float(value)
+    except (TypeError, ValueError):
+        raise ValueError(f"event.values[{name!r}] must be a number, got {value!r:.80}.") from None
+
+
+def _name(callback: Any) -> str:
+    return type(callback).__qualname__
 
 
 def _has_own(callback: Any, moment: str) -> bool:

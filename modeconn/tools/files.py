@@ -28,13 +28,13 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
         path: The file; its folder must exist.
         kind: What the file is, as `read` asks for it.
         tensors: Tensors on any device.
-        about: What else belongs to it, as JSON can hold it.
+        about: What else belongs to it, as Python's JSON can hold it; numbers need not be finite.
 
     Raises:
         OSError: If the file cannot be written; ``path`` is untouched.
     """
     path = Path(path)
-    metadata = {_KEY: json.dumps({"kind": kind, **about}, allow_nan=False)}
+    metadata = {_KEY: json.dumps({"kind": kind, **about})}  # with NaN and Infinity, which Python reads back
     content = safetensors.torch.save(
         {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
         metadata,

@@ -163,7 +163,7 @@ def test_callbacks_go_on_from_a_checkpoint(networks, tmp_path):
     with pytest.raises(_Stop):
         fit(networks, epochs=4, callbacks=[*callbacks(tmp_path / "parts"), Killer()], checkpoint=tmp_path / "k")
     shutil.copy(tmp_path / "k", tmp_path / "copy")
-    with pytest.warns(UserWarning, match="saved with 4 callbacks and goes on with 0: these begin anew"):
+    with pytest.warns(UserWarning, match="what Validation, EarlyStopping, CSVLog knew is lost, and none begin anew"):
         fit(networks, epochs=4, checkpoint=tmp_path / "copy")
     again = [*callbacks(tmp_path / "parts"), Note()]
     found = fit(networks, epochs=4, callbacks=again, checkpoint=tmp_path / "k")
@@ -183,8 +183,7 @@ def test_a_run_that_was_stopped_stays_so(networks, tmp_path):
             return True
 
     found = fit(networks, callbacks=[Enough()], checkpoint=tmp_path / "k")
-    with pytest.warns(UserWarning, match="saved with 1 callbacks and goes on with 0"):
-        again = fit(networks, checkpoint=tmp_path / "k")
+    again = fit(networks, checkpoint=tmp_path / "k")
     assert len(found.history.loss) == 1 and torch.equal(again.control_points, found.control_points)
     found.save(tmp_path / "c")
     assert Connection.load(tmp_path / "c").history == found.history
@@ -210,7 +209,7 @@ def test_a_writer_gets_all_values(networks):
     [
         (
             [Note],
-            "must be an object with one of after_step, after_epoch, after_move, after_point, got <class",
+            "must be an object with one of before_run, after_step, after_epoch, after_move, after_point, got <class",
         ),
         ([print], "a callback must be an object with one of"),
         (Note(), "callbacks must be a list of callbacks"),
@@ -230,3 +229,95 @@ def test_wrong_settings_are_refused():
         Validation([], every=0)
     with pytest.raises(ValueError, match="writer must have add_scalar"):
         TensorBoardLog(object())
+
+
+# ---------------------------------------------------------------- what callbacks say is kept, whatever it is
+
+
+class Says(Callback):
+    def __init__(self, value) -> None:
+        self.value = value
+
+    def after_epoch(self, event):
+        event.values["said"] = self.value
+
+    def state(self):
+        return {"best": float("inf")}
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("-inf"), torch.tensor(1.5), np.float32(2.5), 3])
+def test_numbers_of_any_kind_go_through_checkpoints_and_files(networks, value, tmp_path):
+    found = fit(networks, epochs=1, callbacks=[Says(value)], checkpoint=tmp_path / "run")
+    found.save(tmp_path / "c")
+    kept = Connection.load(tmp_path / "c").history.values
+    assert repr(kept) == repr([{"said": float(value)}])
+    with pytest.raises(ValueError, match=r"event\.values\['said'\] must be a number, got 'x'"):
+        fit(networks, epochs=1, callbacks=[Says("x")])
+
+
+def test_an_exception_in_a_callback_loses_no_values_of_that_epoch(networks, tmp_path):
+    class Fails(Callback):
+        def after_epoch(self, event):
+            if event.epoch == 2:
+                raise RuntimeError("stop")
+
+    how = {"checkpoint": tmp_path / "run", "epochs": 3}
+    with pytest.raises(RuntimeError, match="stop"):
+        fit(networks, callbacks=[Says(1.0), Fails()], **how)
+    resumed = fit(networks, callbacks=[Says(1.0)], **how)
+    assert resumed.history.values == 3 * [{"said": 1.0}] and len(resumed.history.loss) == 3
+
+
+def test_callbacks_begin_anew_with_every_run(networks, tmp_path):
+    test = networks[3]
+    told = [Validation(test), EarlyStopping("loss", patience=1), CSVLog(tmp_path / "log.csv")]
+    first, second = (fit(networks, epochs=2, callbacks=told) for _ in range(2))
+    assert first.history.loss == second.history.loss and len(told[0].values) == 2
+    rows = csv.DictReader((tmp_path / "log.csv").read_text().splitlines())
+    assert [row["epoch"] for row in rows] == ["1", "2"]
+
+
+def test_settings_of_callbacks_fail_before_the_run(networks, tmp_path):
+    with pytest.raises(OSError, match="cannot write"):
+        CSVLog(tmp_path / "missing" / "log.csv")
+    with pytest.raises(ValueError, match="t must"):
+        Validation(networks[3], t=[1.5])
+    with pytest.raises(ValueError, match="a callback must be"):
+        fit(networks, callbacks=[3], curve=modeconn.Line())
+
+
+def test_exact_pam_tells_of_its_steps_and_may_be_stopped_and_resumed(networks, tmp_path):
+    class Stops(Callback):
+        def __init__(self, at) -> None:
+            self.at, self.ends = at, []
+
+        def after_epoch(self, event):
+            self.ends.append(event.connection().model_at(1))
+            if event.epoch == self.at == 2:
+                raise KeyboardInterrupt
+            return event.epoch == self.at
+
+    a, b, train, _ = networks
+    few = train.subset(torch.arange(100)).with_(shuffle=False)
+    how = {"align": WeightMatching(), "refine": PAM(iterations=2, exact=True, num_points=3), "recipe": Recipe(epochs=4)}
+    stops = Stops(3)
+    found = modeconn.fit_curve(a, b, few, callbacks=[stops, Says(1.0)], **how)
+    assert len(found.history.loss) == len(found.history.values) == len(stops.ends) == 3
+    with pytest.raises(KeyboardInterrupt):
+        modeconn.fit_curve(a, b, few, callbacks=[Stops(2), Says(1.0)], checkpoint=tmp_path / "run", **how)
+    resumed = modeconn.fit_curve(a, b, few, callbacks=[Stops(3), Says(1.0)], checkpoint=tmp_path / "run", **how)
+    assert torch.equal(resumed.control_points, found.control_points) and len(resumed.history.values) == 3
+
+
+def test_what_a_callback_does_to_the_connection_it_is_shown_stays_its_own(networks):
+    class Breaks(Callback):
+        def after_epoch(self, event):
+            connection = event.connection()
+            connection.control_points.zero_()
+            for buffer in connection.buffers[0].values():
+                buffer.zero_()
+
+    plain, broken = fit(networks, epochs=2), fit(networks, epochs=2, callbacks=[Breaks()])
+    assert torch.equal(plain.control_points, broken.control_points)
+    for name, buffer in plain.buffers[0].items():
+        assert torch.equal(buffer, broken.buffers[0][name])

@@ -13,6 +13,7 @@ import pytest
 import torch
 from torch.utils.data import DataLoader, Dataset
 
+import modeconn
 from modeconn.curves import Bezier, PolyChain
 from modeconn.learning.checkpoint import Checkpoint
 from modeconn.network.loss import cross_entropy
@@ -307,3 +308,25 @@ def test_a_checkpoint_describes_itself_in_json(tmp_path):
     about = files.read(tmp_path / "c", "checkpoint of fit_curve")[1]
     assert about["settings"]["curve"] == "Bezier(degree=3, free_ends=False)" and json.dumps(about)
     assert about["environment"]["torch"] == torch.__version__
+
+
+@pytest.mark.parametrize("verb", ["fit_curve", "train", "train_population"])
+def test_a_checkpoint_knows_its_data(verb, tmp_path):
+    """A finished run must not be handed out as that on other data."""
+    a, b = (CASE["mlp"].make(seed) for seed in (0, 1))
+    recipe = Recipe(epochs=1)
+    run = {
+        "fit_curve": lambda data: modeconn.fit_curve(a, b, data, align=False, recipe=recipe, checkpoint=tmp_path / "c"),
+        "train": lambda data: modeconn.models.train(a, data, recipe=recipe, checkpoint=tmp_path / "c"),
+        "train_population": lambda data: modeconn.models.train_population(
+            [a, b], data, recipe=recipe, checkpoint=tmp_path / "c"
+        ),
+    }[verb]
+    run(batches())
+    run(batches())
+    with pytest.warns(UserWarning, match="the first batch of loader is another one than when the run of .* began"):
+        run(batches(seed=5))
+    with pytest.raises(ValueError, match="is of another run: the number of batches of loader is 5 in it and 3 here"):
+        run(batches(3))
+    with pytest.raises(ValueError, match="is of another run: the first batch of loader is"):
+        run(batches(batch_size=6))

@@ -3,11 +3,12 @@ from __future__ import annotations
 import csv
 from collections import namedtuple
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
-from modeconn import plot
+from modeconn import Connection, metrics, plot
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.profile import Profile
 from modeconn.network.loss import cross_entropy
@@ -159,3 +160,47 @@ def test_data_is_read_once_unless_it_is_too_much_to_keep():
         data = fetch(loader, CPU, limit=limit)
         assert [len(list(data)) for _ in range(3)] == [5, 5, 5]
         assert loader.passes == passes
+
+
+def test_a_loss_with_one_entry_is_a_loss():
+    connection = Connection.straight_between(*(CASE["mlp"].make(seed, torch.float64) for seed in (0, 1)))
+    data = batches(2, dtype=torch.float64)
+
+    def forward(model, batch):
+        return model(batch[0]).square().mean()
+
+    found = connection.evaluate(data, num_points=3, forward=lambda *given: forward(*given)[None])
+    plain = connection.evaluate(data, num_points=3, forward=forward)
+    assert torch.equal(found.loss, plain.loss) and found.barrier == plain.barrier
+
+
+def test_one_metric_under_two_names_is_refused_and_numbers_of_any_kind_are_taken():
+    class Ones:
+        def update(self, outputs, targets):
+            pass
+
+        def reset(self):
+            pass
+
+        def compute(self):
+            return np.float32(1.5)
+
+    connection = Connection.straight_between(*(CASE["mlp"].make(seed) for seed in (0, 1)))
+    assert connection.evaluate(batches(1), num_points=2, metrics={"one": Ones()}).values["one"].tolist() == [1.5, 1.5]
+    same = Ones()
+    with pytest.raises(ValueError, match="'one' is one object under several names"):
+        connection.evaluate(batches(1), num_points=2, metrics={"one": same, "two": same})
+
+
+def test_layers_are_compared_by_what_they_make_even_if_the_next_works_in_place():
+    def network(seed, inplace):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(8, 6), nn.ReLU(inplace=inplace), nn.Linear(6, 3))
+
+    found = [
+        Connection.straight_between(*(network(seed, inplace) for seed in (0, 1)))
+        .evaluate(batches(2), num_points=3, metrics={"cka": metrics.cka("b", layer="1")})
+        .values["cka"]
+        for inplace in (False, True)
+    ]
+    torch.testing.assert_close(*found)

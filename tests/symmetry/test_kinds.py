@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import copy
+import pickle
+from dataclasses import replace
 from itertools import product
 
 import pytest
@@ -14,14 +17,9 @@ from modeconn import PermutationSpec, discover
 from modeconn.symmetry.axes import Space
 from modeconn.symmetry.kinds import FIXED, KINDS, PERMUTATION, Kind
 
-
-def above(name: str, *kinds: Kind) -> Kind:
-    return Kind(name, frozenset(kinds).union(*(kind.below for kind in kinds)))
-
-
-ORTHOGONAL = above("orthogonal", PERMUTATION)
-DIAGONAL = above("diagonal", PERMUTATION)
-LINEAR = above("linear", ORTHOGONAL, DIAGONAL)
+ORTHOGONAL = Kind("orthogonal", frozenset({PERMUTATION}))
+DIAGONAL = Kind("diagonal", frozenset({PERMUTATION}))
+LINEAR = Kind("linear", frozenset({ORTHOGONAL, DIAGONAL}))
 LATTICE = (FIXED, PERMUTATION, ORTHOGONAL, DIAGONAL, LINEAR)
 
 
@@ -83,9 +81,19 @@ def test_lowering_never_raises_and_keeps_the_reason_that_led_there():
     assert space.is_fixed(axis) and space.why_fixed(axis) == "first"
 
 
-def test_groups_say_their_kind_and_files_keep_it():
+def test_groups_say_their_kind_and_files_keep_it(monkeypatch):
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     spec = discover(model, torch.zeros(2, 4))
-    read = PermutationSpec.from_json(spec.to_json())
-    assert [group.kind for group in spec.groups] == [group.kind for group in read.groups] == [PERMUTATION]
+    assert [group.kind for group in spec.groups] == [PERMUTATION]
     assert spec.groups[0].log10_size == pytest.approx(4.6055, abs=1e-4)  # 8! = 40320
+    monkeypatch.setitem(KINDS, "orthogonal", ORTHOGONAL)
+    (atom,) = spec.structure.kinds
+    turned = replace(spec, structure=replace(spec.structure, kinds={atom: ORTHOGONAL}))
+    read = PermutationSpec.from_json(turned.to_json())
+    assert [group.kind for group in read.groups] == [ORTHOGONAL] and read == turned != spec
+
+
+def test_copies_of_a_kind_are_the_kind():
+    assert copy.deepcopy(FIXED) is FIXED and pickle.loads(pickle.dumps(PERMUTATION)) is PERMUTATION
+    spec = PermutationSpec.from_json(discover(nn.Linear(3, 2), torch.zeros(2, 3)).to_json())
+    assert pickle.loads(pickle.dumps(spec.identity())) == copy.deepcopy(spec.identity())
