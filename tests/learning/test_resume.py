@@ -161,7 +161,7 @@ def test_a_loader_with_a_will_of_its_own_starts_its_epoch_anew_and_says_so(tmp_p
     inputs = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*batches(8), strict=True)))
     data = DataLoader(inputs, batch_size=12, shuffle=True, generator=torch.Generator().manual_seed(0))
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "c", Breaking(data, 5))
+        fit(tmp_path / "c", Breaking(data, 7))
     with pytest.warns(UserWarning, match=r"interrupted after batch 3 of epoch 0.* The epoch starts anew"):
         connection = fit(tmp_path / "c", data)
     assert len(connection.history.loss) == 3
@@ -171,7 +171,7 @@ def test_a_loader_with_its_own_generator_is_warned_of_between_epochs_too(tmp_pat
     examples = torch.utils.data.TensorDataset(*(torch.cat(parts) for parts in zip(*batches(8), strict=True)))
     data = DataLoader(examples, batch_size=12, shuffle=True, generator=torch.Generator().manual_seed(0))
     with pytest.raises(KeyboardInterrupt):
-        fit(tmp_path / "c", Breaking(data, 11))
+        fit(tmp_path / "c", Breaking(data, 13))
     with pytest.warns(UserWarning, match=r"the loader draws from a generator of its own"):
         fit(tmp_path / "c", data)
 
