@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+import warnings
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -77,6 +78,7 @@ class ActivationMatching:
         )
         similarities = {name: self._similarity(m) for name, m in moments.items()}
         permutation = match_groups(spec, similarities)
+        _warn_of_unread(spec, similarities)
         return Match(permutation, correlations(moments, permutation), constant_units(moments))
 
     def _similarity(self, moments: Moments) -> Tensor:
@@ -84,6 +86,19 @@ class ActivationMatching:
         if not bool(torch.isfinite(similarity).all()):
             raise ValueError("activations are NaN or infinite on this data; check the endpoints' weights and inputs.")
         return break_ties(similarity, moments)
+
+
+def _warn_of_unread(spec: PermutationSpec, read: Collection[str]) -> None:
+    """Warn of groups of which no tensor tells anything: neither they nor what lies inside them are read anywhere."""
+    told = set(read) | {name for group in spec.groups if group.name in read for name, _ in group.parents}
+    unread = [f"{group.name!r} ({group.size} units)" for group in spec.groups if group.name not in told]
+    if unread:
+        warnings.warn(
+            f"activations say nothing of {', '.join(unread)}, which no operator of the graph reads by itself, as a "
+            f"lower layer of a stacked recurrent network; they stay as they are. "
+            f"WeightMatching(start=ActivationMatching()) matches them by their weights.",
+            stacklevel=2,
+        )
 
 
 def break_ties(similarity: Tensor, moments: Moments) -> Tensor:

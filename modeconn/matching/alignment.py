@@ -35,7 +35,7 @@ class Alignment:
         permutation: The relabelling, a `Permutation` unless a method of your own finds others:
             ``permutation.apply(b)`` is ``model_b``.
         correlation: Mean correlation of paired units before and after, by group, on the data that was given, if its
-            batches are the model's inputs; groups that are never summed over are left out.
+            batches are the model's inputs; groups whose units no operator reads by itself are left out.
         constant_units: Units that never change on that data, ``(of a, of b)`` by group; they stay where they can.
         history: The method's objective, step by step, if it has one.
     """

@@ -481,3 +481,25 @@ def test_batches_that_are_not_the_inputs_are_refused_and_need_not_be():
         assert found.permutation == align(a, b, spec=spec).permutation and not found.correlation
     with pytest.raises(ValueError, match=r"does not run on .* the loader's first batch\. .* pass example_input="):
         align(a, b, [{"x": x, "y": z}])
+
+
+def test_groups_that_nothing_reads_are_named() -> None:
+    """The lower layer of a stacked recurrent network is read inside of one operator only."""
+
+    class Stacked(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.rnn, self.head = nn.GRU(4, 6, 2, batch_first=True), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.rnn(x)[0][:, -1])
+
+    torch.manual_seed(0)
+    model, loader = Stacked(), [(torch.randn(50, 5, 4), torch.zeros(50, dtype=torch.int64))]
+    planted = discover(model, loader[0][0]).random(torch.Generator().manual_seed(1)).apply(model)
+    with pytest.warns(UserWarning, match=r"activations say nothing of 'rnn' \(6 units\).*WeightMatching\(start="):
+        align(model, planted, loader)
+    with pytest.warns(UserWarning, match="activations say nothing"):
+        found = align(model, planted, loader, method=WeightMatching(start=ActivationMatching()))
+    for x, y in zip(found.model_b.parameters(), model.parameters(), strict=True):
+        assert torch.equal(x, y)
