@@ -24,8 +24,8 @@ from modeconn.matching.method import check_method
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.profile import Profile
 from modeconn.network.batch_norm import norm_layers
-from modeconn.network.batches import check_loader, num_examples, tensors_of
-from modeconn.network.loss import LossFn, TrainingData, cross_entropy
+from modeconn.network.batches import check_loader, first_batch, num_examples, tensors_of
+from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
@@ -182,6 +182,7 @@ def compare(
     recipe: Recipe | None = None,
     curve: Curve = _QUADRATIC,
     loss_fn: LossFn = cross_entropy,
+    forward: Forward | None = None,
     spec: PermutationSpec | None = None,
     example_input: Any = None,
     checkpoint: str | os.PathLike[str] | None = None,
@@ -204,6 +205,8 @@ def compare(
         recipe: How a curve is fitted between each matched pair. None: no curve.
         curve: The family of curves.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, of measuring and of curves.
+        forward: ``forward(model, batch) -> loss`` in its place, or ``-> (loss, outputs, targets)``, which has an
+            accuracy too. Methods that learn through the loss are given one of their own.
         spec: Symmetries of the architecture, if known.
         example_input: For discovery; default the first inputs of ``loader``.
         checkpoint: A file of finished measurements, one line of JSON each. What is in it is not measured again, also
@@ -236,17 +239,17 @@ def compare(
         spec = find_spec(pairs[0][0], loader, spec, example_input, verify=True)
     # Seeded anew, so that the first batch does not depend on whether the spec is known.
     with seeded(seed, space.device):
-        check_loader(test)
+        check_loader(test) if forward is None else first_batch(test)
         measured = fetch(test, space.device)
-        about = [loss_fn, curve, recipe, num_points, repair, seed, _num_batches(loader)]
+        about = [forward or loss_fn, curve, recipe, num_points, repair, seed, _num_batches(loader)]
         about += [[(group.name, group.parents, group.places) for group in spec.groups]]
         about += [
-            digest(tensors_of(check_loader(loader))),
+            digest(tensors_of(check_loader(loader) if forward is None else first_batch(loader))),
             digest(one for batch in measured for one in tensors_of(batch)),
         ]
         # Taken before a method changes its own settings.
         names = {row: identify(method) for row, method in named.items()}
-    trial = _Matching(spec, TrainingData(loader, loss_fn), measured, num_points, repair, recipe, curve, seed)
+    trial = _Matching(spec, TrainingData(loader, loss_fn, forward), measured, num_points, repair, recipe, curve, seed)
     match_units(torch.eye(2))  # imported now, so that no method pays time and memory for one-time imports
     known = Records(checkpoint)
     records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
@@ -295,6 +298,7 @@ class _Matching:
                 curve=self.curve,
                 recipe=self.recipe,
                 loss_fn=self.training.loss_fn,
+                forward=self.training.forward,
                 seed=self.seed,
             )
             record |= _barriers("curve", fitted.evaluate(self.test, num_points=self.num_points))
@@ -314,7 +318,7 @@ class _Matching:
         running = {
             f"{layer}.{kind}".lstrip(".") for layer in norm_layers(model) for kind in ("running_mean", "running_var")
         }
-        meter = Meter(self.test, self.training.loss_fn)
+        meter = Meter(self.test, self.training.loss_fn, self.training.forward)
         t = torch.linspace(0, 1, self.num_points, dtype=torch.float64)
         for position in t.tolist():
             line.space.load(line.weights_at(position), model)

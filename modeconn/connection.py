@@ -19,7 +19,7 @@ from modeconn.measure.measurable import Measurable
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import TrainingData
+from modeconn.network.loss import Forward, TrainingData
 from modeconn.network.registry import build, describe
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
@@ -95,6 +95,7 @@ class Connection(Measurable):
         recalibrate: Iterable[Any] | AdversarialExamples | None = None,
         recalibration_examples: int | None = NUM_EXAMPLES,
         repair: bool = False,
+        forward: Forward | None = None,
     ) -> nn.Module:
         """Return the network at ``t`` as a new model in eval mode.
 
@@ -106,12 +107,14 @@ class Connection(Measurable):
             recalibration_examples: How many examples of it to use, None for all.
             repair: Without batch norm, give every pre-activation between the ends the interpolation of their means and
                 standard deviations on that data, see `modeconn.repair`. With batch norm, recalibration does.
+            forward: Runs the network on a batch of that data, ``forward(model, batch)``; default that of the fit, if it
+                had one, else the batch's inputs go to the model.
 
         Raises:
             ValueError: If t is outside [0, 1], or batch norm or repair needs training data that is neither remembered
                 nor given.
         """
-        return self._path.model_at(t, recalibrate, recalibration_examples, repair)
+        return self._path.model_at(t, recalibrate, recalibration_examples, repair, forward)
 
     def straight(self) -> Connection:
         """Return the straight connection of the same ends."""

@@ -16,6 +16,7 @@ from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, recalibrate
 from modeconn.network.copies import copy_of
 from modeconn.network.estimates import differing, take_mean, warn_of
+from modeconn.network.loss import Forward
 from modeconn.network.repair import repair as repair_model
 from modeconn.network.weights import WeightSpace, named_buffers
 from modeconn.symmetry.relabelling import Relabelling
@@ -31,6 +32,7 @@ def interpolate(
     recalibrate: Iterable[Any] | None = None,
     recalibration_examples: int | None = NUM_EXAMPLES,
     repair: bool = False,
+    forward: Forward | None = None,
 ) -> nn.Module:
     """Return the network at ``t`` of the straight line between two, in eval mode; at its ends a and b, bit for bit.
 
@@ -41,6 +43,8 @@ def interpolate(
         recalibrate: Training data, which batch norm and ``repair`` need between the ends.
         recalibration_examples: How many examples of it to use, None for all.
         repair: Without batch norm, also interpolate the statistics of pre-activations, see `modeconn.repair`.
+        forward: Runs the network on a batch of that data, ``forward(model, batch)``; default: the batch's inputs go to
+            the model.
 
     Raises:
         ValueError: If t is outside [0, 1], the networks differ in architecture or hold NaN, or data is missing.
@@ -50,7 +54,7 @@ def interpolate(
         >>> torch.equal(interpolate(a, b, 1.0).weight, b.weight)
         True
     """
-    return Path.straight_between(model_a, model_b).model_at(t, recalibrate, recalibration_examples, repair)
+    return Path.straight_between(model_a, model_b).model_at(t, recalibrate, recalibration_examples, repair, forward)
 
 
 @dataclass(frozen=True)
@@ -92,6 +96,7 @@ def merge_many(
     start: Method | None = None,
     num_rounds: int = 100,
     repair: bool = False,
+    forward: Forward | None = None,
     spec: PermutationSpec | None = None,
     example_input: Any = None,
     verify: bool = True,
@@ -112,6 +117,8 @@ def merge_many(
         start: A method that first aligns every network with the first one, without any mean.
         num_rounds: Stop after so many rounds at the latest; 0 keeps the ``start``.
         repair: Without batch norm, repair the mean, see `modeconn.repair`; with it, it is recalibrated in any case.
+        forward: Runs a network on a batch, ``forward(model, batch)``, for batch norm and repair; default: the batch's
+            inputs go to the model.
         spec: What `discover` found for this architecture. Default: it is discovered here.
         example_input: For discovery, where there is neither a loader nor ``models[0].example_input()``.
         verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
@@ -145,7 +152,7 @@ def merge_many(
         if start is not None:
             names.follow_the_first(start, loader)
             history.append(names.spread())
-        history += names.follow_the_others(method, loader, num_rounds, seed)
+        history += names.follow_the_others(method, loader, num_rounds, seed, forward)
     back = names.permutations[0].inverse()
     permutations = tuple(back @ permutation for permutation in names.permutations)
     merged = back.apply(names.mean())
@@ -153,7 +160,7 @@ def merge_many(
     buffers = [named_buffers(network) for network in relabelled]
     warn_of(differing(merged, buffers), buffers[0], stacklevel=3)
     if loader is not None and (repair or norm_layers(merged)):
-        merged = repair_model(merged, relabelled, loader)
+        merged = repair_model(merged, relabelled, loader, forward=forward)
     return Merge(merged, permutations, tuple(history))
 
 
@@ -190,7 +197,7 @@ class _CommonNames:
             self._move(i, step, moved := step.apply(model), self._space.flatten(moved).double())
 
     def follow_the_others(
-        self, method: Method, loader: Iterable[Any] | None, num_rounds: int, seed: int
+        self, method: Method, loader: Iterable[Any] | None, num_rounds: int, seed: int, forward: Forward | None
     ) -> Iterator[float]:
         """Align every network with the mean of the others, round after round; yield the spread after each step.
 
@@ -207,7 +214,7 @@ class _CommonNames:
                 rest = torch.cat([self._thetas[:i], self._thetas[i + 1 :]])
                 self._space.load(rest.mean(0), others)
                 take_mean(others, [*self.models[:i], *self.models[i + 1 :]])
-                recalibrate(others, calibration)
+                recalibrate(others, calibration, forward=forward)
                 step = method.match(self._spec, others, self.models[i], loader).permutation
                 moved = step.apply(self.models[i])
                 theta = self._space.flatten(moved).double()

@@ -13,9 +13,10 @@ from modeconn.curves.line import Line
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
+from modeconn.network.batches import num_examples
 from modeconn.network.copies import copy_of
 from modeconn.network.estimates import differing, mixed, settle, warn_of
-from modeconn.network.loss import TrainingData
+from modeconn.network.loss import Forward, TrainingData
 from modeconn.network.repair import Statistics, impose, measure, mix
 from modeconn.network.weights import WeightSpace, load_buffers, named_buffers
 
@@ -92,6 +93,7 @@ class Path:
         recalibrate: Iterable[Any] | AdversarialExamples | None = None,
         num_examples: int | None = NUM_EXAMPLES,
         repair: bool = False,
+        forward: Forward | None = None,
     ) -> nn.Module:
         """Return the network at ``t`` as a new model in eval mode; see `networks` for the other arguments.
 
@@ -99,7 +101,7 @@ class Path:
         """
         if recalibrate is None and t in (0, 1) and not self.curve.free_ends:
             return Networks(self, [], None)(t)
-        return self.networks(recalibrate, num_examples, repair)(t)
+        return self.networks(recalibrate, num_examples, repair, forward)(t)
 
     def arc_length(self, t: Sequence[float]) -> Tensor:
         """Return the length of the curve from 0 to each position, float64 ``(N,)``, in the Euclidean norm."""
@@ -110,6 +112,7 @@ class Path:
         recalibrate: Iterable[Any] | AdversarialExamples | None = None,
         num_examples: int | None = NUM_EXAMPLES,
         repair: bool = False,
+        forward: Forward | None = None,
     ) -> Networks:
         """Return the networks along the path, statistics set right in one way at all of them, the ends included.
 
@@ -118,19 +121,21 @@ class Path:
                 fit's training loader.
             num_examples: How many examples of it to use, None for all.
             repair: Whether networks without batch norm have their pre-activations repaired, see `modeconn.repair`.
+            forward: Runs the network on a batch of that data, ``forward(model, batch)``; default that of the fit, if it
+                had one, else the batch's inputs go to the model.
 
         Raises:
             ValueError: If batch norm or repair needs training data that is neither remembered nor given.
         """
-        data = self._calibration_data(recalibrate, num_examples, repair)
-        return Networks(self, data, self._statistics_of_ends(data) if repair else None)
+        data, forward = self._calibration_data(recalibrate, num_examples, repair), forward or self.training.forward
+        return Networks(self, data, self._statistics_of_ends(data, forward) if repair else None, forward)
 
-    def _statistics_of_ends(self, calibration: list[Any]) -> tuple[Statistics, ...] | None:
+    def _statistics_of_ends(self, calibration: list[Any], forward: Forward | None) -> tuple[Statistics, ...] | None:
         """Return what repair takes from the ends; None for a model with batch norm, which recalibration repairs."""
         if norm_layers(self.template) or not calibration:
             return None
         ends = Networks(self, [], None)
-        return tuple(measure(ends.as_it_came(end), calibration, forward=self.training.forward) for end in (0, 1))
+        return tuple(measure(ends.as_it_came(end), calibration, forward=forward) for end in (0, 1))
 
     def _calibration_data(
         self, loader: Iterable[Any] | AdversarialExamples | None, limit: int | None, repair: bool
@@ -161,12 +166,17 @@ class Networks:
         path: The path.
         calibration: What batch norm is recalibrated on, or pre-activations repaired; empty for neither.
         ends: The statistics between which repair interpolates, or None.
+        forward: Runs the network on a batch of the calibration data; None to hand its inputs to the model.
     """
 
     def __init__(
-        self, path: Path, calibration: list[Any] | AdversarialExamples, ends: tuple[Statistics, ...] | None
+        self,
+        path: Path,
+        calibration: list[Any] | AdversarialExamples,
+        ends: tuple[Statistics, ...] | None,
+        forward: Forward | None = None,
     ) -> None:
-        self._path, self._calibration, self._ends = path, calibration, ends
+        self._path, self._calibration, self._ends, self._forward = path, calibration, ends, forward
         self._model, self._theta = copy_of(path.template), torch.empty_like(path.control_points[0])
 
     @property
@@ -174,9 +184,21 @@ class Networks:
         """Whether the ends came with other statistics than those they have here; trained ends have no others."""
         return bool(self._calibration) and not self._path.curve.free_ends
 
+    @property
+    def statistics(self) -> str:
+        """Which statistics norm layers have, or pre-activations were given, empty for none."""
+        if not self._calibration:
+            return ""
+        if self._ends is not None:
+            return "pre-activations repaired between the ends"
+        if isinstance(self._calibration, AdversarialExamples):
+            return "norm layers recalibrated at every t, the ends included, on each network's own adversarial examples"
+        count = sum(map(num_examples, self._calibration))
+        return f"norm layers recalibrated at every t, the ends included, on {count:,} training examples"
+
     def __call__(self, t: float) -> nn.Module:
         """Return the network at ``t``, always the same module."""
-        path, forward = self._path, self._path.training.forward
+        path, forward = self._path, self._forward
         model = self._place(path.curve.point(path.control_points, t, out=self._theta), t)
         if self._calibration:
             recalibrate_statistics(model, self._calibration, forward=forward)

@@ -20,8 +20,8 @@ from modeconn.matching.method import Match, Start, check_data, check_start, star
 from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.matching.soft import SoftPermutation
 from modeconn.network.batch_norm import calibration_batches
-from modeconn.network.batches import check_loader, endless_batches
-from modeconn.network.loss import LossFn, cross_entropy, supervised
+from modeconn.network.batches import check_loader, endless_batches, first_batch
+from modeconn.network.loss import Forward, LossFn, checked_forward, cross_entropy, loss_alone, supervised
 from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_integers, check_positive
@@ -62,6 +62,7 @@ class LearnedMatching(ABC):
     num_examples: int = 2_048
     num_rounds: int = 30
     seed: int = 0
+    forward: Forward | None = None
 
     objectives: ClassVar[tuple[str, ...]] = ("midpoint", "line")
 
@@ -109,6 +110,7 @@ class LearnedMatching(ABC):
             model_a,
             loader,
             self.loss_fn,
+            self.forward,
             path=self.objective,
             num_examples=self.num_examples,
             batches_per_step=self.batches_per_step,
@@ -152,6 +154,7 @@ class PathLoss:
         model_a: Network a.
         loader: Training data, ``(inputs, targets)`` batches.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
+        forward: ``forward(model, batch) -> loss`` in its place.
         path: "line"; "midpoint", the line at t = 1/2 alone; or a curve, its inner control points `offsets` away from
             the line.
         num_examples: How many examples `value` is measured on, the same at every point and every call.
@@ -167,13 +170,14 @@ class PathLoss:
         model_a: nn.Module,
         loader: Iterable[Any],
         loss_fn: LossFn,
+        forward: Forward | None = None,
         *,
         path: Literal["line", "midpoint"] | Curve,
         num_examples: int,
         batches_per_step: int,
         seed: int,
     ) -> None:
-        check_loader(loader)
+        check_loader(loader) if forward is None else first_batch(loader)
         workspace = Workspace(model_a)
         workspace.model.requires_grad_(True)
         device, theta_a = workspace.space.device, workspace.theta.clone()
@@ -181,14 +185,15 @@ class PathLoss:
         shape = curve.num_control_points - 2, len(theta_a)
         self.offsets = nn.Parameter(theta_a.new_zeros(shape, dtype=workspace.space.wide_dtype))
         self._along = partial(CurveLoss, workspace, curve, theta_a)
-        self._forward = supervised(loss_fn)
+        self._forward = supervised(loss_fn) if forward is None else loss_alone(forward)
         self._batches = endless_batches(loader, device)
         self._batches_per_step = batches_per_step
         self._draws = repeat(0.5) if middle_only else _stratified(seed)
         sample = calibration_batches(loader, device, limit=num_examples, seed=seed)
         positions = (0.5,) if middle_only else _POSITIONS
         places = [(t, batch) for t in positions for batch in sample]
-        self._fixed = self._along(supervised(loss_fn, check=True), places)
+        checked = supervised(loss_fn, check=True) if forward is None else checked_forward(forward)
+        self._fixed = self._along(checked, places)
 
     def value(self, theta_b: Tensor) -> float:
         """Return the mean loss over fixed positions and examples for b's weights ``theta_b (P,)``."""

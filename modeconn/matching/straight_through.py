@@ -39,6 +39,7 @@ class StraightThrough(LearnedMatching):
         num_examples: How many examples permutations are compared on.
         num_rounds: How many times the present permutation is compared with the best.
         seed: Of batch order, augmentation, points on the line and the order of groups.
+        forward: ``forward(model, batch) -> loss`` in place of ``loss_fn``.
 
     References:
         Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836

@@ -72,6 +72,8 @@ class AlongCurve:
     num_examples: int = 0
     seconds: float = 0.0
     higher_is_better: Mapping[str, bool] = {}
+    statistics: str = ""
+    """With which statistics of norm layers networks were measured; empty for networks that have none."""
 
     def __init__(
         self,
@@ -228,7 +230,8 @@ class AlongCurve:
 
     def _remarks(self) -> list[str]:
         """Return sentences for below the table."""
-        return []
+        own = "; own: as they came" if self.own else ""
+        return [f"statistics: {self.statistics}{own}"] if self.statistics else []
 
     def _shown(self) -> list[str]:
         """Return the quantities that have a row in the table."""

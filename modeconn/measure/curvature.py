@@ -41,6 +41,7 @@ class Curvature(AlongCurve):
         num_examples: How many examples the loss is a mean over.
         arc_length: Length of the curve from 0 to each position, ``(N,)``, in the norm of weight space; None if unknown.
         seconds: How long that took.
+        statistics: With which statistics of norm layers networks were measured; empty for networks that have none.
     """
 
     t: Tensor
@@ -49,6 +50,7 @@ class Curvature(AlongCurve):
     num_examples: int
     arc_length: Tensor | None = None
     seconds: float = 0.0
+    statistics: str = ""
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -67,6 +69,7 @@ def curvature_along(
     *,
     wrt: Literal["weights", "inputs"] = "weights",
     arc_length: Tensor | None = None,
+    statistics: str = "",
     progress: bool = False,
     **settings: Any,
 ) -> Curvature:
@@ -82,6 +85,7 @@ def curvature_along(
         num_examples=num_examples,
         arc_length=arc_length,
         seconds=time.perf_counter() - started,
+        statistics=statistics,
     )
 
 

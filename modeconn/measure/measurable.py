@@ -8,7 +8,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from modeconn.measure.along import chosen_positions
 from modeconn.measure.curvature import Curvature, curvature_along
@@ -28,11 +28,7 @@ from modeconn.tools.rng import seeded
 class NetworksByPosition(Protocol):
     """What is measured: a network at every t in [0, 1]."""
 
-    def model_at(self, t: float, recalibrate: Any, num_examples: int | None, repair: bool) -> nn.Module:
-        """Return the network at ``t`` as a new model; ends keep their own statistics by default."""
-        ...
-
-    def networks(self, recalibrate: Any, num_examples: int | None, repair: bool) -> Networks:
+    def networks(self, recalibrate: Any, num_examples: int | None, repair: bool, forward: Forward | None) -> Networks:
         """Return one network that can be moved along, its statistics set right in one way at every position."""
         ...
 
@@ -104,7 +100,7 @@ class Measurable:
         started = time.perf_counter()
         with seeded(0, self.device):
             check_loader(loader) if forward is None else first_batch(loader)
-            networks = self._path.networks(recalibrate, recalibration_examples, repair)
+            networks = self._path.networks(recalibrate, recalibration_examples, repair, forward)
             meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward, named)
             lengths = self._path.arc_length(positions)
             return profile_along(
@@ -128,7 +124,9 @@ class Measurable:
         seed: int = 0,
         progress: bool = False,
     ) -> RobustProfile:
-        """Attack the network at each t, as `model_at` returns it: loss and accuracy, clean and under every attack.
+        """Attack the network at each t: loss and accuracy, clean and under every attack.
+
+        Batch norm is recalibrated at each point, also at the ends, as in `evaluate`.
 
         Every adversarial example is checked: it must be finite, in its ball and in the pixel range.
 
@@ -139,9 +137,8 @@ class Measurable:
             t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
             num_points: How many.
             num_examples: Attack only so many examples, the first. None for all.
-            recalibrate: What batch norm is recalibrated on. Default: between the ends, the fit's training data, clean,
-                while the ends keep the statistics they came with. A loader recalibrates the ends too;
-                `AdversarialExamples` takes each network's own, as Tatro et al. (2020) do.
+            recalibrate: Training data for batch norm; default the fit's training loader, clean. `AdversarialExamples`
+                takes each network's own, as Tatro et al. (2020) do.
             recalibration_examples: How many examples of it to use, None for all.
             repair: Without batch norm, give every pre-activation between the ends the interpolation of the ends' means
                 and standard deviations, see `modeconn.repair`.
@@ -158,8 +155,9 @@ class Measurable:
                 attack leaves its ball or the pixel range.
             FloatingPointError: If an attack returns NaN.
         """
+        networks = self._path.networks(recalibrate, recalibration_examples, repair, None)
         return robustness_along(
-            lambda position: self._path.model_at(position, recalibrate, recalibration_examples, repair),
+            networks,
             chosen_positions(t, num_points),
             loader,
             attacks,
@@ -168,6 +166,7 @@ class Measurable:
             loss_fn=loss_fn or self.training.loss_fn,
             checkpoint=checkpoint,
             seed=seed,
+            statistics=networks.statistics,
             progress=progress,
         )
 
@@ -184,24 +183,29 @@ class Measurable:
         num_steps: int = 100,
         tolerance: float = 1e-3,
         loss_fn: LossFn | None = None,
+        forward: Forward | None = None,
         seed: int = 0,
         progress: bool = False,
     ) -> Curvature:
         """Measure the largest eigenvalue of the Hessian of the loss along the curve, by the method of Lanczos.
+
+        Batch norm is recalibrated at each point, also at the ends, as in `evaluate`.
 
         Args:
             loader: Data whose loss is looked at.
             wrt: "weights", or "inputs", to which the robust loss is related.
             t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
             num_points: How many.
-            recalibrate: What batch norm is recalibrated on. Default: between the ends, the fit's training data; the
-                ends keep the statistics they came with. A loader recalibrates the ends too.
+            recalibrate: Training data for batch norm, or `AdversarialExamples` of it; default the fit's training
+                loader.
             recalibration_examples: How many examples of it to use, None for all.
             repair: Without batch norm, give every pre-activation between the ends the interpolation of the ends' means
                 and standard deviations, see `modeconn.repair`.
             num_steps: How many products with the Hessian at most, at each position.
             tolerance: How large the residual of the eigenvector may be, relative to the eigenvalue.
             loss_fn: Default that of the fit, or cross entropy.
+            forward: ``forward(model, batch) -> loss`` in its place, for ``wrt="weights"``; default that of the fit,
+                unless ``loss_fn`` is given.
             seed: Of the random vectors that the method begins with.
             progress: Whether to show a progress bar.
 
@@ -209,15 +213,20 @@ class Measurable:
             ValueError: If a setting is out of range, or training data is needed to recalibrate.
         """
         positions = chosen_positions(t, num_points)
+        if forward is None and loss_fn is None:
+            forward = self.training.forward
+        networks = self._path.networks(recalibrate, recalibration_examples, repair, forward)
         return curvature_along(
-            lambda position: self._path.model_at(position, recalibrate, recalibration_examples, repair),
+            networks,
             positions,
             loader,
             wrt=wrt,
+            statistics=networks.statistics,
             arc_length=self._path.arc_length(positions),
             num_steps=num_steps,
             tolerance=tolerance,
             loss_fn=loss_fn or self.training.loss_fn,
+            forward=forward,
             seed=seed,
             progress=progress,
         )

@@ -31,8 +31,8 @@ class Profile(AlongCurve):
 
     Args:
         t: Positions, from 0 to 1, rising; this and all other tensors float64 on the CPU.
-        loss: Mean loss per example, ``(N,)``.
-        accuracy: Fraction of right answers, ``(N,)``, or None where targets are no classes.
+        loss: Mean loss, ``(N,)``.
+        accuracy: Fraction of right answers, ``(N,)``, or None where it is not certain what a right one is.
         arc_length: Length of the curve from 0 to each position, ``(N,)``, in the norm of weight space.
         own_loss: Loss of both ends with the statistics they came with, ``(2,)``.
         own_accuracy: Accuracy of both ends with the statistics they came with, ``(2,)``, or None.
@@ -41,6 +41,8 @@ class Profile(AlongCurve):
         metrics: Values of other metrics by name, ``(N,)`` each.
         own_metrics: The same of both ends with the statistics they came with, ``(2,)`` each.
         higher_is_better: By name of a metric, whether high values are good; one left out has no barrier.
+        statistics: With which statistics of norm layers networks were measured, but for ``own_...``; empty for networks
+            that have none.
 
     Example:
         >>> t = torch.tensor([0.0, 0.5, 1.0], dtype=torch.float64)
@@ -59,6 +61,7 @@ class Profile(AlongCurve):
     metrics: Mapping[str, Tensor] = field(default_factory=dict)
     own_metrics: Mapping[str, Tensor] = field(default_factory=dict)
     higher_is_better: Mapping[str, bool] = field(default_factory=dict)
+    statistics: str = ""
 
     @property
     def values(self) -> dict[str, Tensor]:
@@ -122,6 +125,11 @@ class Networks(Protocol):
         """Whether both ends came with other statistics than those they have when the network is moved there."""
         ...
 
+    @property
+    def statistics(self) -> str:
+        """Which statistics norm layers have, empty for none."""
+        ...
+
     def __call__(self, t: float) -> nn.Module:
         """Return the network at ``t``; the next call may change it."""
         ...
@@ -177,4 +185,5 @@ def profile_along(
         metrics={name: values[:count] for name, values in found.metrics.items()},
         own_metrics={name: values[own] for name, values in found.metrics.items()} if has_ends else {},
         higher_is_better=higher_is_better(meter.metrics),
+        statistics=networks.statistics,
     )

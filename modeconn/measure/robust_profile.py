@@ -51,6 +51,7 @@ class RobustProfile(AlongCurve):
         transfer: By attack the accuracy at each t (column) on adversarial examples made at each t (row), ``(N, N)``;
             None if it was not measured.
         seconds: How long all that took.
+        statistics: With which statistics of norm layers networks were measured; empty for networks that have none.
 
     Example:
         >>> t, right = torch.tensor([0.0, 1.0]), torch.ones(2, 100, dtype=torch.bool)
@@ -66,6 +67,7 @@ class RobustProfile(AlongCurve):
     data: str = ""
     transfer: Mapping[str, Tensor] | None = None
     seconds: float = 0.0
+    statistics: str = ""
 
     @property
     def num_examples(self) -> int:
@@ -210,6 +212,7 @@ class RobustProfile(AlongCurve):
             "data": self.data,
             "transfer": self.transfer,
             "seconds": self.seconds,
+            "statistics": self.statistics,
             "correct": {row: pack_bits(right) for row, right in self.correct.items()},
             "losses": {row: pack_floats(losses) for row, losses in self.losses.items()},
         }
@@ -228,6 +231,7 @@ class RobustProfile(AlongCurve):
             record["data"],
             transfer,
             record["seconds"],
+            record.get("statistics", ""),
         )
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -244,7 +248,7 @@ class RobustProfile(AlongCurve):
         return plot.robust_profile(self, quantity=quantity or "accuracy", ax=ax)
 
     def _remarks(self) -> list[str]:
-        return [f"warning: {sentence}" for sentence in self.warnings]
+        return [*super()._remarks(), *(f"warning: {sentence}" for sentence in self.warnings)]
 
     def _for_readers(self) -> dict[str, Any]:
         return {"summary": self._summary(), "warnings": self.warnings}

@@ -26,6 +26,7 @@ from modeconn.measure.robust_profile import (
 )
 from modeconn.network.attack import Attack, check_examples, under_attack
 from modeconn.network.batches import batches, check_loader, inputs_and_targets
+from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, main_output, per_example
 from modeconn.network.scores import classes_of
 from modeconn.network.weights import check_eval_mode, device_of
@@ -108,11 +109,15 @@ def robustness_along(
     loss_fn: LossFn = cross_entropy,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
+    statistics: str = "",
     progress: bool = False,
 ) -> RobustProfile:
-    """Attack the network at every t; `Connection.robustness` says what the arguments are."""
+    """Attack the network at every t; `Connection.robustness` says what the arguments are.
+
+    ``model_at`` may return one module that it moves.
+    """
     start, named, known = time.perf_counter(), _named(attacks), Records(checkpoint)
-    networks = [model_at(position) for position in t] if transfer else []
+    networks = [copy_of(model_at(position)) for position in t] if transfer else []
     first = networks[0] if transfer else model_at(t[0])
     data = _read(loader, device_of(first), num_examples)
     trial = _Attacking(data, loss_fn, seed, known, networks)
@@ -135,6 +140,7 @@ def robustness_along(
         trial.data_digest,
         {row: torch.stack([one.elsewhere for one in rows[row]]) for row in named} if transfer else None,
         time.perf_counter() - start,
+        statistics,
     )
 
 

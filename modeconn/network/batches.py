@@ -175,7 +175,8 @@ def check_pair(batch: Any, *, name: str = "loader") -> Any:
     """Raise unless a loader's first batch is a pair; return it."""
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise ValueError(
-            f"{name} must yield (inputs, targets) pairs, but its first batch is {_kind(batch)}. {_WAY_OUT}"
+            f"{name} must yield (inputs, targets) pairs, but its first batch is {_kind(batch)}. {_WAY_OUT} For batches "
+            f"of another kind, pass forward=, a function of model and batch."
         )
     return batch
 

@@ -103,11 +103,18 @@ def test_intervals_are_those_of_wilson():
 
 
 @pytest.mark.parametrize("name", ["batch_norm", "residual"])
-def test_batch_norm_is_recalibrated_as_model_at_does(name):
+def test_batch_norm_is_recalibrated_at_every_point_as_evaluation_does(name):
     train, data = examples(seed=1), examples()
     profile = connect(name, train).robustness(data, [WEAK], num_points=3)
     for place, t in enumerate((0.0, 0.5, 1.0)):
-        assert torch.equal(profile.correct["clean"][place], naive(connect(name, train).model_at(t), None, data)[0])
+        model = connect(name).model_at(t, recalibrate=train)
+        assert torch.equal(profile.correct["clean"][place], naive(model, None, data)[0])
+    plain = connect(name, train).evaluate(data, num_points=3)
+    torch.testing.assert_close(profile.loss["clean"], plain.loss, rtol=1e-6, atol=1e-6)
+    assert torch.equal(profile.accuracy["clean"], plain.accuracy)
+    assert profile.statistics == plain.statistics != "" and plain.statistics in repr(profile)
+    read = RobustProfile.from_json(profile.to_json())
+    assert read.statistics == profile.statistics
     everywhere = connect(name).robustness(data, [WEAK], num_points=3, recalibrate=train)
     recalibrated = connect(name).model_at(0, recalibrate=train)
     torch.testing.assert_close(everywhere.losses["clean"][0], naive(recalibrated, None, data)[1].float())
