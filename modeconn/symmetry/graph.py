@@ -592,11 +592,12 @@ def _call(
     settings = _settings(node, running_statistics)
     names = [argument.name for argument in node.target._schema.arguments] if settings else []
     args = [settings.get(name, value) for name, value in zip(names, args, strict=False)] if settings else args
-    tensors_in = [n for n in node.all_input_nodes if isinstance(env[n], Tensor)]
+    tensors_in = [env[n] for n in node.all_input_nodes if isinstance(env[n], Tensor)]
+    has_precision = any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors_in)
     target = _grouped_matmul if dtype == torch.float64 and target == _GROUPED_MATMUL else target
     value = target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
-    if dtype is not None and not tensors_in and isinstance(value, Tensor):
-        value = value.to(_in_precision(value.dtype, dtype))  # made by the graph, in torch's default type
+    if dtype is not None and not has_precision and isinstance(value, Tensor):
+        value = value.to(_in_precision(value.dtype, dtype))  # made of nothing or of integers, in torch's default type
     # What stands in memory that nobody has written to is not the same in two runs.
     return value.zero_() if getattr(node.target, "overloadpacket", None) in _UNINITIALISED else value
 

@@ -822,3 +822,39 @@ def test_flat_losses_have_no_curvature_and_wrong_settings_are_refused():
         largest_eigenvalue(model, [(x * torch.nan, y)], wrt="inputs")
     with pytest.raises(ValueError, match="the model is in train mode"):
         largest_eigenvalue(model.train(), examples())
+
+
+@pytest.mark.parametrize("wrt", ["weights", "inputs"])
+def test_attention_has_a_curvature_too(wrt):
+    """The fused ways to compute attention have no second derivative on the CPU."""
+
+    class Attends(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.layer, self.head = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), nn.Linear(8, 3)
+
+        def forward(self, x):
+            return self.head(self.layer(x).mean(1))
+
+    model, x, y = Attends().double().eval(), torch.rand(1, 3, 8).double(), torch.tensor([1])
+    found, _ = largest_eigenvalue(model, [(x, y)], wrt=wrt, num_steps=400, tolerance=1e-6)
+    if wrt == "inputs":
+        with torch.nn.attention.sdpa_kernel(torch.nn.attention.SDPBackend.MATH):
+            dense = torch.autograd.functional.hessian(lambda x: F.cross_entropy(model(x), y), x)
+        assert found == pytest.approx(float(torch.linalg.eigvalsh(dense.reshape(24, 24))[-1]), rel=1e-4)
+    assert found > 0
+
+
+def test_token_models_have_a_curvature_in_their_weights_and_frozen_ones_none():
+    model = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double().eval()
+    data = [(torch.randint(7, (4, 5)), torch.randint(7, (4, 5))) for _ in range(2)]
+    whole, _ = largest_eigenvalue(model, data)
+    model[0].requires_grad_(False)
+    head, _ = largest_eigenvalue(model, data)
+    twin = nn.Linear(4, 7).double().eval()
+    twin.load_state_dict(model[1].state_dict())
+    pairs = [(model[0](x), y) for x, y in data]
+    assert head == pytest.approx(largest_eigenvalue(twin, pairs)[0], rel=1e-3) and head < whole
+    with pytest.raises(ValueError, match="must be one floating-point tensor for wrt='inputs', got torch.int64"):
+        largest_eigenvalue(model, data, wrt="inputs")
