@@ -856,5 +856,5 @@ def test_token_models_have_a_curvature_in_their_weights_and_frozen_ones_none():
     twin.load_state_dict(model[1].state_dict())
     pairs = [(model[0](x), y) for x, y in data]
     assert head == pytest.approx(largest_eigenvalue(twin, pairs)[0], rel=1e-3) and head < whole
-    with pytest.raises(ValueError, match="must be one floating-point tensor for wrt='inputs', got torch.int64"):
+    with pytest.raises(ValueError, match=r"must be one floating-point tensor for wrt='inputs', got torch\.int64"):
         largest_eigenvalue(model, data, wrt="inputs")
