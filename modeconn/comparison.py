@@ -30,6 +30,7 @@ from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.relabelling import Relabelling
+from modeconn.tools.door import checked
 from modeconn.tools.files import write_text
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
@@ -171,6 +172,7 @@ class Comparison:
         return torch.tensor(self.values[row][column], dtype=torch.float64)
 
 
+@checked
 def compare(
     pairs: Iterable[tuple[nn.Module, nn.Module]],
     methods: Mapping[str, Method] | Sequence[Method],

@@ -24,6 +24,7 @@ from modeconn.network.registry import build, describe
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files
+from modeconn.tools.door import checked
 
 _KIND = "connection"
 _FORMAT = 1
@@ -58,6 +59,7 @@ class Connection(Measurable):
         self.permutation, self.history = permutation, history
 
     @classmethod
+    @checked
     def straight_between(
         cls, model_a: nn.Module, model_b: nn.Module, *, training: TrainingData | None = None
     ) -> Connection:
@@ -84,10 +86,12 @@ class Connection(Measurable):
             parts.append(f"{len(self.history.loss)} epochs, training loss {self.history.loss[-1]:.4g}")
         return f"Connection({', '.join(parts)})"
 
+    @checked
     def weights_at(self, t: float) -> Tensor:
         """Return the weights at ``t`` as a new vector ``(P,)``; ``space.unflatten`` names them."""
         return self.curve.point(self.control_points, t)
 
+    @checked
     def model_at(
         self,
         t: float,
@@ -124,6 +128,7 @@ class Connection(Measurable):
         """Return the length of the curve in weight space, in the Euclidean norm."""
         return self.curve.length(self.control_points)
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the connection to a safetensors file: all but training data and loss.
 
@@ -145,6 +150,7 @@ class Connection(Measurable):
         files.write(path, _KIND, tensors | moved, about)
 
     @classmethod
+    @checked
     def load(
         cls,
         path: str | os.PathLike[str],

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import logging
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 from functools import partial
@@ -35,15 +34,18 @@ from modeconn.refinement.pam import PAM, Refinement
 from modeconn.symmetry import Permutation, PermutationSpec
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools.callbacks import Callbacks
+from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
+from modeconn.tools.warn import warn
 
 _LOGGER = logging.getLogger(__name__)
 _QUADRATIC = Bezier(2)
 _RECIPE = Recipe()
 
 
+@checked
 def fit_curve(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -117,10 +119,9 @@ def fit_curve(
     loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward)
     if loader is None:
         curve, checkpoint = Line(), None
-        warnings.warn(
+        warn(
             "no curve was learned, because no loader was given: this is the straight connection. "
-            "Pass a loader of training data to learn one.",
-            stacklevel=2,
+            "Pass a loader of training data to learn one."
         )
     settings = {
         "curve": curve,
@@ -141,7 +142,7 @@ def fit_curve(
         del data  # ends the pass that was begun, with its worker processes, if nobody went on with it
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
         buffers = (named_buffers(model_a), named_buffers(relabelled))
-        warn_of(differing(model_a, buffers), buffers[0], stacklevel=3)
+        warn_of(differing(model_a, buffers), buffers[0])
         if curve.num_trained or refine:
             step = CurveStep(Workspace(model_a, space), curve, points, recipe)
             learner = _Learner(step, loss, training, refine, permutation, buffers, ends)

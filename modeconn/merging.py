@@ -21,9 +21,11 @@ from modeconn.network.repair import repair as repair_model
 from modeconn.network.weights import WeightSpace, named_buffers
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
+from modeconn.tools.door import checked
 from modeconn.tools.rng import seeded
 
 
+@checked
 def interpolate(
     model_a: nn.Module,
     model_b: nn.Module,
@@ -88,6 +90,7 @@ class Merge:
         )
 
 
+@checked
 def merge_many(
     models: Sequence[nn.Module],
     loader: Iterable[Any] | None = None,
@@ -158,7 +161,7 @@ def merge_many(
     merged = back.apply(names.mean())
     relabelled = [permutation.apply(model) for permutation, model in zip(permutations, models, strict=True)]
     buffers = [named_buffers(network) for network in relabelled]
-    warn_of(differing(merged, buffers), buffers[0], stacklevel=3)
+    warn_of(differing(merged, buffers), buffers[0])
     if loader is not None and (repair or norm_layers(merged)):
         merged = repair_model(merged, relabelled, loader, forward=forward)
     return Merge(merged, permutations, tuple(history))

@@ -317,7 +317,7 @@ def test_no_pair_two_architectures_and_weights_that_are_nan_are_errors(pairs):
         with pytest.raises(ValueError, match=r"methods must be an object with a match\(\.\.\.\).*got None"):
             compare(pairs, methods, *digits())
     for num_points in (0, 1, 2.5):
-        with pytest.raises(ValueError, match=f"num_points must be an integer .*, got num_points={num_points}"):
+        with pytest.raises(ValueError, match=f"num_points must be an integer.*, got num_points={num_points}"):
             compare(pairs, METHODS, *digits(), num_points=num_points)
 
 

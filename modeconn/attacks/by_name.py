@@ -11,6 +11,7 @@ from typing import Any, Literal
 from modeconn.attacks.pgd import PGD, check_radius
 from modeconn.attacks.torch_attacks import TorchAttack, autoattack, is_number, torch_norm
 from modeconn.network.attack import Attack
+from modeconn.tools.door import checked
 
 _PREFIX = "torchattacks:"
 _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
@@ -21,6 +22,7 @@ _ARITHMETIC: dict[type, Callable[[Any, Any], Any]] = {
 }
 
 
+@checked
 def build(
     text: str, *, eps: float | None = None, norm: Literal["linf", "l2"] | None = None, seed: int | None = None
 ) -> Attack:

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modeconn.network.attack import under_attack
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, per_example
 from modeconn.tools.checks import check_at_least, check_integers
+from modeconn.tools.door import check_settings
 from modeconn.tools.fingerprint import identify
 
 _SCALE = 2.0**10  # The loss is scaled up so that float16 gradients do not underflow; a power of two adds no rounding.
@@ -84,6 +85,7 @@ class PGD:
     seed: int | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_radius(self.eps)
         check_integers(self, "num_steps", "num_restarts", "seed")
         check_at_least(self, 0, "num_steps")

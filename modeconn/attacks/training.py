@@ -15,6 +15,7 @@ from modeconn.attacks.pgd import PGD, check_pixels, show
 from modeconn.network.attack import Attack, check_examples, under_attack
 from modeconn.network.loss import LossFn, main_output
 from modeconn.tools.checks import check_at_least, check_integers
+from modeconn.tools.door import check_settings
 
 
 class Adversary(Protocol):
@@ -50,6 +51,7 @@ class AdversarialTraining:
     clean_weight: float = 0.0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if isinstance(self.attack, type) or not callable(self.attack):
             raise ValueError(f"attack must be one such as PGD(eps, step_size, num_steps), got attack={self.attack!r}.")
         if not 0 <= self.clean_weight < 1:
@@ -93,6 +95,7 @@ class TRADES:
     beta: float = 6.0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if not isinstance(self.attack, PGD):
             raise ValueError(
                 f"TRADES chooses what its attack raises, so the attack must be a PGD, got {self.attack!r}."
@@ -145,6 +148,7 @@ class FreeAdversarialTraining:
     clip: tuple[float, float] | None = (0.0, 1.0)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         PGD(self.eps, self._step_size, 1, clip=self.clip)  # raises unless the settings are valid
         check_integers(self, "num_replays")
         check_at_least(self, 1, "num_replays")

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from modeconn.curves.curve import Curve
 from modeconn.tools.checks import check_at_least, check_integers
+from modeconn.tools.door import check_settings
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class Bezier(Curve):
     free_ends: bool = False
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "degree")
         check_at_least(self, 1, "degree")
 

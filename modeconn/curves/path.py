@@ -62,7 +62,7 @@ class Path:
         self._calibration: dict[int | None, Any] = {}
         self._differing = differing(self.template, buffers)
         if warns:
-            warn_of(self._differing, buffers[0], stacklevel=5)
+            warn_of(self._differing, buffers[0])
 
     def buffers_at(self, t: float) -> dict[str, Tensor]:
         """Return the buffers at ``t``: those of the end at an end, and between them what the rules say."""

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from modeconn.curves.curve import Curve
 from modeconn.tools.checks import check_at_least, check_integers
+from modeconn.tools.door import check_settings
 
 
 @dataclass(frozen=True)
@@ -37,6 +38,7 @@ class PolyChain(Curve):
     free_ends: bool = False
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "num_segments")
         check_at_least(self, 1, "num_segments")
 

@@ -19,6 +19,7 @@ from modeconn.data.digits import read_digits
 from modeconn.data.idx import read_mnist_files
 from modeconn.data.loader import TensorLoader
 from modeconn.data.tiny_imagenet import read_tiny_imagenet
+from modeconn.tools.door import checked
 
 __all__ = ["Augmentation", "Crop", "Flip", "Rotate", "TensorLoader", "load", "names"]
 
@@ -61,6 +62,7 @@ def names() -> tuple[str, ...]:
     return tuple(sorted(_DATA_SETS))
 
 
+@checked
 def load(
     name: str,
     root: str | os.PathLike[str] | None = None,

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
@@ -26,8 +25,10 @@ from modeconn.network.loss import LossFn, cross_entropy
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools import files
+from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.rng import preserved, seeded
+from modeconn.tools.warn import warn
 
 _FORMAT = 3
 _KIND = "deep align"
@@ -110,6 +111,7 @@ class DeepAlign(Settings):
 
     fitted: Fitted | None = field(default=None, compare=False)
 
+    @checked
     def fit(
         self,
         population: Iterable[nn.Module],
@@ -234,6 +236,7 @@ class DeepAlign(Settings):
             raise ValueError("this DeepAlign is not fitted: call .fit(population, loader), or DeepAlign.load(path).")
         return self.fitted.encoder
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the fitted aligner to a safetensors file, all or nothing.
 
@@ -252,6 +255,7 @@ class DeepAlign(Settings):
         files.write(path, _KIND, self._encoder.state_dict(), about)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str], *, device: torch.device | str = "cpu") -> DeepAlign:
         """Read what `save` wrote, with the same bits.
 
@@ -300,7 +304,5 @@ def _read(graph: UnitGraph, models: Sequence[nn.Module], what: str, dtype: torch
             f"infinite weights."
         )
     if lost:
-        warnings.warn(
-            f"{lost} of the {total} networks in {what} hold NaN or infinite weights and are left out.", stacklevel=3
-        )
+        warn(f"{lost} of the {total} networks in {what} hold NaN or infinite weights and are left out.")
     return states[finite]

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modeconn.deep_align.unit_graph import UnitGraph
+from modeconn.tools.door import check_settings
 
 
 @dataclass(frozen=True)
@@ -39,6 +40,7 @@ class WeightAugmentation:
     prune: float = 0.1
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for name in ("noise", "dropout", "rescale", "prune"):
             value = getattr(self, name)
             if not (isinstance(value, Real) and 0 <= value < (inf if name == "noise" else 1)):

@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 
 from modeconn.deep_align.augmentation import WeightAugmentation
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
+from modeconn.tools.door import check_settings
 
 
 @dataclass(frozen=True)
@@ -29,6 +30,7 @@ class Settings:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "features", "edge_features", "depth", "num_steps", "batch_size", "seed")
         check_integers(self, "num_validation_pairs", "validate_every")
         check_positive(self, "features", "edge_features", "depth", "scale", "batch_size", "learning_rate")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import csv
 import math
 import os
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,6 +12,7 @@ from typing import Any
 from modeconn.measure.along import chosen_positions
 from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, RunBegin, StepEnd
 from modeconn.tools.files import check_writable
+from modeconn.tools.warn import warn
 
 __all__ = [
     "CSVLog",
@@ -110,10 +110,9 @@ class EarlyStopping(Callback):
         if self.monitor not in known:
             if self._was_measured or event.epoch < event.num_epochs:  # Not every epoch has a measurement.
                 return False
-            warnings.warn(  # Raising here would lose the run that has just finished.
+            warn(  # Raising here would lose the run that has just finished.
                 f"EarlyStopping watched {self.monitor!r}, which was never measured; there are "
-                f"{', '.join(map(repr, known))}.",
-                stacklevel=2,
+                f"{', '.join(map(repr, known))}."
             )
             return False
         self._was_measured = True

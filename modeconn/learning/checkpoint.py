@@ -6,7 +6,6 @@ import contextlib
 import json
 import os
 import time
-import warnings
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +18,9 @@ from torch import Tensor
 from modeconn.network.batches import checksum, described, first_batch
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files
+from modeconn.tools.door import check_settings
 from modeconn.tools.rng import seeded
+from modeconn.tools.warn import warn
 
 FIT, TRAINING = "checkpoint of fit_curve", "checkpoint of models.train"
 ALIGNER = "checkpoint of DeepAlign.fit"
@@ -61,6 +62,7 @@ class Checkpoint:
     every_seconds: float | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         for name in ("every_batches", "every_seconds"):
             value = getattr(self, name)
             if value is not None and not value > 0:
@@ -124,10 +126,9 @@ class RunFile:
         _check_settings(checkpoint.path, about["settings"], self._about["settings"])
         _warn_about_environment(about["environment"], environment(device))
         if first != about["first"]:
-            warnings.warn(
+            warn(
                 f"the first batch of loader is another one than when the run of {os.fspath(checkpoint.path)!r} began: "
-                f"other data, or an order that does not follow from torch's random state. The run goes on with it.",
-                stacklevel=4,
+                f"other data, or an order that does not follow from torch's random state. The run goes on with it."
             )
         self.saved = tensors, about
 
@@ -196,10 +197,9 @@ def has_own_generator(loader: Any) -> bool:
 def warn_of_own_generator(loader: Any) -> None:
     """Warn, where a run goes on, if the order of its data cannot be what it would have been."""
     if has_own_generator(loader):
-        warnings.warn(
+        warn(
             "the loader draws from a generator of its own, which no checkpoint holds: the run will not end with the "
-            "same bits as an uninterrupted one.",
-            stacklevel=4,
+            "same bits as an uninterrupted one."
         )
 
 
@@ -250,10 +250,9 @@ def _warn_about_environment(saved: Mapping[str, Any], current: Mapping[str, Any]
         f"{name} was {saved.get(name)} and is {value}" for name, value in current.items() if saved.get(name) != value
     ]
     if changes:
-        warnings.warn(
+        warn(
             f"the run was interrupted under other conditions ({'; '.join(changes)}); it goes on, but will not end with "
-            f"the same bits as an uninterrupted one.",
-            stacklevel=4,
+            f"the same bits as an uninterrupted one."
         )
 
 

@@ -8,7 +8,6 @@ import math
 import signal
 import threading
 import time
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, field
 from typing import Any, Protocol
@@ -26,6 +25,7 @@ from modeconn.network.batches import batches, checksum, num_examples
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, set_rng_state
+from modeconn.tools.warn import warn
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -258,11 +258,10 @@ class Run:
         if self._progress.batch and self._catch_up(iterator):
             return iterator
         if self._progress.batch:
-            warnings.warn(
+            warn(
                 f"the loader's order does not follow from torch's random state: the run was interrupted after batch "
                 f"{self._progress.batch} of epoch {self._progress.epoch}, and now that batch is another one. The epoch "
-                f"starts anew, from the weights of the checkpoint, and the run will not end with the same bits.",
-                stacklevel=6,
+                f"starts anew, from the weights of the checkpoint, and the run will not end with the same bits."
             )
             self._progress.start_epoch_anew()
             iterator = batches(self._loader, self._device)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Collection, Iterable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -16,6 +15,8 @@ from modeconn.matching.statistics import Moments, collect
 from modeconn.network.attack import Attack
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.checks import check_integers
+from modeconn.tools.door import check_settings
+from modeconn.tools.warn import warn
 
 
 @dataclass(frozen=True)
@@ -47,6 +48,7 @@ class ActivationMatching:
     adversary: Attack | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "num_examples")
         if self.num_examples is not None and self.num_examples < 2:
             raise ValueError(f"num_examples must be at least 2, or None, got num_examples={self.num_examples}.")
@@ -93,11 +95,10 @@ def _warn_of_unread(spec: PermutationSpec, read: Collection[str]) -> None:
     told = set(read) | {name for group in spec.groups if group.name in read for name, _ in group.parents}
     unread = [f"{group.name!r} ({group.size} units)" for group in spec.groups if group.name not in told]
     if unread:
-        warnings.warn(
+        warn(
             f"activations say nothing of {', '.join(unread)}, which no operator of the graph reads by itself, as a "
             f"lower layer of a stacked recurrent network; they stay as they are. "
-            f"WeightMatching(start=ActivationMatching()) matches them by their weights.",
-            stacklevel=2,
+            f"WeightMatching(start=ActivationMatching()) matches them by their weights."
         )
 
 

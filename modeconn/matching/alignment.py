@@ -20,6 +20,7 @@ from modeconn.symmetry.discover import discover
 from modeconn.symmetry.graph import ExportError, InputMismatch
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
+from modeconn.tools.door import checked
 from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
 
@@ -61,6 +62,7 @@ class Alignment:
         return "\n".join(lines)
 
 
+@checked
 def align(
     model_a: nn.Module,
     model_b: nn.Module,

@@ -25,6 +25,7 @@ from modeconn.network.loss import Forward, LossFn, checked_forward, cross_entrop
 from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_integers, check_positive
+from modeconn.tools.door import check_settings
 from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
 
@@ -67,6 +68,7 @@ class LearnedMatching(ABC):
     objectives: ClassVar[tuple[str, ...]] = ("midpoint", "line")
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_start(self.start)
         check_integers(self, "num_steps", "batches_per_step", "num_examples", "num_rounds", "seed")
         self._check_objective()

@@ -20,6 +20,7 @@ from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.checks import check_at_least, check_integers
+from modeconn.tools.door import check_settings
 
 _TINY = 1e-30
 
@@ -53,6 +54,7 @@ class TransportMatching:
     num_examples: int | None = 10_000
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "num_examples")
         if self.cost not in ("activations", "weights"):
             raise ValueError(f"cost must be 'activations' or 'weights', got cost={self.cost!r}.")

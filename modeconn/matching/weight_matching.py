@@ -16,6 +16,7 @@ from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
 from modeconn.symmetry.structure import Labels, Perms, Structure
 from modeconn.tools.checks import check_at_least, check_integers
+from modeconn.tools.door import check_settings
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,7 @@ class WeightMatching:
     start: Start = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_start(self.start)
         check_integers(self, "num_sweeps", "seed", "num_starts")
         check_at_least(self, 1, "num_sweeps", "num_starts")

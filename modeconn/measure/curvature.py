@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import time
-import warnings
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -18,8 +17,10 @@ from modeconn.network.batches import batches, check_loader, first_batch, inputs_
 from modeconn.network.loss import Forward, LossFn, answer_of, check_targets, cross_entropy
 from modeconn.network.scores import Weighted, weighted
 from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
+from modeconn.tools.door import checked
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
+from modeconn.tools.warn import warn
 
 # Steps before the first check: a random vector may hide the largest eigenvalue behind many close ones.
 _LOOK_EVERY = 10
@@ -89,6 +90,7 @@ def curvature_along(
     )
 
 
+@checked
 def largest_eigenvalue(
     model: nn.Module,
     loader: Iterable[Any],
@@ -240,10 +242,9 @@ def _largest(product: _Product, start: Tensor, num_steps: int, tolerance: float)
         beside.append(lengths.masked_fill(spent, 0))
         moved = torch.where(spent[:, None], torch.randn_like(moved), moved)
         basis.append(_unit(_orthogonal(_unit(moved), basis)))
-    warnings.warn(
+    warn(
         f"the largest eigenvalue did not settle in {num_steps} steps; it is a lower bound. "
-        f"Pass a larger num_steps or tolerance.",
-        stacklevel=5,
+        f"Pass a larger num_steps or tolerance."
     )
     return values
 

@@ -22,6 +22,7 @@ from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.batches import check_loader, first_batch
 from modeconn.network.loss import Forward, LossFn, TrainingData
 from modeconn.tools.callbacks import Callbacks
+from modeconn.tools.door import checked
 from modeconn.tools.rng import seeded
 
 
@@ -49,6 +50,7 @@ class Measurable:
     def __init__(self, path: NetworksByPosition, training: TrainingData, device: torch.device) -> None:
         self._path, self.training, self.device = path, training, device
 
+    @checked
     def evaluate(
         self,
         loader: Iterable[Any],
@@ -107,6 +109,7 @@ class Measurable:
                 networks, meter, positions, lengths, started=started, callbacks=told, progress=progress
             )
 
+    @checked
     def robustness(
         self,
         loader: Iterable[Any],
@@ -170,6 +173,7 @@ class Measurable:
             progress=progress,
         )
 
+    @checked
     def curvature(
         self,
         loader: Iterable[Any],

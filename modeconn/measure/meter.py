@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -19,6 +18,7 @@ from modeconn.network.loss import Forward, LossFn, answer_of, check_targets
 from modeconn.network.scores import classes_of, weighted
 from modeconn.network.weights import device_of
 from modeconn.tools.rng import preserved
+from modeconn.tools.warn import warn
 
 _KEPT_BYTES = 1 << 30
 _NOT_A_MEAN = 1e-2  # relative difference above rounding in any precision
@@ -172,11 +172,10 @@ class Meter:
         mean = (found[0] * half + found[1] * (size - half)) / size
         allowed = _NOT_A_MEAN * max(abs(loss), abs(mean), 1e-6)
         if abs(again - loss) <= allowed < abs(mean - loss):  # else it draws random numbers
-            warnings.warn(
+            warn(
                 f"the loss is no mean over the examples of a batch: it is {loss:.6g} of {size} examples, and "
                 f"{found[0]:.6g} and {found[1]:.6g} of their halves. So it depends on the batch size, here and in "
-                f"training. Divide by the number of examples, or use a loss of torch, whose weights are known.",
-                stacklevel=2,
+                f"training. Divide by the number of examples, or use a loss of torch, whose weights are known."
             )
 
     def _answers(self, model: nn.Module, batch: Any, heard: dict[str, Any]) -> _Answers:

@@ -30,6 +30,7 @@ from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, main_output, per_example
 from modeconn.network.scores import classes_of
 from modeconn.network.weights import check_eval_mode, device_of
+from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
@@ -42,6 +43,7 @@ _TOLERANCE = 1e-6  # tolerated distance outside of the ball and of the pixel ran
 _ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
+@checked
 def robustness(
     model: nn.Module,
     loader: Iterable[Any],

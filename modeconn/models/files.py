@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modeconn.network.copies import copy_of
 from modeconn.network.registry import build, describe
 from modeconn.tools import files
+from modeconn.tools.door import checked
 
 KIND = "model"
 _FORMAT = 1
@@ -23,6 +24,7 @@ _HEADER = slice(8, 9)
 _SAFETENSORS = b"{"
 
 
+@checked
 def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     """Write a model's parameters and buffers to a safetensors file, all or nothing.
 
@@ -36,6 +38,7 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     files.write(path, KIND, model.state_dict(), {"format": _FORMAT, "model": describe(model)})
 
 
+@checked
 def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.Module:
     """Read a model, in eval mode.
 

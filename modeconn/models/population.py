@@ -22,6 +22,7 @@ from modeconn.network.loss import LossFn, check_targets, cross_entropy
 from modeconn.network.recipe import Recipe, autocast
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import WeightSpace, named_places
+from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import identify
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
 
@@ -33,6 +34,7 @@ _READ_AHEAD_BYTES = 1 << 27
 _Batch = tuple[Tensor, Tensor]
 
 
+@checked
 def train_population(
     models: Iterable[M],
     loader: Iterable[Any],

@@ -25,6 +25,7 @@ from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, cross_entropy
 from modeconn.network.recipe import Recipe, autocast, one_cycle
 from modeconn.network.weights import device_of
+from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
@@ -39,6 +40,7 @@ DIGITS_RECIPE = Recipe(epochs=30, optimizer=partial(torch.optim.Adam, lr=3e-3), 
 """How the package's own experiments train a perceptron on the digits, in batches of 64: 97% right within a second."""
 
 
+@checked
 def train(
     model: M,
     loader: Iterable[Any],

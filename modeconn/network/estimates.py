@@ -11,7 +11,6 @@ Whatever differs and is not estimated anew is named in a warning by whoever make
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 
 import torch
@@ -21,6 +20,7 @@ from torch.nn.utils.parametrizations import _SpectralNorm
 from torch.nn.utils.spectral_norm import SpectralNorm
 
 from modeconn.network.weights import load_buffers, named_buffers
+from modeconn.tools.warn import warn
 
 _ITERATIONS = 30  # of the power method, from the vectors of a network nearby
 
@@ -90,7 +90,7 @@ def take_mean(model: nn.Module, networks: Sequence[nn.Module]) -> list[str]:
     return names
 
 
-def warn_of(names: Sequence[str], buffers: Buffers, *, stacklevel: int) -> None:
+def warn_of(names: Sequence[str], buffers: Buffers) -> None:
     """Warn that networks between others take mixtures of these buffers, or those of the first."""
     if not names:
         return
@@ -98,10 +98,9 @@ def warn_of(names: Sequence[str], buffers: Buffers, *, stacklevel: int) -> None:
     rules = {"the mean of the networks', weighted as their weights": real}
     rules["those of the first network"] = [name for name in names if name not in real]
     text = "; ".join(f"{', '.join(map(repr, some))}: {rule}" for rule, some in rules.items() if some)
-    warnings.warn(
+    warn(
         f"buffers differ between the networks that nothing estimates anew between them. There they are taken to be, "
-        f"for {text}.",
-        stacklevel=stacklevel,
+        f"for {text}."
     )
 
 

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeconn.tools.door import check_settings
+
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 Schedule = Callable[[float, int], float]
 """``schedule(epoch, epochs)`` is the factor on the optimizer's own rate; ``epoch`` counts from 0, with fractions."""
@@ -100,6 +102,7 @@ class Recipe:
     compile: bool = False
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got epochs={self.epochs}.")
         if not 0 <= self.weight_decay < math.inf:

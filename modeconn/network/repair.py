@@ -8,7 +8,6 @@ elsewhere the layer that makes the units is rescaled.
 from __future__ import annotations
 
 import math
-import warnings
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -22,11 +21,14 @@ from modeconn.network.batches import inputs_of, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward
 from modeconn.network.weights import WeightSpace
+from modeconn.tools.door import checked
+from modeconn.tools.warn import warn
 
 Statistics = dict[str, tuple[Tensor, Tensor]]
 """Mean and standard deviation of each output channel, ``(C,)`` each in float64, by layer in the order of execution."""
 
 
+@checked
 def repair(
     model: nn.Module,
     endpoints: Sequence[nn.Module],
@@ -159,10 +161,9 @@ def _warn_about_silent(layers: dict[str, nn.Module], target: Statistics) -> None
     """Warn of linear and convolutional layers that give out nothing a hook could see."""
     silent = [name for name, x in layers.items() if isinstance(x, (nn.Linear, _ConvNd)) and name not in target]
     if silent:
-        warnings.warn(
+        warn(
             f"layers {', '.join(map(repr, silent))} are not repaired: the model never calls them, though it may use "
-            f"their weights.",
-            stacklevel=4,
+            f"their weights."
         )
 
 

@@ -19,6 +19,7 @@ from modeconn.refinement.moves import Move, exchanges, linear_costs
 from modeconn.refinement.pam import draw_sample, objective_of
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Permutation
+from modeconn.tools.door import checked
 
 
 class Swappable(Protocol):
@@ -67,6 +68,7 @@ class BestSwap:
         )
 
 
+@checked
 def best_swap(
     connection: Swappable,
     loader: Iterable[Any] | None = None,

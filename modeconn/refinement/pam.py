@@ -27,6 +27,7 @@ from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Permutation
 from modeconn.tools.callbacks import Callbacks, MoveEnd, RunBegin
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
+from modeconn.tools.door import check_settings
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 
@@ -90,6 +91,7 @@ class PAM:
     num_points: int = 11
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "iterations", "num_batches", "num_points")
         check_at_least(self, 1, "iterations", "num_points", *["num_batches"] * (self.num_batches is not None))
         if self.exact and self.num_points < 3:

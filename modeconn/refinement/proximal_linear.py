@@ -9,6 +9,7 @@ from numbers import Real
 from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.tools.checks import check_at_least, check_integers
+from modeconn.tools.door import check_settings
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,7 @@ class ProximalLinear:
     weights: tuple[float, ...] = (0.0, 0.1, 0.3, 1.0)
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "num_rounds", "num_tries")
         check_at_least(self, 1, "num_rounds", "num_tries")
         is_some = isinstance(self.weights, Sequence) and len(self.weights) > 0

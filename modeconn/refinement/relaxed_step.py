@@ -15,6 +15,7 @@ from modeconn.refinement.relabelled import Relabelled
 from modeconn.refinement.sinkhorn_step import SoftPath
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
+from modeconn.tools.door import check_settings
 
 _TOLERANCE = 1e-5
 _MAX_TURNS = 1000  # Most iterations of a projection; 10 to 50 are usual.
@@ -57,6 +58,7 @@ class RelaxedStep:
     seed: int = 0
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "num_steps", "num_halvings", "num_samples", "num_parts", "seed")
         check_positive(self, "num_steps", "learning_rate", "nu", "num_samples", "num_parts")
         check_at_least(self, 0, "num_halvings")

@@ -12,6 +12,7 @@ from modeconn.matching.learned import SoftWeights, learn_softly, logits_of
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry.spec import Permutation
 from modeconn.tools.checks import check_integers, check_positive
+from modeconn.tools.door import check_settings
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,7 @@ class SinkhornStep:
     num_rounds: int = 30
 
     def __post_init__(self) -> None:
+        check_settings(self)
         check_integers(self, "num_steps", "num_rounds")
         check_positive(self, "num_steps", "strength", "learning_rate", "num_rounds")
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -12,13 +11,16 @@ from modeconn.symmetry.explore import explore
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.symmetry.walk import Rule
+from modeconn.tools.door import checked
 from modeconn.tools.progress import bars
+from modeconn.tools.warn import warn
 
 
 class UnknownOperatorWarning(UserWarning):
     """An operator without a rule: everything it touches stays fixed."""
 
 
+@checked
 def discover(
     model: nn.Module,
     example_input: Any = None,
@@ -61,7 +63,5 @@ def discover(
     with bars(progress):
         spec = PermutationSpec.of(explore(model, example_input, rules, freeze))
     for unknown in spec.unknown:
-        warnings.warn(
-            f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning, stacklevel=2
-        )
+        warn(f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning)
     return spec

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import fnmatch
-import warnings
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -22,6 +21,7 @@ from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.structure import Structure, dependencies
 from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
 from modeconn.tools.progress import passing_bar
+from modeconn.tools.warn import warn
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -54,7 +54,7 @@ def explore(
     try:
         graphs.append(export(model, example, training=True))
     except ExportError as error:
-        warnings.warn(f"{error} The groups hold for eval mode only.", stacklevel=3)
+        warn(f"{error} The groups hold for eval mode only.")
     walk = Exploration(model, rules, frozenset().union(*(graph.written_state for graph in graphs)))
     walk.freeze(freeze)
     for graph in graphs:

@@ -14,6 +14,7 @@ from modeconn.network.copies import copy_of
 from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis
 from modeconn.tools import files
+from modeconn.tools.door import checked
 from modeconn.tools.register import place_of, register
 
 _FILE, _OLDER_FILE = "relabelling", "permutation"  # the second when permutations were the only kind
@@ -94,6 +95,7 @@ class Relabelling(ABC):
 
     # ---------------------------------------------------------------- what all have
 
+    @checked
     def apply(self, model: nn.Module) -> nn.Module:
         """Return a relabelled copy of ``model``; parameters and saved buffers move, the function stays.
 
@@ -116,12 +118,14 @@ class Relabelling(ABC):
             )
         return self if other.is_identity else other
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the relabelling and its spec to a safetensors file, all or nothing."""
         tensors, about = pack(self)
         files.write(path, _FILE, tensors, about)
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str]) -> Self:
         """Read what `save` wrote; a subclass reads its own kind alone.
 

@@ -26,6 +26,7 @@ from modeconn.symmetry.structure import Structure
 from modeconn.symmetry.verify import verify
 from modeconn.symmetry.walk import Rule
 from modeconn.tools import files
+from modeconn.tools.door import checked
 
 FORMAT = 1
 
@@ -142,6 +143,7 @@ class PermutationSpec(Findings):
 
     # ---------------------------------------------------------------- proof
 
+    @checked
     def verify(self, model: nn.Module, example_input: Any = None, *, tolerance: float = 1e-9, seed: int = 0) -> float:
         """Prove the spec on a model: compare every tensor of its graphs with its predicted relabelling.
 
@@ -203,11 +205,13 @@ class PermutationSpec(Findings):
 
     # ---------------------------------------------------------------- files
 
+    @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the spec to a file, all or nothing; the graphs stay behind."""
         files.write(path, "spec", {}, {"spec": self.to_json()})
 
     @classmethod
+    @checked
     def load(cls, path: str | os.PathLike[str], *, rules: Mapping[Any, Rule] | None = None) -> PermutationSpec:
         """Read what `save` wrote. Every use checks it against the names and shapes of the model.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modeconn.tools.rng import seeded
+from modeconn.tools.warn import warn
 
 
 @dataclass(frozen=True)
@@ -179,10 +179,9 @@ class Callbacks:
                 new.append(_name(one))
         gone = [name for name, state in left if state]
         if gone or new:
-            warnings.warn(
+            warn(
                 f"the run goes on with other callbacks: what {', '.join(gone) or 'none'} knew is lost, and "
-                f"{', '.join(new) or 'none'} begin anew.",
-                stacklevel=2,
+                f"{', '.join(new) or 'none'} begin anew."
             )
 
 

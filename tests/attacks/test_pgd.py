@@ -347,7 +347,7 @@ def test_its_repr_tells_settings_apart():
         ({"eps": float("nan")}, "got eps=nan"),
         ({"step_size": 0.0}, r"step_size must be positive and finite, got step_size=0\.0 for num_steps=5"),
         ({"num_steps": -1}, "num_steps must be at least 0, got num_steps=-1"),
-        ({"eps": "8/255"}, "eps must be a finite number, 0 or more, got eps='8/255'"),
+        ({"eps": "8/255"}, "eps must be a number, got eps='8/255'"),
         ({"num_steps": 5.0}, r"num_steps must be an integer, got num_steps=5\.0"),
         ({"num_restarts": 2.0}, r"num_restarts must be an integer, got num_restarts=2\.0"),
         ({"norm": "l3"}, "norm must be 'linf' or 'l2', got norm='l3'"),

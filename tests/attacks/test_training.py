@@ -502,7 +502,7 @@ def test_alignment_under_attack_looks_at_activations(tmp_path):
         (lambda: AdversarialTraining(ATTACK, 1.0), r"clean_weight must lie in \[0, 1\), got clean_weight=1\.0"),
         (lambda: TRADES(ATTACK, beta=0.0), r"beta must be positive and finite, got beta=0\.0"),
         (lambda: TRADES(replace(ATTACK, random_start=False)), "must have a random start and no targets, got PGD"),
-        (lambda: TRADES(len), "the attack must be a PGD, got <built-in function len>"),
+        (lambda: TRADES(len), "attack must be a PGD, got attack=<built-in function len>"),
         (lambda: AdversarialTraining("pgd"), r"attack must be one such as PGD\(eps, .*, got attack='pgd'"),
         (lambda: adversary_of(PGD), "adversary must be an attack, .* got <class .*PGD"),
         (lambda: adversary_of("pgd"), "adversary must be an attack, .* got 'pgd'"),

@@ -430,7 +430,7 @@ def test_rescaling_relu_networks_is_none_whatever_their_precision(dtype):
     ("name", "value"), [("dropout", 1.0), ("noise", -0.1), ("prune", 2), ("rescale", float("nan"))]
 )
 def test_augmentations_out_of_range_are_errors(name, value):
-    with pytest.raises(ValueError, match=rf"{name} must lie in \[0, .*got {name}="):
+    with pytest.raises(ValueError, match=rf"{name} must (?:lie in \[0, .*|be a number, )got {name}="):
         WeightAugmentation(**{name: value})
 
 
@@ -833,12 +833,12 @@ def test_files_of_another_version_or_kind_are_errors(aligner, tmp_path):
     [
         ({"depth": 0}, "depth must be positive, got depth=0"),
         ({"num_steps": -1}, "num_steps must be at least 0, got num_steps=-1"),
-        ({"alignment": float("nan")}, "alignment must be at least 0"),
+        ({"alignment": float("nan")}, "alignment must be a number"),
         ({"supervised": 0, "alignment": 0, "connectivity": 0}, "all of them are 0"),
         ({"num_steps": 2.5}, r"num_steps must be an integer, got num_steps=2\.5"),
         ({"seed": "abc"}, "seed must be an integer, got seed='abc'"),
-        ({"learning_rate": "abc"}, "learning_rate must be positive, got learning_rate='abc'"),
-        ({"supervised": "abc"}, "supervised must be at least 0, got supervised='abc'"),
+        ({"learning_rate": "abc"}, "learning_rate must be a number, got learning_rate='abc'"),
+        ({"supervised": "abc"}, "supervised must be a number, got supervised='abc'"),
         ({"features": 10}, "features must be a multiple of edge_features=4, got features=10"),
     ],
 )
@@ -863,7 +863,7 @@ def test_settings_out_of_range_are_errors(changes, message):
 )
 def test_numbers_of_things_are_integers_for_every_method(method, name):
     for value in (2.5, "abc", torch.tensor(2.5)):
-        with pytest.raises(ValueError, match=f"{name} must be an integer, got {name}="):
+        with pytest.raises(ValueError, match=f"{name} must be an integer(?: or None)?, got {name}="):
             method(**{name: value})
     made = getattr(method(**{name: np.int64(2)}), name)
     assert made == 2 and type(made) is int
@@ -934,6 +934,6 @@ def test_the_command_line_trains_a_population(tmp_path):
     for wrong, message in (
         ("num_steps=1e3", "num_steps must be an integer, got num_steps=1000.0"),
         ("features=abc", "features must be an integer, got features='abc'"),
-        ("noise=abc", "noise must lie in [0, inf), got noise='abc'"),
+        ("noise=abc", "noise must be a number, got noise='abc'"),
     ):
         assert message in run("deepalign", "fit", *files, "--out", out, "--settings", wrong, code=1).output

@@ -64,7 +64,7 @@ def test_a_file_without_its_class_says_which_it_needs(fitted, tmp_path):
         modeconn.Connection.load(tmp_path / "c")
     with pytest.raises(ValueError, match=r"of the class .*:Bow, not of Bezier"):
         modeconn.Connection.load(tmp_path / "c", curve=modeconn.Bezier)
-    with pytest.raises(ValueError, match=r"curve must be the class of the curve, got curve=Bow\(.*Pass Bow\."):
+    with pytest.raises(ValueError, match=r"curve must be a class or None, got curve=Bow\("):
         modeconn.Connection.load(tmp_path / "c", curve=Bow(4))
 
 
@@ -99,7 +99,7 @@ def test_a_curve_that_no_file_could_hold_is_refused_before_the_training(digits_l
         modeconn.fit_curve(a, b, train, curve=Plain())
     with pytest.raises(ValueError, match=r"no file could hold the settings of .*WithTensor"):
         modeconn.fit_curve(a, b, train, curve=WithTensor(bend=torch.zeros(2)))
-    with pytest.raises(ValueError, match=r"curve must be a modeconn\.curves\.Curve, .*got the class"):
+    with pytest.raises(ValueError, match=r"curve must be a Curve, got curve=<class"):
         modeconn.fit_curve(a, b, train, curve=Bow)
 
 

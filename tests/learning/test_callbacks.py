@@ -212,7 +212,7 @@ def test_a_writer_gets_all_values(networks):
             "must be an object with one of before_run, after_step, after_epoch, after_move, after_point, got <class",
         ),
         ([print], "a callback must be an object with one of"),
-        (Note(), "callbacks must be a list of callbacks"),
+        (Note(), "callbacks must be a list or tuple"),
     ],
 )
 def test_what_is_no_callback_is_refused_before_the_training(networks, callbacks, message):

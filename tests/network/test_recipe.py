@@ -103,7 +103,10 @@ def test_any_optimizer_of_torch_will_do():
     [
         ({"epochs": 0}, "epochs must be at least 1, got epochs=0"),
         ({"weight_decay": -0.1}, r"weight_decay must be a finite number, 0 or more, got weight_decay=-0\.1"),
-        ({"weight_decay": math.nan}, "weight_decay must be a finite number, 0 or more, got weight_decay=nan"),
+        ({"weight_decay": math.nan}, "weight_decay must be a number, got weight_decay=nan"),
+        ({"epochs": math.nan}, "epochs must be an integer, got epochs=nan"),
+        ({"epochs": math.inf}, "epochs must be an integer, got epochs=inf"),
+        ({"compile": 1}, "compile must be True or False, got compile=1"),
         ({"weight_decay": math.inf}, "weight_decay must be a finite number, 0 or more, got weight_decay=inf"),
         ({"autocast": torch.float64}, r"autocast must be None, torch\.bfloat16 or torch\.float16, got .*float64"),
     ],

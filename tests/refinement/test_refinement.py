@@ -431,7 +431,7 @@ def test_best_swap_measures_what_the_fit_lowered():
     other = modeconn.best_swap(fitted, batches(4), loss_fn=nn.functional.cross_entropy, num_tries=5)
     assert other.loss != own.loss
     for bad in ({"num_batches": 0}, {"num_tries": -3}, {"num_tries": 2.5}):
-        with pytest.raises(ValueError, match="must be an integer of at least 1, or None"):
+        with pytest.raises(ValueError, match=r"must be an integer( of at least 1,)? or None"):
             modeconn.best_swap(fitted, **bad)
 
 
@@ -470,13 +470,13 @@ def test_it_runs_on_any_architecture(name):
         ({"num_batches": 0}, "num_batches must be at least 1"),
         ({"nu_permutation": 0.0}, "nu_permutation must be positive, got nu_permutation=0.0"),
         ({"nu_curve": -1.0}, "nu_curve must be positive"),
-        ({"nu_curve": math.nan}, "nu_curve must be positive"),
+        ({"nu_curve": math.nan}, "nu_curve must be a number"),
         ({"tolerance": -0.1}, "tolerance must be at least 0"),
         ({"standard_errors": -1.0}, "standard_errors must be at least 0"),
         ({"exact": True, "num_points": 2}, "num_points must be at least 3"),
         ({"exact": "false"}, "exact must be True or False, got exact='false'"),
-        ({"nu_curve": None}, "nu_curve must be positive, got nu_curve=None"),
-        ({"tolerance": "x"}, "tolerance must be at least 0, got tolerance='x'"),
+        ({"nu_curve": None}, "nu_curve must be a number, got nu_curve=None"),
+        ({"tolerance": "x"}, "tolerance must be a number, got tolerance='x'"),
         ({"iterations": None}, "iterations must be an integer, got iterations=None"),
         ({"step": "sinkhorn"}, r"step must be a step in P such as ProximalLinear\(\)"),
         ({"step": SinkhornStep}, "step must be a step in P"),

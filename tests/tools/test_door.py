@@ -1,0 +1,136 @@
+"""What is no argument of its kind is refused in one sentence, at the door; what is one passes."""
+
+from __future__ import annotations
+
+import functools
+import inspect
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+import modeconn
+from modeconn import Bezier, Recipe, WeightMatching
+from modeconn.tools.door import check_settings, checked, kind_of
+from modeconn.tools.warn import warn
+from tests.cases import CASE, batches
+
+
+@checked
+def verb(
+    count: int,
+    rate: float = 0.5,
+    *,
+    flag: bool = False,
+    model: nn.Module | None = None,
+    data: Iterable[Any] | None = None,
+    places: Sequence[float] = (),
+    named: Mapping[str, Any] | None = None,
+    how: Literal["a", "b"] = "a",
+    loss: Callable[..., Any] = min,
+    anything: Any = None,
+    **more: int,
+) -> str:
+    """Say so."""
+    return "done"
+
+
+GOOD = [
+    {"count": np.int64(3), "rate": 1, "flag": np.bool_(True)},
+    {"count": 1, "model": nn.Linear(2, 1), "data": [], "places": torch.linspace(0, 1, 3), "named": {}},
+    {"count": 1, "data": torch.utils.data.DataLoader([1]), "how": "b", "loss": nn.MSELoss(), "anything": object()},
+    {"count": 1, "rate": float("inf"), "places": np.zeros(2), "loss": functools.partial(min), "other": "x"},
+]
+BAD = [
+    ({"count": 1.0}, "count must be an integer, got count=1.0"),
+    ({"count": True}, "count must be an integer, got count=True"),
+    ({"count": 1, "rate": float("nan")}, "rate must be a number, got rate=nan"),
+    ({"count": 1, "flag": 1}, "flag must be True or False, got flag=1"),
+    ({"count": 1, "model": nn.Linear}, "model must be a torch.nn.Module or None, got model=<class"),
+    ({"count": 1, "data": "abc"}, "data must be an iterable, such as a list or a DataLoader or None, got data='abc'"),
+    ({"count": 1, "places": 3}, "places must be a list or tuple, got places=3"),
+    ({"count": 1, "named": [1]}, r"named must be a mapping or None, got named=\[1\]"),
+    ({"count": 1, "how": "c"}, "how must be 'a' or 'b', got how='c'"),
+    ({"count": 1, "loss": nn.MSELoss}, "loss must be a function, got loss=<class"),
+    ({"count": 1, "loss": 3}, "loss must be a function, got loss=3"),
+    ({"count": torch.zeros(3)}, r"count must be an integer, got a tensor of shape \(3,\)"),
+]
+
+
+@pytest.mark.parametrize("given", GOOD)
+def test_what_fits_passes(given):
+    assert verb(**given) == "done"
+
+
+@pytest.mark.parametrize(("given", "message"), BAD)
+def test_what_does_not_fit_is_named(given, message):
+    with pytest.raises(ValueError, match=message):
+        verb(**given)
+
+
+def test_the_function_is_itself_for_help():
+    assert verb.__doc__ == "Say so." and list(inspect.signature(verb).parameters)[:2] == ["count", "rate"]
+
+
+def test_settings_are_checked_by_their_annotations():
+    @dataclass(frozen=True)
+    class Settings:
+        count: int = 3
+        curve: Bezier | None = None
+
+        def __post_init__(self) -> None:
+            check_settings(self)
+
+    Settings(4, Bezier(2))
+    with pytest.raises(ValueError, match="count must be an integer, got count='4'"):
+        Settings("4")
+    with pytest.raises(ValueError, match="curve must be a Bezier or None, got curve='bezier'"):
+        Settings(curve="bezier")
+
+
+def test_annotations_that_say_more_are_left_alone():
+    assert kind_of(Any) is None and kind_of(modeconn.matching.Method | None) is None
+    assert kind_of(Tensor)[1] == "a tensor"
+
+
+VERBS = [name for name in modeconn.__all__ if inspect.isfunction(getattr(modeconn, name)) and name not in ("verify",)]
+
+
+@pytest.mark.parametrize("name", VERBS)
+def test_every_public_function_of_a_network_checks_it(name):
+    function = getattr(modeconn, name)
+    first = next(iter(inspect.signature(function).parameters), None)
+    if first not in ("model", "model_a"):
+        pytest.skip("takes no network")
+    required = [p for p in inspect.signature(function).parameters.values() if p.default is inspect.Parameter.empty]
+    with pytest.raises(ValueError, match=f"{first} must be a torch.nn.Module, got {first}='network'"):
+        function("network", *[None for _ in required[1:]])
+
+
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode])
+def test_verbs_that_learn_do_so_wherever_they_are_called(mode):
+    a, b = (CASE["mlp"].make(seed) for seed in (0, 1))
+    expected = modeconn.fit_curve(a, b, batches(), align=WeightMatching(), recipe=Recipe(epochs=1))
+    with mode():
+        found = modeconn.fit_curve(a, b, batches(), align=WeightMatching(), recipe=Recipe(epochs=1))
+        trained = modeconn.models.train(a, batches(), recipe=Recipe(epochs=1))
+        sinkhorn = modeconn.align(a, b, batches(), method=modeconn.Sinkhorn(num_steps=2))
+        bend = found.curvature(batches(), t=[0.5], num_steps=3, tolerance=1.0)
+    assert torch.equal(found.control_points, expected.control_points) and not found.control_points.is_inference()
+    assert not any(parameter.is_inference() for parameter in trained.parameters())
+    assert len(sinkhorn.history) > 1 and float(bend.eigenvalue) != 0
+
+
+def test_warnings_point_at_the_caller():
+    a, b = (CASE["mlp"].make(seed) for seed in (0, 1))
+    with pytest.warns(UserWarning, match="no curve was learned") as caught:
+        modeconn.fit_curve(a, b, example_input=batches()[0][0])
+    assert Path(caught[0].filename) == Path(__file__)
+    with pytest.warns(UserWarning, match="here") as caught:
+        warn("here")
+    assert Path(caught[0].filename) == Path(__file__)
