@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.network.attack import Attack, attacked_in_eval_mode
-from modeconn.network.batches import batches, check_pair, first_examples, in_order, inputs_of
+from modeconn.network.batches import batches, check_pair, first_examples, in_order, inputs_of, refused
 from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.findings import Tap, Trace
 from modeconn.symmetry.graph import Example
@@ -260,7 +260,13 @@ def _in_step(
         trace.graph.run(_state(model), example, running_statistics=True)
         for model, example in ((model_a, example_a), (model_b, example_b))
     ]
-    for (node, a), (_, b) in zip(*runs, strict=True):
+    pairs = zip(*runs, strict=True)
+    while True:
+        with refused((example_a.args, example_a.kwargs)):
+            pair = next(pairs, None)
+        if pair is None:
+            return
+        (node, a), (_, b) = pair
         yield node, a, b
 
 

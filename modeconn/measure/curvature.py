@@ -14,7 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.network.attack import under_attack
 from modeconn.network.batches import batches, check_loader, first_batch, inputs_and_targets, num_examples, run
-from modeconn.network.loss import Forward, LossFn, answer_of, check_targets, cross_entropy
+from modeconn.network.loss import Forward, LossFn, answer_of, called, check_targets, cross_entropy, one_number
 from modeconn.network.scores import Weighted, weighted
 from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
 from modeconn.tools.door import checked
@@ -175,14 +175,15 @@ class _Loss(nn.Module):
         """Return the loss as a sum and its weight."""
         size = num_examples(batch)
         if self._forward is not None:
-            loss, _ = answer_of(self._forward(self.model, batch))
+            loss, _ = answer_of(called(self._forward, self.model, batch))
             return Weighted(loss.double() * size, float(size), False)
         inputs, targets = inputs_and_targets(batch)
         outputs = run(self.model, inputs)
         if id(batch) not in self._checked:
             self._checked.add(id(batch))
             check_targets(outputs, targets, self._loss_fn)
-        return weighted(self._loss_fn, self._loss_fn(outputs, targets), outputs, targets, size)
+        loss = one_number(self._loss_fn, outputs, targets)
+        return weighted(self._loss_fn, loss.reshape(()), outputs, targets, size)
 
 
 def _product_in_weights(loss: _Loss, space: WeightSpace, data: list[Any]) -> tuple[_Product, Tensor]:

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from modeconn.measure.metrics import Against, AnyMetric, inner_of, on_device, value_of
 from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples, part_of, run
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import Forward, LossFn, answer_of, check_targets
+from modeconn.network.loss import Forward, LossFn, answer_of, called, check_targets, one_number
 from modeconn.network.scores import classes_of, weighted
 from modeconn.network.weights import device_of
 from modeconn.tools.rng import preserved
@@ -185,8 +185,9 @@ class Meter:
             outputs = run(model, inputs)
             if not self._checked:
                 check_targets(outputs, targets, self._loss_fn)
-            return _Answers(self._loss_fn(outputs, targets), outputs, targets, dict(heard))
-        loss, said = answer_of(self._forward(model, batch))
+            loss = self._loss_fn(outputs, targets) if self._checked else one_number(self._loss_fn, outputs, targets)
+            return _Answers(loss.reshape(()), outputs, targets, dict(heard))
+        loss, said = answer_of(called(self._forward, model, batch))
         if said is None and self.metrics:
             raise ValueError(
                 "metrics need outputs and targets: with metrics=, forward= must return (loss, outputs, targets), not "

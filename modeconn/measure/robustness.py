@@ -25,7 +25,7 @@ from modeconn.measure.robust_profile import (
     unpack_floats,
 )
 from modeconn.network.attack import Attack, check_examples, under_attack
-from modeconn.network.batches import batches, check_loader, inputs_and_targets
+from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, main_output, per_example
 from modeconn.network.scores import classes_of
@@ -206,7 +206,7 @@ class _Attacking:
 
     @torch.no_grad()
     def _answers(self, model: nn.Module, x: Tensor, y: Tensor, label: str) -> tuple[Tensor, Tensor]:
-        outputs = model(x)
+        outputs = run(model, x)
         if main_output(outputs).isnan().any():
             raise FloatingPointError(f"{label}: the network answers NaN. Look for NaN in its weights.")
         classes = classes_of(outputs, y, self._loss_fn)
@@ -262,6 +262,10 @@ def _read(loader: Iterable[Any], device: torch.device, limit: int | None) -> lis
     with seeded(0, device):
         check_loader(loader)
         for x, y in map(inputs_and_targets, batches(loader, device)):
+            if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim and len(x) and y.ndim):
+                raise ValueError(
+                    f"loader must yield inputs and targets as tensors of one example or more, got {described((x, y))}."
+                )
             kept.append((x[: min(room, len(x))], y[: min(room, len(x))]))
             _check_range(kept[-1][0])
             room -= len(x)

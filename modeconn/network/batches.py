@@ -7,6 +7,7 @@ import dataclasses
 import math
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
+from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -32,10 +33,17 @@ def run(model: Callable[..., Any], inputs: Any) -> Any:
     Raises:
         ValueError: If the model does not run on them, with what it said.
     """
-    try:
+    with refused(inputs):
         if isinstance(inputs, (tuple, list)):
             return model(*inputs)
         return model(**inputs) if isinstance(inputs, Mapping) else model(inputs)
+
+
+@contextmanager
+def refused(inputs: Any) -> Iterator[None]:
+    """Turn what a model raises on inputs of another shape, type or number into one sentence."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except (RuntimeError, TypeError, IndexError) as error:
@@ -76,6 +84,8 @@ def to_device(batch: Any, device: torch.device | str) -> Any:
     is_safe = torch.device(device).type != "cpu"
 
     def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and leaf.is_inference():
+            leaf = leaf.clone()  # one that was made in inference_mode takes no part in backward passes
         return leaf.to(device, non_blocking=is_safe) if isinstance(leaf, Tensor) else leaf.to(device)
 
     return _map(move, batch)

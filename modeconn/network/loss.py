@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from modeconn.network.batches import inputs_and_targets, run
+from modeconn.network.batches import described, inputs_and_targets, run
 from modeconn.network.scores import auxiliary_scores, class_axes, classes_of, is_integer, knows_its_axis, scores_of
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -138,11 +138,33 @@ def supervised(loss_fn: LossFn, *, check: bool = False) -> Forward:
 def checked(loss_fn: LossFn) -> LossFn:
     """Return the same loss with a look at its targets, see `check_targets`."""
 
-    def looked_at(outputs: Tensor, targets: Tensor) -> Tensor:
+    def looked_at(outputs: Any, targets: Any) -> Tensor:
         check_targets(outputs, targets, loss_fn)
-        return loss_fn(outputs, targets)
+        return one_number(loss_fn, outputs, targets)
 
     return looked_at
+
+
+def one_number(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
+    """Return what a loss makes of outputs and targets.
+
+    Raises:
+        ValueError: If it cannot be called so, or does not return a tensor of one number.
+    """
+    try:
+        loss = loss_fn(outputs, targets)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"loss_fn= cannot compare the model's outputs, {described(outputs)}, with targets, {described(targets)}: "
+            f"{type(error).__name__}: {lines[0] if lines else ''}"
+        ) from error
+    if not isinstance(loss, Tensor) or loss.numel() != 1:
+        what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
+        raise ValueError(f"loss_fn= must return the mean loss of a batch, a tensor of one number, got {what}.")
+    return loss
 
 
 def loss_alone(forward: Forward) -> Forward:
@@ -157,7 +179,28 @@ def loss_alone(forward: Forward) -> Forward:
 
 def checked_forward(forward: Forward) -> Forward:
     """Return `loss_alone` of a function, with a look at what it returns."""
-    return lambda model, batch: answer_of(forward(model, batch))[0]
+
+    def looked_at(model: nn.Module, batch: Any) -> Tensor:
+        return answer_of(called(forward, model, batch))[0]
+
+    return looked_at
+
+
+def called(forward: Forward, model: nn.Module, batch: Any) -> Any:
+    """Return what a user's ``forward`` returns.
+
+    Raises:
+        ValueError: If it fails on the batch.
+    """
+    try:
+        return forward(model, batch)
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"forward= fails on a batch, {described(batch)}: {type(error).__name__}: {lines[0] if lines else ''}"
+        ) from error
 
 
 def answer_of(found: Any) -> tuple[Tensor, tuple[Any, Any] | None]:

@@ -41,6 +41,8 @@ _PLAIN: dict[Any, _Test] = {
 
 
 def _is_number(value: Any) -> bool:
+    if isinstance(value, Tensor):  # an entry of a tensor of numbers
+        return value.ndim == 0 and not value.is_complex() and not bool(value.isnan())
     return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
 
 
@@ -73,6 +75,9 @@ def kind_of(hint: Any) -> _Test | None:
         return lambda value: value in arguments, " or ".join(map(repr, arguments))
     if origin is os.PathLike:
         return lambda value: isinstance(value, os.PathLike), "a path"
+    inner = kind_of(arguments[0]) if origin is Sequence and arguments else None
+    if inner is not None:
+        return lambda value: _is_sequence(value) and all(map(inner[0], value)), f"a list or tuple, each {inner[1]}"
     if origin in (Iterable, Sequence, Mapping):
         return {
             Iterable: (_is_iterable, "an iterable, such as a list or a DataLoader"),
