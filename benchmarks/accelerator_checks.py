@@ -596,7 +596,7 @@ def _(agreement: Agreement) -> None:
 
     def attacked(at: Place) -> Any:
         line = Connection.straight_between(*at.networks("conv"))
-        return line.robustness(at.test("conv"), chosen, t=[0, 1], num_examples=50)
+        return line.robustness(at.test("conv"), chosen, t=[0, 1], num_examples=50, recalibrate=at.test("conv"))
 
     left, right = (agreement.once(attacked, device) for device in (CPU, agreement.device))
     for row in left.accuracy:
@@ -612,7 +612,8 @@ def _(agreement: Agreement) -> None:
 
         def sharpness(at: Place, name: str = name, wrt: Any = wrt) -> Any:
             line = Connection.straight_between(*at.networks(name))
-            return line.curvature([(x[:40], y[:40]) for x, y in at.test(name)[:1]], wrt=wrt, **settings).eigenvalue
+            data = [(x[:40], y[:40]) for x, y in at.test(name)[:1]]
+            return line.curvature(data, wrt=wrt, recalibrate=at.test(name), **settings).eigenvalue
 
         agreement.both(sharpness)
 

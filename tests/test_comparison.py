@@ -309,7 +309,10 @@ def test_no_pair_two_architectures_and_weights_that_are_nan_are_errors(pairs):
         ([], "pairs is empty"),
         ([pairs[0], (wider, wider)], r"\(12, 64\) in a of pair 0, \(13, 64\) in a of pair 1"),
         ([pairs[0], (pairs[1][0], broken)], "b of pair 1"),
-        ([pairs[0], (*pairs[1], broken)], "two networks each, but pair 1 has 3"),
+        (
+            [pairs[0], (*pairs[1], broken)],
+            r"pairs\[1\] must be a list or tuple of 2, each a torch.nn.Module, got",
+        ),
     ):
         with pytest.raises(ValueError, match=message):
             compare(wrong, METHODS, *digits())

@@ -456,7 +456,9 @@ def test_repair_refuses_wrong_weights_networks_and_data():
     middle = interpolate(a, b)
     with pytest.raises(ValueError, match="weights must be one for each endpoint, got 3 for 2 endpoints"):
         modeconn.repair(middle, [a, b], loader(), weights=(0.2, 0.3, 0.5))
-    for wrong in ((3, 4), (1.5, -0.5), (torch.nan, 0.5)):
+    with pytest.raises(ValueError, match=r"weights\[0\] must be a number, got weights\[0\]=nan"):
+        modeconn.repair(middle, [a, b], loader(), weights=(torch.nan, 0.5))
+    for wrong in ((3, 4), (1.5, -0.5)):
         with pytest.raises(ValueError, match="weights must be at least 0 and sum to 1, got weights="):
             modeconn.repair(middle, [a, b], loader(), weights=wrong)
     with pytest.raises(ValueError, match="weights must be one for each endpoint, got 0 for 0 endpoints"):

@@ -142,6 +142,8 @@ class Path:
     ) -> list[Any] | AdversarialExamples:
         """Return the batches to recalibrate or repair on; none for a model that needs neither."""
         device = self.space.device
+        if limit is not None and limit < 1:
+            raise ValueError(f"recalibration_examples must be at least 1, or None, got recalibration_examples={limit}.")
         if not (repair or norm_layers(self.template)):
             return []
         if isinstance(loader, AdversarialExamples) and not norm_layers(self.template):

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modeconn.data.augment import Augmentation
+from modeconn.tools.door import check_settings
 
 _CHUNK = 4096
 
@@ -34,7 +35,8 @@ class TensorLoader:
         num_classes: Default one more than the largest target.
 
     Raises:
-        ValueError: If the tensors do not belong together, are empty, or a target is no class.
+        ValueError: If the tensors do not belong together, are empty, or a target is no class, or a setting makes no
+            sense.
 
     Example:
         >>> loader = TensorLoader(torch.rand(10, 3), torch.arange(10), batch_size=3)
@@ -50,13 +52,16 @@ class TensorLoader:
     num_classes: int | None = None
 
     def __post_init__(self) -> None:
+        check_settings(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got batch_size={self.batch_size}.")
-        if len(self.inputs) == 0 or self.targets.shape != self.inputs.shape[:1]:
+        if self.inputs.shape[:1] in ((), (0,)) or self.targets.shape != self.inputs.shape[:1]:
             raise ValueError(
                 f"inputs and targets must hold equally many examples, at least one; "
                 f"got shapes {tuple(self.inputs.shape)} and {tuple(self.targets.shape)}."
             )
+        if self.targets.is_floating_point() or self.targets.is_complex():
+            raise ValueError(f"targets must be classes, integers, got targets of {self.targets.dtype}.")
         lowest, highest = (int(value) for value in self.targets.aminmax())
         if self.num_classes is None:
             self.num_classes = highest + 1

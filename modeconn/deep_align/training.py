@@ -21,9 +21,9 @@ from modeconn.learning.parts import BatchStream, Count, Learned, Randomness
 from modeconn.matching import match_units
 from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.network.batch_norm import calibration_batches, norm_layers
-from modeconn.network.batches import check_loader, to_device
+from modeconn.network.batches import check_loader, run, to_device
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import LossFn, check_targets, main_output
+from modeconn.network.loss import LossFn, check_targets, checked, main_output
 from modeconn.network.recipe import one_cycle
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import named_places
@@ -226,6 +226,7 @@ class PopulationNetwork:
         loss = over_networks(
             lambda state: self._loss_fn(self._call(state, inputs), targets),
             self.model,
+            lambda state: checked(self._loss_fn)(run(self.model, inputs), targets),
             randomness="same",
             way_out="Use DeepAlign(connectivity=0), which does not run the networks.",
         )
@@ -239,7 +240,7 @@ class PopulationNetwork:
     def check_targets(self, inputs: Any, targets: Tensor) -> None:
         """Raise a ValueError if a target is no class."""
         with torch.no_grad():
-            check_targets(self._call({}, inputs), targets, self._loss_fn)
+            check_targets(run(self.model, inputs), targets, self._loss_fn)
 
 
 def supervised_loss(similarities: list[Tensor], perms: list[Tensor]) -> Tensor:

@@ -21,7 +21,7 @@ from modeconn.learning.checkpoint import Resumable, RunFile, State, warn_of_own_
 from modeconn.learning.history import History
 from modeconn.learning.parts import pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
-from modeconn.network.batches import batches, checksum, num_examples
+from modeconn.network.batches import batches, check_length, checksum, num_examples
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, set_rng_state
@@ -177,6 +177,7 @@ class Run:
             if self._file.is_due(self._progress.batch):
                 self._save()
         self._read_losses()
+        check_length(self._progress.batch, self._progress.batches_per_epoch or self._progress.batch)
         self._progress.end_epoch()
         self._epoch_start = self._states()
         try:

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from modeconn.attacks.training import Adversary, AdversaryLike, FreeAdversarialTraining, FreeRun, adversary_of
 from modeconn.learning.checkpoint import State
 from modeconn.network.batches import inputs_and_targets
-from modeconn.network.loss import Forward, LossFn, checked, checked_forward, loss_alone, supervised
+from modeconn.network.loss import Forward, LossFn, checked, loss_alone, supervised
 
 
 class StepLoss:
@@ -39,7 +39,7 @@ class StepLoss:
         self.num_replays = opponent.num_replays if is_free else 1
         self._opponent = opponent = opponent.start() if is_free else opponent
         if forward is not None:
-            self._first, self._later = checked_forward(forward), loss_alone(forward)
+            self._first = self._later = loss_alone(forward)
         elif opponent is not None:
             self._first, self._later = _against(opponent, checked(loss_fn)), _against(opponent, loss_fn)
         else:

@@ -56,7 +56,7 @@ class ActivationMatching:
             raise ValueError(
                 f"statistic must be 'correlation', 'cosine' or 'inner_product', got statistic={self.statistic!r}."
             )
-        if self.adversary is not None and not callable(self.adversary):
+        if isinstance(self.adversary, type) or not (self.adversary is None or callable(self.adversary)):
             raise ValueError(f"adversary must be an attack, such as PGD(...), got {self.adversary!r}.")
 
     @property

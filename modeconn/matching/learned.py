@@ -21,7 +21,7 @@ from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.matching.soft import SoftPermutation
 from modeconn.network.batch_norm import calibration_batches
 from modeconn.network.batches import check_loader, endless_batches, first_batch
-from modeconn.network.loss import Forward, LossFn, checked_forward, cross_entropy, loss_alone, supervised
+from modeconn.network.loss import Forward, LossFn, cross_entropy, loss_alone, supervised
 from modeconn.network.weights import WeightSpace, Workspace
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_integers, check_positive
@@ -194,8 +194,8 @@ class PathLoss:
         sample = calibration_batches(loader, device, limit=num_examples, seed=seed)
         positions = (0.5,) if middle_only else _POSITIONS
         places = [(t, batch) for t in positions for batch in sample]
-        checked = supervised(loss_fn, check=True) if forward is None else checked_forward(forward)
-        self._fixed = self._along(checked, places)
+        looked_at = supervised(loss_fn, check=True) if forward is None else self._forward
+        self._fixed = self._along(looked_at, places)
 
     def value(self, theta_b: Tensor) -> float:
         """Return the mean loss over fixed positions and examples for b's weights ``theta_b (P,)``."""

@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 from modeconn.measure.metrics import Against, AnyMetric, inner_of, on_device, value_of
 from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples, part_of, run
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import Forward, LossFn, answer_of, called, check_targets, one_number
+from modeconn.network.loss import Forward, LossFn, answer_of, called, check_targets, one_number, refused_by
 from modeconn.network.scores import classes_of, weighted
 from modeconn.network.weights import device_of
 from modeconn.tools.rng import preserved
@@ -121,7 +121,8 @@ class Meter:
         updated = {name: inner_of(metric) for name, metric in self.metrics.items()}
         for metric in updated.values():
             metric.reset()
-        totals, self.num_examples = [], 0
+        totals: list[Tensor] = []
+        before, self.num_examples = self.num_examples, 0
         with self._layers_heard(model) as heard:
             for number, batch in enumerate(self._data):
                 size = num_examples(batch)
@@ -129,7 +130,15 @@ class Meter:
                 totals.append(self._sums(answers, size, model, batch))
                 self.num_examples += size
                 for name, metric in updated.items():
-                    metric.update(*self._compared(self.metrics[name], answers, number, batch))
+                    with refused_by(
+                        f"metric {name!r}", *(both := self._compared(self.metrics[name], answers, number, batch))
+                    ):
+                        metric.update(*both)
+        if self._totals and self.num_examples != before:
+            raise ValueError(
+                f"loader yielded {self.num_examples} examples on this pass and {before} on the one before, so networks "
+                f"would be measured on different data. Pass a loader whose passes are alike."
+            )
         self._totals.append(torch.stack(totals).sum(0))
         for name, metric in updated.items():
             self._values[name].append(value_of(metric, name))

@@ -296,6 +296,8 @@ def _check_range(x: Tensor) -> None:
 def _named(attacks: Attacks) -> dict[str, Attack]:
     if callable(attacks):
         attacks = [attacks]
+    if not isinstance(attacks, Iterable):
+        raise ValueError(f"attacks must be an attack, or a list or dict of attacks, got attacks={attacks!r}.")
     named = list(attacks.items()) if isinstance(attacks, Mapping) else [(_text(attack), attack) for attack in attacks]
     names = [CLEAN, WORST, *(name for name, _ in named)]
     for name in names:

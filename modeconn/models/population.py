@@ -16,9 +16,10 @@ from torch.func import functional_call, stack_module_state
 from modeconn.learning.checkpoint import TRAINING, Checkpoint, RunFile, State, run_file
 from modeconn.learning.parts import Learned, pack_rng, unpack_rng
 from modeconn.models.training import count_batches, run_epochs, run_settings
-from modeconn.network.batches import check_loader
+from modeconn.network.batches import check_loader, check_pair, num_examples, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy
+from modeconn.network.loss import checked as checked_loss
 from modeconn.network.recipe import Recipe, autocast
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import WeightSpace, named_places
@@ -136,10 +137,7 @@ class _Reading:
     def __init__(self, loader: Iterable[Any], seeds: Sequence[int], device: torch.device) -> None:
         self._orders = [_Order(loader, seed, device) for seed in seeds]
         self._device = device
-        first = check_loader(loader)
-        if not all(isinstance(part, Tensor) for part in first):
-            kinds = ", ".join(type(part).__name__ for part in first)
-            raise ValueError(f"loader must yield pairs of tensors, which can be stacked, got ({kinds}).")
+        first = _pair_of_tensors(check_loader(loader))
         self._at_once = max(1, _READ_AHEAD_BYTES // (sum(part.nbytes for part in first) * len(seeds)))
 
     def state(self) -> State:
@@ -159,12 +157,26 @@ class _Reading:
     def __iter__(self) -> Iterator[_Batch]:
         for order in self._orders:
             order.begin_epoch()
-        while steps := list(zip(*(order.take(self._at_once) for order in self._orders), strict=True)):
+        while True:
+            taken = [order.take(self._at_once) for order in self._orders]
+            if len({len(own) for own in taken}) != 1:
+                raise ValueError("the passes of loader are of different lengths: each network needs as many batches.")
+            steps = list(zip(*taken, strict=True))
             for step in steps:
-                inputs, targets = (torch.stack(parts).to(self._device) for parts in zip(*step, strict=True))
+                pairs = [_pair_of_tensors(batch) for batch in step]
+                inputs, targets = (torch.stack(parts).to(self._device) for parts in zip(*pairs, strict=True))
                 yield inputs, targets
             if len(steps) < self._at_once:
                 return
+
+
+def _pair_of_tensors(batch: Any) -> _Batch:
+    inputs, targets = check_pair(batch)
+    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
+        kinds = f"{type(inputs).__name__}, {type(targets).__name__}"
+        raise ValueError(f"loader must yield pairs of tensors, which can be stacked, got ({kinds}).")
+    num_examples(batch)  # an empty batch is refused
+    return inputs, targets
 
 
 class _PopulationRun:
@@ -187,7 +199,12 @@ class _PopulationRun:
             return loss_fn(functional_call(network, tensors, (inputs,), tie_weights=False), targets)
 
         self.losses = over_networks(
-            loss, network, randomness="different", way_out="Train such networks one by one.", compile=recipe.compile
+            loss,
+            network,
+            lambda state, inputs, targets: checked_loss(loss_fn)(run(network, inputs[0]), targets[0]),
+            randomness="different",
+            way_out="Train such networks one by one.",
+            compile=recipe.compile,
         )
 
     def run(self, steps: _Reading, num_batches: int, file: RunFile, *, progress: bool) -> None:
@@ -206,7 +223,7 @@ class _PopulationRun:
 
     @torch.no_grad()
     def _check_targets(self, inputs: Tensor, targets: Tensor) -> None:
-        outputs = self.models[0](inputs[0])
+        outputs = run(self.models[0], inputs[0])
         for own in targets:
             check_targets(outputs, own, self.loss_fn)
 

@@ -20,7 +20,7 @@ from modeconn.learning.step_loss import StepLoss
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import calibration_batches, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
-from modeconn.network.batches import batches, check_loader, first_batch
+from modeconn.network.batches import batches, check_length, check_loader, first_batch
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, cross_entropy
 from modeconn.network.recipe import Recipe, autocast, one_cycle
@@ -164,8 +164,9 @@ def run_epochs(
     for epoch in bar:
         found: list[Tensor] = []
         for number, batch in enumerate(read()):
-            recipe.set_learning_rate(optimizer, epoch + number / num_batches)
+            recipe.set_learning_rate(optimizer, epoch + min(number / num_batches, 1.0))
             found += take_step(batch, epoch)
+        check_length(number + 1, num_batches)
         losses = torch.stack(found)
         if not losses.isfinite().all():
             step, *networks = place = (~losses.isfinite()).nonzero()[0].tolist()

@@ -17,7 +17,7 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batches import batches, first_examples, inputs_of, run, shuffled, without_singles
-from modeconn.network.loss import Forward
+from modeconn.network.loss import Forward, called
 from modeconn.network.modes import flags_kept, use_batch_statistics
 from modeconn.tools.rng import seeded
 
@@ -97,7 +97,7 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
         data = data.of(model)
     with _batch_statistics(model, layers) as calls:
         for batch in data:
-            run(model, inputs_of(batch)) if forward is None else forward(model, batch)
+            run(model, inputs_of(batch)) if forward is None else called(forward, model, batch)
     for layer, seen in calls.items():
         if seen:
             mean, variance = pool(seen) if isinstance(layer, _BatchNorm) else _average(seen)

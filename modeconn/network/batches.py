@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
+from modeconn.tools.warn import warn
 
 _WAY_OUT = "Pass a DataLoader or a list of (inputs, targets) batches."
 
@@ -46,7 +47,7 @@ def refused(inputs: Any) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, IndexError) as error:
+    except (RuntimeError, TypeError, ValueError, IndexError) as error:
         lines = str(error).strip().splitlines()
         raise ValueError(
             f"the model does not run on the inputs of a batch, {described(inputs)}: {lines[0] if lines else error!r} "
@@ -70,9 +71,11 @@ def num_examples(batch: Any) -> int:
     """Return the batch size: the first dimension of the first tensor that has one.
 
     Raises:
-        ValueError: If the batch holds no such tensor.
+        ValueError: If the batch holds no such tensor, or no example.
     """
     for tensor in tensors_of(batch):
+        if tensor.dim() and not tensor.shape[0]:
+            raise ValueError(f"a batch of the loader holds no example: {described(batch)}.")
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError(f"a batch must hold a tensor whose first dimension counts its examples, got {_kind(batch)}.")
@@ -214,6 +217,16 @@ def first_batch(loader: Any, *, name: str = "loader") -> Any:
 
 
 # -- passes over a loader
+
+
+def check_length(num_batches: int, expected: int) -> None:
+    """Warn if a pass had another number of batches than the one that schedules of a run count on."""
+    if num_batches != expected:
+        warn(
+            f"loader yielded {num_batches} batches in this epoch, but its length or an earlier pass promised "
+            f"{expected}, which the learning rate was set by. So the run is not the one that its recipe describes; let every pass "
+            f"have equally many batches."
+        )
 
 
 @runtime_checkable

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.network.loss import main_output
+from modeconn.tools.door import check
 
 
 class Ensemble(nn.Module):
@@ -37,6 +38,9 @@ class Ensemble(nn.Module):
 
     def __init__(self, models: Iterable[nn.Module]) -> None:
         super().__init__()
+        check("models", models, Iterable[nn.Module])
+        models = list(models)
+        check("models", models, Iterable[nn.Module])  # an iterator can only be looked into by reading it
         self.members = nn.ModuleList(models)
         if not self.members:
             raise ValueError("models is empty: an ensemble needs at least one network.")

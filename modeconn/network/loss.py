@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -98,10 +99,14 @@ def per_example(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
     """
     alone, targets = pytree.tree_map(lambda output: output[:, None], outputs), targets[:, None]
     try:
-        return torch.func.vmap(loss_fn)(alone, targets)
+        losses = torch.func.vmap(loss_fn)(alone, targets)
     except Exception:  # vmap and losses raise many types of errors; all mean that the fast path is not possible
+        losses = None
+    if losses is None or losses.shape != targets.shape[:1]:
         rows = (pytree.tree_map(operator.itemgetter(i), alone) for i in range(len(targets)))
-        return torch.stack([loss_fn(row, target) for row, target in zip(rows, targets, strict=True)])
+        losses = [one_number(loss_fn, row, target).reshape(()) for row, target in zip(rows, targets, strict=True)]
+        return torch.stack(losses)
+    return losses
 
 
 @dataclass(frozen=True)
@@ -151,39 +156,36 @@ def one_number(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
     Raises:
         ValueError: If it cannot be called so, or does not return a tensor of one number.
     """
-    try:
+    with refused_by("loss_fn=", outputs, targets):
         loss = loss_fn(outputs, targets)
-    except torch.OutOfMemoryError:
-        raise
-    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
-        lines = str(error).strip().splitlines()
-        raise ValueError(
-            f"loss_fn= cannot compare the model's outputs, {described(outputs)}, with targets, {described(targets)}: "
-            f"{type(error).__name__}: {lines[0] if lines else ''}"
-        ) from error
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn= must return the mean loss of a batch, a tensor of one number, got {what}.")
     return loss
 
 
+@contextmanager
+def refused_by(name: str, outputs: Any, targets: Any) -> Iterator[None]:
+    """Turn what a loss or metric raises on outputs and targets that it does not take into one sentence."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"{name} cannot compare the model's outputs, {described(outputs)}, with targets, {described(targets)}: "
+            f"{type(error).__name__}: {lines[0] if lines else ''}"
+        ) from error
+
+
 def loss_alone(forward: Forward) -> Forward:
-    """Return the same function without outputs and targets, if it returns them."""
+    """Return the same function without outputs and targets, if it returns them, and with errors that name it."""
 
     def alone(model: nn.Module, batch: Any) -> Tensor:
-        found = forward(model, batch)
-        return (found[0] if _is_with_outputs(found) else found).reshape(())
-
-    return alone
-
-
-def checked_forward(forward: Forward) -> Forward:
-    """Return `loss_alone` of a function, with a look at what it returns."""
-
-    def looked_at(model: nn.Module, batch: Any) -> Tensor:
         return answer_of(called(forward, model, batch))[0]
 
-    return looked_at
+    return alone
 
 
 def called(forward: Forward, model: nn.Module, batch: Any) -> Any:

@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from modeconn.tools.door import check, check_arguments, hints_of
 from modeconn.tools.rng import seeded
 
 P = ParamSpec("P")
@@ -21,15 +23,19 @@ _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 def factory(make: Callable[P, M]) -> Callable[P, M]:
     """Enter a function that makes a model into the zoo, under its own name.
 
-    The decorated function initialises the model with its argument ``seed`` and leaves the global random state as it
-    was; the model remembers its name and its other arguments, for `describe`.
+    The decorated function checks its arguments, initialises the model with its argument ``seed`` and leaves the global
+    random state as it was; the model remembers its name and its other arguments, for `describe`.
     """
     signature = inspect.signature(make)
+    counts = [name for name, hint in hints_of(make).items() if hint in (int, Sequence[int]) and name != "seed"]
 
     @functools.wraps(make)
     def make_seeded(*args: P.args, **kwargs: P.kwargs) -> M:
         bound = signature.bind(*args, **kwargs)
         bound.apply_defaults()
+        check_arguments(make, bound)
+        for name in counts:
+            _check_counts(name, bound.arguments[name])
         arguments = {name: _json_value(value) for name, value in bound.arguments.items() if name != "seed"}
         with seeded(bound.arguments["seed"], torch.get_default_device()):
             model = make(*args, **kwargs)
@@ -38,6 +44,14 @@ def factory(make: Callable[P, M]) -> Callable[P, M]:
 
     _FACTORIES[make.__name__] = make_seeded
     return make_seeded
+
+
+def _check_counts(name: str, given: int | Sequence[int]) -> None:
+    """Raise unless a number of channels, classes or units is at least 1, and so each of several."""
+    if any(count < 1 for count in ([given] if isinstance(given, Integral) else given)):
+        raise ValueError(
+            f"{name} must be at least 1{'' if isinstance(given, Integral) else ' each'}, got {name}={given}."
+        )
 
 
 def _json_value(value: Any) -> Any:
@@ -63,8 +77,9 @@ def build(name: str, **arguments: Any) -> nn.Module:
     """Make the zoo's model ``name``: ``build("mlp", num_inputs=64, ...)`` is ``mlp(num_inputs=64, ...)``.
 
     Raises:
-        ValueError: If the zoo has no model of that name, or the model no such argument.
+        ValueError: If the zoo has no model of that name, the model no such argument, or an argument makes no sense.
     """
+    check("name", name, str)
     if name not in _FACTORIES:
         raise ValueError(f"the zoo has no model {name!r}; it has {', '.join(names())}.")
     try:

@@ -19,7 +19,7 @@ from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, pool, recalibrate
 from modeconn.network.batches import inputs_of, run
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import Forward
+from modeconn.network.loss import Forward, called
 from modeconn.network.weights import WeightSpace
 from modeconn.tools.door import checked
 from modeconn.tools.warn import warn
@@ -65,8 +65,9 @@ def repair(
         A new model, in eval mode.
 
     Raises:
-        ValueError: If the networks differ in architecture, there are not as many weights as endpoints, or their sum is
-            not 1, or a layer cannot hold the map: it has no bias, or its weight is shared or computed.
+        ValueError: If the networks differ in architecture, there are not as many weights as endpoints, their sum is
+            not 1, ``num_examples`` is not positive, or a layer cannot hold the map: it has no bias, or its weight is
+            shared or computed.
 
     References:
         Jordan et al., 2023, https://arxiv.org/abs/2211.08403
@@ -76,6 +77,8 @@ def repair(
         raise ValueError(f"weights must be one for each endpoint, got {len(weights)} for {len(endpoints)} endpoints.")
     if not (min(weights) >= 0 and math.isclose(sum(weights), 1, abs_tol=1e-6)):
         raise ValueError(f"weights must be at least 0 and sum to 1, got weights={tuple(weights)}.")
+    if num_examples is not None and num_examples < 1:
+        raise ValueError(f"num_examples must be at least 1, or None, got num_examples={num_examples}.")
     space = WeightSpace(model)
     for i, endpoint in enumerate(endpoints):
         space.check(endpoint, name=f"endpoints[{i}]", reference="model")
@@ -112,7 +115,7 @@ def measure(
     ]
     try:
         for batch in data:
-            run(model, inputs_of(batch)) if forward is None else forward(model, batch)
+            run(model, inputs_of(batch)) if forward is None else called(forward, model, batch)
     finally:
         for hook in hooks:
             hook.remove()

@@ -6,18 +6,26 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.func import vmap
 
 
 def over_networks(
-    function: Callable[..., Any], model: nn.Module, *, randomness: str, way_out: str, compile: bool = False
-) -> Callable[..., Any]:
+    function: Callable[..., Tensor],
+    model: nn.Module,
+    alone: Callable[..., Tensor],
+    *,
+    randomness: str,
+    way_out: str,
+    compile: bool = False,
+) -> Callable[..., Tensor]:
     """Return `torch.func.vmap` of a function that runs a model, with errors that name the layer it cannot vectorise.
 
     Args:
-        function: What to vectorise over the first dimension of its arguments.
+        function: What to vectorise over the first dimension of its arguments; it returns one number.
         model: The module that it runs; it may have hooks for the time of an error.
+        alone: What the function does for one network, with errors that say what does not fit; called with the same
+            arguments after an error, which may have nothing to do with vectorising.
         randomness: As for `torch.func.vmap`.
         way_out: What an error advises, a sentence.
         compile: Whether to compile it.
@@ -30,8 +38,14 @@ def over_networks(
 
     def call(*args: Any) -> Any:
         try:
-            return fast(*args)
-        except RuntimeError as error:
+            found = fast(*args)
+            if found.ndim != 1:
+                alone(*args)
+            return found
+        except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            alone(*args)
             if "vmap" not in str(error) and "Batching rule" not in str(error):
                 raise
             where, reason = _innermost(model, vectorised, args), str(error).partition(". ")[0]

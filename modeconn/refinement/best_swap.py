@@ -19,7 +19,7 @@ from modeconn.refinement.moves import Move, exchanges, linear_costs
 from modeconn.refinement.pam import draw_sample, objective_of
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Permutation
-from modeconn.tools.door import checked
+from modeconn.tools.door import checked, shown
 
 
 class Swappable(Protocol):
@@ -97,6 +97,8 @@ def best_swap(
     Raises:
         ValueError: If there is no permutation, no data, the curve has free ends, or a number is not positive.
     """
+    if not hasattr(connection, "control_points"):
+        raise ValueError(f"connection must be a modeconn.Connection, got {shown('connection', connection)}.")
     for name, value in (("num_batches", num_batches), ("num_tries", num_tries)):
         if value is not None and not (isinstance(value, Integral) and value >= 1):
             raise ValueError(f"{name} must be an integer of at least 1, or None, got {name}={value!r}.")

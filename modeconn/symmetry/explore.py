@@ -43,11 +43,13 @@ def explore(
         freeze: Names of parameters or buffers, or patterns, all of whose axes stay fixed.
 
     Raises:
-        ValueError: If the model is none, does not run on the example, cannot be exported, or a pattern matches nothing.
+        ValueError: If the model is none, does not run on the example, cannot be exported, a pattern matches nothing, or
+            a rule is no function or for no operator.
     """
     if not isinstance(model, nn.Module) or isinstance(model, torch.jit.ScriptModule):
-        what = "a class" if isinstance(model, type) else f"a {type(model).__name__}"
+        what = f"a {type(model).__name__}"
         raise ValueError(f"model must be an ordinary nn.Module, which torch.export can follow, got {what}.")
+    _check_rules(rules)
     freeze = (freeze,) if isinstance(freeze, str) else tuple(map(str, freeze))
     example = example_for(model, example_input)
     graphs = [export(model, example, training=False)]
@@ -61,6 +63,17 @@ def explore(
         walk.run(graph)
     found = walk.finish()
     return replace(found, freeze=freeze, rules=rules, own_rules=own_rules(rules))
+
+
+def _check_rules(rules: Mapping[Any, Rule]) -> None:
+    for key, rule in rules.items():
+        is_operator = isinstance(key, (torch._ops.OperatorBase, torch._ops.OpOverloadPacket))
+        if not (is_operator or (isinstance(key, str) and "::" in key)):
+            raise ValueError(
+                f"rules must be by operator, such as torch.ops.aten.linear or 'library::name', got {key!r}."
+            )
+        if not callable(rule) or isinstance(rule, type):
+            raise ValueError(f"the rule for {key} must be a function, got {rule!r}.")
 
 
 def own_rules(rules: Mapping[Any, Rule]) -> dict[str, str]:

@@ -14,7 +14,7 @@ import math
 import os
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence, Set
 from numbers import Integral, Real
 from typing import Any, Literal, TypeVar, Union
 
@@ -70,14 +70,20 @@ def kind_of(hint: Any) -> _Test | None:
         if not all(parts):
             return None
         tests = [test for test, _ in parts]
-        return lambda value: any(test(value) for test in tests), " or ".join(words for _, words in parts)
+        texts = [text for _, text in parts]
+        joint = ", or " if any("," in text for text in texts) else " or "
+        return lambda value: any(test(value) for test in tests), joint.join(texts)
     if origin is Literal:
         return lambda value: value in arguments, " or ".join(map(repr, arguments))
     if origin is os.PathLike:
         return lambda value: isinstance(value, os.PathLike), "a path"
-    inner = kind_of(arguments[0]) if origin is Sequence and arguments else None
+    if origin is tuple and arguments:
+        return _kind_of_tuple(arguments)
+    inner = kind_of(arguments[0]) if origin in (Sequence, Iterable) and arguments else None
     if inner is not None:
-        return lambda value: _is_sequence(value) and all(map(inner[0], value)), f"a list or tuple, each {inner[1]}"
+        is_any = _is_sequence if origin is Sequence else _is_iterable
+        name = "a list or tuple" if origin is Sequence else "an iterable, such as a list"
+        return lambda value: is_any(value) and _all_are(inner[0], value), f"{name}, each {inner[1]}"
     if origin in (Iterable, Sequence, Mapping):
         return {
             Iterable: (_is_iterable, "an iterable, such as a list or a DataLoader"),
@@ -95,18 +101,39 @@ def kind_of(hint: Any) -> _Test | None:
     return None
 
 
+def _kind_of_tuple(arguments: tuple[Any, ...]) -> _Test | None:
+    """Return how to tell a tuple, for which a list is as good; ``(X, ...)`` for any number of X."""
+    if arguments[-1] is Ellipsis:
+        return kind_of(Sequence[arguments[0]])
+    kinds: list[_Test] = [kind_of(argument) or (lambda value: True, "anything") for argument in arguments]
+    words = [text for _, text in kinds]
+    each = f"each {words[0]}" if len(set(words)) == 1 else ", ".join(words)
+
+    def is_such(value: Any) -> bool:
+        if not _is_sequence(value) or len(value) != len(kinds):
+            return False
+        return all(test(part) for (test, _), part in zip(kinds, value, strict=True))
+
+    return is_such, f"a list or tuple of {len(kinds)}, {each}"
+
+
+def _all_are(test: Callable[[Any], bool], values: Any) -> bool:
+    """Whether all that can be looked at without using it up passes a test."""
+    return not (_is_sequence(values) or isinstance(values, (Mapping, Set))) or all(map(test, values))
+
+
 def _is_module_class(value: Any) -> bool:
     """Whether a value is a class of modules, such as a loss of torch of which no object was made."""
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 @functools.cache
-def _hints(owner: Any) -> dict[str, Any]:
-    """Return annotations by name, those that can be read while the program runs."""
+def hints_of(owner: Any) -> dict[str, Any]:
+    """Return the annotations of a function or class by name, those that can be read while the program runs."""
     found = {}
-    places = [owner.__mro__, None] if isinstance(owner, type) else [(owner,), None]
-    for part in reversed(places[0]):
-        scope = vars(inspect.getmodule(part) or types) if inspect.getmodule(part) else {}
+    for part in reversed(owner.__mro__) if isinstance(owner, type) else (owner,):
+        module = inspect.getmodule(part)
+        scope = getattr(part, "__globals__", None) or (vars(module) if module else {})
         for name, hint in inspect.get_annotations(part).items():
             with contextlib.suppress(NameError, AttributeError, TypeError):
                 found[name] = eval(hint, dict(scope)) if isinstance(hint, str) else hint
@@ -114,10 +141,24 @@ def _hints(owner: Any) -> dict[str, Any]:
 
 
 def check(name: str, value: Any, hint: Any) -> None:
-    """Raise a ValueError unless a value is of the kind that an annotation means."""
+    """Raise a ValueError unless a value is of the kind that an annotation means; a seed is 0 or more."""
     kind = kind_of(hint)
     if kind is not None and not kind[0](value):
+        for number, entry, of_entries in _entries(value, hint):
+            check(f"{name}[{number}]", entry, of_entries)
         raise ValueError(f"{name} must be {kind[1]}, got {shown(name, value)}.")
+    if name == "seed" and isinstance(value, Integral) and value < 0:
+        raise ValueError(f"seed must be an integer of 0 or more, got seed={value}.")
+
+
+def _entries(value: Any, hint: Any) -> Iterator[tuple[int, Any, Any]]:
+    """Yield the number, value and annotation of each entry of a list or tuple that should have entries of one kind."""
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    for choice in choices:
+        origin, arguments = typing.get_origin(choice), typing.get_args(choice)
+        is_list = origin in (Sequence, Iterable) or (origin is tuple and arguments[-1] is Ellipsis)
+        if is_list and arguments and _is_sequence(value):
+            yield from ((number, entry, arguments[0]) for number, entry in enumerate(value))
 
 
 def shown(name: str, value: Any) -> str:
@@ -134,17 +175,20 @@ def checked(function: F) -> F:
 
     @functools.wraps(function)
     def at_the_door(*args: Any, **kwargs: Any) -> Any:
-        hints = _hints(function)
-        for name, value in signature.bind(*args, **kwargs).arguments.items():
-            if name in hints and signature.parameters[name].kind not in (
-                inspect.Parameter.VAR_POSITIONAL,
-                inspect.Parameter.VAR_KEYWORD,
-            ):
-                check(name, value, hints[name])
+        check_arguments(function, signature.bind(*args, **kwargs))
         with _ordinary_tensors():
             return function(*args, **kwargs)
 
     return at_the_door  # type: ignore[return-value]
+
+
+def check_arguments(function: Callable[..., Any], bound: inspect.BoundArguments) -> None:
+    """Raise a ValueError unless the arguments of a call are of the kinds that the function's annotations mean."""
+    hints, parameters = hints_of(function), bound.signature.parameters
+    several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    for name, value in bound.arguments.items():
+        if name in hints and parameters[name].kind not in several:
+            check(name, value, hints[name])
 
 
 @contextlib.contextmanager
@@ -161,7 +205,7 @@ def _ordinary_tensors() -> Iterator[None]:
 
 def check_settings(settings: Any) -> None:
     """Raise a ValueError unless the fields of a dataclass are of the kinds that their annotations mean."""
-    hints = _hints(type(settings))
+    hints = hints_of(type(settings))
     for field in dataclasses.fields(settings):
         if field.init and field.name in hints:
             check(field.name, getattr(settings, field.name), hints[field.name])

@@ -58,7 +58,7 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         >>> torch.equal(before, torch.get_rng_state())
         True
     """
-    if not isinstance(seed, Integral) or seed < 0:
+    if not isinstance(seed, Integral) or isinstance(seed, bool) or seed < 0:
         raise ValueError(f"seed must be an integer of 0 or more, got seed={seed!r}.")
     device = torch.device(device)
     with preserved(device):

@@ -202,7 +202,7 @@ def test_normalisation_is_saved_but_not_trained():
     [
         ({"mean": [0.1, 0.2]}, r"mean must be one number or one for each of the 3 channels, got shape \(2,\)"),
         ({"std": 0.0}, r"std must be positive for every channel, got a smallest value of 0"),
-        ({"mean": float("nan")}, r"mean must be finite, got nan"),
+        ({"mean": float("nan")}, "mean must be a number, or a list .* got mean=nan"),
     ],
 )
 def test_statistics_are_checked(arguments, message):
@@ -222,7 +222,7 @@ def test_too_small_images_are_refused_and_the_smallest_works(name, smallest, sho
 
 
 def test_impossible_sizes_are_refused():
-    with pytest.raises(ValueError, match=r"every size of an input must be at least 1, got an input shape of \(0, 32"):
+    with pytest.raises(ValueError, match="in_channels must be at least 1, got in_channels=0"):
         models.resnet20(in_channels=0)
     with pytest.raises(ValueError, match=r"width must leave at least 1 of the stem's 16 channels, got width=0"):
         models.resnet20(width=0)

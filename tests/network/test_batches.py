@@ -8,12 +8,15 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils.data import DataLoader, TensorDataset
 
+import modeconn
 from modeconn.data import Flip, TensorLoader
+from modeconn.measure.meter import Meter
 from modeconn.network.batches import (
     Opened,
     batches,
@@ -236,3 +239,43 @@ def test_an_opened_loader_is_the_loader_in_all_else():
         Opened([], CPU)
     with pytest.raises(ValueError, match="can be read only once"):
         Opened(iter(LOADERS["list"]()), CPU)
+
+
+class Growing:
+    """A loader that is one batch longer each time it is read."""
+
+    def __init__(self, count: int = 2) -> None:
+        self.count = count
+
+    def __iter__(self):
+        self.count += 1
+        return iter([(torch.rand(4, 3), torch.arange(4) % 2)] * self.count)
+
+
+def test_passes_of_different_length_are_told_of_in_training_and_refused_in_measuring():
+    a, b = (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2))
+    recipe = modeconn.Recipe(epochs=2)
+    message = "loader yielded . batches in this epoch, but its length or an earlier pass promised ."
+    with pytest.warns(UserWarning, match=message):
+        modeconn.fit_curve(a, b, Growing(), align=False, recipe=recipe)
+    with pytest.warns(UserWarning, match=message):
+        modeconn.models.train(a, Growing(), recipe=recipe)
+    with pytest.raises(ValueError, match="passes of loader are of different lengths"):
+        modeconn.models.train_population([a, b], Growing(), recipe=recipe)
+    meter = Meter(Growing(), F.mse_loss, forward=lambda model, batch: model(batch[0]).square().mean())
+    meter.measure(a)
+    with pytest.raises(ValueError, match="loader yielded 16 examples on this pass and 12 on the one before"):
+        meter.measure(b)
+
+
+def test_the_learning_rate_never_leaves_its_schedule(monkeypatch):
+    seen = []
+    set_rate = modeconn.Recipe.set_learning_rate
+    monkeypatch.setattr(
+        modeconn.Recipe,
+        "set_learning_rate",
+        lambda self, optimizer, epoch: (seen.append(epoch), set_rate(self, optimizer, epoch))[1],
+    )
+    with pytest.warns(UserWarning, match="batches in this epoch"):
+        modeconn.models.train(nn.Linear(3, 2), Growing(), recipe=modeconn.Recipe(epochs=2))
+    assert seen == sorted(seen) and max(seen) == 2.0

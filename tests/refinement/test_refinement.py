@@ -490,8 +490,8 @@ def test_settings_out_of_range(settings, message):
 @pytest.mark.parametrize(
     ("step", "settings", "message"),
     [
-        (ProximalLinear, {"weights": 0.1}, "weights must be one or more numbers of at least 0, got weights=0.1"),
-        (ProximalLinear, {"weights": (math.nan,)}, "weights must be one or more numbers"),
+        (ProximalLinear, {"weights": 0.1}, "weights must be a list or tuple, each a number, got weights=0.1"),
+        (ProximalLinear, {"weights": (math.nan,)}, r"weights\[0\] must be a number, got weights\[0\]=nan"),
         (ProximalLinear, {"weights": ()}, "weights must be one or more numbers"),
         (RelaxedStep, {"num_halvings": -1}, "num_halvings must be at least 0, got num_halvings=-1"),
         (RelaxedStep, {"seed": None}, "seed must be an integer, got seed=None"),

@@ -33,7 +33,10 @@ def verb(
     named: Mapping[str, Any] | None = None,
     how: Literal["a", "b"] = "a",
     loss: Callable[..., Any] = min,
+    pairs: Iterable[tuple[int, str]] = (),
+    sizes: tuple[int, ...] = (),
     anything: Any = None,
+    seed: int = 0,
     **more: int,
 ) -> str:
     """Say so."""
@@ -44,6 +47,8 @@ GOOD = [
     {"count": np.int64(3), "rate": 1, "flag": np.bool_(True)},
     {"count": 1, "model": nn.Linear(2, 1), "data": [], "places": torch.linspace(0, 1, 3), "named": {}},
     {"count": 1, "data": torch.utils.data.DataLoader([1]), "how": "b", "loss": nn.MSELoss(), "anything": object()},
+    {"count": 1, "pairs": [(1, "a"), [2, "b"]], "sizes": [1, 2], "seed": 3},
+    {"count": 1, "pairs": iter("only reading it could tell"), "sizes": torch.tensor([1, 2]).tolist()},
     {"count": 1, "rate": float("inf"), "places": np.zeros(2), "loss": functools.partial(min), "other": "x"},
 ]
 BAD = [
@@ -52,12 +57,16 @@ BAD = [
     ({"count": 1, "rate": float("nan")}, "rate must be a number, got rate=nan"),
     ({"count": 1, "flag": 1}, "flag must be True or False, got flag=1"),
     ({"count": 1, "model": nn.Linear}, "model must be a torch.nn.Module or None, got model=<class"),
-    ({"count": 1, "data": "abc"}, "data must be an iterable, such as a list or a DataLoader or None, got data='abc'"),
+    ({"count": 1, "data": "abc"}, "data must be an iterable, such as a list or a DataLoader, or None, got data='abc'"),
     ({"count": 1, "places": 3}, "places must be a list or tuple, each a number, got places=3"),
     ({"count": 1, "named": [1]}, r"named must be a mapping or None, got named=\[1\]"),
     ({"count": 1, "how": "c"}, "how must be 'a' or 'b', got how='c'"),
     ({"count": 1, "loss": nn.MSELoss}, "loss must be a function, got loss=<class"),
     ({"count": 1, "loss": 3}, "loss must be a function, got loss=3"),
+    ({"count": 1, "pairs": [(1, "a", 2)]}, r"pairs\[0\] must be a list or tuple of 2, an integer, a str"),
+    ({"count": 1, "pairs": {1: "a"}}, "pairs must be an iterable, such as a list, each a list or tuple of 2, an int"),
+    ({"count": 1, "sizes": (1, 2.0)}, r"sizes\[1\] must be an integer, got sizes\[1\]=2.0"),
+    ({"count": 1, "seed": -1}, "seed must be an integer of 0 or more, got seed=-1"),
     ({"count": torch.zeros(3)}, r"count must be an integer, got a tensor of shape \(3,\)"),
 ]
 
@@ -134,3 +143,41 @@ def test_warnings_point_at_the_caller():
     with pytest.warns(UserWarning, match="here") as caught:
         warn("here")
     assert Path(caught[0].filename) == Path(__file__)
+
+
+X, Y = torch.rand(6, 4), torch.arange(6) % 3
+NORMED = [nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).eval() for _ in range(2)]
+REFUSED = {
+    "targets must be classes, integers": lambda: modeconn.data.TensorLoader(X, Y.float()),
+    "batch_size must be an integer, got batch_size='3'": lambda: modeconn.data.TensorLoader(X, Y, "3"),
+    "num_classes must be at least 1": lambda: modeconn.models.mlp(4, (3,), -1),
+    "hidden must be at least 1 each": lambda: modeconn.models.mlp(4, (3, 0), 2),
+    "image_size must be an integer": lambda: modeconn.models.tinyten(image_size=32.0),
+    "seed must be an integer, got seed=True": lambda: modeconn.models.mlp(4, (3,), 2, seed=True),
+    r"models\[0\] must be a torch.nn.Module, got models\[0\]=None": lambda: modeconn.Ensemble(iter([None])),
+    "attacks must be an attack, or a list or dict": lambda: modeconn.robustness(NORMED[0], [(X, Y)], 3),
+    "rules must be by operator": lambda: modeconn.discover(NORMED[0], X, rules={"linear": min}),
+    "the rule for aten::linear must be a function, got 3": lambda: modeconn.discover(
+        NORMED[0], X, rules={"aten::linear": 3}
+    ),
+    "connection must be a modeconn.Connection": lambda: modeconn.best_swap(None, [(X, Y)]),
+    "recalibration_examples must be at least 1": lambda: modeconn.interpolate(
+        *NORMED, recalibrate=[(X, Y)], recalibration_examples=-1
+    ),
+    "a batch of the loader holds no example": lambda: modeconn.models.train_population(NORMED, [(X[:0], Y[:0])]),
+    r"does not run on the inputs of a batch, Tensor of float64 \(6, 4\)": lambda: modeconn.models.train_population(
+        NORMED, [(X.double(), Y)]
+    ),
+    "loss_fn= must return the mean loss of a batch": lambda: modeconn.models.train_population(
+        NORMED, [(X, Y)], loss_fn=lambda outputs, targets: outputs.mean(1)
+    ),
+    "metric 'a' cannot compare the model's outputs": lambda: modeconn.Connection.straight_between(*NORMED).evaluate(
+        [(X, Y)], recalibrate=[(X, Y)], metrics={"a": len}
+    ),
+}
+
+
+@pytest.mark.parametrize("message", REFUSED)
+def test_the_sentence_says_which_argument_and_what_it_takes(message):
+    with pytest.raises(ValueError, match=message):
+        REFUSED[message]()
