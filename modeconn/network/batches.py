@@ -224,8 +224,8 @@ def check_length(num_batches: int, expected: int) -> None:
     if num_batches != expected:
         warn(
             f"loader yielded {num_batches} batches in this epoch, but its length or an earlier pass promised "
-            f"{expected}, which the learning rate was set by. So the run is not the one that its recipe describes; let every pass "
-            f"have equally many batches."
+            f"{expected}, which the learning rate was set by. So the run is not the one that its recipe describes; let "
+            f"every pass have equally many batches."
         )
 
 
