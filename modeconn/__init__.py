@@ -12,6 +12,9 @@ connection = modeconn.fit_curve(a, b, train, align=True)   # a low-loss curve be
 profile = connection.evaluate(test)                        # loss and accuracy along it
 """
 
+from modeconn.tools import program as _program  # noqa: F401, first: stopped while it imports, the program is silent
+
+# isort: split
 from modeconn import attacks, data, models, plot
 from modeconn._version import __version__
 from modeconn.attacks.pgd import PGD

@@ -31,7 +31,6 @@ from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools.door import checked
-from modeconn.tools.files import write_text
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
@@ -39,6 +38,7 @@ from modeconn.tools.memory import peak_memory
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 from modeconn.tools.table import csv_table, html_table, table
+from modeconn.tools.writing import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -253,17 +253,17 @@ def compare(
         names = {row: identify(method) for row, method in named.items()}
     trial = _Matching(spec, TrainingData(loader, loss_fn, forward), measured, num_points, repair, recipe, curve, seed)
     match_units(torch.eye(2))  # imported now, so that no method pays time and memory for one-time imports
-    known = Records(checkpoint)
-    records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
-    bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
-    for number, (a, b) in enumerate(pairs):
-        baselines: dict[str, Method] = {"identity": _Identity(), "random": _Random(seed + number)}
-        for row, method in {**baselines, **named}.items():
-            key = record_key(*about, names.get(row, method), digest(a), digest(b))
-            if key not in known:
-                known.add(key, trial.run(method, a, b))
-            records[row].append(known[key])
-            bar.update()
+    with Records(checkpoint) as known:
+        records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
+        bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
+        for number, (a, b) in enumerate(pairs):
+            baselines: dict[str, Method] = {"identity": _Identity(), "random": _Random(seed + number)}
+            for row, method in {**baselines, **named}.items():
+                key = record_key(*about, names.get(row, method), digest(a), digest(b))
+                if key not in known:
+                    known.add(key, trial.run(method, a, b))
+                records[row].append(known[key])
+                bar.update()
     return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured))
 
 

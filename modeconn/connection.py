@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict
 from typing import Any
 
@@ -20,7 +21,7 @@ from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, TrainingData
-from modeconn.network.registry import build, describe
+from modeconn.network.registry import describe, rebuild
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files
@@ -172,42 +173,56 @@ class Connection(Measurable):
             ValueError: If the file is no connection, the template differs from it (the first name that differs is
                 named), or the class of the curve is missing or another one.
         """
-        tensors, about = files.read(path, _KIND)
-        points = tensors.pop("control_points")
-        template = _rebuild(about["model"], points.dtype, path) if template is None else template
-        if device is not None:
-            template = copy_of(template).to(device)  # copied, because `to` would move the caller's template
-        buffers = tuple(
-            {name.removeprefix(start): buffer for name, buffer in tensors.items() if name.startswith(start)}
-            for start in ("buffers.a.", "buffers.b.")
-        )
-        space = WeightSpace(template)
-        _check_template(about["parameters"], space.shapes)
-        _check_template(_shapes(buffers[0]), _shapes(dict(template.named_buffers())))
-        if points.dtype != space.dtype:
-            raise ValueError(f"the file holds {points.dtype} weights, template has {space.dtype}.")
-        path = Path(
-            template,
-            rebuild_curve(*about["curve"], curve),
-            torch.stack([space.from_canonical(row) for row in points]),
-            tuple({name: buffer.to(space.device) for name, buffer in side.items()} for side in buffers),
-            space=space,
-        )
-        return cls(
-            path,
-            permutation=unpack(tensors, about, MOVED),
-            history=None if about["history"] is None else History(**about["history"]),
-        )
+        with files.opened(path, _KIND) as (tensors, about):
+            points = tensors.pop("control_points")
+            _check_points(points, about["parameters"], path)
+            template = _rebuild(about, points.dtype, path) if template is None else template
+            if device is not None:
+                template = copy_of(template).to(device)  # copied, because `to` would move the caller's template
+            buffers = tuple(
+                {name.removeprefix(start): buffer for name, buffer in tensors.items() if name.startswith(start)}
+                for start in ("buffers.a.", "buffers.b.")
+            )
+            space = WeightSpace(template)
+            _check_template(about["parameters"], space.shapes)
+            for side in buffers:
+                _check_template(_shapes(side), _shapes(dict(template.named_buffers())))
+            if points.dtype != space.dtype:
+                raise ValueError(f"the file holds {points.dtype} weights, template has {space.dtype}.")
+            between = Path(
+                template,
+                rebuild_curve(*about["curve"], curve),
+                torch.stack([space.from_canonical(row) for row in points]),
+                tuple({name: buffer.to(space.device) for name, buffer in side.items()} for side in buffers),
+                space=space,
+            )
+            return cls(
+                between,
+                permutation=unpack(tensors, about, MOVED),
+                history=None if about["history"] is None else History(**about["history"]),
+            )
 
 
-def _rebuild(described: list[Any] | None, dtype: torch.dtype, path: str | os.PathLike[str]) -> nn.Module:
-    if described is None:
+def _check_points(points: Tensor, shapes: Mapping[str, Sequence[int]], path: str | os.PathLike[str]) -> None:
+    """Raise unless control points hold all parameters, each a finite number, before memory is taken for them."""
+    count = sum(math.prod(shape) for shape in shapes.values())
+    if points.ndim != 2 or len(points) < 2 or points.shape[1] != count or not points.is_floating_point():
+        what = f"control points of shape {tuple(points.shape)}, {points.dtype}, for {count:,} parameters"
+        raise files.damaged(path, ValueError(what))
+    if not points.isfinite().all():
+        raise ValueError(f"{os.fspath(path)!r} holds control points that are not finite: the run behind it failed.")
+
+
+def _rebuild(about: Mapping[str, Any], dtype: torch.dtype, path: str | os.PathLike[str]) -> nn.Module:
+    if about["model"] is None:
         raise ValueError(
             f"{os.fspath(path)!r} connects networks that are not of modeconn.models. "
             f"Pass template=, a model of the same architecture."
         )
-    name, arguments = described
-    return build(name, **arguments).to(dtype)
+    try:
+        return rebuild(about["model"], about["parameters"], dtype)
+    except (TypeError, ValueError) as error:
+        raise files.damaged(path, error) from error
 
 
 def _shapes(tensors: dict[str, Tensor]) -> dict[str, tuple[int, ...]]:

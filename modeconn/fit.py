@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterable, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
@@ -132,9 +133,10 @@ def fit_curve(
         "align": finished(align) or align,
         "seed": seed,
     }
-    with seeded(seed, space.device):
+    with seeded(seed, space.device), ExitStack() as until_end:
         data = None if loader is None else _opened(loader, space, forward)
-        file = RunFile(checkpoint, partial(_identified, settings, space, ends), space.device, loader=loader)
+        about = partial(_identified, settings, space, ends)
+        file = until_end.enter_context(RunFile(checkpoint, about, space.device, loader=loader))
         how = align if file.saved is None else file.relabelling() or False
         with bars(progress):
             permutation, relabelled = _relabel(ends, data, how, spec, example_input, is_refined=refine is not None)
@@ -183,7 +185,8 @@ class _Learner:
                 _LOGGER.warning("the model has no group of units that may be relabelled: PAM moves the curve only.")
             told = {"callbacks": callbacks, "progress": progress}
             if self.refine.exact:
-                descent = Descent(self.refine, self.permutation, step, training, file, connection=self._now, **told)
+                settings = {"seed": seed, "connection": self._now, **told}
+                descent = Descent(self.refine, self.permutation, step, training, file, **settings)
                 self._moving = descent
                 return descent.run()
             self._moving = between = Refinement(self.refine, self.permutation, step, training, seed=seed, **told)

@@ -224,8 +224,9 @@ def history(*fits: Fit | History, labels: Sequence[str] | None = None, ax: Axes 
     """
     names = _labels(labels, fits, "fit")
     histories = [getattr(fit, "history", fit) for fit in fits]
-    if None in histories:
-        raise ValueError(f"fit {histories.index(None)} has no history: no curve was learned.")
+    for number, kept in enumerate(histories):
+        if kept is None or not kept.loss:
+            raise ValueError(f"fit {number} has no history: no curve was learned.")
     ax = _axes(ax)
     for number, (kept, name) in enumerate(zip(histories, names, strict=True)):
         colour, dashes = _style(number)

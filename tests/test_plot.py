@@ -145,6 +145,7 @@ def test_two_histories_share_one_entry_for_their_range(ax):
         (lambda: plot.correlation({"a": (0, 1)}, {"b": (0, 1)}), "different architectures"),
         (lambda: plot.correlation({"a": (0, 1)}, labels=[]), r"must name each group: 1 to draw, got labels=\[\]"),
         (lambda: plot.history(types.SimpleNamespace(history=None)), "fit 0 has no history"),
+        (lambda: plot.history(History([], [])), "fit 0 has no history"),
     ],
 )
 def test_what_cannot_be_drawn_is_an_error_and_no_figure_is_opened(draw, message):

@@ -10,10 +10,12 @@ def main() -> None:
     import typer
 
     from modeconn.cli.app import app
+    from modeconn.tools import program
 
     def show_warning(message: Warning | str, *args: object, **kwargs: object) -> None:
         typer.echo(f"modeconn: warning: {message}", err=True)
 
+    program.interrupt()
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         app(prog_name="modeconn")

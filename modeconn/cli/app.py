@@ -28,11 +28,12 @@ from modeconn.cli.options import (
 )
 from modeconn.cli.options import bars as _bars
 from modeconn.measure.along import AlongCurve
-from modeconn.tools.files import check_writable
+from modeconn.tools import program
 from modeconn.tools.measurements import Records
 from modeconn.tools.progress import bars as progress_bars
+from modeconn.tools.writing import check_writable, write_text
 
-_INTERRUPTED = 130  # 128 + SIGINT, as shells have it
+_INTERRUPTED, _TERMINATED = 130, 143  # 128 + SIGINT and 128 + SIGTERM, as shells have it
 
 
 class _Group(TyperGroup):
@@ -46,7 +47,7 @@ class _Group(TyperGroup):
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             say("interrupted.")
-            raise typer.Exit(_INTERRUPTED) from None
+            raise typer.Exit(_TERMINATED if program.was_terminated else _INTERRUPTED) from None
 
 
 app = typer.Typer(
@@ -85,7 +86,7 @@ def _program(
 def _check_outputs(*paths: Path | None) -> None:
     """Raise unless each file that is asked for can be written, and to a place of its own."""
     asked = [path for path in paths if path is not None]
-    places = [path.absolute() for path in asked]
+    places = [path.resolve() for path in asked]
     for path, place in zip(asked, places, strict=True):
         check_writable(path)
         if places.count(place) > 1:
@@ -293,7 +294,7 @@ def align(
     if permutation is not None:
         found.permutation.save(permutation)
     if report is not None:
-        report.write_text(json.dumps({"correlation": found.correlation}, indent=1), encoding="utf-8")
+        write_text(json.dumps({"correlation": found.correlation}, indent=1) + "\n", report)
     typer.echo(repr(found))
     typer.echo(f"Wrote {', '.join(str(path) for path in (out, permutation, report) if path is not None)}")
 
@@ -493,7 +494,8 @@ def robustness(
         training = modeconn.AdversarialExamples(training, modeconn.attacks.build("pgd5", eps=radius, norm=ball))
     for path, base, written in zip(connections, bases, results, strict=True):
         kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
-        Records(kept)  # another file than a checkpoint is refused here, before anything is said of it
+        with Records(kept):  # another file than a checkpoint is refused here, before anything is said of it
+            pass
         loaded = _connection(path, template, curve_class, data.device)
         with kept_until_done(kept, is_own=checkpoint is not None):
             found = loaded.robustness(
@@ -511,7 +513,7 @@ def robustness(
             found.to_csv(written[1])
             figure = Figure(figsize=(5.4, 3.6), layout="constrained")
             plot.robust_profile(found, ax=figure.subplots())
-            figure.savefig(written[2], dpi=150)
+            options.save_figure(figure, written[2])
         typer.echo(f"{path}: {found!r}")
         typer.echo(f"Wrote {', '.join(map(str, written))}")
 
@@ -655,7 +657,7 @@ def draw(
     check_writable(out)
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     draw_files(files, _legend(files, labels), quantity, figure.subplots())
-    figure.savefig(out, dpi=150)
+    options.save_figure(figure, out)
     typer.echo(f"Wrote {out}")
 
 
@@ -709,7 +711,7 @@ def symmetry(
     if error is not None:
         typer.echo(f"\nproved: no tensor differs from its prediction by more than {error:.1e} standard deviations")
     if out is not None:
-        out.write_text(spec.report().to_json() + "\n")
+        write_text(spec.report().to_json() + "\n", out)
     if save_spec is not None:
         spec.save(save_spec)
 

@@ -11,7 +11,7 @@ from torch import nn
 from modeconn import ActivationMatching, DeepAlign, WeightMatching, compare, models
 from modeconn.cli import options, parse
 from modeconn.cli.options import DataOptions, ModelOptions, RecipeOptions, bars, grouped, kept_until_done
-from modeconn.tools.files import check_writable
+from modeconn.tools.writing import check_writable
 
 app = typer.Typer(
     no_args_is_help=True,

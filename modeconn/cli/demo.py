@@ -15,12 +15,14 @@ import torch
 from torch import nn
 
 from modeconn import Alignment, Connection, Profile, Recipe, align, fit_curve, models, plot
+from modeconn.cli.options import save_figure
 from modeconn.data import TensorLoader
 from modeconn.learning.checkpoint import environment
 from modeconn.network.loss import TrainingData
 from modeconn.network.recipe import one_cycle
 from modeconn.tools.fingerprint import identify
 from modeconn.tools.table import table
+from modeconn.tools.writing import write_text
 
 T = TypeVar("T")
 
@@ -191,7 +193,7 @@ def write_results(story: Story, folder: Path, settings: dict[str, Any]) -> None:
         "table": {row.name: row.numbers() for row in story.rows},
         "correlation": story.alignment.correlation,
     }
-    (folder / "results.json").write_text(json.dumps(numbers, indent=1), encoding="utf-8")
+    write_text(json.dumps(numbers, indent=1) + "\n", folder / "results.json")
     _draw(story, folder)
 
 
@@ -202,16 +204,16 @@ def _draw(story: Story, folder: Path) -> None:
     for ax, quantity in zip(figure.subplots(1, 2), ("loss", "accuracy"), strict=True):
         names = [row.name for row in story.rows]
         plot.profile(*(row.profile for row in story.rows), labels=names, quantity=quantity, ax=ax)
-    figure.savefig(folder / "profiles.png", dpi=150)
+    save_figure(figure, folder / "profiles.png")
 
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     plot.correlation(story.alignment, ax=figure.subplots())
-    figure.savefig(folder / "correlations.png", dpi=150)
+    save_figure(figure, folder / "correlations.png")
 
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     learned = [row for row in story.rows if row.connection.history is not None]
     plot.history(*(row.connection for row in learned), labels=[row.name for row in learned], ax=figure.subplots())
-    figure.savefig(folder / "history.png", dpi=150)
+    save_figure(figure, folder / "history.png")
 
 
 def _describe_recipe(recipe: Recipe) -> dict[str, Any]:

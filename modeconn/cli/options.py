@@ -9,7 +9,7 @@ from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
-from typing import Annotated, Any, get_type_hints
+from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 
 import torch
 import typer
@@ -19,6 +19,10 @@ from modeconn import Recipe, data, models
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.cli import parse
 from modeconn.data import TensorLoader
+from modeconn.tools.writing import replacing
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 _RECIPE = Recipe()
 
@@ -52,6 +56,15 @@ Finished = Annotated[
     Path | None,
     typer.Option("--checkpoint", help="Finished measurements; default: beside the result, deleted at the end."),
 ]
+
+
+def save_figure(figure: Figure, path: Path) -> None:
+    """Write a figure to a file, all or nothing, in the format that its ending names."""
+    try:
+        with replacing(path) as file:
+            figure.savefig(file, format=path.suffix.removeprefix(".") or "png", dpi=150)
+    except ValueError as error:  # an ending that matplotlib does not know
+        raise ValueError(f"{str(path)!r} cannot be written: {error}") from None
 
 
 def say(text: str) -> None:

@@ -184,8 +184,8 @@ class DeepAlign(Settings):
             network = PopulationNetwork(models[0], loss_fn)
             training = EncoderTraining(self, encoder, network, states, held_out, loader, example)
             about = partial(self._identified, loss_fn, spec, states, held_out)
-            file = run_file(checkpoint, about, space.device, ALIGNER, loader)
-            training.run(file, progress=progress)
+            with run_file(checkpoint, about, space.device, ALIGNER, loader) as file:
+                training.run(file, progress=progress)
         fitted = Fitted(encoder.requires_grad_(False), training.history, training.validations)
         return replace(self, fitted=fitted)
 
@@ -262,22 +262,24 @@ class DeepAlign(Settings):
         Raises:
             ValueError: If the file is no aligner of modeconn, or of another version's format.
         """
-        tensors, about = files.read(path, _KIND)
-        if about["format"] != _FORMAT:
-            raise ValueError(
-                f"{os.fspath(path)!r} has format {about['format']}; this version of modeconn reads {_FORMAT}. Fit the "
-                f"aligner anew, or use the version that wrote it."
-            )
-        settings = about["settings"]
-        aligner = cls(**{**settings, "augmentation": WeightAugmentation(**settings["augmentation"])})
-        layout = {name: Entry(tensor, tuple(shape), role) for name, (tensor, shape, role) in about["layout"].items()}
-        graph = UnitGraph(PermutationSpec.from_json(about["spec"]), layout, device)
-        with preserved():  # the encoder draws initial weights, which are replaced below
-            encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)
-        encoder = encoder.to(device=device, dtype=tensors["scale"].dtype).requires_grad_(False)
-        encoder.load_state_dict(tensors)
-        validation = [(step, inf if value is None else value) for step, value in about["validation"]]
-        return replace(aligner, fitted=Fitted(encoder, about["history"], validation))
+        with files.opened(path, _KIND) as (tensors, about):
+            if about["format"] != _FORMAT:
+                raise ValueError(
+                    f"{os.fspath(path)!r} has format {about['format']}; this version of modeconn reads {_FORMAT}. Fit "
+                    f"the aligner anew, or use the version that wrote it."
+                )
+            settings = about["settings"]
+            aligner = cls(**{**settings, "augmentation": WeightAugmentation(**settings["augmentation"])})
+            layout = {
+                name: Entry(tensor, tuple(shape), role) for name, (tensor, shape, role) in about["layout"].items()
+            }
+            graph = UnitGraph(PermutationSpec.from_json(about["spec"]), layout, device)
+            with preserved():  # the encoder draws initial weights, which are replaced below
+                encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)
+            encoder = encoder.to(device=device, dtype=tensors["scale"].dtype).requires_grad_(False)
+            encoder.load_state_dict(tensors)
+            validation = [(step, inf if value is None else value) for step, value in about["validation"]]
+            return replace(aligner, fitted=Fitted(encoder, about["history"], validation))
 
 
 def _at_least_two(models: Iterable[nn.Module], what: str) -> list[nn.Module]:

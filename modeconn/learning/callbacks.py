@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
@@ -11,8 +12,8 @@ from typing import Any
 
 from modeconn.measure.along import chosen_positions
 from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, RunBegin, StepEnd
-from modeconn.tools.files import check_writable
 from modeconn.tools.warn import warn
+from modeconn.tools.writing import check_writable, write_text
 
 __all__ = [
     "CSVLog",
@@ -154,10 +155,11 @@ class CSVLog(Callback):
         """Write all rows; a name that comes later has empty cells before."""
         self._rows.append({"epoch": event.epoch, "loss": event.loss, "seconds": event.seconds, **event.values})
         names = list(dict.fromkeys(name for row in self._rows for name in row))
-        with self._path.open("w", newline="", encoding="utf-8") as file:
-            writer = csv.DictWriter(file, names, lineterminator="\n")
-            writer.writeheader()
-            writer.writerows(self._rows)
+        file = io.StringIO()
+        writer = csv.DictWriter(file, names, lineterminator="\n")
+        writer.writeheader()
+        writer.writerows(self._rows)
+        write_text(file.getvalue(), self._path)
 
     def state(self) -> dict[str, Any]:
         """Return all rows."""

@@ -21,6 +21,7 @@ from modeconn.tools import files
 from modeconn.tools.door import check_settings
 from modeconn.tools.rng import seeded
 from modeconn.tools.warn import warn
+from modeconn.tools.writing import check_writable, held
 
 FIT, TRAINING = "checkpoint of fit_curve", "checkpoint of models.train"
 ALIGNER = "checkpoint of DeepAlign.fit"
@@ -74,10 +75,11 @@ class Checkpoint:
         return by_batches or (self.every_seconds is not None and time.monotonic() - last_saved >= self.every_seconds)
 
 
-class RunFile:
-    """The file of one run: read when the run begins, written as it goes on; nobody else touches it.
+class RunFile(contextlib.AbstractContextManager["RunFile"]):
+    """The file of one run: read when the run begins, written as it goes on, held against other runs until its end.
 
-    A run that is not kept has one too, which holds nothing and writes nothing.
+    A context manager, which lets the file go. A run that is not kept has one too, which holds nothing and writes
+    nothing.
 
     Args:
         checkpoint: Where and how often to save; None for a run that is not kept.
@@ -92,7 +94,7 @@ class RunFile:
 
     Raises:
         ValueError: If the file belongs to another run.
-        OSError: If it cannot be written.
+        OSError: If it cannot be written, or another run holds it.
 
     Warns:
         UserWarning: If the first batch is another one than when the run began.
@@ -114,23 +116,35 @@ class RunFile:
         self._about: dict[str, Any] = {}
         self._last_saved = time.monotonic()
         self.saved: State | None = None
+        self._until_end = contextlib.ExitStack()
         if checkpoint is None:
             return
+        check_writable(checkpoint.path)
+        with contextlib.ExitStack() as stack:
+            stack.enter_context(held(checkpoint.path))
+            self._read(checkpoint, settings, loader)
+            self._until_end = stack.pop_all()
+
+    def __exit__(self, *_: Any) -> None:
+        self._until_end.close()
+
+    def _read(self, checkpoint: Checkpoint, settings: Callable[[], dict[str, Any]], loader: Any) -> None:
+        device = self._device
         about_data, first = ({}, None) if loader is None else _identified(loader, device)
         self._about = {"format": _FORMAT, "settings": {**settings(), **about_data}, "first": first, **pack(None)[1]}
         if not Path(checkpoint.path).exists():
-            files.check_writable(checkpoint.path)
             return
-        tensors, about = files.read(checkpoint.path, kind)
-        _check_settings(checkpoint.path, {"format": about.get("format")}, {"format": _FORMAT})
-        _check_settings(checkpoint.path, about["settings"], self._about["settings"])
-        _warn_about_environment(about["environment"], environment(device))
-        if first != about["first"]:
-            warn(
-                f"the first batch of loader is another one than when the run of {os.fspath(checkpoint.path)!r} began: "
-                f"other data, or an order that does not follow from torch's random state. The run goes on with it."
-            )
-        self.saved = tensors, about
+        with files.opened(checkpoint.path, self._kind) as self.saved:
+            _, about = self.saved
+            _check_settings(checkpoint.path, {"format": about.get("format")}, {"format": _FORMAT})
+            _check_settings(checkpoint.path, about["settings"], self._about["settings"])
+            _warn_about_environment(about["environment"], environment(device))
+            if first != about["first"]:
+                warn(
+                    f"the first batch of loader is another one than when the run of {os.fspath(checkpoint.path)!r} "
+                    f"began: other data, or an order that does not follow from torch's random state. The run goes on "
+                    f"with it."
+                )
 
     def relabelling(self) -> Relabelling | None:
         """Return how b was relabelled when the run was saved; None if it was not, or nothing is saved."""

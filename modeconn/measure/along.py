@@ -15,9 +15,9 @@ import torch
 from torch import Tensor
 
 from modeconn import plot
-from modeconn.tools.files import write_text
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
+from modeconn.tools.writing import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -17,8 +17,8 @@ from torch import Tensor
 
 from modeconn import plot
 from modeconn.measure.along import AlongCurve, Quantity
-from modeconn.tools.files import write_text
 from modeconn.tools.table import csv_table
+from modeconn.tools.writing import write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -118,22 +118,23 @@ def robustness_along(
 
     ``model_at`` may return one module that it moves.
     """
-    start, named, known = time.perf_counter(), _named(attacks), Records(checkpoint)
-    networks = [copy_of(model_at(position)) for position in t] if transfer else []
-    first = networks[0] if transfer else model_at(t[0])
-    data = _read(loader, device_of(first), num_examples)
-    trial = _Attacking(data, loss_fn, seed, known, networks)
-    # Read before an attack changes its own settings.
-    names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}
-    rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
-    bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
-    for place, position in enumerate(t):
-        model = networks[place] if transfer else first if place == 0 else model_at(position)
-        check_eval_mode(model)
-        network = digest(model)
-        for row, attack in {CLEAN: None, **named}.items():
-            about = record_key("robustness", names[row], network, trial.about)
-            rows[row].append(trial.run(model, attack, about, f"{row} at t={position:g}", bar.update))
+    start, named = time.perf_counter(), _named(attacks)
+    with Records(checkpoint) as known:
+        networks = [copy_of(model_at(position)) for position in t] if transfer else []
+        first = networks[0] if transfer else model_at(t[0])
+        data = _read(loader, device_of(first), num_examples)
+        trial = _Attacking(data, loss_fn, seed, known, networks)
+        # Read before an attack changes its own settings.
+        names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}
+        rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
+        bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
+        for place, position in enumerate(t):
+            model = networks[place] if transfer else first if place == 0 else model_at(position)
+            check_eval_mode(model)
+            network = digest(model)
+            for row, attack in {CLEAN: None, **named}.items():
+                about = record_key("robustness", names[row], network, trial.about)
+                rows[row].append(trial.run(model, attack, about, f"{row} at t={position:g}", bar.update))
     return RobustProfile(
         torch.tensor(t, dtype=torch.float64),
         {row: torch.stack([one.correct for one in points]) for row, points in rows.items()},

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pickle
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -11,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modeconn.models.states import choose, materialised, states_of_pickle, states_of_safetensors
 from modeconn.network.copies import copy_of
-from modeconn.network.registry import build, describe
+from modeconn.network.registry import describe, rebuild
 from modeconn.tools import files
 from modeconn.tools.door import checked
 
@@ -39,22 +39,27 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
 
 @checked
-def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.Module:
+def load(path: str | os.PathLike[str], template: nn.Module | None = None, *, entry: str | None = None) -> nn.Module:
     """Read a model, in eval mode.
 
+    Names may carry what wrappers add: those of DataParallel, ``torch.compile``, Lightning and averaged models. Counters
+    of batches may be missing, as torch lets them. All that differs is said at once.
+
     Args:
-        path: A file of `save`, or one of ``torch.save(model.state_dict(), path)``, which is read without running code
-            (``weights_only=True``); the state may be the one state among the entries of a larger files.
+        path: A file of `save`; one of ``torch.save``, read without running code (``weights_only=True``), that holds a
+            state dict, alone or among epochs, arguments and other state dicts; or a safetensors file of any program.
         template: A model of the same architecture, whose device the result takes; it is copied. Needed unless `save`
             wrote the file and the model is of `modeconn.models`.
+        entry: Where in the file the state dict stands, such as ``"ema"`` or ``"models.student"``; needed if several
+            are of this architecture.
 
     Returns:
         A new model.
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If the file is damaged or holds something else, ``template`` is needed and missing, or it is of
-            another architecture: the first name that differs.
+        ValueError: If the file is damaged or holds something else or numbers that are not finite, ``template`` or
+            ``entry`` is needed and missing, or it is of another architecture.
 
     Example:
         >>> import tempfile
@@ -64,24 +69,37 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None) -> nn.
         ...     models.load(f"{folder}/a.safetensors").layers[0]
         Linear(in_features=64, out_features=32, bias=True)
     """
-    path = Path(path)
+    path, described = Path(path), None
+    is_foreign = False
     if _is_pickle(path):
-        state, described = _read_pickle(path), None
+        states = states_of_pickle(path)
+    elif is_foreign := not files.is_ours(path):
+        states = states_of_safetensors(path)
     else:
-        state, about = files.read(path, KIND)
-        described = about["model"]
+        with files.opened(path, KIND) as (state, about):
+            states, described = {"": state}, about["model"]
     if template is not None:
         model = copy_of(template)
     elif described is not None:
-        model = _build_like(described, state)
+        model = _build_like(path, described, states[""])
     else:
         raise ValueError(
             f"{str(path)!r} does not say how to build its model. Pass template=, a model of the same architecture "
             f"(--model on the command line)."
         )
-    _check_state(path, state, model.state_dict())
-    model.load_state_dict(state)
+    own = model.state_dict()
+    place, names = choose(path, states, own, entry)
+    tensors = materialised(path, names) if is_foreign else {new: states[place][name] for name, new in names.items()}
+    _check_finite(path, {name: tensors[name] for name, _ in model.named_parameters() if name in tensors})
+    _load(path, model, own | tensors)
     return model.eval()
+
+
+def _load(path: Path, model: nn.Module, state: Mapping[str, Any]) -> None:
+    try:
+        model.load_state_dict(state, strict=False)  # names were compared before; extra state may be missing
+    except (RuntimeError, TypeError, KeyError, AttributeError) as error:
+        raise files.damaged(path, error) from error
 
 
 def _is_pickle(path: Path) -> bool:
@@ -91,41 +109,15 @@ def _is_pickle(path: Path) -> bool:
     return start[_HEADER] != _SAFETENSORS and start.startswith((_ZIP, *_BARE_PICKLE))
 
 
-def _read_pickle(path: Path) -> dict[str, Tensor]:
+def _build_like(path: Path, described: Any, state: Mapping[str, Tensor]) -> nn.Module:
+    dtype = next((tensor.dtype for tensor in state.values() if tensor.is_floating_point()), torch.float32)
     try:
-        content = torch.load(path, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
-        raise ValueError(
-            f"{str(path)!r} is damaged, or holds more than tensors and plain values, which could run code "
-            f"({str(error).splitlines()[0]}). Write it with torch.save(model.state_dict(), path)."
-        ) from None
-    states = [one for one in (content, *_values(content)) if _is_state(one)]
-    if len(states) != 1:
-        raise ValueError(
-            f"{str(path)!r} should hold one state dict, a mapping from names to tensors; it holds {len(states)}."
-        )
-    return dict(states[0])
+        return rebuild(described, state, dtype)
+    except (TypeError, ValueError) as error:
+        raise files.damaged(path, error) from error
 
 
-def _values(content: Any) -> list[Any]:
-    return list(content.values()) if isinstance(content, Mapping) else []
-
-
-def _is_state(content: Any) -> bool:
-    return isinstance(content, Mapping) and len(content) > 0 and all(isinstance(v, Tensor) for v in content.values())
-
-
-def _build_like(described: list[Any], state: Mapping[str, Tensor]) -> nn.Module:
-    name, arguments = described
-    dtype = next(tensor.dtype for tensor in state.values() if tensor.is_floating_point())
-    return build(name, **arguments).to(dtype)
-
-
-def _check_state(path: Path, state: Mapping[str, Tensor], expected: Mapping[str, Tensor]) -> None:
-    for name in [*expected, *state]:
-        sides = [tuple(tensors[name].shape) if name in tensors else "missing" for tensors in (state, expected)]
-        if sides[0] != sides[1]:
-            raise ValueError(
-                f"{str(path)!r} is of another architecture: "
-                f"{name!r} is {sides[0]} in the file, {sides[1]} in the model."
-            )
+def _check_finite(path: Path, parameters: Mapping[str, Tensor]) -> None:
+    for name, tensor in parameters.items():
+        if not tensor.isfinite().all():
+            raise ValueError(f"{str(path)!r} holds numbers that are not finite, in {name!r}: its training failed.")

@@ -91,8 +91,7 @@ def train_population(
     settings = partial(run_settings, recipe, {"loss": loss_fn, "seeds": list(seeds)}, trained)
     with seeded(seeds[0], device):
         num_batches = count_batches(loader, any_batch=False)
-    file = run_file(checkpoint, settings, device, TRAINING, loader)
-    with seeded(seeds[0], device):
+    with run_file(checkpoint, settings, device, TRAINING, loader) as file, seeded(seeds[0], device):
         reading = _Reading(loader, seeds, device)
         _PopulationRun(trained, recipe, loss_fn).run(reading, num_batches, file, progress=progress)
     return [model.eval() for model in trained]

@@ -106,8 +106,7 @@ def train(
         num_batches = count_batches(loader, any_batch=forward is not None)
     about = {"loss": forward or loss_fn, "adversary": None if adversary is None else adversary_of(adversary)}
     settings = partial(run_settings, recipe, {**about, "seed": seed}, [model])
-    file = run_file(checkpoint, settings, device, TRAINING, loader)
-    with seeded(seed, device):
+    with run_file(checkpoint, settings, device, TRAINING, loader) as file, seeded(seed, device):
         _train(trained, loader, recipe, loss, file, num_batches=num_batches, progress=progress)
     if recalibrate is None:
         recalibrate = adversary is not None

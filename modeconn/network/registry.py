@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
@@ -87,6 +87,30 @@ def build(name: str, **arguments: Any) -> nn.Module:
     except TypeError as error:
         raise ValueError(f"model {name!r} cannot be made from {arguments}: {error}.") from None
     return _FACTORIES[name](**arguments)
+
+
+def rebuild(described: Any, tensors: Mapping[str, Tensor | Sequence[int]], dtype: torch.dtype) -> nn.Module:
+    """Build a model again from what `describe` returned, once its tensors are known to have the shapes of a file's.
+
+    Args:
+        described: What `describe` returned.
+        tensors: Tensors, or their shapes, by name: all that the model has, or its parameters alone.
+        dtype: Of the model.
+
+    Raises:
+        ValueError: If they do not belong together; before memory is taken for the model.
+    """
+    name, arguments = described
+    with torch.device("meta"):
+        sketch = build(name, **arguments)
+    mine = {name: tensor.shape for name, tensor in (*sketch.named_parameters(), *sketch.named_buffers())}
+    theirs = {name: tuple(getattr(tensor, "shape", tensor)) for name, tensor in tensors.items()}
+    parameters = {name for name, _ in sketch.named_parameters()}
+    for wrong in (name for name in {**mine, **theirs} if mine.get(name) != theirs.get(name)):
+        if wrong in theirs or wrong in parameters:
+            sides = [tuple(shapes[wrong]) if wrong in shapes else "missing" for shapes in (theirs, mine)]
+            raise ValueError(f"{wrong!r} is {sides[0]} in the file, {sides[1]} in {name}(...).")
+    return build(name, **arguments).to(dtype)
 
 
 def describe(model: nn.Module) -> tuple[str, dict[str, Any]] | None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -20,6 +21,7 @@ from modeconn.network.loss import TrainingData
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, number_of
+from modeconn.tools.rng import seeded
 
 _SUFFICIENT = 1e-4  # the share of the linear decrease that a step must reach (Armijo)
 _SMALLEST = 1e-12
@@ -34,6 +36,7 @@ class Descent:
         step: Holds control points, which are changed, and module; its optimizer is not used.
         training: Loader and loss.
         file: Where the run saves itself, after every step.
+        seed: Of the data's order and augmentation, so that a run that goes on has the data that it began with.
         callbacks: What is told of every move that is tried, and of every step of gradient descent as an epoch.
         connection: Returns the connection as it is now, for callbacks.
         progress: Whether to show a progress bar of the moves.
@@ -51,6 +54,7 @@ class Descent:
         training: TrainingData,
         file: RunFile,
         *,
+        seed: int,
         callbacks: Callbacks | None = None,
         connection: Callable[[], Any] | None = None,
         progress: bool = False,
@@ -59,7 +63,8 @@ class Descent:
         self.permutation, self.history = permutation, History()
         self._pam, self._step, self._file = pam, step, file
         self._points, self._curve = step.control_points, step.curve
-        data = list(batches(training.loader, self._points.device))
+        with seeded(int(np.random.SeedSequence([seed, 3]).generate_state(1)[0]), self._points.device):
+            data = list(batches(training.loader, self._points.device))
         grid = torch.linspace(0, 1, pam.num_points, dtype=torch.float64).tolist()
         sample = [(t, batch) for t in grid for batch in data]
         self._loss = CurveLoss(step.workspace, self._curve, self._points[0], objective_of(training), sample)

@@ -24,6 +24,7 @@ from torch.utils import _pytree as pytree
 
 from modeconn.network.batches import to_device
 from modeconn.network.copies import plain_tensors
+from modeconn.tools.rng import one_thread
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -291,7 +292,7 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
             module.momentum = 0.1  # else its average reads the number of batches, which export cannot follow
     shadow.register_forward_hook(lambda module, inputs, outputs: _plain(outputs))
     _name_keywords(shadow, example)
-    with _traceable():
+    with one_thread(), _traceable():
         graph = _with_free_batch(shadow, example, training)
         if graph is not None:
             return graph

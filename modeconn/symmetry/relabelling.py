@@ -133,10 +133,10 @@ class Relabelling(ABC):
             ValueError: If the file is no relabelling that modeconn wrote, or one of another kind or one that no
                 class that was imported defines.
         """
-        tensors, about = files.read(path)
-        if about["kind"] not in (_FILE, _OLDER_FILE):
-            raise ValueError(f"{os.fspath(path)!r} is a {about['kind']}, not a {getattr(cls, 'kind', _FILE)}.")
-        found = unpack(tensors, about if about["kind"] == _FILE else {"permutation": about["spec"]})
+        with files.opened(path) as (tensors, about):
+            if about["kind"] not in (_FILE, _OLDER_FILE):
+                raise ValueError(f"{os.fspath(path)!r} is a {about['kind']}, not a {getattr(cls, 'kind', _FILE)}.")
+            found = unpack(tensors, about if about["kind"] == _FILE else {"permutation": about["spec"]})
         if cls is not Relabelling and found.kind != cls.kind:
             raise ValueError(f"{os.fspath(path)!r} is a {found.kind}, not a {cls.kind}.")
         return found

@@ -22,6 +22,7 @@ from modeconn.symmetry.kinds import KINDS
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.report import SymmetryReport
 from modeconn.symmetry.rules import RULES
+from modeconn.symmetry.rules.operators import operator_of
 from modeconn.symmetry.structure import Structure
 from modeconn.symmetry.verify import verify
 from modeconn.symmetry.walk import Rule
@@ -86,6 +87,14 @@ class PermutationSpec(Findings):
         return self.to_json() == other.to_json() if isinstance(other, PermutationSpec) else NotImplemented
 
     __hash__ = None
+
+    def __deepcopy__(self, memo: Any) -> PermutationSpec:
+        return self  # nothing of it ever changes
+
+    def __reduce__(self) -> Any:
+        """Let a spec be pickled as it is saved, without its graphs; its own rules go by reference, as functions do."""
+        own = {str(key): rule for key, rule in self.rules.items() if str(key) in self.own_rules}
+        return _unpickled, (self.to_json(), own)
 
     def __fingerprint__(self) -> str:
         """Return what tells one spec from another, as `modeconn.tools.fingerprint` asks: all but the graphs."""
@@ -222,7 +231,8 @@ class PermutationSpec(Findings):
         Raises:
             ValueError: If the file is no spec that modeconn wrote, or the rules are for other operators.
         """
-        spec = cls.from_json(files.read(path, "spec")[1]["spec"])
+        with files.opened(path, "spec") as (_, about):
+            spec = cls.from_json(about["spec"])
         if rules is None:
             return spec
         spec._check_rules(rules)
@@ -268,6 +278,14 @@ class PermutationSpec(Findings):
         except (KeyError, TypeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no permutation spec: {type(error).__name__} {error}") from None
         return cls(structure, state, fixed, tuple(data["unread"]), unknown, freeze=freeze, own_rules=rules)
+
+
+def _unpickled(text: str, own: Mapping[str, Rule]) -> PermutationSpec:
+    spec = PermutationSpec.from_json(text)
+    kept = {key: rule for key, rule in RULES.items() if str(key) not in spec.own_rules}
+    return (
+        replace(spec, rules=kept | {operator_of(name): rule for name, rule in own.items()}) if spec.own_rules else spec
+    )
 
 
 @dataclass(frozen=True, eq=False, repr=False)

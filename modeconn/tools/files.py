@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-import contextlib
+import hashlib
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,15 +15,18 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
-_KEY = "modeconn"
+from modeconn.tools.writing import write_bytes
+
+_KEY, _DIGEST = "modeconn", "modeconn.sha256"
+_TRIES = 100
+_WAY_OUT = "Write it again, or take a copy."
 _PICKLES = (b"PK", b"\x80")  # a zip of torch.save, a bare pickle
 
 
 def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
     """Write a safetensors file in one step: whoever reads ``path``, at any time, finds the old file or the new one.
 
-    The file is written beside ``path`` under the ending ``.tmp``, synced, renamed, and its folder synced, so that a
-    process killed (or a machine that fails) at any moment loses at most the new file.
+    It holds a digest of the tensors and the description, which `read` compares.
 
     Args:
         path: The file; its folder must exist.
@@ -33,24 +37,12 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     Raises:
         OSError: If the file cannot be written; ``path`` is untouched.
     """
-    path = Path(path)
-    metadata = {_KEY: json.dumps({"kind": kind, **about})}  # with NaN and Infinity, which Python reads back
-    content = safetensors.torch.save(
-        {name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()},
-        metadata,
-    )
-    temporary = path.with_name(path.name + ".tmp")
-    try:
-        with temporary.open("wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-        _sync_folder(path.parent)
-    except OSError as error:
-        with contextlib.suppress(OSError):
-            temporary.unlink(missing_ok=True)
-        raise _unwritable(path, error) from error
+    tensors = {
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
+    text = json.dumps({"kind": kind, **about})  # with NaN and Infinity, which Python reads back
+    metadata = {_KEY: text, _DIGEST: digest_of(tensors, text)}
+    write_bytes(safetensors.torch.save(tensors, metadata), path)
 
 
 def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -62,16 +54,46 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
 
     Raises:
         FileNotFoundError: If there is no such file.
-        ValueError: If it is a pickle, which might run code, or truncated, or a file of another kind or program.
+        ValueError: If it is a pickle, which might run code, or damaged, or a file of another kind or program.
     """
     path = Path(path)
-    with path.open("rb") as file:  # opened first, so that a missing file raises Python's own error
+    for _ in range(_TRIES):
+        before = _identity(path)
+        try:
+            tensors, metadata = _read(path)
+        except ValueError:
+            if before == _identity(path):
+                raise
+            continue
+        if before == _identity(path):  # safetensors opens it twice, and another process may replace it in between
+            break
+    else:
+        raise ValueError(f"{str(path)!r} is written all the time, faster than it can be read. Read it later.")
+    if _KEY not in metadata:
+        raise ValueError(f"{str(path)!r} was not written by modeconn; it should be a {kind or 'file of it'}.")
+    about = _description(path, metadata[_KEY])
+    if kind is not None and about["kind"] != kind:
+        raise ValueError(f"{str(path)!r} is a {about['kind']}, not a {kind}.")
+    digest = metadata.get(_DIGEST)  # files of older versions have none
+    if digest is not None and digest != digest_of(tensors, metadata[_KEY]):
+        raise ValueError(f"{str(path)!r} is damaged: its content is not what was written. {_WAY_OUT}")
+    return tensors, about
+
+
+def _identity(path: Path) -> tuple[int, ...]:
+    """Return what changes when a file is replaced."""
+    about = path.stat()
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
+
+
+def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    with path.open("rb") as file:
         start = file.read(2)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
-    except safetensors.SafetensorError as error:
+            return tensors, file.metadata() or {}
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError) as error:
         # Checked only after safetensors failed: a valid header may begin with the same bytes.
         if start.startswith(_PICKLES):
             raise ValueError(
@@ -79,50 +101,56 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
                 f"Only safetensors files that modeconn wrote are read."
             ) from None
         raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({error}).") from error
-    if _KEY not in metadata:
-        raise ValueError(f"{str(path)!r} was not written by modeconn; it should be a {kind or 'file of it'}.")
-    about = json.loads(metadata[_KEY])
-    if kind is not None and about.get("kind") != kind:
-        raise ValueError(f"{str(path)!r} is a {about.get('kind')}, not a {kind}.")
-    return tensors, about
 
 
-def check_writable(path: str | os.PathLike[str]) -> None:
-    """Raise unless a file can be written beside ``path``; nothing is left behind.
+def is_ours(path: str | os.PathLike[str]) -> bool:
+    """Whether a file says that `write` wrote it; also for one that is no safetensors file, so that `read` judges it."""
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            return _KEY in (file.metadata() or {})
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError):
+        return True
+
+
+def _description(path: Path, text: str) -> dict[str, Any]:
+    try:
+        about = json.loads(text)
+        if isinstance(about, dict) and isinstance(about.get("kind"), str):
+            return about
+    except (ValueError, RecursionError):
+        pass
+    raise ValueError(f"{str(path)!r} is damaged: its description cannot be read. {_WAY_OUT}")
+
+
+@contextmanager
+def opened(path: str | os.PathLike[str], kind: str | None = None) -> Iterator[tuple[dict[str, Tensor], dict[str, Any]]]:
+    """Give what `read` returns, and let what is made of it fail in one sentence.
 
     Raises:
-        OSError: Naming the folder and the reason.
+        ValueError: As `read` does; and if an error in the block shows that the description is not what `write` was
+            given: a name that is missing, a value of another type.
     """
-    path = Path(path)
+    found = read(path, kind)
     try:
-        if path.is_dir():
-            raise IsADirectoryError("it is a folder")
-        temporary = path.with_name(path.name + ".tmp")
-        temporary.open("wb").close()
-        temporary.unlink()
-    except OSError as error:
-        raise _unwritable(path, error) from error
+        yield found
+    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError, RecursionError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise damaged(path, error) from error
 
 
-def _unwritable(path: Path, error: OSError) -> OSError:
-    return type(error)(
-        f"cannot write {str(path)!r} ({error.strerror or error}). Choose a folder that can be written to."
-    )
+def damaged(path: str | os.PathLike[str], error: Exception) -> ValueError:
+    """Return the error that says of a file that its content does not fit together."""
+    lines = str(error).strip().splitlines()
+    what = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
+    return ValueError(f"{os.fspath(path)!r} is damaged: what it says of itself does not fit ({what}). {_WAY_OUT}")
 
 
-def _sync_folder(folder: Path) -> None:
-    """Make the rename itself durable; Windows has no such call and needs none."""
-    if os.name == "nt":
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def write_text(text: str, path: str | os.PathLike[str] | None) -> str:
-    """Write a text to ``path``, unless that is None; return the text."""
-    if path is not None:
-        Path(path).write_text(text, encoding="utf-8")
-    return text
+def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
+    """Return a SHA-256 of a text and of names, types, shapes and values of tensors on the CPU, by name."""
+    digest = hashlib.sha256(text.encode())
+    for name, tensor in sorted(tensors.items()):
+        digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
+        if tensor.numel():
+            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+    return digest.hexdigest()

@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-from modeconn.tools import files
 from modeconn.tools.fingerprint import identify
+from modeconn.tools.writing import check_writable, held
 
 
-class Records:
+class Records(contextlib.AbstractContextManager["Records"]):
     """Records by key, in memory and, if there is a path, in a file that only grows: one line of JSON each.
+
+    A context manager, which lets the file go; until then other runs are told that it is in use.
 
     Args:
         path: The file, whose records are read if it exists; None keeps records in memory alone.
 
     Raises:
-        OSError: If the file cannot be written.
+        OSError: If the file cannot be written, or another run holds it.
         ValueError: If it is some other file; nothing is written to it.
     """
 
     def __init__(self, path: str | os.PathLike[str] | None) -> None:
         self._path = None if path is None else Path(path)
         self._known: dict[str, dict[str, Any]] = {}
-        if self._path is not None:
-            files.check_writable(self._path)
+        self._until_end = contextlib.ExitStack()
+        if self._path is None:
+            return
+        with contextlib.ExitStack() as stack:
+            check_writable(self._path)
+            stack.enter_context(held(self._path))
             if self._path.exists():
                 self._read(self._path)
+            self._until_end = stack.pop_all()
+
+    def __exit__(self, *_: Any) -> None:
+        self._until_end.close()
 
     def _read(self, path: Path) -> None:
         for line in path.read_bytes().splitlines():

@@ -1,14 +1,41 @@
-"""One seeded stretch of randomness that leaves the caller's random state as it was."""
+"""One seeded stretch of randomness that leaves the caller's random state as it was, one thread at a time."""
 
 from __future__ import annotations
 
+import os
 import random
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from numbers import Integral
 
 import numpy as np
 import torch
+
+
+class _Lock:
+    """Lets one thread at a time into what changes the state of the whole process, as often as it likes.
+
+    A forked process begins with a lock of its own: the thread that holds it in the parent is not there to let go.
+    """
+
+    def __init__(self) -> None:
+        self._renew()
+        if hasattr(os, "register_at_fork"):
+            os.register_at_fork(after_in_child=self._renew)
+
+    def _renew(self) -> None:
+        self._lock = threading.RLock()
+
+    @contextmanager
+    def __call__(self) -> Iterator[None]:
+        with self._lock:
+            yield
+
+
+one_thread = _Lock()
+"""``with one_thread():`` other threads wait for the end of the block: of what uses the global random generators, and of
+`torch.export`, which knows one thread only."""
 
 
 def rng_state(device: torch.device) -> dict[str, object]:
@@ -34,17 +61,21 @@ def set_rng_state(state: dict[str, object], device: torch.device) -> None:
 
 @contextmanager
 def preserved(device: torch.device | str = "cpu") -> Iterator[None]:
-    """Give the caller's generators back unchanged after the block, whatever draws from them or reseeds them in it."""
+    """Give the caller's generators back unchanged after the block, whatever draws from them or reseeds them in it.
+
+    Other threads that come to such a block wait: the generators are those of the whole process.
+    """
     device = torch.device(device)
-    saved = rng_state(device)
-    # All GPUs, because a call of torch.manual_seed in the block seeds every device.
-    others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
-    try:
-        yield
-    finally:
-        set_rng_state(saved, device)
-        if others:
-            torch.cuda.set_rng_state_all(others)
+    with one_thread():
+        saved = rng_state(device)
+        # All GPUs, because a call of torch.manual_seed in the block seeds every device.
+        others = torch.cuda.get_rng_state_all() if torch.cuda.is_initialized() else []
+        try:
+            yield
+        finally:
+            set_rng_state(saved, device)
+            if others:
+                torch.cuda.set_rng_state_all(others)
 
 
 @contextmanager

@@ -36,11 +36,13 @@ def settings(**changes):
 def test_all_parts_are_taken_to_where_they_were_saved(tmp_path):
     path = tmp_path / "run"
     one, two = Part("one", 1.0), Part("two", 2.0)
-    file = RunFile(Checkpoint(path), settings(), CPU)
-    assert file.saved is None and file.relabelling() is None and file.is_kept
-    file.save(one, two)
-    one.value = 5.0
-    file.save(one, two)
+    with RunFile(Checkpoint(path), settings(), CPU) as file:
+        assert file.saved is None and file.relabelling() is None and file.is_kept
+        file.save(one, two)
+        one.value = 5.0
+        file.save(one, two)
+        with pytest.raises(OSError, match="run' is in use by another run"):
+            RunFile(Checkpoint(path), settings(), CPU)
     again = RunFile(Checkpoint(path), settings(), CPU)
     one, two = Part("one", 0.0), Part("two", 0.0)
     again.resume(one, two)
@@ -62,9 +64,9 @@ def test_a_run_that_is_not_kept_asks_for_no_settings_and_writes_nothing(tmp_path
 def test_the_relabelling_at_the_start_is_in_every_checkpoint(tmp_path):
     spec = discover(models.mlp(4, (5,), 3))
     permutation = spec.random(torch.Generator().manual_seed(0))
-    file = RunFile(Checkpoint(tmp_path / "run"), settings(), CPU)
-    file.keep(permutation)
-    file.save(Part("one", 1.0))
+    with RunFile(Checkpoint(tmp_path / "run"), settings(), CPU) as file:
+        file.keep(permutation)
+        file.save(Part("one", 1.0))
     assert RunFile(Checkpoint(tmp_path / "run"), settings(), CPU).relabelling() == permutation
 
 
@@ -77,7 +79,8 @@ def test_the_relabelling_at_the_start_is_in_every_checkpoint(tmp_path):
 )
 def test_a_file_of_another_run_is_refused_by_the_first_setting_that_differs(tmp_path, changes, message):
     path = tmp_path / "run"
-    RunFile(Checkpoint(path), settings(), CPU).save(Part("one", 1.0))
+    with RunFile(Checkpoint(path), settings(), CPU) as file:
+        file.save(Part("one", 1.0))
     before = path.read_bytes()
     with pytest.raises(ValueError, match=message):
         RunFile(Checkpoint(path), settings(**changes), CPU)
@@ -86,7 +89,8 @@ def test_a_file_of_another_run_is_refused_by_the_first_setting_that_differs(tmp_
 
 def test_a_checkpoint_of_another_format_is_refused(tmp_path):
     path = tmp_path / "run"
-    RunFile(Checkpoint(path), settings(), CPU).save(Part("one", 1.0))
+    with RunFile(Checkpoint(path), settings(), CPU) as file:
+        file.save(Part("one", 1.0))
     tensors, about = files.read(path)
     files.write(path, about.pop("kind"), tensors, {**about, "format": 1})
     with pytest.raises(ValueError, match="format is 1 in it and 2 here"):
@@ -95,7 +99,8 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
 
 def test_other_conditions_are_told_and_the_run_goes_on(tmp_path):
     path = tmp_path / "run"
-    RunFile(Checkpoint(path), settings(), CPU).save(Part("one", 1.0))
+    with RunFile(Checkpoint(path), settings(), CPU) as file:
+        file.save(Part("one", 1.0))
     tensors, about = files.read(path)
     about["environment"]["threads"] = 77
     files.write(path, about.pop("kind"), tensors, about)
@@ -104,7 +109,7 @@ def test_other_conditions_are_told_and_the_run_goes_on(tmp_path):
 
 
 def test_a_folder_that_cannot_be_written_to_is_refused_before_the_run(tmp_path):
-    with pytest.raises(OSError, match="Choose a folder that can be written to"):
+    with pytest.raises(OSError, match="Choose a place that can be written to"):
         RunFile(Checkpoint(tmp_path / "nowhere" / "run"), settings(), CPU)
 
 
@@ -119,5 +124,6 @@ def test_a_run_saves_itself_as_often_as_it_was_told(tmp_path, checkpoint, due):
 
 
 def test_what_is_saved_goes_through_json(tmp_path):
-    RunFile(Checkpoint(tmp_path / "run"), settings(), CPU).save(Part("one", 1.0))
+    with RunFile(Checkpoint(tmp_path / "run"), settings(), CPU) as file:
+        file.save(Part("one", 1.0))
     assert json.dumps(files.read(tmp_path / "run")[1])

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import pytest
 import torch
 from torch import Tensor, library, nn
+from torch.torch_version import TorchVersion
 
 import modeconn
 from modeconn import RULES, PermutationSpec, discover, models
@@ -525,6 +526,10 @@ REST = {
         nn.functional.unfold(h.mT.unflatten(2, (2, 2)), 3, padding=1), 2, 3, padding=1
     ).flatten(2).mT,
 }  # fmt: skip
+
+
+if TorchVersion(torch.__version__) < "2.12":  # whose torch.export reads a tensor's values for quantiles
+    del REST["all of a tensor"]
 
 
 @pytest.mark.parametrize("rest", REST.values(), ids=REST)

@@ -15,6 +15,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from modeconn import RULES, PermutationSpec, VerificationError
 from modeconn.symmetry.explore import Exploration, example_for
@@ -196,6 +197,10 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "slopes": lambda h, w: F.prelu(h - 0.3, w[:, 0]),
     "quantile": lambda h, w: h * w - h.quantile(0.5, -1, keepdim=True),
 }  # fmt: skip
+
+
+if TorchVersion(torch.__version__) < "2.12":  # whose torch.export reads a tensor's values for it
+    del OPERATORS["quantile"]
 
 
 @pytest.mark.parametrize("operator", OPERATORS.values(), ids=OPERATORS)

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from modeconn.tools import files
+from modeconn.tools.writing import check_writable
 
 TENSORS = {"x": torch.arange(6.0).reshape(2, 3), "empty": torch.empty(0), "n": torch.tensor(3)}
 
@@ -37,7 +38,7 @@ def test_a_write_that_fails_leaves_the_old_file_and_nothing_else(tmp_path, monke
 
 def test_a_folder_that_does_not_exist_is_named_and_not_made(tmp_path):
     path = tmp_path / "missing" / "a.safetensors"
-    for attempt in (lambda: files.check_writable(path), lambda: files.write(path, "thing", TENSORS, {})):
+    for attempt in (lambda: check_writable(path), lambda: files.write(path, "thing", TENSORS, {})):
         with pytest.raises(FileNotFoundError, match=r"cannot write '.*missing/a\.safetensors' \(No such file"):
             attempt()
     assert os.listdir(tmp_path) == []
@@ -45,11 +46,11 @@ def test_a_folder_that_does_not_exist_is_named_and_not_made(tmp_path):
 
 def test_a_folder_is_no_file_to_write(tmp_path):
     with pytest.raises(IsADirectoryError, match="it is a folder"):
-        files.check_writable(tmp_path)
+        check_writable(tmp_path)
 
 
 def test_checking_that_a_file_can_be_written_leaves_nothing(tmp_path):
-    files.check_writable(tmp_path / "a.safetensors")
+    check_writable(tmp_path / "a.safetensors")
     assert os.listdir(tmp_path) == []
 
 
