@@ -9,7 +9,7 @@ import statistics
 import time
 from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -30,6 +30,7 @@ from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.relabelling import Relabelling
+from modeconn.tools import provenance
 from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
@@ -67,6 +68,8 @@ class Comparison:
         >>> Comparison(halved, num_points=25, num_examples=500).ratio("weights")
         (0.5, 0.5, 0.5)
     """
+
+    made_by: ClassVar[Mapping[str, Any] | None] = None
 
     values: dict[str, dict[str, list[float]]]
     num_points: int
@@ -128,13 +131,17 @@ class Comparison:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return all values and, for readers, the summary as JSON; also write it to ``path`` if given."""
-        return write_text(json.dumps({**asdict(self), "summary": self.summary()}, indent=1) + "\n", path)
+        return write_text(
+            json.dumps({**asdict(self), "summary": self.summary(), **provenance.entry(self)}, indent=1) + "\n", path
+        )
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
         """Invert `to_json`."""
         record = json.loads(text)
-        return cls(record["values"], record["num_points"], record["num_examples"])
+        found = cls(record["values"], record["num_points"], record["num_examples"])
+        provenance.keep(found, record.get(provenance.ATTRIBUTE))
+        return found
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one line for each pair and row, as comma-separated values; also write it to ``path`` if given."""

@@ -24,7 +24,7 @@ from modeconn.network.loss import Forward, TrainingData
 from modeconn.network.registry import describe, rebuild
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
-from modeconn.tools import files
+from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 
 _KIND = "connection"
@@ -52,6 +52,9 @@ class Connection(Measurable):
         training: Data and loss of the fit, remembered in memory.
         device: Where the control points are.
     """
+
+    made_by: Mapping[str, Any] | None = None
+    """How it came about: call or command, versions, data."""
 
     def __init__(self, path: Path, *, permutation: Relabelling | None = None, history: History | None = None) -> None:
         super().__init__(path, path.training, path.space.device)
@@ -147,6 +150,7 @@ class Connection(Measurable):
             "model": describe(self._path.template),
             **relabelled_by,
             "history": None if self.history is None else asdict(self.history),
+            **provenance.entry(self),
         }
         files.write(path, _KIND, tensors | moved, about)
 
@@ -196,11 +200,10 @@ class Connection(Measurable):
                 tuple({name: buffer.to(space.device) for name, buffer in side.items()} for side in buffers),
                 space=space,
             )
-            return cls(
-                between,
-                permutation=unpack(tensors, about, MOVED),
-                history=None if about["history"] is None else History(**about["history"]),
-            )
+            history = None if about["history"] is None else History(**about["history"])
+            found = cls(between, permutation=unpack(tensors, about, MOVED), history=history)
+        provenance.keep(found, about.get(provenance.ATTRIBUTE))
+        return found
 
 
 def _check_points(points: Tensor, shapes: Mapping[str, Sequence[int]], path: str | os.PathLike[str]) -> None:

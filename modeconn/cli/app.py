@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import shlex
+import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -16,7 +19,7 @@ import modeconn
 from modeconn import Connection, Recipe, models, plot
 from modeconn.cli import deep_align, options, parse
 from modeconn.cli import demo as story
-from modeconn.cli.files import describe_file, draw_files
+from modeconn.cli.files import describe_file, draw_files, made_by_of
 from modeconn.cli.options import (
     AdversaryOptions,
     DataOptions,
@@ -28,7 +31,7 @@ from modeconn.cli.options import (
 )
 from modeconn.cli.options import bars as _bars
 from modeconn.measure.along import AlongCurve
-from modeconn.tools import program
+from modeconn.tools import program, provenance
 from modeconn.tools.measurements import Records
 from modeconn.tools.progress import bars as progress_bars
 from modeconn.tools.writing import check_writable, write_text
@@ -37,7 +40,12 @@ _INTERRUPTED, _TERMINATED = 130, 143  # 128 + SIGINT and 128 + SIGTERM, as shell
 
 
 class _Group(TyperGroup):
-    """Turns what the library raises into one line on stderr."""
+    """Turns what the library raises into one line on stderr, and lets all that is made say by which command."""
+
+    def main(self, args: Sequence[str] | None = None, **settings: Any) -> Any:
+        given = sys.argv[1:] if args is None else list(args)
+        with provenance.command(shlex.join(["modeconn", *given])):
+            return super().main(given, **settings)
 
     def invoke(self, context: Any) -> Any:
         try:
@@ -112,11 +120,27 @@ def _connection(path: Path, template: nn.Module | None, curve_class: str | None,
     return Connection.load(path, template, curve=kind, device=device)
 
 
-def _result_files(base: Path) -> list[Path]:
-    """Return the JSON and the CSV file whose names begin with ``base``, once it is sure that they can be written."""
+def _result_files(base: Path, out: Path | None, *, overwrite: bool) -> list[Path]:
+    """Return the JSON and the CSV file whose names begin with ``out``, or by default with ``base``.
+
+    They can be written, and under a default name there is no result of another command yet.
+    """
+    base = base if out is None else out
     results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
     _check_outputs(*results)
+    if out is None and not overwrite:
+        _check_own(results[0])
     return results
+
+
+def _check_own(result: Path) -> None:
+    """Raise unless a result is new, or was written by the very command that is at work."""
+    if not result.exists():
+        return
+    made_by = made_by_of(result) or {}
+    if made_by.get("command") != provenance.current_command():
+        by = f", made by: {made_by['command']}" if "command" in made_by else ""
+        raise ValueError(f"{str(result)!r} holds another result{by}. Give --out a name, or --overwrite it.")
 
 
 def _write_result(found: AlongCurve, results: list[Path]) -> None:
@@ -404,10 +428,12 @@ def evaluate(
     data: DataOptions,
     shape: ModelOptions,
     out: Annotated[
-        Path | None, typer.Option(help="Begin of the names of the JSON and CSV files; default: the connection's name.")
+        Path | None,
+        typer.Option(help="Begin of the names of the JSON and CSV files; default: NAME, of training data NAME.train."),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many networks to measure, both ends included.")] = 61,
     on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
+    overwrite: options.Overwrite = False,
     curve_class: options.CurveClass = None,
     progress: options.Progress = None,
 ) -> None:
@@ -419,7 +445,8 @@ def evaluate(
 
         modeconn evaluate curve.safetensors --data digits --points 25
     """
-    results = _result_files(connection.with_suffix("") if out is None else out)
+    own = connection.with_name(connection.stem if on == "test" else f"{connection.stem}.{on}")
+    results = _result_files(own, out, overwrite=overwrite)
     train_loader, measured = _training_and_measured(data, on)
     loaded = _connection(connection, shape.template(train_loader), curve_class, data.device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=train_loader, progress=_bars(progress))
@@ -456,6 +483,7 @@ def robustness(
         Path | None, typer.Option(help="Folder for NAME.robust.json, .csv and .png; default: the connection's own.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
+    overwrite: options.Overwrite = False,
     checkpoint: options.Finished = None,
     curve_class: options.CurveClass = None,
     progress: options.Progress = None,
@@ -487,6 +515,8 @@ def robustness(
     bases = [(out or path.parent) / f"{path.stem}.robust" for path in connections]
     results = [[base.with_name(f"{base.name}.{ending}") for ending in ("json", "csv", "png")] for base in bases]
     _check_outputs(*(file for written in results for file in written))
+    for written in results if not overwrite else ():
+        _check_own(written[0])
     loaders = data.load()
     template = shape.template(loaders[0])
     training: Any = loaders[0]
@@ -526,13 +556,16 @@ def curvature(
     shape: ModelOptions,
     out: Annotated[
         Path | None,
-        typer.Option(help="Begin of the names of the JSON and CSV files; default: NAME.curvature, beside it."),
+        typer.Option(
+            help="Begin of the names of the JSON and CSV files; default: NAME.curvature, or NAME.curvature.train."
+        ),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many networks to measure, both ends included.")] = 11,
     wrt: Annotated[str, typer.Option(help="weights or inputs: whose Hessian to look at.")] = "weights",
     steps: Annotated[int, typer.Option(min=1, help="How many products with the Hessian at most, at each point.")] = 100,
     on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
     seed: Annotated[int, typer.Option(help="Of the vectors that the method begins with.")] = 0,
+    overwrite: options.Overwrite = False,
     curve_class: options.CurveClass = None,
     progress: options.Progress = None,
 ) -> None:
@@ -544,7 +577,8 @@ def curvature(
 
         modeconn curvature curve.safetensors --data digits --points 5
     """
-    results = _result_files(connection.with_name(f"{connection.stem}.curvature") if out is None else out)
+    own = f"{connection.stem}.curvature" if on == "test" else f"{connection.stem}.curvature.{on}"
+    results = _result_files(connection.with_name(own), out, overwrite=overwrite)
     if wrt not in ("weights", "inputs"):
         raise ValueError(f"--wrt must be weights or inputs, got {wrt!r}.")
     train_loader, measured = _training_and_measured(data, on)

@@ -11,7 +11,7 @@ from modeconn import Comparison, DeepAlign, PermutationSpec, Relabelling, plot
 from modeconn.learning.checkpoint import ALIGNER, FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
-from modeconn.tools import files
+from modeconn.tools import files, provenance
 from modeconn.tools.table import table
 
 if TYPE_CHECKING:
@@ -24,14 +24,36 @@ def describe_file(path: Path) -> str:
     """Return what ``modeconn info`` prints of a file."""
     if _is_json(path):
         kind, content = _read_json(path)
-        text = _correlation_table(content) if isinstance(content, dict) else repr(content)
+        text, made_by = (_correlation_table(content) if isinstance(content, dict) else repr(content)), made_by_of(path)
     else:
         tensors, about = files.read(path)
+        made_by = about.get(provenance.ATTRIBUTE)
         if about["kind"] not in _SAFETENSORS:
             raise ValueError(f"{str(path)!r} is a {about['kind']}, of which this version of modeconn knows nothing.")
         kind, text = about["kind"], _SAFETENSORS[about["kind"]](path, tensors, about)
         kind = about["relabelling"]["kind"] if kind == "relabelling" else kind
-    return f"{path}: {kind}\n{text}"
+    return f"{path}: {kind}\n{text}{_provenance(made_by)}"
+
+
+def made_by_of(path: Path) -> dict[str, Any] | None:
+    """Return how a JSON file of modeconn says that it was made."""
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        return None
+    found = content.get(provenance.ATTRIBUTE) if isinstance(content, dict) else None
+    return found if isinstance(found, dict) else None
+
+
+def _provenance(made_by: dict[str, Any] | None) -> str:
+    if not made_by:
+        return ""
+    lines = {"made by": made_by.get("command", made_by.get("call"))}
+    if "command" in made_by and "call" in made_by:
+        lines["call"] = made_by["call"]
+    lines |= {f"its {name}": described for name, described in dict(made_by.get("data", {})).items()}
+    lines["versions"] = ", ".join(f"{name} {version}" for name, version in dict(made_by.get("versions", {})).items())
+    return f"\n{_lines(lines)}"
 
 
 def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str | None, ax: Axes) -> None:

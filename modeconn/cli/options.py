@@ -19,6 +19,7 @@ from modeconn import Recipe, data, models
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.cli import parse
 from modeconn.data import TensorLoader
+from modeconn.tools import provenance
 from modeconn.tools.writing import replacing
 
 if TYPE_CHECKING:
@@ -58,13 +59,24 @@ Finished = Annotated[
 ]
 
 
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a result of another command.")]
+
+
 def save_figure(figure: Figure, path: Path) -> None:
     """Write a figure to a file, all or nothing, in the format that its ending names."""
     try:
         with replacing(path) as file:
-            figure.savefig(file, format=path.suffix.removeprefix(".") or "png", dpi=150)
+            kind = path.suffix.removeprefix(".").lower() or "png"
+            figure.savefig(file, format=kind, dpi=150, metadata=_made_by(kind))
     except ValueError as error:  # an ending that matplotlib does not know
         raise ValueError(f"{str(path)!r} cannot be written: {error}") from None
+
+
+def _made_by(kind: str) -> dict[str, str] | None:
+    """Return what a figure says of how it was made, where its format has a place for that."""
+    entry = {"png": "Description", "svg": "Description", "pdf": "Subject"}.get(kind)
+    text = provenance.current_command()
+    return {entry: text} if entry and text else None
 
 
 def say(text: str) -> None:

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import partial
 from math import inf, isfinite
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +24,7 @@ from modeconn.network.batches import first_batch, inputs_of
 from modeconn.network.loss import LossFn, cross_entropy
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.tools import files
+from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.rng import preserved, seeded
@@ -108,6 +108,8 @@ class DeepAlign(Settings):
         >>> align(networks[0], networks[0], method=aligner).permutation.num_moved
         0
     """
+
+    made_by: ClassVar[Mapping[str, Any] | None] = None
 
     fitted: Fitted | None = field(default=None, compare=False)
 
@@ -251,6 +253,7 @@ class DeepAlign(Settings):
             "layout": graph.layout,
             "history": self.fitted.history,
             "validation": [(step, value if isfinite(value) else None) for step, value in self.fitted.validation],
+            **provenance.entry(self),
         }
         files.write(path, _KIND, self._encoder.state_dict(), about)
 
@@ -279,7 +282,9 @@ class DeepAlign(Settings):
             encoder = encoder.to(device=device, dtype=tensors["scale"].dtype).requires_grad_(False)
             encoder.load_state_dict(tensors)
             validation = [(step, inf if value is None else value) for step, value in about["validation"]]
-            return replace(aligner, fitted=Fitted(encoder, about["history"], validation))
+            found = replace(aligner, fitted=Fitted(encoder, about["history"], validation))
+        provenance.keep(found, about.get(provenance.ATTRIBUTE))
+        return found
 
 
 def _at_least_two(models: Iterable[nn.Module], what: str) -> list[nn.Module]:

@@ -17,7 +17,7 @@ from torch import Tensor
 
 from modeconn.network.batches import checksum, described, first_batch
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
-from modeconn.tools import files
+from modeconn.tools import files, provenance
 from modeconn.tools.door import check_settings
 from modeconn.tools.rng import seeded
 from modeconn.tools.warn import warn
@@ -132,6 +132,7 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         device = self._device
         about_data, first = ({}, None) if loader is None else _identified(loader, device)
         self._about = {"format": _FORMAT, "settings": {**settings(), **about_data}, "first": first, **pack(None)[1]}
+        self._about |= {provenance.ATTRIBUTE: provenance.now()}
         if not Path(checkpoint.path).exists():
             return
         with files.opened(checkpoint.path, self._kind) as self.saved:

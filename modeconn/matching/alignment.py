@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 from torch import nn
 
@@ -40,6 +40,8 @@ class Alignment:
         constant_units: Units that never change on that data, ``(of a, of b)`` by group; they stay where they can.
         history: The method's objective, step by step, if it has one.
     """
+
+    made_by: ClassVar[Mapping[str, Any] | None] = None
 
     model_b: nn.Module
     permutation: Relabelling

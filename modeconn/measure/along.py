@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modeconn import plot
+from modeconn.tools import provenance
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
 from modeconn.tools.writing import write_text
@@ -72,6 +73,9 @@ class AlongCurve:
     num_examples: int = 0
     seconds: float = 0.0
     higher_is_better: Mapping[str, bool] = {}
+    made_by: ClassVar[Mapping[str, Any] | None] = None
+    """How the result came about: call or command, versions, data."""
+
     statistics: str = ""
     """With which statistics of norm layers networks were measured; empty for networks that have none."""
 
@@ -165,7 +169,7 @@ class AlongCurve:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return everything and, for readers, barriers and summary as JSON; also write it to ``path`` if given."""
-        record = {"kind": type(self).__name__, **self._record(), **self._for_readers()}
+        record = {"kind": type(self).__name__, **self._record(), **self._for_readers(), **provenance.entry(self)}
         return write_text(json.dumps(_to_plain(record), indent=1, allow_nan=False) + "\n", path)
 
     @classmethod
@@ -183,7 +187,9 @@ class AlongCurve:
             found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
             if not issubclass(found, cls):
                 raise ValueError(f"this is a {kind}, not a {cls.__name__}.")
-            return found._restored(record)
+            result = found._restored(record)
+            provenance.keep(result, record.get(provenance.ATTRIBUTE))
+            return result
         except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
             raise ValueError(f"this is no {cls.__name__} ({type(error).__name__}: {error}).") from None
 

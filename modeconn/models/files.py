@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modeconn.models.states import choose, materialised, states_of_pickle, states_of_safetensors
 from modeconn.network.copies import copy_of
 from modeconn.network.registry import describe, rebuild
-from modeconn.tools import files
+from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 
 KIND = "model"
@@ -35,7 +35,8 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    files.write(path, KIND, model.state_dict(), {"format": _FORMAT, "model": describe(model)})
+    about = {"format": _FORMAT, "model": describe(model), **provenance.entry(model)}
+    files.write(path, KIND, model.state_dict(), about)
 
 
 @checked
@@ -69,7 +70,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None, *, ent
         ...     models.load(f"{folder}/a.safetensors").layers[0]
         Linear(in_features=64, out_features=32, bias=True)
     """
-    path, described = Path(path), None
+    path, described, made_by = Path(path), None, None
     is_foreign = False
     if _is_pickle(path):
         states = states_of_pickle(path)
@@ -77,7 +78,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None, *, ent
         states = states_of_safetensors(path)
     else:
         with files.opened(path, KIND) as (state, about):
-            states, described = {"": state}, about["model"]
+            states, described, made_by = {"": state}, about["model"], about.get(provenance.ATTRIBUTE)
     if template is not None:
         model = copy_of(template)
     elif described is not None:
@@ -92,6 +93,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None, *, ent
     tensors = materialised(path, names) if is_foreign else {new: states[place][name] for name, new in names.items()}
     _check_finite(path, {name: tensors[name] for name, _ in model.named_parameters() if name in tensors})
     _load(path, model, own | tensors)
+    provenance.keep(model, made_by)
     return model.eval()
 
 

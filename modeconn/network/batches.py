@@ -13,6 +13,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 
+from modeconn.tools import provenance
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
 from modeconn.tools.warn import warn
 
@@ -119,6 +120,11 @@ def checksum(batch: Any) -> int:
     return found
 
 
+def note_data(name: str, batch: Any) -> None:
+    """Let what is being made say which data it was made of, by its first batch."""
+    provenance.note_data(name, lambda: f"first batch {described(batch)}, CRC-32 {checksum(batch):08x}")
+
+
 def _parts(value: Any) -> Mapping[Any, Any] | None:
     """Return what a mapping, sequence or data class holds, by key; None for anything else."""
     if isinstance(value, Mapping):
@@ -212,6 +218,7 @@ def first_batch(loader: Any, *, name: str = "loader") -> Any:
         return loader.first
     check_rereadable(loader, name=name)
     for batch in loader:
+        note_data(name, batch)
         return batch
     raise ValueError(f"{name} is empty: it yields no batch.")
 
@@ -276,6 +283,7 @@ class Opened:
         with seeded(0, device):
             begun = iter(in_order(loader))
             for batch in begun:
+                note_data(name, batch)
                 self.first = batch
                 break
             else:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from modeconn.network.copies import copy_of
 from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis
-from modeconn.tools import files
+from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 from modeconn.tools.register import place_of, register
 
@@ -55,6 +55,9 @@ class Relabelling(ABC):
 
     kind: ClassVar[str]
     spec: Symmetries
+
+    made_by: ClassVar[Mapping[str, Any] | None] = None
+    """How it was found: call or command, versions, data; on the class nothing."""
 
     def __init_subclass__(cls, **settings: Any) -> None:
         super().__init_subclass__(**settings)
@@ -122,7 +125,7 @@ class Relabelling(ABC):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the relabelling and its spec to a safetensors file, all or nothing."""
         tensors, about = pack(self)
-        files.write(path, _FILE, tensors, about)
+        files.write(path, _FILE, tensors, {**about, **provenance.entry(self)})
 
     @classmethod
     @checked
@@ -139,6 +142,7 @@ class Relabelling(ABC):
             found = unpack(tensors, about if about["kind"] == _FILE else {"permutation": about["spec"]})
         if cls is not Relabelling and found.kind != cls.kind:
             raise ValueError(f"{os.fspath(path)!r} is a {found.kind}, not a {cls.kind}.")
+        provenance.keep(found, about.get(provenance.ATTRIBUTE))
         return found
 
 

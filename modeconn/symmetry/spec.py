@@ -26,7 +26,7 @@ from modeconn.symmetry.rules.operators import operator_of
 from modeconn.symmetry.structure import Structure
 from modeconn.symmetry.verify import verify
 from modeconn.symmetry.walk import Rule
-from modeconn.tools import files
+from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 
 FORMAT = 1
@@ -49,6 +49,8 @@ class PermutationSpec(Findings):
         rules: The rules it was given; a loaded spec has those of modeconn, unless `load` was given others.
         own_rules: The operators for which these are not modeconn's, and the rules as ``module:name``.
     """
+
+    made_by: ClassVar[Mapping[str, Any] | None] = None
 
     @classmethod
     def of(cls, findings: Findings) -> PermutationSpec:
@@ -93,8 +95,9 @@ class PermutationSpec(Findings):
 
     def __reduce__(self) -> Any:
         """Let a spec be pickled as it is saved, without its graphs; its own rules go by reference, as functions do."""
-        own = {str(key): rule for key, rule in self.rules.items() if str(key) in self.own_rules}
-        return _unpickled, (self.to_json(), own)
+        rules = RULES if self.rules is None else self.rules
+        own = {str(key): rule for key, rule in rules.items() if str(key) in self.own_rules}
+        return _unpickled, (self.to_json(), own), provenance.entry(self)
 
     def __fingerprint__(self) -> str:
         """Return what tells one spec from another, as `modeconn.tools.fingerprint` asks: all but the graphs."""
@@ -217,7 +220,7 @@ class PermutationSpec(Findings):
     @checked
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write the spec to a file, all or nothing; the graphs stay behind."""
-        files.write(path, "spec", {}, {"spec": self.to_json()})
+        files.write(path, "spec", {}, {"spec": self.to_json(), **provenance.entry(self)})
 
     @classmethod
     @checked
@@ -233,10 +236,11 @@ class PermutationSpec(Findings):
         """
         with files.opened(path, "spec") as (_, about):
             spec = cls.from_json(about["spec"])
-        if rules is None:
-            return spec
-        spec._check_rules(rules)
-        return replace(spec, rules=rules)
+        if rules is not None:
+            spec._check_rules(rules)
+            spec = replace(spec, rules=rules)
+        provenance.keep(spec, about.get(provenance.ATTRIBUTE))
+        return spec
 
     def to_json(self) -> str:
         """Return everything but the graphs as JSON."""
@@ -282,10 +286,10 @@ class PermutationSpec(Findings):
 
 def _unpickled(text: str, own: Mapping[str, Rule]) -> PermutationSpec:
     spec = PermutationSpec.from_json(text)
+    if not own:  # modeconn's rules; or a spec from a file, which knows but the names of the rules it was found with
+        return spec
     kept = {key: rule for key, rule in RULES.items() if str(key) not in spec.own_rules}
-    return (
-        replace(spec, rules=kept | {operator_of(name): rule for name, rule in own.items()}) if spec.own_rules else spec
-    )
+    return replace(spec, rules=kept | {operator_of(name): rule for name, rule in own.items()})
 
 
 @dataclass(frozen=True, eq=False, repr=False)

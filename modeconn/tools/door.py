@@ -22,6 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
+from modeconn.tools import provenance
+
 F = TypeVar("F", bound=Callable[..., Any])
 _Test = tuple[Callable[[Any], bool], str]
 """Whether a value is of a kind, and the kind in words."""
@@ -170,14 +172,19 @@ def shown(name: str, value: Any) -> str:
 
 
 def checked(function: F) -> F:
-    """Check the arguments of a public function against its annotations."""
+    """Check the arguments of a public function against its annotations, and let its result say how it was made."""
     signature = inspect.signature(function)
+    is_reading = function.__name__ == "load"  # what it returns was made by another call
 
     @functools.wraps(function)
     def at_the_door(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(function, signature.bind(*args, **kwargs))
-        with _ordinary_tensors():
-            return function(*args, **kwargs)
+        bound = signature.bind(*args, **kwargs)
+        check_arguments(function, bound)
+        with _ordinary_tensors(), provenance.call_of(function, bound) as facts:
+            result = function(*args, **kwargs)
+        if facts is not None and not is_reading:
+            provenance.keep(result, facts)
+        return result
 
     return at_the_door  # type: ignore[return-value]
 

@@ -18,7 +18,9 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-_OF_EVERY_MODULE = {*vars(nn.Module()), "training"}
+from modeconn.tools import provenance
+
+_OF_EVERY_MODULE = {*vars(nn.Module()), "training", provenance.ATTRIBUTE}
 _DEEPEST = 50  # objects inside one another; what lies deeper is told by its class alone
 _LONGEST = 2_000  # characters; what is longer is told by its digest
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)

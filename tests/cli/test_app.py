@@ -2,11 +2,13 @@ from __future__ import annotations
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 
 import pytest
 import torch
+from PIL import Image
 from typer.testing import CliRunner
 
 import modeconn
@@ -265,6 +267,41 @@ def test_a_fit_stopped_by_ctrl_c_says_how_to_go_on_and_ends_with_the_same_bits(f
 
 
 # -- the demo
+
+
+def test_no_result_takes_the_place_of_another(folder, tmp_path):
+    """A result of other settings or other data is another result, whose name has to be said."""
+    curve = tmp_path / "curve.safetensors"
+    shutil.copy(folder / "c.safetensors", curve)
+    first = ("evaluate", curve, "--data", "digits", "--points", 2)
+    run(*first)
+    kept = curve.with_suffix(".json").read_bytes()
+    run(*first, "--on", "train")
+    assert curve.with_name("curve.train.json").exists() and curve.with_suffix(".json").read_bytes() == kept
+    run(*first)  # the same again
+    kept = curve.with_suffix(".json").read_bytes()
+    more = run(*first, "--seed-of-nothing", code=2) and run(*first[:-1], 3, code=1)
+    assert "holds another result, made by: modeconn evaluate" in more.stderr and "--overwrite" in more.stderr
+    assert curve.with_suffix(".json").read_bytes() == kept
+    run(*first[:-1], 3, "--overwrite")
+    assert len(Profile.from_json(curve.with_suffix(".json").read_text()).t) == 3
+    attacked = ("robustness", curve, "--data", "digits", "--points", 2, "--attack", "pgd1", "--eps", "0.1")
+    run(*attacked)
+    other = run(*attacked[:-1], "0.2", code=1)
+    assert "--eps 0.1" in other.stderr and "--overwrite" in other.stderr
+
+
+def test_info_tells_how_a_file_was_made(folder, tmp_path):
+    for name in ("a", "c"):
+        told = run("info", folder / f"{name}.safetensors").stdout
+        assert (
+            f"modeconn {'train' if name == 'a' else 'fit'}" in told and torch.__version__ in told and "CRC-32" in told
+        )
+    run("evaluate", folder / "c.safetensors", "--data", "digits", "--points", 2, "--out", tmp_path / "result")
+    told = run("info", tmp_path / "result.json").stdout
+    assert "made by" in told and "modeconn evaluate" in told and "its loader" in told
+    run("plot", tmp_path / "result.json", "--out", tmp_path / "figure.png")
+    assert Image.open(tmp_path / "figure.png").text["Description"].startswith("modeconn plot")
 
 
 @pytest.fixture(scope="module")
@@ -604,8 +641,8 @@ def test_compare_keeps_the_checkpoint_that_was_asked_for(folder, tmp_path):
     common = ("compare", *ends(folder), "--data", "digits", "--points", 2, "--checkpoint", tmp_path / "kept")
     for name in ("one", "two"):
         run(*common, "--out", tmp_path / f"{name}.json")
-    one, two = ((tmp_path / f"{name}.json").read_text() for name in ("one", "two"))
-    assert one == two  # to the last second
+    one, two = (json.loads((tmp_path / f"{name}.json").read_text()) for name in ("one", "two"))
+    assert one.pop("made_by") != two.pop("made_by") and one == two  # to the last second
 
 
 @pytest.mark.parametrize(

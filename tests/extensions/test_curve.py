@@ -75,7 +75,7 @@ def test_the_command_line_takes_its_class(fitted, tmp_path):
     command = ["evaluate", str(tmp_path / "c"), "--data", "digits", "--points", "3"]
     result = CliRunner().invoke(app, [*command, "--curve-class", "tests.extensions.test_curve:Bow"])
     assert result.exit_code == 0 and "Profile(3 points" in result.stdout
-    assert "--curve-class package.module:Bow" in CliRunner().invoke(app, command).stderr
+    assert "--curve-class package.module:Bow" in CliRunner().invoke(app, [*command, "--overwrite"]).stderr
     assert "test_curve:Bow(power=4, free_ends=False)" in CliRunner().invoke(app, ["info", str(tmp_path / "c")]).stdout
 
 
