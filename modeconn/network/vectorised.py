@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.func import vmap
+from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils import _pytree as pytree
 
 
 def over_networks(
@@ -38,7 +41,8 @@ def over_networks(
 
     def call(*args: Any) -> Any:
         try:
-            found = fast(*args)
+            with _attention_of_products(args):
+                found = fast(*args)
             if found.ndim != 1:
                 alone(*args)
             return found
@@ -52,6 +56,12 @@ def over_networks(
             raise ValueError(f"{where} cannot be run for many networks at once ({reason}). {way_out}") from error
 
     return call
+
+
+def _attention_of_products(args: tuple[Any, ...]) -> AbstractContextManager[Any]:
+    """Have attention computed by products of matrices on the CPU, whose fused attention vmap runs one by one."""
+    on_cpu = all(value.device.type == "cpu" for value in pytree.tree_leaves(args) if isinstance(value, Tensor))
+    return sdpa_kernel(SDPBackend.MATH) if on_cpu else nullcontext()
 
 
 def _innermost(model: nn.Module, function: Callable[..., Any], args: tuple[Any, ...]) -> str:
