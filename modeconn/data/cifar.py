@@ -8,18 +8,20 @@ from __future__ import annotations
 
 import os
 import pickle
+import pickletools
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.data.files import find_file
+from modeconn.data.files import check_part, find_file
 
 Part = tuple[Tensor, Tensor]
 _IMAGE_SHAPE = (3, 32, 32)
+_NUMBERING = ("PUT", "BINPUT", "LONG_BINPUT")
 
 
 def read_cifar10(root: str | os.PathLike[str] | None) -> tuple[Part, Part]:
@@ -30,33 +32,41 @@ def read_cifar10(root: str | os.PathLike[str] | None) -> tuple[Part, Part]:
         ValueError: If a file is damaged, or is a pickle that holds anything else.
     """
     train = [f"data_batch_{batch}" for batch in range(1, 6)]
-    parts = [_read_part("cifar10", root, "cifar-10-batches-py", names, "labels") for names in (train, ["test_batch"])]
+    files = (train, ["test_batch"])
+    parts = [_read_part("cifar10", root, "cifar-10-batches-py", names, "labels", 10) for names in files]
     return parts[0], parts[1]
 
 
 def read_cifar100(root: str | os.PathLike[str] | None) -> tuple[Part, Part]:
     """Return the images and their 100 fine classes; otherwise like `read_cifar10`, from ``cifar-100-python``."""
-    parts = [_read_part("cifar100", root, "cifar-100-python", names, "fine_labels") for names in (["train"], ["test"])]
+    files = (["train"], ["test"])
+    parts = [_read_part("cifar100", root, "cifar-100-python", names, "fine_labels", 100) for names in files]
     return parts[0], parts[1]
 
 
 def _read_part(
-    data_set: str, root: str | os.PathLike[str] | None, folder: str, names: Sequence[str], labels_key: str
+    data_set: str,
+    root: str | os.PathLike[str] | None,
+    folder: str,
+    names: Sequence[str],
+    labels_key: str,
+    num_classes: int,
 ) -> Part:
     paths = [find_file(data_set, root, ("", folder), (name,)) for name in names]
-    images, labels = zip(*(_read_batch(path, labels_key) for path in paths), strict=True)
-    return torch.from_numpy(np.concatenate(images)), torch.from_numpy(np.concatenate(labels))
+    images, labels = zip(*(_read_batch(path, labels_key, num_classes) for path in paths), strict=True)
+    return torch.cat(images), torch.cat(labels)
 
 
-def _read_batch(path: Path, labels_key: str) -> tuple[np.ndarray, np.ndarray]:
+def _read_batch(path: Path, labels_key: str, num_classes: int) -> Part:
     content = read_pickle(path)
     try:
-        images = content["data"].reshape(-1, *_IMAGE_SHAPE)
-        labels = np.asarray(content[labels_key], dtype=np.int64)
-    except (KeyError, TypeError, ValueError, AttributeError):
+        images = torch.from_numpy(content["data"].reshape(-1, *_IMAGE_SHAPE))
+        if not all(type(label) is int for label in content[labels_key]):
+            raise TypeError
+        labels = torch.tensor(content[labels_key], dtype=torch.int64)
+    except (KeyError, TypeError, ValueError, AttributeError, RuntimeError):
         raise ValueError(f"{path} is no CIFAR file: it lacks images of 3x32x32 pixels or {labels_key!r}.") from None
-    if labels.shape != images.shape[:1]:
-        raise ValueError(f"{path} holds {len(images)} images but labels of shape {labels.shape}.")
+    check_part(path, images, labels, num_classes)
     return images, labels
 
 
@@ -71,6 +81,7 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
     """
     with open(path, "rb") as file:
         try:
+            _check_numbers(file)
             content = _CifarUnpickler(file, encoding="bytes").load()
             return {_text(key): _array(value) for key, value in content.items()}
         except _ForbiddenNameError as error:
@@ -79,6 +90,15 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
             ) from None
         except Exception as error:  # a damaged pickle fails in any way whatever
             raise ValueError(f"{path} is damaged or no CIFAR file ({type(error).__name__}: {error}).") from None
+
+
+def _check_numbers(file: BinaryIO) -> None:
+    """Raise if a pickle numbers its objects so high that memory for all below is taken; leave the file at its start."""
+    size = os.fstat(file.fileno()).st_size
+    for opcode, argument, _ in pickletools.genops(file):
+        if opcode.name in _NUMBERING and argument > size:
+            raise ValueError(f"it numbers an object {argument}, more than it has bytes")
+    file.seek(0)
 
 
 class _ForbiddenNameError(Exception):

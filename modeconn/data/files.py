@@ -6,6 +6,11 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from torch import Tensor
+
+LARGEST = 2 * 2**30
+"""How many bytes one file of a data set may unpack to; the largest known one takes 0.2 GiB."""
+
 
 def find_file(data_set: str, root: str | os.PathLike[str] | None, folders: Sequence[str], names: Sequence[str]) -> Path:
     """Return the first of ``root/folder/name`` that is a file, over all folders, then all names.
@@ -31,3 +36,25 @@ def find_file(data_set: str, root: str | os.PathLike[str] | None, folders: Seque
         f"{data_set} needs the file {' or '.join(names)}, which is not in {', '.join(map(str, searched))}. "
         "Pass root=, the folder that holds it."
     )
+
+
+def check_part(path: str | os.PathLike[str], images: Tensor, labels: Tensor, num_classes: int) -> None:
+    """Raise unless a file of a data set has images, and a class for each of them.
+
+    Args:
+        path: The file of the labels, for the message.
+        images: ``(N, ...)``.
+        labels: int64.
+        num_classes: Labels lie in ``0 .. num_classes - 1``.
+
+    Raises:
+        ValueError: If they do not; says how.
+    """
+    if not len(images):
+        raise ValueError(f"{path} holds no image.")
+    if labels.shape != images.shape[:1]:
+        raise ValueError(f"{path} holds labels of shape {tuple(labels.shape)} for {len(images)} images.")
+    lowest, highest = (int(value) for value in labels.aminmax())
+    if lowest < 0 or highest >= num_classes:
+        wrong = lowest if lowest < 0 else highest
+        raise ValueError(f"{path} holds a label of {wrong}; labels lie in 0..{num_classes - 1}.")

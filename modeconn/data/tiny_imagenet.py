@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+import struct
+import warnings
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import ModuleType
 
@@ -15,6 +17,7 @@ from modeconn.data.files import find_file
 
 Part = tuple[Tensor, Tensor]
 _SIDE = 64
+NUM_CLASSES = 200
 
 
 def read_tiny_imagenet(root: str | os.PathLike[str] | None) -> tuple[Part, Part]:
@@ -25,16 +28,37 @@ def read_tiny_imagenet(root: str | os.PathLike[str] | None) -> tuple[Part, Part]
 
     Raises:
         FileNotFoundError: If ``wnids.txt`` or anything it leads to is missing.
+        ValueError: If a file is damaged or of another kind.
         ImportError: If Pillow, which decodes JPEG, is not installed.
     """
     pillow = _import_pillow()
     base = find_file("tiny_imagenet", root, ("", "tiny-imagenet-200"), ("wnids.txt",)).parent
-    class_of = {name: index for index, name in enumerate(_lines(base, "wnids.txt"))}
-
+    class_of = _classes(base)
     train = [(path, index) for name, index in class_of.items() for path in _training_images(base, name)]
-    annotations = [line.split("\t")[:2] for line in _lines(base, "val/val_annotations.txt")]
-    test = [(base / "val" / "images" / file_name, class_of[name]) for file_name, name in annotations]
-    return _read_part(pillow, train), _read_part(pillow, test)
+    return _read_part(pillow, train), _read_part(pillow, list(_annotated(base, class_of)))
+
+
+def _classes(base: Path) -> dict[str, int]:
+    """Return the number of each class by its name, which is the name of a folder."""
+    names = _lines(base, "wnids.txt")
+    for name in names:
+        if Path(name).name != name or names.count(name) > 1 or len(names) > NUM_CLASSES:
+            raise ValueError(
+                f"{base / 'wnids.txt'} must name up to {NUM_CLASSES} folders, each once, got {len(names)}, among them "
+                f"{name[:80]!r}."
+            )
+    return {name: index for index, name in enumerate(names)}
+
+
+def _annotated(base: Path, class_of: dict[str, int]) -> Iterator[tuple[Path, int]]:
+    for number, line in enumerate(_lines(base, "val/val_annotations.txt"), 1):
+        file_name, name, *_ = [*line.split("\t"), "", ""]
+        if name not in class_of or Path(file_name).name != file_name:
+            raise ValueError(
+                f"line {number} of {base / 'val' / 'val_annotations.txt'} must begin with the name of an image and "
+                f"one of the {len(class_of)} classes, got {line[:80]!r}."
+            )
+        yield base / "val" / "images" / file_name, class_of[name]
 
 
 def _import_pillow() -> ModuleType:
@@ -46,7 +70,14 @@ def _import_pillow() -> ModuleType:
 
 
 def _lines(base: Path, name: str) -> list[str]:
-    return find_file("tiny_imagenet", base, ("",), (name,)).read_text().splitlines()
+    path = find_file("tiny_imagenet", base, ("",), (name,))
+    try:
+        lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is no text ({error}).") from None
+    if not lines:
+        raise ValueError(f"{path} is empty.")
+    return lines
 
 
 def _training_images(base: Path, class_name: str) -> list[Path]:
@@ -60,9 +91,21 @@ def _training_images(base: Path, class_name: str) -> list[Path]:
 def _read_part(pillow: ModuleType, examples: Sequence[tuple[Path, int]]) -> Part:
     images = torch.empty(len(examples), 3, _SIDE, _SIDE, dtype=torch.uint8)
     for row, (path, _) in enumerate(examples):
-        with pillow.open(path) as image:
-            pixels = np.array(image.convert("RGB"))  # some images are grey
-        if pixels.shape != (_SIDE, _SIDE, 3):
-            raise ValueError(f"{path} must have {_SIDE}x{_SIDE} pixels, it has {pixels.shape[1]}x{pixels.shape[0]}.")
-        images[row] = torch.from_numpy(pixels).permute(2, 0, 1)
+        images[row] = torch.from_numpy(_pixels(pillow, path)).permute(2, 0, 1)
     return images, torch.tensor([index for _, index in examples])
+
+
+def _pixels(pillow: ModuleType, path: Path) -> np.ndarray:
+    """Return the image in a file; its size is known, and checked, before memory for it is taken."""
+    if not path.is_file():
+        raise FileNotFoundError(f"tiny_imagenet needs the image {path}, which is not there.")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # its size is judged below
+            with pillow.open(path, formats=("JPEG",)) as image:
+                if image.size != (_SIDE, _SIDE):
+                    width, height = image.size
+                    raise ValueError(f"{path} must have {_SIDE}x{_SIDE} pixels, it has {width}x{height}.")
+                return np.array(image.convert("RGB"))  # some images are grey
+    except (OSError, SyntaxError, struct.error, pillow.DecompressionBombError) as error:
+        raise ValueError(f"{path} is damaged or no JPEG image ({error}).") from None

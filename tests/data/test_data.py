@@ -417,7 +417,13 @@ def test_a_truncated_cifar_file_is_named(tmp_path, keep):
     [
         ({b"labels": [1]}, "is no CIFAR file: it lacks images of 3x32x32 pixels or 'labels'"),
         ({b"data": cifar_pixels(0)[:, :99], b"labels": [1, 2, 3]}, "is no CIFAR file: it lacks images of 3x32x32"),
-        ({b"data": cifar_pixels(0), b"labels": [1, 2]}, r"holds 3 images but labels of shape \(2,\)"),
+        ({b"data": cifar_pixels(0), b"labels": [1, 2]}, r"holds labels of shape \(2,\) for 3 images"),
+        ({b"data": cifar_pixels(0), b"labels": [1, 2, 10]}, r"holds a label of 10; labels lie in 0..9"),
+        ({b"data": cifar_pixels(0), b"labels": [1, 2, -1]}, r"holds a label of -1; labels lie in 0..9"),
+        ({b"data": cifar_pixels(0), b"labels": [1, 2, 2.5]}, "is no CIFAR file: it lacks images"),
+        ({b"data": cifar_pixels(0), b"labels": [1, 2, 2**70]}, "is no CIFAR file: it lacks images"),
+        ({b"data": cifar_pixels(0)[:0], b"labels": []}, "is no CIFAR file: it lacks images"),
+        ({b"data": "text", b"labels": "text"}, "is no CIFAR file: it lacks images"),
         ([1, 2], "is damaged or no CIFAR file"),
     ],
 )
@@ -426,6 +432,12 @@ def test_a_pickle_of_something_else_is_refused(tmp_path, content, message):
     (tmp_path / "root" / "test_batch").write_bytes(pickle.dumps(content, protocol=2))
     with pytest.raises(ValueError, match=f"test_batch {message}"):
         data.load("cifar10", tmp_path / "root")
+
+
+def test_a_pickle_that_numbers_its_objects_without_end_takes_no_memory(tmp_path):
+    (tmp_path / "file").write_bytes(b"\x80\x02}r\xff\xff\xff\x7f.")  # 32 GiB for the objects numbered below
+    with pytest.raises(ValueError, match=r"file is damaged or no CIFAR file .*numbers an object 2147483647"):
+        read_pickle(tmp_path / "file")
 
 
 # --- IDX --------------------------------------------------------------------------------------------------------------
@@ -472,17 +484,26 @@ def test_a_missing_idx_file_is_named_with_its_other_spellings(tmp_path):
     ("content", "message"),
     [
         (b"", "is damaged or no IDX file"),
-        (idx_bytes(np.zeros((2, 3)))[:-1], r"is damaged: 5 bytes for an array of shape \(2, 3\)"),
-        (idx_bytes(np.zeros((2, 3))) + b"0", r"is damaged: 7 bytes for an array of shape \(2, 3\)"),
-        (b"\0\0\x0d\1" + idx_bytes(np.zeros(2))[4:], "is no IDX file of unsigned bytes: it begins with 00000d01"),
-        (gzip.compress(idx_bytes(np.zeros(9)), mtime=0)[:-9], "is damaged or no IDX file"),
+        (idx_bytes(np.zeros((2, 3)))[:-1], r"is damaged: an array of shape \(2, 3\) takes 6 bytes, it holds 5 bytes"),
+        (idx_bytes(np.zeros((2, 3))) + b"0", r"is damaged: an array of shape \(2, 3\) takes 6 bytes, it holds more"),
+        (
+            b"\0\0\x0d\2" + idx_bytes(np.zeros((2, 3)))[4:],
+            "is no IDX file of unsigned bytes in 2 dimensions: it begins with 00000d02",
+        ),
+        (
+            idx_bytes(np.zeros(2)) + b"0" * 9,
+            "is no IDX file of unsigned bytes in 2 dimensions: it begins with 00000801",
+        ),
+        (idx_bytes(np.zeros((2, 3)))[:4] + b"\xff" * 8, "is damaged: an array of shape .* would take"),
+        (gzip.compress(idx_bytes(np.zeros((2, 3))) + bytes(10**8)), ".* takes 6 bytes, it holds more"),
+        (gzip.compress(idx_bytes(np.zeros((3, 3))), mtime=0)[:-9], "is damaged or no IDX file"),
         (b"\x1f\x8b" + b"junk" * 9, "is damaged or no IDX file"),
     ],
 )
 def test_damaged_idx_files_are_refused(tmp_path, content, message):
     (tmp_path / "file").write_bytes(content)
     with pytest.raises(ValueError, match=f"file {message}"):
-        read_idx(tmp_path / "file")
+        read_idx(tmp_path / "file", 2)
 
 
 # --- Tiny ImageNet ----------------------------------------------------------------------------------------------------
@@ -532,6 +553,47 @@ def test_images_of_another_size_are_refused(tmp_path):
     pillow.new("RGB", (32, 64)).save(tmp_path / "train" / "n01" / "images" / "n01_0.JPEG")
     with pytest.raises(ValueError, match=r"n01_0\.JPEG must have 64x64 pixels, it has 32x64"):
         data.load("tiny_imagenet", tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "message"),
+    [
+        ("wnids.txt", b"n02\n../n01\n", "must name up to 200 folders, each once, got 2, among them '../n01'"),
+        ("wnids.txt", b"n02\nn02\n", "each once, got 2, among them 'n02'"),
+        ("wnids.txt", b"\xff\xfe", "wnids.txt is no text"),
+        ("wnids.txt", b"\n", "wnids.txt is empty"),
+        ("val/val_annotations.txt", b"val_0.JPEG\tn03\n", "line 1 of .* one of the 2 classes, got 'val_0.JPEG"),
+        ("val/val_annotations.txt", b"../x.JPEG\tn01\n", "line 1 of .* the name of an image"),
+        ("val/val_annotations.txt", b"val_0.JPEG\n", "line 1 of .* one of the 2 classes"),
+        ("val/images/val_0.JPEG", b"GIF89a@\0@\0\0\0\0;", "val_0.JPEG is damaged or no JPEG image"),
+        ("val/images/val_0.JPEG", None, "val_0.JPEG is damaged or no JPEG image"),
+        ("val/images/val_0.JPEG", b"", "val_0.JPEG is damaged or no JPEG image"),
+    ],
+)
+def test_damaged_tiny_imagenet_files_are_named(tmp_path, file, content, message):
+    write_tiny_imagenet(tmp_path)
+    path = tmp_path / file
+    path.write_bytes(path.read_bytes()[:300] if content is None else content)
+    with pytest.raises(ValueError, match=message):
+        data.load("tiny_imagenet", tmp_path)
+
+
+def test_an_image_of_another_size_is_refused_before_it_is_decoded(tmp_path):
+    write_tiny_imagenet(tmp_path)
+    path = tmp_path / "val" / "images" / "val_0.JPEG"
+    content = bytearray(path.read_bytes())
+    place = content.index(b"\xff\xc0") + 5
+    content[place : place + 4] = struct.pack(">HH", 65000, 65000)
+    path.write_bytes(content)
+    with pytest.raises(ValueError, match=r"val_0\.JPEG (must have 64x64 pixels, it has 65000x65000|is damaged)"):
+        data.load("tiny_imagenet", tmp_path)
+
+
+def test_labels_that_are_no_classes_name_their_file(tmp_path):
+    write_mnist(tmp_path)
+    (tmp_path / "t10k-labels-idx1-ubyte").write_bytes(idx_bytes(np.array([0, 1, 77])))
+    with pytest.raises(ValueError, match=r"t10k-labels-idx1-ubyte holds a label of 77; labels lie in 0..9"):
+        data.load("mnist", tmp_path)
 
 
 def test_without_pillow_the_message_says_what_to_install(tmp_path, monkeypatch):
