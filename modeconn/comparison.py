@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import os
 import statistics
@@ -33,6 +32,7 @@ from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools import provenance
 from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
+from modeconn.tools.json_files import KIND, from_json, numbers, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
 from modeconn.tools.memory import peak_memory
@@ -131,15 +131,26 @@ class Comparison:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return all values and, for readers, the summary as JSON; also write it to ``path`` if given."""
-        return write_text(
-            json.dumps({**asdict(self), "summary": self.summary(), **provenance.entry(self)}, indent=1) + "\n", path
-        )
+        record = {KIND: "Comparison", **asdict(self), "summary": self.summary(), **provenance.entry(self)}
+        return to_json(record, path)
 
     @classmethod
     def from_json(cls, text: str) -> Comparison:
-        """Invert `to_json`."""
-        record = json.loads(text)
-        found = cls(record["values"], record["num_points"], record["num_examples"])
+        """Invert `to_json`.
+
+        Raises:
+            ValueError: If the text is no comparison.
+        """
+        record = from_json(text, "comparison")
+        if record.get(KIND, "Comparison") != "Comparison":  # files of older versions do not say it
+            raise ValueError(f"this is a {record[KIND]}, no comparison.")
+        try:
+            rows = record["values"].items()
+            values = {row: {name: numbers(one) for name, one in columns.items()} for row, columns in rows}
+            found = cls(values, record["num_points"], record["num_examples"])
+            repr(found)  # a comparison that cannot be shown holds something else than was written
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"this is no comparison ({type(error).__name__}: {error}).") from None
         provenance.keep(found, record.get(provenance.ATTRIBUTE))
         return found
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import shlex
 import sys
 from collections.abc import Sequence
@@ -19,7 +18,7 @@ import modeconn
 from modeconn import Connection, Recipe, models, plot
 from modeconn.cli import deep_align, options, parse
 from modeconn.cli import demo as story
-from modeconn.cli.files import describe_file, draw_files, made_by_of
+from modeconn.cli.files import CORRELATIONS, describe_file, draw_files, made_by_of
 from modeconn.cli.options import (
     AdversaryOptions,
     DataOptions,
@@ -32,9 +31,10 @@ from modeconn.cli.options import (
 from modeconn.cli.options import bars as _bars
 from modeconn.measure.along import AlongCurve
 from modeconn.tools import program, provenance
+from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.progress import bars as progress_bars
-from modeconn.tools.writing import check_writable, write_text
+from modeconn.tools.writing import check_writable
 
 _INTERRUPTED, _TERMINATED = 130, 143  # 128 + SIGINT and 128 + SIGTERM, as shells have it
 
@@ -318,7 +318,7 @@ def align(
     if permutation is not None:
         found.permutation.save(permutation)
     if report is not None:
-        write_text(json.dumps({"correlation": found.correlation}, indent=1) + "\n", report)
+        to_json({KIND: CORRELATIONS, "correlation": found.correlation, **provenance.entry(found)}, report)
     typer.echo(repr(found))
     typer.echo(f"Wrote {', '.join(str(path) for path in (out, permutation, report) if path is not None)}")
 
@@ -745,7 +745,7 @@ def symmetry(
     if error is not None:
         typer.echo(f"\nproved: no tensor differs from its prediction by more than {error:.1e} standard deviations")
     if out is not None:
-        write_text(spec.report().to_json() + "\n", out)
+        spec.report().to_json(out)
     if save_spec is not None:
         spec.save(save_spec)
 

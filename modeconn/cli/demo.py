@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -15,14 +14,16 @@ import torch
 from torch import nn
 
 from modeconn import Alignment, Connection, Profile, Recipe, align, fit_curve, models, plot
+from modeconn.cli.files import DEMO
 from modeconn.cli.options import save_figure
 from modeconn.data import TensorLoader
 from modeconn.learning.checkpoint import environment
 from modeconn.network.loss import TrainingData
 from modeconn.network.recipe import one_cycle
+from modeconn.tools import provenance
 from modeconn.tools.fingerprint import identify
+from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.table import table
-from modeconn.tools.writing import write_text
 
 T = TypeVar("T")
 
@@ -188,12 +189,14 @@ def write_results(story: Story, folder: Path, settings: dict[str, Any]) -> None:
         row.connection.save(folder / f"{_file_name(row)}.safetensors")
         row.profile.to_json(folder / f"{_file_name(row)}.json")
     numbers = {
+        KIND: DEMO,
         "settings": settings,
         "environment": environment(story.rows[0].connection.device),
         "table": {row.name: row.numbers() for row in story.rows},
         "correlation": story.alignment.correlation,
+        **provenance.entry(story.alignment),
     }
-    write_text(json.dumps(numbers, indent=1) + "\n", folder / "results.json")
+    to_json(numbers, folder / "results.json")
     _draw(story, folder)
 
 

@@ -1,102 +1,248 @@
-"""What a file of modeconn is: told in words, or drawn."""
+"""What a file is that one of the commands wrote: told in words, or drawn."""
 
 from __future__ import annotations
 
+import csv
+import io
 import json
-from collections.abc import Sequence
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+import torch
 
 from modeconn import Comparison, DeepAlign, PermutationSpec, Relabelling, plot
 from modeconn.learning.checkpoint import ALIGNER, FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
+from modeconn.models.states import states_of_pickle, states_of_safetensors
+from modeconn.symmetry.report import SymmetryReport
 from modeconn.tools import files, provenance
+from modeconn.tools.json_files import KIND, from_json
+from modeconn.tools.measurements import read_records
 from modeconn.tools.table import table
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-_Correlation = dict[str, list[float]]
+CORRELATIONS, DEMO = "correlations of an alignment", "demo"
+"""The kinds of JSON files that only commands write."""
+
+_FIGURES = {b"\x89PNG": "PNG", b"%PDF": "PDF", b"<?xml": "SVG"}
+_PICKLES = (b"PK\3\4", b"\x80")
+
+
+@dataclass(frozen=True)
+class _File:
+    """A file that was read.
+
+    Args:
+        kind: What it is, in words.
+        text: What it holds, for people.
+        made_by: How it says that it was made.
+        drawn: What of it can be drawn; None if nothing can.
+    """
+
+    kind: str
+    text: str
+    made_by: Any = None
+    drawn: Any = None
 
 
 def describe_file(path: Path) -> str:
     """Return what ``modeconn info`` prints of a file."""
-    if _is_json(path):
-        kind, content = _read_json(path)
-        text, made_by = (_correlation_table(content) if isinstance(content, dict) else repr(content)), made_by_of(path)
-    else:
-        tensors, about = files.read(path)
-        made_by = about.get(provenance.ATTRIBUTE)
-        if about["kind"] not in _SAFETENSORS:
-            raise ValueError(f"{str(path)!r} is a {about['kind']}, of which this version of modeconn knows nothing.")
-        kind, text = about["kind"], _SAFETENSORS[about["kind"]](path, tensors, about)
-        kind = about["relabelling"]["kind"] if kind == "relabelling" else kind
-    return f"{path}: {kind}\n{text}{_provenance(made_by)}"
+    file = _read(path)
+    return "\n".join([f"{path}: {file.kind}", *filter(None, [file.text, _provenance(file.made_by)])])
 
 
 def made_by_of(path: Path) -> dict[str, Any] | None:
-    """Return how a JSON file of modeconn says that it was made."""
+    """Return how a JSON file of modeconn says that it was made; None for any other file."""
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError:
+    except (ValueError, RecursionError):
         return None
     found = content.get(provenance.ATTRIBUTE) if isinstance(content, dict) else None
     return found if isinstance(found, dict) else None
 
 
-def _provenance(made_by: dict[str, Any] | None) -> str:
-    if not made_by:
-        return ""
-    lines = {"made by": made_by.get("command", made_by.get("call"))}
-    if "command" in made_by and "call" in made_by:
-        lines["call"] = made_by["call"]
-    lines |= {f"its {name}": described for name, described in dict(made_by.get("data", {})).items()}
-    lines["versions"] = ", ".join(f"{name} {version}" for name, version in dict(made_by.get("versions", {})).items())
-    return f"\n{_lines(lines)}"
-
-
 def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str | None, ax: Axes) -> None:
-    """Draw results along curves, reports of alignments or connections, all of one kind, or one comparison."""
-    read = [_read_json(path) if _is_json(path) else ("connection", _history(path)) for path in paths]
-    kinds, contents = zip(*read, strict=True)
-    if len(set(kinds)) > 1:
-        raise ValueError(
-            f"one figure shows files of one kind, got {', '.join(map(_with_article, sorted(set(kinds))))}."
-        )
-    if kinds[0] == "connection":
+    """Draw results along curves, correlations of alignments or training losses, all of one kind, or one comparison."""
+    read = [_read(path) for path in paths]
+    for path, file in zip(paths, read, strict=True):
+        if file.drawn is None:
+            raise ValueError(
+                f"{str(path)!r} is {_with_article(file.kind)}, of which there is nothing to draw. Figures show results "
+                f"along curves, comparisons, correlations of alignments, and the training of connections."
+            )
+    contents = [file.drawn for file in read]
+    kinds = {"training" if isinstance(file.drawn, History) else file.kind for file in read}
+    if len(kinds) > 1:
+        raise ValueError(f"one figure shows files of one kind, got {', '.join(map(_with_article, sorted(kinds)))}.")
+    (kind,) = kinds
+    if kind == "training":
         plot.history(*contents, labels=labels, ax=ax)
-    elif kinds[0] == "report of an alignment":
+    elif kind == CORRELATIONS:
         plot.correlation(*contents, labels=labels, ax=ax)
-    elif len(contents) > 1 and kinds[0] in ("comparison", "robust profile"):
-        raise ValueError(f"one figure shows one {kinds[0]}, got {len(contents)}.")
-    elif kinds[0] == "comparison":
+    elif len(contents) > 1 and kind in ("comparison", "robust profile"):
+        raise ValueError(f"one figure shows one {kind}, got {len(contents)}.")
+    elif kind == "comparison":
         plot.comparison(contents[0], column=quantity or "line", ax=ax)
-    elif kinds[0] == "robust profile":
+    elif kind == "robust profile":
         contents[0].plot(quantity=quantity, ax=ax)
     else:
         plot.profile(*contents, labels=labels, quantity=quantity or next(iter(contents[0].values)), ax=ax)
 
 
-def _is_json(path: Path) -> bool:
+def _read(path: Path) -> _File:
     with path.open("rb") as file:
-        return file.read(1) == b"{"
-
-
-def _read_json(path: Path) -> tuple[str, AlongCurve | Comparison | _Correlation]:
-    text = path.read_text(encoding="utf-8")
+        begin = file.read(4096)
+    if not begin:
+        raise ValueError(f"{str(path)!r} is empty.")
+    for signature, name in _FIGURES.items():
+        if begin.startswith(signature):
+            return _File(f"{name} figure", _lines(_about_figure(path, name)))
+    if _is_safetensors(begin, path.stat().st_size):
+        return _read_safetensors(path)
+    if begin.startswith(_PICKLES):
+        return _File("file of torch.save", _about_states(states_of_pickle(path)))
     try:
-        content = json.loads(text)
-        if "correlation" in content:
-            return "report of an alignment", content["correlation"]
-        if "kind" in content:
-            result = AlongCurve.from_json(text)
-            return _in_words(type(result).__name__), result
-        return "comparison", Comparison.from_json(text)
-    except (json.JSONDecodeError, KeyError, UnicodeDecodeError):
-        raise ValueError(
-            f"{str(path)!r} is no result along a curve, no comparison and no report of an alignment."
-        ) from None
+        text = path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        return _read_safetensors(path)  # which says what is wrong with it
+    return _read_text(path, text)
+
+
+def _is_safetensors(begin: bytes, size: int) -> bool:
+    """Whether a file begins with the length of a header and the header; no text has a length so small."""
+    return begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
+
+
+def _read_safetensors(path: Path) -> _File:
+    if not files.is_ours(path):
+        return _File("safetensors file of another program", _about_states(states_of_safetensors(path)))
+    with files.opened(path) as (tensors, about):
+        kind, made_by = about["kind"], about.get(provenance.ATTRIBUTE)
+        if kind not in _SAFETENSORS:
+            raise ValueError(f"{str(path)!r} is a {kind}, of which this version of modeconn knows nothing.")
+        text = _SAFETENSORS[kind](path, tensors, about)
+        if kind == "connection":
+            drawn = History(**about["history"]) if about["history"] else None
+        else:
+            drawn = _history_so_far(about) if kind == FIT else None
+        return _File(about["relabelling"]["kind"] if kind == "relabelling" else kind, text, made_by, drawn)
+
+
+def _read_text(path: Path, text: str) -> _File:
+    try:
+        if not text.lstrip().startswith("{"):
+            return _read_csv(text)
+        if _is_records(text):
+            return _File("finished measurements", _lines({"measurements": len(read_records(path))}))
+        return _read_json(text)
+    except ValueError as error:
+        raise ValueError(f"{str(path)!r}: {error}") from None
+
+
+def _is_records(text: str) -> bool:
+    return re.match(r'\s*\{"[0-9a-f]{32}": \{', text) is not None  # begins with a digest of settings
+
+
+def _read_json(text: str) -> _File:
+    content = from_json(text, "file of modeconn")
+    kind = content.get(KIND, _kind_of_older(content))
+    made_by = content.get(provenance.ATTRIBUTE)
+    if kind == CORRELATIONS:
+        correlation = _correlations(content)
+        return _File(kind, _correlation_table(correlation), made_by, correlation)
+    if kind == DEMO:
+        return _File(kind, _demo_table(content), made_by)
+    if kind == "Comparison":
+        comparison = Comparison.from_json(text)
+        return _File("comparison", repr(comparison), made_by, comparison)
+    if kind == "SymmetryReport":
+        return _File("report of symmetries", repr(SymmetryReport.from_json(text)), made_by)
+    if kind == "PermutationSpec":
+        return _File("spec", repr(PermutationSpec.from_json(text)), made_by)
+    if isinstance(kind, str):
+        result = AlongCurve.from_json(text)
+        return _File(_in_words(type(result).__name__), repr(result), made_by, result)
+    raise ValueError(
+        "it is no result along a curve, no comparison, no correlations of an alignment and no report of symmetries."
+    )
+
+
+def _kind_of_older(content: Mapping[str, Any]) -> str | None:
+    """Return the kind of a JSON file of a version that did not write it."""
+    signs = {"correlation": CORRELATIONS, "values": "Comparison", "sizes": "PermutationSpec"}
+    return next((kind for sign, kind in signs.items() if sign in content), None)
+
+
+def _read_csv(text: str) -> _File:
+    header, *rows = [*csv.reader(io.StringIO(text))] or [[]]
+    known = {"t": "results along a curve", "pair": "a comparison", "epoch": "epochs of training"}
+    if len(header) < 2 or header[0] not in known or any(len(row) != len(header) for row in rows) or not rows:
+        raise ValueError("it is no file that modeconn wrote, or damaged.")
+    facts = _lines({"holds": known[header[0]], "rows": len(rows), "columns": ", ".join(header)})
+    is_along = header[0] == "t" and header[1] != "attack"
+    return _File("table", facts, drawn=_along_curve(header, rows) if is_along else None)
+
+
+def _along_curve(header: list[str], rows: list[list[str]]) -> AlongCurve:
+    columns = {
+        name: torch.tensor([float(value) for value in column], dtype=torch.float64)
+        for name, column in zip(header, zip(*rows, strict=True), strict=True)
+    }
+    return AlongCurve(columns.pop("t"), columns, arc_length=columns.pop("arc_length", None))
+
+
+def _about_figure(path: Path, name: str) -> dict[str, Any]:
+    if name != "PNG":
+        return {"bytes": path.stat().st_size}
+    from PIL import Image
+
+    try:
+        with Image.open(path, formats=("PNG",)) as image:
+            made_by = getattr(image, "text", {}).get("Description")
+            return {"pixels": "x".join(map(str, image.size)), **({"made by": made_by} if made_by else {})}
+    except (OSError, SyntaxError, ValueError) as error:
+        raise ValueError(f"{str(path)!r} is damaged ({error}).") from None
+
+
+def _about_states(states: Mapping[str, Mapping[str, Any]]) -> str:
+    if not states:
+        return "  no state dict"
+    return _lines(
+        {
+            place or "state dict": f"{len(state)} tensors, {sum(one.numel() for one in _tensors(state)):,} numbers"
+            for place, state in states.items()
+        }
+    )
+
+
+def _tensors(state: Mapping[str, Any]) -> list[torch.Tensor]:
+    return [value for value in state.values() if isinstance(value, torch.Tensor)]
+
+
+def _provenance(made_by: Any) -> str:
+    if not isinstance(made_by, Mapping):
+        return ""
+    lines = {"made by": made_by.get("command", made_by.get("call"))}
+    if "command" in made_by and "call" in made_by:
+        lines["call"] = made_by["call"]
+    lines |= {f"its {name}": described for name, described in _items(made_by.get("data"))}
+    lines["versions"] = ", ".join(f"{name} {version}" for name, version in _items(made_by.get("versions")))
+    return _lines(lines)
+
+
+def _items(value: Any) -> list[tuple[str, Any]]:
+    return list(value.items()) if isinstance(value, Mapping) else []
+
+
+def _history_so_far(about: Mapping[str, Any]) -> History | None:
+    done = about.get("progress")
+    return History(done["loss"], done["loss_by_t"], done["seconds"]) if done and done["loss"] else None
 
 
 def _in_words(name: str) -> str:
@@ -104,18 +250,28 @@ def _in_words(name: str) -> str:
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
 
-def _history(path: Path) -> History | None:
-    kept = files.read(path, "connection")[1]["history"]
-    return None if kept is None else History(**kept)
-
-
 def _with_article(kind: str) -> str:
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
-def _correlation_table(correlation: _Correlation) -> str:
+def _correlations(content: Mapping[str, Any]) -> dict[str, list[float]]:
+    try:
+        return {name: [float(before), float(after)] for name, (before, after) in content["correlation"].items()}
+    except (LookupError, TypeError, ValueError, AttributeError) as error:
+        raise ValueError(f"it is no {CORRELATIONS} ({type(error).__name__}: {error}).") from None
+
+
+def _correlation_table(correlation: dict[str, list[float]]) -> str:
     rows = [[name, *(f"{value:.3f}" for value in values)] for name, values in correlation.items()]
     return table(["mean correlation", "before", "after"], rows)
+
+
+def _demo_table(content: Mapping[str, Any]) -> str:
+    try:
+        rows = [[name, *(f"{value:.4g}" for value in row.values())] for name, row in content["table"].items()]
+        return table(["", *next(iter(content["table"].values()))], rows)
+    except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
+        raise ValueError(f"it is no {DEMO} ({type(error).__name__}: {error}).") from None
 
 
 def _about_connection(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
@@ -167,7 +323,7 @@ def _about_deep_align(path: Path, tensors: dict[str, Any], about: dict[str, Any]
     return f"{_lines(lines)}\n{aligner.fitted.encoder.graph.spec!r}"
 
 
-_SAFETENSORS = {
+_SAFETENSORS: dict[str, Callable[[Path, dict[str, Any], dict[str, Any]], str]] = {
     "deep align": _about_deep_align,
     "connection": _about_connection,
     "model": _about_model,

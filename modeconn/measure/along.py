@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import html
-import json
 import math
 import os
 from collections.abc import Mapping, Sequence
@@ -16,6 +15,7 @@ from torch import Tensor
 
 from modeconn import plot
 from modeconn.tools import provenance
+from modeconn.tools.json_files import KIND, from_json, numbers, to_json
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
 from modeconn.tools.writing import write_text
@@ -93,6 +93,10 @@ class AlongCurve:
         self.t, self.values, self.own = t.double(), {name: value.double() for name, value in values.items()}, own or {}
         self.arc_length, self.num_examples, self.seconds = arc_length, num_examples, seconds
         self.higher_is_better = dict(higher_is_better or {})
+        self._check()
+
+    def _check(self) -> None:
+        """Raise unless positions and values belong together."""
         if self.t.ndim != 1 or not len(self.t) or not bool((self.t.diff() > 0).all() and self.t.isfinite().all()):
             raise ValueError(f"t must hold rising positions, got t={self.t.tolist()}.")
         for name, value in self.values.items():
@@ -169,8 +173,8 @@ class AlongCurve:
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return everything and, for readers, barriers and summary as JSON; also write it to ``path`` if given."""
-        record = {"kind": type(self).__name__, **self._record(), **self._for_readers(), **provenance.entry(self)}
-        return write_text(json.dumps(_to_plain(record), indent=1, allow_nan=False) + "\n", path)
+        record = {KIND: type(self).__name__, **self._record(), **self._for_readers(), **provenance.entry(self)}
+        return to_json(record, path)
 
     @classmethod
     def from_json(cls, text: str) -> Self:
@@ -179,19 +183,21 @@ class AlongCurve:
         Raises:
             ValueError: If the text is no such result.
         """
+        record = from_json(text, cls.__name__)
+        kind = record.get(KIND, cls.__name__)  # files of older versions do not say it
+        if kind != cls.__name__ and kind not in AlongCurve.kinds:
+            raise ValueError(f"this is a {kind}, whose class nobody imported. Import it first.")
+        found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
+        if not issubclass(found, cls):
+            raise ValueError(f"this is a {kind}, not a {cls.__name__}.")
         try:
-            record = json.loads(text)
-            kind = record.get("kind", cls.__name__)  # files of older versions do not say it
-            if kind != cls.__name__ and kind not in AlongCurve.kinds:
-                raise ValueError(f"this is a {kind}, whose class nobody imported. Import it first.")
-            found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
-            if not issubclass(found, cls):
-                raise ValueError(f"this is a {kind}, not a {cls.__name__}.")
             result = found._restored(record)
-            provenance.keep(result, record.get(provenance.ATTRIBUTE))
-            return result
-        except (KeyError, TypeError, AttributeError, json.JSONDecodeError) as error:
-            raise ValueError(f"this is no {cls.__name__} ({type(error).__name__}: {error}).") from None
+            result._check()
+            repr(result)  # a result that cannot be shown holds something else than was written
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"this is no {found.__name__} ({type(error).__name__}: {error}).") from None
+        provenance.keep(result, record.get(provenance.ATTRIBUTE))
+        return result
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one row for each point, as comma-separated values; also write it to ``path`` if given."""
@@ -265,30 +271,11 @@ def _mean(values: Tensor, along: Tensor) -> float:
 AlongCurve.kinds["AlongCurve"] = AlongCurve
 
 
-def _to_plain(value: Any) -> Any:
-    """Return what every reader of JSON takes: it has neither tensors nor numbers that are not finite."""
-    if isinstance(value, Mapping):
-        return {name: _to_plain(one) for name, one in value.items()}
-    if isinstance(value, Tensor):
-        return _to_plain(value.tolist())
-    if isinstance(value, list | tuple):
-        return [_to_plain(one) for one in value]
-    if isinstance(value, float) and not math.isfinite(value):
-        return None if math.isnan(value) else str(value)
-    return value
-
-
 def _from_plain(value: Any) -> Any:
-    """Invert `_to_plain`, for tensors and mappings of tensors."""
+    """Invert `to_plain`, for tensors and mappings of tensors."""
     if isinstance(value, dict):
         return {name: _from_plain(one) for name, one in value.items()}
-    return torch.tensor(_numbers(value), dtype=torch.float64) if isinstance(value, list) else value
-
-
-def _numbers(value: Any) -> Any:
-    if isinstance(value, list):
-        return [_numbers(one) for one in value]
-    return math.nan if value is None else float(value)
+    return torch.tensor(numbers(value), dtype=torch.float64) if isinstance(value, list) else value
 
 
 def chosen_positions(t: Sequence[float] | None, num_points: int) -> list[float]:

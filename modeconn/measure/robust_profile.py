@@ -234,6 +234,16 @@ class RobustProfile(AlongCurve):
             record.get("statistics", ""),
         )
 
+    def _check(self) -> None:
+        super()._check()
+        shapes = {tuple(one.shape) for rows in (self.correct, self.losses) for one in rows.values()}
+        rows = self.correct.keys()
+        if len(shapes) != 1 or rows != self.losses.keys() or not {CLEAN, *self.attacks} <= rows:
+            raise ValueError(
+                f"each row must say of each example at each point whether it is answered right, and its loss, got rows "
+                f"{list(self.correct)} and {list(self.losses)} of shapes {sorted(shapes)}."
+            )
+
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one line for each point and row, as comma-separated values; also write it to ``path`` if given."""
         rows = [
@@ -354,7 +364,11 @@ def pack_bits(right: Tensor) -> str:
 
 def unpack_bits(text: str, shape: tuple[int, ...]) -> Tensor:
     """Invert `pack_bits`."""
-    bits = np.unpackbits(np.frombuffer(base64.b64decode(text), dtype=np.uint8), count=int(np.prod(shape)))
+    packed = np.frombuffer(base64.b64decode(text, validate=True), dtype=np.uint8)
+    count = math.prod(shape)
+    if len(packed) != -(-count // 8):
+        raise ValueError(f"{len(packed)} bytes hold no {count} bits")
+    bits = np.unpackbits(packed, count=count)
     return torch.from_numpy(bits.astype(bool)).reshape(shape)
 
 
@@ -365,4 +379,6 @@ def pack_floats(values: Tensor) -> str:
 
 def unpack_floats(text: str, shape: tuple[int, ...]) -> Tensor:
     """Invert `pack_floats`."""
-    return torch.from_numpy(np.frombuffer(base64.b64decode(text), dtype="<f4").astype(np.float32)).reshape(shape)
+    return torch.from_numpy(
+        np.frombuffer(base64.b64decode(text, validate=True), dtype="<f4").astype(np.float32)
+    ).reshape(shape)

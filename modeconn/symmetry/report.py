@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import html
-import json
 import math
+import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from typing import Any, ClassVar
 
 from modeconn.symmetry.findings import UnknownOperator
 from modeconn.symmetry.groups import Group
+from modeconn.symmetry.kinds import KINDS
+from modeconn.tools import provenance
+from modeconn.tools.json_files import KIND, from_json, to_json
 from modeconn.tools.table import html_table
 
 _PLACES_SHOWN = 4
@@ -28,6 +32,8 @@ class SymmetryReport:
         unread: Parameters and buffers in neither graph.
         unknown: Operators without a rule and what they cost.
     """
+
+    made_by: ClassVar[Mapping[str, Any] | None] = None
 
     groups: tuple[Group, ...]
     log10_size: float
@@ -70,21 +76,53 @@ class SymmetryReport:
             unknown=unknown,
         )
 
-    def to_json(self) -> str:
-        """Return the report as JSON."""
-        return json.dumps(
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return the report as JSON; also write it to ``path`` if given."""
+        groups = [
             {
-                "groups": [
-                    {"name": g.name, "shape": g.shape, "parents": g.parents, "places": g.places} for g in self.groups
-                ],
-                "log10_size": self.log10_size,
-                "share_moving": self.share_moving,
-                "fixed": self.fixed,
-                "unread": self.unread,
-                "unknown": [str(u) for u in self.unknown],
-            },
-            indent=1,
-        )
+                "name": group.name,
+                "atom": group.atom,
+                "kind": group.kind.name,
+                "shape": group.shape,
+                "parents": group.parents,
+                "places": group.places,
+            }
+            for group in self.groups
+        ]
+        plain = {name: getattr(self, name) for name in ("log10_size", "share_moving", "fixed", "unread")}
+        record = {**plain, "groups": groups, "unknown": [vars(one) for one in self.unknown]}
+        return to_json({KIND: type(self).__name__, **record, **provenance.entry(self)}, path)
+
+    @classmethod
+    def from_json(cls, text: str) -> SymmetryReport:
+        """Invert `to_json`.
+
+        Raises:
+            ValueError: If the text is no such report.
+        """
+        record = from_json(text, "report of symmetries")
+        try:
+            if record[KIND] != cls.__name__:
+                raise ValueError(f"it is a {record[KIND]}")
+            groups = tuple(
+                Group(
+                    group["name"],
+                    group["atom"],
+                    group["shape"][-1],
+                    tuple((name, size) for name, size in group["parents"]),
+                    tuple((name, dim) for name, dim in group["places"]),
+                    KINDS[group["kind"]],
+                )
+                for group in record["groups"]
+            )
+            fixed = {why: tuple((name, dim, size) for name, dim, size in axes) for why, axes in record["fixed"].items()}
+            unknown = tuple(UnknownOperator(**one) for one in record["unknown"])
+            found = cls(groups, record["log10_size"], record["share_moving"], fixed, tuple(record["unread"]), unknown)
+            repr(found)  # a report that cannot be shown holds something else than was written
+        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+            raise ValueError(f"this is no report of symmetries ({type(error).__name__}: {error}).") from None
+        provenance.keep(found, record.get(provenance.ATTRIBUTE))
+        return found
 
     @property
     def _headline(self) -> str:

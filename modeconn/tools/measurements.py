@@ -6,11 +6,15 @@ import contextlib
 import hashlib
 import json
 import os
+import zlib
 from pathlib import Path
 from typing import Any
 
 from modeconn.tools.fingerprint import identify
+from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, held
+
+_CHECKSUM = "crc32"
 
 
 class Records(contextlib.AbstractContextManager["Records"]):
@@ -36,20 +40,11 @@ class Records(contextlib.AbstractContextManager["Records"]):
             check_writable(self._path)
             stack.enter_context(held(self._path))
             if self._path.exists():
-                self._read(self._path)
+                self._known = read_records(self._path)
             self._until_end = stack.pop_all()
 
     def __exit__(self, *_: Any) -> None:
         self._until_end.close()
-
-    def _read(self, path: Path) -> None:
-        for line in path.read_bytes().splitlines():
-            found = _record(line)
-            if not isinstance(found, dict) or not all(isinstance(record, dict) for record in found.values()):
-                raise ValueError(
-                    f"{str(path)!r} is no file of finished measurements. Choose another one, or delete it."
-                )
-            self._known |= found
 
     def __contains__(self, key: str) -> bool:
         return key in self._known
@@ -63,17 +58,53 @@ class Records(contextlib.AbstractContextManager["Records"]):
         if self._path is not None:
             with self._path.open("a", encoding="utf-8") as file:
                 # Begin with a line break, because the last line may be incomplete.
-                file.write(f"\n{json.dumps({key: record})}")
+                file.write(f"\n{_line({key: record})}")
                 file.flush()
                 os.fsync(file.fileno())
 
 
-def _record(line: bytes) -> Any:
-    """Read a line of the file; one at which a process was killed holds nothing."""
+def read_records(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
+    """Return the records in a file of `Records`, by key.
+
+    Raises:
+        ValueError: If it is some other file.
+
+    Warns:
+        UserWarning: If lines are damaged, which are left out.
+    """
+    path, known, damaged = Path(path), {}, 0
+    lines = [line for line in path.read_bytes().split(b"\n") if line.strip()]
+    for line in lines:
+        found = _records_in(line)
+        if not line.startswith(b"{") or not _are_records(found or {}):
+            raise ValueError(f"{str(path)!r} is no file of finished measurements. Choose another one, or delete it.")
+        known |= found or {}
+        damaged += found is None and line.endswith(b"}")  # others are those at which a process was killed
+    if damaged:
+        warn(f"{str(path)!r} holds {damaged} damaged lines of {len(lines)}; what they held is measured again.")
+    return known
+
+
+def _line(record: dict[str, dict[str, Any]]) -> str:
+    """Return records as a line of the file, with a checksum of their text at its end."""
+    text = json.dumps(record)
+    return f'{text[:-1]}, "{_CHECKSUM}": {zlib.crc32(text.encode())}}}'
+
+
+def _records_in(line: bytes) -> dict[str, dict[str, Any]] | None:
+    """Return what a line holds; None if it is incomplete or damaged."""
     try:
-        return json.loads(line) if line else {}
-    except ValueError:
-        return {} if line.startswith(b"{") else None
+        found = json.loads(line)
+        checksum = found.pop(_CHECKSUM, None)  # files of older versions have none
+        if checksum is not None and line != _line(found).encode():
+            return None
+    except (ValueError, AttributeError, RecursionError):
+        return None
+    return found
+
+
+def _are_records(found: dict[str, Any]) -> bool:
+    return all(isinstance(record, dict) for record in found.values())
 
 
 def key(*parts: Any) -> str:

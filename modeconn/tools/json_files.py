@@ -1,0 +1,83 @@
+"""Results as JSON that every reader takes, with a digest of what they hold: a damaged number is not read."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor
+
+from modeconn.tools.writing import write_text
+
+KIND, DIGEST = "kind", "sha256"
+"""The entries that say what a record is, and whether it is what was written."""
+
+
+def to_json(record: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> str:
+    """Return a record as JSON with a digest of it, and write it to ``path`` unless that is None, all or nothing.
+
+    Args:
+        record: By name whatever JSON holds, and tensors; numbers that are not finite become null and text.
+        path: The file.
+
+    Raises:
+        OSError: If it cannot be written.
+    """
+    plain = to_plain(record)
+    return write_text(json.dumps({**plain, DIGEST: _digest(plain)}, indent=1, allow_nan=False) + "\n", path)
+
+
+def from_json(text: str, what: str) -> dict[str, Any]:
+    """Return the record that `to_json` made a text of.
+
+    Args:
+        text: The text; one without a digest is taken as it is.
+        what: What it should be, for messages.
+
+    Raises:
+        ValueError: If it is no record, or another one than was written.
+    """
+    try:
+        record = json.loads(text)
+    except (ValueError, TypeError, RecursionError) as error:
+        raise ValueError(f"this is no {what}: it cannot be read as JSON ({error}).") from None
+    if not isinstance(record, dict):
+        raise ValueError(f"this is no {what}: it is no JSON object.")
+    digest = record.pop(DIGEST, None)
+    if digest is not None and digest != _digest(record):
+        raise ValueError(
+            f"this {what} is damaged: it is not what was written. If it was changed on purpose, remove its entry "
+            f'"{DIGEST}".'
+        )
+    return record
+
+
+def _digest(record: Mapping[str, Any]) -> str:
+    as_read = json.loads(json.dumps(record))  # where keys are text
+    return hashlib.sha256(json.dumps(as_read, sort_keys=True).encode()).hexdigest()
+
+
+def to_plain(value: Any) -> Any:
+    """Return what every reader of JSON takes: it has neither tensors nor numbers that are not finite."""
+    if isinstance(value, Mapping):
+        return {name: to_plain(one) for name, one in value.items()}
+    if isinstance(value, Tensor):
+        return to_plain(value.tolist())
+    if isinstance(value, list | tuple):
+        return [to_plain(one) for one in value]
+    if isinstance(value, float) and not math.isfinite(value):
+        return None if math.isnan(value) else str(value)
+    return value
+
+
+def numbers(value: Any) -> Any:
+    """Invert `to_plain` for numbers and lists of them, however deep; what is no number is an error."""
+    if isinstance(value, list):
+        return [numbers(one) for one in value]
+    if type(value) is int:
+        return value
+    return math.nan if value is None else float(value)
