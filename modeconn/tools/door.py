@@ -23,8 +23,12 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.tools import provenance
+from modeconn.tools.warn import warn
 
 F = TypeVar("F", bound=Callable[..., Any])
+_CAST = ("cpu", "cuda", "xpu", "mps")
+"""The kinds of devices that may have autocast switched on."""
+
 _Test = tuple[Callable[[Any], bool], str]
 """Whether a value is of a kind, and the kind in words."""
 
@@ -200,8 +204,19 @@ def check_arguments(function: Callable[..., Any], bound: inspect.BoundArguments)
 
 @contextlib.contextmanager
 def _ordinary_tensors() -> Iterator[None]:
-    """Work as outside of no_grad, inference_mode and a default device: where a verb is called does not change it."""
+    """Work as outside of no_grad, inference_mode, autocast and a default device, wherever a verb is called.
+
+    Autocast in particular keeps the weights that it has cast, and would go on with them where weights change in place.
+    """
     with contextlib.ExitStack() as stack:
+        cast = [] if provenance.is_in_a_call() else [kind for kind in _CAST if torch.is_autocast_enabled(kind)]
+        for kind in cast:
+            stack.enter_context(torch.autocast(kind, enabled=False))
+        if cast:
+            warn(
+                "autocast is switched off for the call: networks are measured and trained in their own precision. "
+                "Recipe(autocast=) trains in another one; networks of bfloat16 are measured in bfloat16."
+            )
         if torch.is_inference_mode_enabled():
             stack.enter_context(torch.inference_mode(False))
         stack.enter_context(torch.enable_grad())

@@ -58,6 +58,11 @@ def call_of(function: Any, bound: inspect.BoundArguments) -> Iterator[dict[str, 
         _facts.reset(token)
 
 
+def is_in_a_call() -> bool:
+    """Whether a public call is at work, of which this is a part."""
+    return _facts.get() is not None
+
+
 def note_data(name: str, describe: Callable[[], str]) -> None:
     """Add to how what is being made came about which data was read, under the name of an argument, the first time."""
     facts = _facts.get()

@@ -135,6 +135,39 @@ def test_verbs_that_learn_do_so_wherever_they_are_called(mode):
     assert len(sinkhorn.history) > 1 and float(bend.eigenvalue) != 0
 
 
+def pixels():
+    return [(inputs.sigmoid(), targets) for inputs, targets in batches()]
+
+
+AUTOCAST = {
+    "fit_curve": lambda a, b, line: modeconn.fit_curve(a, b, batches(), recipe=Recipe(epochs=2)).control_points,
+    "train": lambda a, b, line: torch.cat([p.flatten() for p in modeconn.models.train(a, batches()).parameters()]),
+    "evaluate": lambda a, b, line: line.evaluate(batches(), t=[0, 0.5, 1]).loss,
+    "robustness": lambda a, b, line: line.robustness(pixels(), modeconn.PGD(0.1, 0.05, 2), t=[0, 1]).values[
+        "clean loss"
+    ],
+    "sinkhorn": lambda a, b, line: torch.tensor(modeconn.align(a, b, batches(), method=modeconn.Sinkhorn()).history),
+    "through": lambda a, b, line: torch.tensor(
+        modeconn.align(a, b, batches(), method=modeconn.StraightThrough(num_steps=3)).history
+    ),
+    "weights": lambda a, b, line: modeconn.align(a, b, batches(), method=WeightMatching()).model_b[1].weight,
+    "repair": lambda a, b, line: modeconn.repair(line.model_at(0.5), (a, b), batches())[1].weight,
+}
+
+
+@pytest.mark.parametrize("name", AUTOCAST)
+@pytest.mark.filterwarnings("ignore:.*left unrepaired", "ignore:.*attack")
+def test_verbs_compute_alike_under_autocast_and_say_so(name):
+    """Autocast goes on with the weights that it has cast where weights change in place: one network for all t."""
+    a, b = (CASE["mlp"].make(seed) for seed in (0, 1))
+    line = modeconn.Connection.straight_between(a, b)
+    expected = AUTOCAST[name](a, b, line)
+    with torch.autocast("cpu", torch.bfloat16), pytest.warns(UserWarning, match="autocast is switched off") as caught:
+        found = AUTOCAST[name](a, b, line)
+        assert torch.is_autocast_enabled("cpu")
+    assert torch.equal(found, expected) and Path(caught[0].filename) == Path(__file__)
+
+
 def test_warnings_point_at_the_caller():
     a, b = (CASE["mlp"].make(seed) for seed in (0, 1))
     with pytest.warns(UserWarning, match="no curve was learned") as caught:
