@@ -3,19 +3,38 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.overrides import TorchFunctionMode
 
 from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.network.attack import under_attack
-from modeconn.network.batches import batches, check_loader, first_batch, inputs_and_targets, num_examples, run
-from modeconn.network.loss import Forward, LossFn, answer_of, called, check_targets, cross_entropy, one_number
-from modeconn.network.scores import Weighted, weighted
+from modeconn.network.batches import (
+    batches,
+    check_loader,
+    described,
+    first_batch,
+    inputs_and_targets,
+    num_examples,
+    run,
+)
+from modeconn.network.loss import (
+    Forward,
+    LossFn,
+    answer_of,
+    called,
+    check_targets,
+    cross_entropy,
+    one_number,
+    per_example,
+)
+from modeconn.network.scores import Weighted, classes_of, weighted
 from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
 from modeconn.tools.door import checked
 from modeconn.tools.progress import progress_bar
@@ -24,6 +43,7 @@ from modeconn.tools.warn import warn
 
 # Steps before the first check: a random vector may hide the largest eigenvalue behind many close ones.
 _LOOK_EVERY = 10
+_ASYMMETRY = 0.02  # far above rounding, in half precision too
 _ROUNDING = 10.0  # relative to the machine precision
 
 _Product = Callable[[Tensor], Tensor]
@@ -143,15 +163,22 @@ def largest_eigenvalue(
         )
     check_eval_mode(model)
     device, space, loss = device_of(model), WeightSpace(model), _Loss(model, loss_fn, forward)
-    math = sdpa_kernel(SDPBackend.MATH)  # the other ways to compute attention have no second derivative
-    with seeded(seed, device), under_attack(model), torch.enable_grad(), math:
+    with seeded(seed, device), under_attack(model), torch.enable_grad(), _twice_differentiable():
         check_loader(loader) if forward is None else first_batch(loader)
         data = list(batches(loader, device))
-        count = sum(num_examples(batch) for batch in data)
+        for batch in data:
+            if wrt == "inputs":
+                _check_examples(*inputs_and_targets(batch))
+            loss.check(batch)
         if wrt == "weights":
+            count = sum(num_examples(batch) for batch in data)
             products = [_product_in_weights(loss, space, data)]
         else:
-            products = [_product_in_inputs(loss, *inputs_and_targets(batch)) for batch in data]
+            alone = [_examples(model, loss_fn, *inputs_and_targets(batch)) for batch in data]
+            count = sum(len(x) for x, _ in alone)
+            products = [_product_in_inputs(model, loss_fn, x, y) for x, y in alone if len(x)]
+        if not count:
+            raise ValueError("loader holds no example whose target counts.")
         values = [_largest(product, start, num_steps, tolerance) for product, start in products]
     return float(torch.cat(values).double().mean()), count
 
@@ -168,8 +195,16 @@ class _Loss(nn.Module):
     def __init__(self, model: nn.Module, loss_fn: LossFn, forward: Forward | None) -> None:
         super().__init__()
         self.model, self._loss_fn, self._forward = model, loss_fn, forward
-        self._checked: set[int] = set()
         self.training = False
+
+    @torch.no_grad()
+    def check(self, batch: Any) -> None:
+        """Raise unless the loss takes a batch; on an accelerator a target that is no class would end the process."""
+        if self._forward is None:
+            inputs, targets = inputs_and_targets(batch)
+            outputs = run(self.model, inputs)
+            check_targets(outputs, targets, self._loss_fn)
+            one_number(self._loss_fn, outputs, targets)
 
     def forward(self, batch: Any) -> Weighted:
         """Return the loss as a sum and its weight."""
@@ -179,11 +214,27 @@ class _Loss(nn.Module):
             return Weighted(loss.double() * size, float(size), False)
         inputs, targets = inputs_and_targets(batch)
         outputs = run(self.model, inputs)
-        if id(batch) not in self._checked:
-            self._checked.add(id(batch))
-            check_targets(outputs, targets, self._loss_fn)
-        loss = one_number(self._loss_fn, outputs, targets)
-        return weighted(self._loss_fn, loss.reshape(()), outputs, targets, size)
+        return weighted(self._loss_fn, self._loss_fn(outputs, targets).reshape(()), outputs, targets, size)
+
+
+@contextmanager
+def _twice_differentiable() -> Iterator[None]:
+    """Compute in ways of which torch has a second derivative, and a right one."""
+    with sdpa_kernel(SDPBackend.MATH), _WrittenOut():
+        yield
+
+
+class _WrittenOut(TorchFunctionMode):
+    """Writes weight normalisation out: the second derivative of torch's own operator is wrong."""
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if function is torch._weight_norm:
+            return _weight_norm(*args, **(kwargs or {}))
+        return function(*args, **(kwargs or {}))
+
+
+def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
+    return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
 def _product_in_weights(loss: _Loss, space: WeightSpace, data: list[Any]) -> tuple[_Product, Tensor]:
@@ -203,18 +254,36 @@ def _product_in_weights(loss: _Loss, space: WeightSpace, data: list[Any]) -> tup
     return product, (torch.randn_like(theta) * moving)[None]
 
 
-def _product_in_inputs(loss: _Loss, x: Tensor, y: Tensor) -> tuple[_Product, Tensor]:
-    """Return products with the Hessian of each example's loss, and first vectors ``(N, D)``."""
+def _check_examples(x: Any, y: Any) -> None:
+    """Raise unless each example of a batch has an input that can be differentiated by, and a target."""
     if not (isinstance(x, Tensor) and x.is_floating_point()):
         what = x.dtype if isinstance(x, Tensor) else type(x).__name__
         raise ValueError(f"inputs of loader must be one floating-point tensor for wrt='inputs', got {what}.")
+    if not (isinstance(y, Tensor) and x.ndim and y.ndim and len(x) == len(y)):
+        raise ValueError(
+            f"loader must yield a target for each example for wrt='inputs', got inputs {described(x)} and targets "
+            f"{described(y)}."
+        )
+
+
+def _examples(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> tuple[Tensor, Tensor]:
+    """Return inputs and targets of the examples of a batch that have a target that counts."""
+    with torch.no_grad():
+        classes = classes_of(run(model, x), y, loss_fn)
+    counted = None if classes is None else classes.counted.reshape(len(y), -1).any(1)
+    return (x, y) if counted is None else (x[counted], y[counted])
+
+
+def _product_in_inputs(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) -> tuple[_Product, Tensor]:
+    """Return products with the Hessian of each example's own mean loss, and first vectors ``(N, D)``."""
     x = x.detach().requires_grad_()
 
     def product(vectors: Tensor) -> Tensor:
-        total = loss((x, y)).total  # The Hessian of the sum over examples has one block for each example.
-        return _times(total, x, vectors.view_as(x)).flatten(1)
+        # The Hessian of the sum over examples has one block for each example.
+        total = per_example(loss_fn, run(model, x), y).double().sum()
+        return _times(total, x, vectors.view_as(x)).reshape(len(x), -1)
 
-    return product, torch.randn_like(x).flatten(1)
+    return product, torch.randn_like(x).reshape(len(x), -1)
 
 
 def _times(loss: Tensor, at: Tensor, vector: Tensor) -> Tensor:
@@ -232,6 +301,8 @@ def _largest(product: _Product, start: Tensor, num_steps: int, tolerance: float)
     for step in range(1, min(num_steps, size) + 1):
         moved = product(basis[-1])
         diagonal.append((moved * basis[-1]).sum(1))
+        if step > 1:
+            _check_symmetry((moved * basis[-2]).sum(1), beside[-1], torch.stack([*diagonal, *beside]))
         moved = _orthogonal(moved, basis)
         lengths = torch.linalg.vector_norm(moved, dim=1)
         if step % _LOOK_EVERY == 0 or step in (num_steps, size):
@@ -248,6 +319,16 @@ def _largest(product: _Product, start: Tensor, num_steps: int, tolerance: float)
         f"Pass a larger num_steps or tolerance."
     )
     return values
+
+
+def _check_symmetry(above: Tensor, below: Tensor, entries: Tensor) -> None:
+    """Raise unless the entries beside the diagonal, above and below, agree as they do for a symmetric matrix."""
+    off = (above - below).abs() / entries.abs().amax(0).clamp(min=torch.finfo(entries.dtype).tiny)
+    if bool((off > _ASYMMETRY).any()):
+        raise ValueError(
+            f"the second derivative of the loss is not symmetric, by {float(off.max()):.0%} of its size: torch "
+            f"computes that of one of the model's operators wrongly. Write the operator out of elementary ones."
+        )
 
 
 def _ritz(diagonal: list[Tensor], beside: list[Tensor], lengths: Tensor, tolerance: float) -> tuple[Tensor, Tensor]:

@@ -174,6 +174,20 @@ def _map(function: Callable[..., Any], batch: Any, *others: Any) -> Any:
     return _rebuilt(batch, {key: _map(function, part, *(o[key] for o in theirs)) for key, part in parts.items()})
 
 
+def examples_alone(outputs: Any, size: int) -> Any:
+    """Return outputs of ``size`` examples with each example as a batch of one: ``(N, 1, ...)`` for ``(N, ...)``."""
+    return _map(lambda leaf: leaf[:, None] if _has_examples(leaf, size) else leaf, outputs)
+
+
+def example_at(alone: Any, place: int, size: int) -> Any:
+    """Return one of what `examples_alone` made."""
+    return _map(lambda leaf: leaf[place] if _has_examples(leaf, size) else leaf, alone)
+
+
+def _has_examples(leaf: Any, size: int) -> bool:
+    return isinstance(leaf, Tensor) and leaf.dim() > 0 and leaf.shape[0] == size
+
+
 def _kind(value: Any) -> str:
     return f"one {type(value).__name__}" if not isinstance(value, (tuple, list)) else f"{len(value)} things"
 
@@ -393,7 +407,4 @@ def part_of(batch: Any, chosen: slice) -> Any:
     """Return some of the examples of a batch; an object that cannot be cut stays whole."""
     size = num_examples(batch)
 
-    def cut(leaf: Any) -> Any:
-        return leaf[chosen] if isinstance(leaf, Tensor) and leaf.dim() and leaf.shape[0] == size else leaf
-
-    return _map(cut, batch)
+    return _map(lambda leaf: leaf[chosen] if _has_examples(leaf, size) else leaf, batch)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,10 +10,10 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.utils import _pytree as pytree
 
-from modeconn.network.batches import described, inputs_and_targets, run
+from modeconn.network.batches import described, example_at, examples_alone, inputs_and_targets, run
 from modeconn.network.scores import auxiliary_scores, class_axes, classes_of, is_integer, knows_its_axis, scores_of
+from modeconn.tools.warn import is_of_package
 
 LossFn = Callable[[Any, Any], Tensor]
 """``loss_fn(outputs, targets) -> loss``, a mean over the examples of the batch."""
@@ -95,18 +94,31 @@ def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
 def per_example(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
     """Return what ``loss_fn``, a mean over examples, is of each example alone, ``(N,)``.
 
-    In one vectorised call where it can be made; a loss that indexes by its targets or branches is called one by one.
+    In one call where its parts are known, else in one vectorised call where it can be made; a loss that indexes by its
+    targets or branches is called one by one. An example without a target that counts has the loss 0.
     """
-    alone, targets = pytree.tree_map(lambda output: output[:, None], outputs), targets[:, None]
+    is_plain = loss_fn is cross_entropy or loss_fn is F.cross_entropy
+    if is_plain and isinstance(outputs, Tensor) and outputs.ndim == 2 and is_integer(targets):
+        return F.cross_entropy(outputs, targets, reduction="none")
+    losses = _each(loss_fn, outputs, targets)
+    classes = classes_of(outputs, targets, loss_fn)
+    if classes is None:
+        return losses
+    return torch.where(classes.counted.reshape(len(targets), -1).any(1), losses, 0.0)
+
+
+def _each(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
+    size = len(targets)
+    alone, target_alone = examples_alone(outputs, size), targets[:, None]
     try:
-        losses = torch.func.vmap(loss_fn)(alone, targets)
+        losses = torch.func.vmap(loss_fn)(alone, target_alone)
     except Exception:  # vmap and losses raise many types of errors; all mean that the fast path is not possible
         losses = None
-    if losses is None or losses.shape != targets.shape[:1]:
-        rows = (pytree.tree_map(operator.itemgetter(i), alone) for i in range(len(targets)))
-        losses = [one_number(loss_fn, row, target).reshape(()) for row, target in zip(rows, targets, strict=True)]
-        return torch.stack(losses)
-    return losses
+    if losses is not None and losses.shape == (size,):
+        return losses
+    rows = (example_at(alone, place, size) for place in range(size))
+    each = [one_number(loss_fn, row, target).reshape(()) for row, target in zip(rows, target_alone, strict=True)]
+    return torch.stack(each)
 
 
 @dataclass(frozen=True)
@@ -171,7 +183,9 @@ def refused_by(name: str, outputs: Any, targets: Any) -> Iterator[None]:
         yield
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, AttributeError, IndexError) as error:
+    except (RuntimeError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
+        if isinstance(error, (ValueError, FloatingPointError)) and is_of_package(error):
+            raise
         lines = str(error).strip().splitlines()
         raise ValueError(
             f"{name} cannot compare the model's outputs, {described(outputs)}, with targets, {described(targets)}: "
@@ -198,7 +212,9 @@ def called(forward: Forward, model: nn.Module, batch: Any) -> Any:
         return forward(model, batch)
     except torch.OutOfMemoryError:
         raise
-    except (RuntimeError, TypeError, AttributeError, IndexError, KeyError) as error:
+    except (RuntimeError, TypeError, AttributeError, LookupError, ValueError, ArithmeticError) as error:
+        if isinstance(error, (ValueError, FloatingPointError)) and is_of_package(error):
+            raise
         lines = str(error).strip().splitlines()
         raise ValueError(
             f"forward= fails on a batch, {described(batch)}: {type(error).__name__}: {lines[0] if lines else ''}"

@@ -1,4 +1,4 @@
-"""Warnings that point at the caller's own line, however deep in the package they arise."""
+"""Errors of the package's own, and warnings that point at the caller's line, however deep they arise."""
 
 from __future__ import annotations
 
@@ -8,6 +8,14 @@ import warnings
 from pathlib import Path
 
 _INSIDE = (str(Path(__file__).parent.parent), contextlib.__file__)
+
+
+def is_of_package(error: BaseException) -> bool:
+    """Whether an error was raised by a line of the package itself, and so is a sentence for its user."""
+    frame = error.__traceback__
+    while frame is not None and frame.tb_next is not None:
+        frame = frame.tb_next
+    return frame is not None and frame.tb_frame.f_code.co_filename.startswith(_INSIDE[0])
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
