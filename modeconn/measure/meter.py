@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -11,7 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from modeconn.measure.metrics import Against, AnyMetric, inner_of, on_device, value_of
+from modeconn.measure.metrics import Against, AnyMetric, choices, inner_of, on_device, value_of
 from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples, part_of, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, answer_of, called, check_targets, one_number, refused_by
@@ -21,7 +22,7 @@ from modeconn.tools.rng import preserved
 from modeconn.tools.warn import warn
 
 _KEPT_BYTES = 1 << 30
-_NOT_A_MEAN = 1e-2  # relative difference above rounding in any precision
+_NOT_A_MEAN = 1e-3  # relative difference above rounding in single precision, and that of matrices in TF32
 
 
 def fetch(loader: Iterable[Any], device: torch.device, *, limit: int = _KEPT_BYTES) -> Iterable[Any]:
@@ -79,7 +80,8 @@ class Meter:
     """Measures networks on the same data: mean loss, where it is certain accuracy, and other metrics.
 
     What is certain, and what each batch weighs, `modeconn.network.scores` decides. A loss of which that is not known is
-    taken for a mean over examples; whether it is one is tried out once, on the halves of a batch. Results stay on the
+    taken for a mean over examples; whether it is one is tried out on the halves of all batches, for the first network
+    and until one says no. Results stay on the
     device until they are read, so that measuring many networks does not wait for each.
 
     Args:
@@ -98,7 +100,7 @@ class Meter:
         metrics: Mapping[str, AnyMetric] | None = None,
     ) -> None:
         self._data, self._loss_fn, self._forward, self.metrics = data, loss_fn, forward, metrics or {}
-        self._checked = self._was_tried = False
+        self._checked = self._was_told = False
         self._has_accuracy = True
         self._ends: dict[str, _End] = {}
         self._totals: list[Tensor] = []
@@ -158,8 +160,8 @@ class Meter:
             total, weight, is_exact = found.total, found.weight, found.is_exact
         else:
             total, weight, is_exact = answers.loss.double() * size, float(size), False
-        if not is_exact and not self._was_tried and size > 1:
-            self._try_halves(model, batch, float(answers.loss), size)
+        if not is_exact and not self._checked and not self._was_told and size > 1:
+            self._try_halves(model, batch, answers.loss, size)
         loss_fn = None if self._forward is not None else self._loss_fn
         classes = classes_of(answers.outputs, answers.targets, loss_fn) if self._has_accuracy else None
         if classes is not None and not self._checked and classes.outside().numel():
@@ -169,20 +171,21 @@ class Meter:
         parts = (x if isinstance(x, Tensor) else total.new_full((), x) for x in (total, weight, *right))
         return torch.stack([part.double() for part in parts])
 
-    def _try_halves(self, model: nn.Module, batch: Any, loss: float, size: int) -> None:
+    def _try_halves(self, model: nn.Module, batch: Any, loss: Tensor, size: int) -> None:
         """Warn if the loss of a batch is not the mean of those of its halves: it then depends on the batch size."""
-        self._was_tried = True
         half = size // 2
         parts = [part_of(batch, slice(half)), part_of(batch, slice(half, None))]
         if [num_examples(part) for part in parts] != [half, size - half]:
             return  # a batch of objects that cannot be cut
         with preserved(device_of(model)):
             again, *found = (float(self._answers(model, part, {}).loss) for part in (batch, *parts))
-        mean = (found[0] * half + found[1] * (size - half)) / size
-        allowed = _NOT_A_MEAN * max(abs(loss), abs(mean), 1e-6)
-        if abs(again - loss) <= allowed < abs(mean - loss):  # else it draws random numbers
+        whole, mean = float(loss), (found[0] * half + found[1] * (size - half)) / size
+        rounding = max(_NOT_A_MEAN, 4 * torch.finfo(loss.dtype).eps)
+        allowed = rounding * max(abs(whole), abs(mean), 1e-6) if math.isfinite(mean) else rounding * abs(whole)
+        if abs(again - whole) <= allowed and not abs(mean - whole) <= allowed:  # else it draws random numbers
+            self._was_told = True
             warn(
-                f"the loss is no mean over the examples of a batch: it is {loss:.6g} of {size} examples, and "
+                f"the loss is no mean over the examples of a batch: it is {whole:.6g} of {size} examples, and "
                 f"{found[0]:.6g} and {found[1]:.6g} of their halves. So it depends on the batch size, here and in "
                 f"training. Divide by the number of examples, or use a loss of torch, whose weights are known."
             )
@@ -205,7 +208,7 @@ class Meter:
         return _Answers(loss, *(said or (None, None)), of_layers=dict(heard))
 
     def _compared(self, metric: AnyMetric, answers: _Answers, number: int, batch: Any) -> tuple[Any, Any]:
-        """Return what a metric is called with: outputs and targets, or outputs and those of one end."""
+        """Return what a metric is called with: outputs and targets, or outputs, or choices, of both networks."""
         if not isinstance(metric, Against):
             return answers.outputs, answers.targets
         end = self._ends[metric.end]
@@ -216,7 +219,10 @@ class Meter:
             # A loader that was not read into a list may change the order of its batches in the next pass.
             if isinstance(self._data, list):
                 end.keep(number, theirs)
-        return answers.of(metric.layer), theirs.of(metric.layer)
+        if not metric.of_classes:
+            return answers.of(metric.layer), theirs.of(metric.layer)
+        loss_fn = None if self._forward is not None else self._loss_fn
+        return choices(answers.outputs, answers.targets, loss_fn), choices(theirs.outputs, answers.targets, loss_fn)
 
     @contextmanager
     def _layers_heard(self, model: nn.Module) -> Iterator[dict[str, Any]]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal, Protocol, runtime_checkable
 
 import numpy as np
@@ -11,7 +11,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from modeconn.network.batches import described
 from modeconn.network.loss import main_output
+from modeconn.network.scores import IGNORED, Classes, classes_of, scores_of
 
 MetricFunction = Callable[[Any, Any], tuple[Any, Any]]
 """``metric(outputs, targets) -> (sum, weight)`` of a batch; the value is the quotient of both over all batches."""
@@ -48,6 +50,8 @@ class Against:
         end: "a" for the network at t=0, "b" for that at t=1, with the statistics they have among the points measured.
         metric: Any metric or function, called with the outputs of the network and those of the end.
         layer: Name of a layer whose outputs are compared in place of the network's.
+        of_classes: Whether the metric compares which classes networks choose: it is then called with two `Classes`,
+            whose axis and whose targets that count are those of loss and accuracy.
 
     Raises:
         ValueError: If ``end`` is neither.
@@ -56,6 +60,7 @@ class Against:
     end: Literal["a", "b"]
     metric: Metric | MetricFunction
     layer: str | None = None
+    of_classes: bool = False
 
     def __post_init__(self) -> None:
         if self.end not in ("a", "b"):
@@ -103,12 +108,13 @@ class Quotient:
 # -- metrics of outputs and targets
 
 
-def top_k(k: int, *, axis: int = 1) -> Metric:
-    """Return the fraction of examples whose target is among the ``k`` highest scores.
+def top_k(k: int, *, axis: int = 1, ignore_index: int = IGNORED) -> Metric:
+    """Return the fraction of targets that are among the ``k`` highest scores.
 
     Args:
         k: From 1 to the number of classes.
         axis: Of the classes in the outputs: 1 for ``(N, C, ...)``, as torch has it, -1 for ``(N, ..., C)``.
+        ignore_index: A target that does not count.
 
     Raises:
         ValueError: If ``k`` is below 1; later, if the model has fewer classes.
@@ -116,11 +122,12 @@ def top_k(k: int, *, axis: int = 1) -> Metric:
     if k < 1:
         raise ValueError(f"k must be at least 1, got k={k}.")
 
-    def right(outputs: Tensor, targets: Tensor) -> tuple[Tensor, int]:
+    def right(outputs: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         scores = _classes_last(outputs, targets, axis)
         if k > scores.shape[-1]:
             raise ValueError(f"k must be at most the number of classes, {scores.shape[-1]}, got k={k}.")
-        return (scores.topk(k, -1).indices == targets[..., None]).any(-1).sum(), targets.numel()
+        counted = targets != ignore_index
+        return ((scores.topk(k, -1).indices == targets[..., None]).any(-1) & counted).sum(), counted.sum()
 
     return Quotient(right, f"top_k({k})", higher_is_better=True)
 
@@ -135,7 +142,7 @@ class Perplexity:
 
     higher_is_better = False
 
-    def __init__(self, ignore_index: int = -100, *, axis: int = 1) -> None:
+    def __init__(self, ignore_index: int = IGNORED, *, axis: int = 1) -> None:
         self._ignored, self._axis = ignore_index, axis
         self.reset()
 
@@ -158,19 +165,39 @@ class Perplexity:
 # -- metrics of a network and one end of the curve
 
 
-def disagreement(end: Literal["a", "b"], *, axis: int = 1) -> Against:
-    """Return the fraction of examples for which a network and one end of the curve choose different classes.
+def disagreement(end: Literal["a", "b"]) -> Against:
+    """Return the fraction of targets for which a network and one end of the curve choose different classes.
+
+    Along which axis classes lie, and which targets count, is decided as for the accuracy. For networks of another kind
+    say what they choose: ``Against(end, function)``, called with the outputs of both.
 
     Args:
         end: "a" for the network at t=0, "b" for that at t=1.
-        axis: Of the classes in the outputs.
     """
 
-    def different(outputs: Tensor, others: Tensor) -> tuple[Tensor, int]:
-        differ = main_output(outputs).argmax(axis) != main_output(others).argmax(axis)
-        return differ.sum(), differ.numel()
+    def different(ours: Classes, theirs: Classes) -> tuple[Tensor, Tensor]:
+        differ = ours.scores.argmax(1) != theirs.scores.argmax(1)
+        return (differ & ours.counted).sum(), ours.counted.sum()
 
-    return Against(end, Quotient(different, "disagreement", higher_is_better=False))
+    return Against(end, Quotient(different, "disagreement", higher_is_better=False), of_classes=True)
+
+
+def choices(outputs: Any, targets: Any, loss_fn: Any) -> Classes:
+    """Return the scores of classes among a network's outputs, for metrics of what it chooses.
+
+    Raises:
+        ValueError: If there are none, or nobody knows along which axis they lie.
+    """
+    classes = classes_of(outputs, targets, loss_fn)
+    if classes is not None:
+        return classes
+    scores = scores_of(outputs)
+    if scores is not None and scores.ndim == 2 and scores.shape[1] > 1:  # there is but one axis for classes
+        return Classes(scores, scores.new_zeros(len(scores), dtype=torch.int64), IGNORED)
+    raise ValueError(
+        f"it is not known which classes a network chooses whose outputs are {described(outputs)} for targets "
+        f"{described(targets)}. Pass Against(end, function), with a function that says it."
+    )
 
 
 def cka(end: Literal["a", "b"], *, layer: str | None = None) -> Against:
@@ -241,7 +268,7 @@ def as_metrics(metrics: Mapping[str, AnyMetric] | None) -> dict[str, AnyMetric]:
         if name in _NAMES_TAKEN:
             raise ValueError(f"metrics must not be named {', '.join(_NAMES_TAKEN)}, got {name!r}.")
         if isinstance(metric, Against):
-            found[name] = Against(metric.end, _as_metric(metric.metric, name), metric.layer)
+            found[name] = replace(metric, metric=_as_metric(metric.metric, name))
         else:
             found[name] = _as_metric(metric, name)
     held = [inner_of(metric) for metric in found.values()]

@@ -6,7 +6,7 @@ import base64
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import cached_property
 from statistics import NormalDist
 from typing import TYPE_CHECKING, Any
@@ -52,6 +52,8 @@ class RobustProfile(AlongCurve):
             None if it was not measured.
         seconds: How long all that took.
         statistics: With which statistics of norm layers networks were measured; empty for networks that have none.
+        weights: How much the loss of each example counts in the mean, float32 ``(M,)``, as a loss with class weights
+            says; None for all alike.
 
     Example:
         >>> t, right = torch.tensor([0.0, 1.0]), torch.ones(2, 100, dtype=torch.bool)
@@ -68,6 +70,7 @@ class RobustProfile(AlongCurve):
     transfer: Mapping[str, Tensor] | None = None
     seconds: float = 0.0
     statistics: str = ""
+    weights: Tensor | None = None
 
     @property
     def num_examples(self) -> int:
@@ -95,7 +98,9 @@ class RobustProfile(AlongCurve):
     def loss(self) -> dict[str, Tensor]:
         """Mean loss by row, float64 ``(N,)``."""
         worst = torch.stack(list(self.losses.values())).amax(0)
-        return {row: losses.double().mean(1) for row, losses in {**self.losses, WORST: worst}.items()}
+        weights = torch.ones(self.num_examples) if self.weights is None else self.weights
+        share = weights.double() / weights.double().sum()
+        return {row: losses.double() @ share for row, losses in {**self.losses, WORST: worst}.items()}
 
     @cached_property
     def interval(self) -> dict[str, Tensor]:
@@ -153,7 +158,7 @@ class RobustProfile(AlongCurve):
         one = {
             name: {row: values[place] for row, values in getattr(self, name).items()} for name in ("correct", "losses")
         }
-        return RobustProfile(self.t[place], one["correct"], one["losses"], self.attacks, self.data, None, self.seconds)
+        return replace(self, t=self.t[place], correct=one["correct"], losses=one["losses"], transfer=None)
 
     @property
     def warnings(self) -> list[str]:
@@ -215,6 +220,7 @@ class RobustProfile(AlongCurve):
             "statistics": self.statistics,
             "correct": {row: pack_bits(right) for row, right in self.correct.items()},
             "losses": {row: pack_floats(losses) for row, losses in self.losses.items()},
+            "weights": None if self.weights is None else pack_floats(self.weights),
         }
 
     @classmethod
@@ -232,6 +238,7 @@ class RobustProfile(AlongCurve):
             transfer,
             record["seconds"],
             record.get("statistics", ""),
+            None if record.get("weights") is None else unpack_floats(record["weights"], shape[1:]),
         )
 
     def _check(self) -> None:

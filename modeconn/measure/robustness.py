@@ -27,8 +27,8 @@ from modeconn.measure.robust_profile import (
 from modeconn.network.attack import Attack, check_examples, under_attack
 from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, run
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import LossFn, check_targets, cross_entropy, main_output, per_example
-from modeconn.network.scores import classes_of
+from modeconn.network.loss import LossFn, check_classes, cross_entropy, main_output, per_example
+from modeconn.network.scores import IGNORED, classes_of, knows_its_axis, setting_of
 from modeconn.network.weights import check_eval_mode, device_of
 from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
@@ -122,7 +122,7 @@ def robustness_along(
     with Records(checkpoint) as known:
         networks = [copy_of(model_at(position)) for position in t] if transfer else []
         first = networks[0] if transfer else model_at(t[0])
-        data = _read(loader, device_of(first), num_examples)
+        data = _read(loader, device_of(first), num_examples, setting_of(loss_fn, "ignore_index", IGNORED))
         trial = _Attacking(data, loss_fn, seed, known, networks)
         # Read before an attack changes its own settings.
         names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}
@@ -144,6 +144,7 @@ def robustness_along(
         {row: torch.stack([one.elsewhere for one in rows[row]]) for row in named} if transfer else None,
         time.perf_counter() - start,
         statistics,
+        trial.weights,
     )
 
 
@@ -177,6 +178,12 @@ class _Attacking:
         """A hash of the examples one by one, in whatever batches."""
         inputs, targets = zip(*self._data, strict=True)
         return digest([one for part in (*inputs, *targets) for one in part.cpu()])
+
+    @property
+    def weights(self) -> Tensor | None:
+        """How much each example counts in the mean loss, float32 ``(M,)``; None for all alike."""
+        by_class = setting_of(self._loss_fn, "weight", None) if knows_its_axis(self._loss_fn) else None
+        return None if by_class is None else by_class.cpu().float()[torch.cat([y.cpu() for _, y in self._data])]
 
     def run(
         self, model: nn.Module, attack: Attack | None, about: str, label: str, done: Callable[[], Any]
@@ -216,7 +223,7 @@ class _Attacking:
                 f"attacks are measured on examples of one class each, but targets are {y.dtype} of shape "
                 f"{tuple(y.shape)}, and the model's scores have the shape {tuple(main_output(outputs).shape)}."
             )
-        check_targets(outputs, y, cross_entropy)
+        check_classes(classes)
         return classes.correct, per_example(self._loss_fn, outputs, y)
 
 
@@ -254,8 +261,8 @@ def _check_ball(attack: Attack, x_adv: Tensor, x: Tensor, label: str) -> None:
         raise ValueError(f"{label} left its ball: an example moved by {length:g} in the norm {norm}, eps is {eps:g}.")
 
 
-def _read(loader: Iterable[Any], device: torch.device, limit: int | None) -> list[tuple[Tensor, Tensor]]:
-    """Return the first examples in batches, once, after a look at their range."""
+def _read(loader: Iterable[Any], device: torch.device, limit: int | None, ignored: int) -> list[tuple[Tensor, Tensor]]:
+    """Return the first examples whose target counts in batches, once, after a look at their range."""
     if limit is not None and limit < 1:
         raise ValueError(f"num_examples must be at least 1, got num_examples={limit}.")
     kept: list[tuple[Tensor, Tensor]] = []
@@ -267,11 +274,17 @@ def _read(loader: Iterable[Any], device: torch.device, limit: int | None) -> lis
                 raise ValueError(
                     f"loader must yield inputs and targets as tensors of one example or more, got {described((x, y))}."
                 )
+            if y.ndim == 1 and len(y) == len(x):
+                x, y = x[y != ignored], y[y != ignored]
+            if not len(x):
+                continue
             kept.append((x[: min(room, len(x))], y[: min(room, len(x))]))
             _check_range(kept[-1][0])
             room -= len(x)
             if room <= 0:
                 break
+    if not kept:
+        raise ValueError(f"loader holds no example whose target counts: all are {ignored}.")
     return kept
 
 

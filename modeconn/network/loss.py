@@ -12,7 +12,15 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeconn.network.batches import described, example_at, examples_alone, inputs_and_targets, run
-from modeconn.network.scores import auxiliary_scores, class_axes, classes_of, is_integer, knows_its_axis, scores_of
+from modeconn.network.scores import (
+    Classes,
+    auxiliary_scores,
+    class_axes,
+    classes_of,
+    is_integer,
+    knows_its_axis,
+    scores_of,
+)
 from modeconn.tools.warn import is_of_package
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -79,16 +87,33 @@ cross_entropy.is_mean_over_targets = True  # type: ignore[attr-defined]  # read 
 
 
 def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
-    if scores.ndim <= 2 or not is_integer(targets):
+    if is_integer(targets):
+        targets = targets.long()  # torch takes some integers and not others
+    if scores.ndim <= 2:
         return F.cross_entropy(scores, targets)
-    axes = class_axes(scores, targets)
+    axes = class_axes(scores, targets) if is_integer(targets) else _axes_of_probabilities(scores, targets)
     if len(axes) != 1:
         raise ValueError(
             f"classes may lie along {'none' if not axes else ' or '.join(map(str, axes))} of the axes of scores of "
             f"shape {tuple(scores.shape)} for targets of shape {tuple(targets.shape)}. Pass a loss_fn= that knows it, "
             f"such as torch.nn.CrossEntropyLoss() for classes along axis 1."
         )
-    return F.cross_entropy(scores.movedim(axes[0], 1), targets)
+    moved = targets if is_integer(targets) else targets.movedim(axes[0], 1)
+    return F.cross_entropy(scores.movedim(axes[0], 1), moved)
+
+
+def _axes_of_probabilities(scores: Tensor, targets: Any) -> list[int]:
+    """Return the axes along which targets in the shape of the scores may be probabilities of classes."""
+    if not isinstance(targets, Tensor) or targets.shape != scores.shape or not targets.is_floating_point():
+        return []
+    is_positive = bool(targets.min() >= 0)
+    return [axis for axis in range(1, scores.ndim) if is_positive and _sums_to_one(targets, axis)]
+
+
+def _sums_to_one(targets: Tensor, axis: int) -> bool:
+    """Whether sums along an axis are 1, as far as the precision tells."""
+    off = (targets.float().sum(axis) - 1).abs().max()
+    return float(off) < 1e-3 + targets.shape[axis] * torch.finfo(targets.dtype).eps
 
 
 def per_example(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
@@ -99,7 +124,7 @@ def per_example(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
     """
     is_plain = loss_fn is cross_entropy or loss_fn is F.cross_entropy
     if is_plain and isinstance(outputs, Tensor) and outputs.ndim == 2 and is_integer(targets):
-        return F.cross_entropy(outputs, targets, reduction="none")
+        return F.cross_entropy(outputs, targets.long(), reduction="none")
     losses = _each(loss_fn, outputs, targets)
     classes = classes_of(outputs, targets, loss_fn)
     if classes is None:
@@ -253,8 +278,16 @@ def check_targets(outputs: Any, targets: Any, loss_fn: LossFn, *, name: str = "l
     if is_default:
         _check_for_cross_entropy(main_output(outputs), targets, name)
     classes = classes_of(outputs, targets, loss_fn) if is_default or knows_its_axis(loss_fn) else None
-    if classes is None:
-        return
+    if classes is not None:
+        check_classes(classes, name=name)
+
+
+def check_classes(classes: Classes, *, name: str = "loader") -> None:
+    """Raise unless all targets that count are classes of the model.
+
+    Raises:
+        ValueError: With the first that is none.
+    """
     outside = classes.outside()
     if outside.numel():
         num_classes = classes.scores.shape[1]
@@ -280,16 +313,8 @@ def _check_for_cross_entropy(scores: Tensor, targets: object, name: str) -> None
                 f"{tuple(scores.shape)}, without one of their axes: cross entropy, the default loss, cannot compare "
                 f"them. {way_out}"
             )
-    elif not _are_probabilities(targets, scores):
+    elif not _axes_of_probabilities(scores, targets):
         raise ValueError(
             f"targets of {name} are real numbers, of shape {tuple(targets.shape)}: neither classes nor probabilities "
             f"of classes, which cross entropy, the default loss, takes. {way_out}"
         )
-
-
-def _are_probabilities(targets: Tensor, logits: Tensor) -> bool:
-    """Whether targets are at least 0, with sum 1 over the model's classes, as far as their precision tells."""
-    if targets.shape != logits.shape or not targets.is_floating_point():
-        return False
-    off = (targets.float().sum(1) - 1).abs().max()
-    return bool(targets.min() >= 0) and float(off) < 1e-3 + logits.shape[1] * torch.finfo(targets.dtype).eps

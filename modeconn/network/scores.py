@@ -77,9 +77,21 @@ def setting_of(loss_fn: Any, name: str, default: Any) -> Any:
 
 
 def is_one_of(loss_fn: Any, kinds: tuple[Any, ...]) -> bool:
-    """Whether a loss is one of these classes or functions, also with some of its arguments set."""
+    """Whether a loss computes what one of these classes or functions does, also with some of its arguments set."""
     loss_fn = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
-    return any(type(loss_fn) is kind if isinstance(kind, type) else loss_fn is kind for kind in kinds)
+    return any(_computes(loss_fn, kind) if isinstance(kind, type) else loss_fn is kind for kind in kinds)
+
+
+def _computes(loss_fn: Any, kind: type) -> bool:
+    """Whether a loss is of a class, or of one below it that leaves its forward as it is."""
+    return isinstance(loss_fn, kind) and type(loss_fn).forward is kind.forward  # type: ignore[attr-defined]
+
+
+def _is_of_torch(loss_fn: Any) -> bool:
+    """Whether a loss is one of torch, whose ``reduction`` is what it says."""
+    function = loss_fn.func if isinstance(loss_fn, functools.partial) else loss_fn
+    forward = getattr(type(function), "forward", function) if isinstance(function, nn.Module) else function
+    return str(getattr(forward, "__module__", "")).startswith("torch.nn.")
 
 
 def knows_its_axis(loss_fn: Any) -> bool:
@@ -162,17 +174,38 @@ def weighted(loss_fn: Callable[..., Any], loss: Tensor, outputs: Any, targets: A
         num_examples: The batch size.
     """
     loss = loss.double()
-    if setting_of(loss_fn, "reduction", "mean") == "sum":
+    if setting_of(loss_fn, "reduction", "mean") == "sum" and _is_of_torch(loss_fn):
         return Weighted(loss, float(num_examples), True)
-    if knows_its_axis(loss_fn) or getattr(loss_fn, "is_mean_over_targets", False):
-        classes = classes_of(outputs, targets, loss_fn)
-        if classes is None:  # probabilities of classes: every place counts alike
-            scores = scores_of(outputs)
-            return Weighted(loss * num_examples, float(num_examples), scores is not None and scores.ndim == 2)
-        by_class = setting_of(loss_fn, "weight", None)
-        counted = classes.counted
-        weight = counted.sum().double() if by_class is None else by_class.double()[classes.targets[counted]].sum()
-        return Weighted(torch.where(weight > 0, loss * weight, 0.0), weight, True)
-    if is_one_of(loss_fn, _OVER_ELEMENTS) and isinstance(outputs, Tensor):
-        return Weighted(loss * outputs.numel(), float(outputs.numel()), True)
-    return Weighted(loss * num_examples, float(num_examples), False)
+    weight, is_exact = weight_of(loss_fn, targets, num_examples), False
+    if _is_mean_over_targets(loss_fn):
+        scores = scores_of(outputs)  # of probabilities of classes every place counts alike
+        is_exact = is_integer(targets) or (scores is not None and scores.ndim == 2)
+    elif is_one_of(loss_fn, _OVER_ELEMENTS) and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
+        is_exact = outputs.shape == targets.shape  # else one of them is spread out over the other
+    return Weighted(loss * weight if isinstance(weight, float) else _product(loss, weight), weight, is_exact)
+
+
+def _product(loss: Tensor, weight: Tensor) -> Tensor:
+    return torch.where(weight > 0, loss * weight, 0.0)  # of no target that counts the loss is NaN, or 0
+
+
+def _is_mean_over_targets(loss_fn: Any) -> bool:
+    return knows_its_axis(loss_fn) or getattr(loss_fn, "is_mean_over_targets", False)
+
+
+def weight_of(loss_fn: Any, targets: Any, num_examples: int) -> Tensor | float:
+    """Return how much the loss of a batch counts in the mean over batches: examples, targets that count, class weights.
+
+    Args:
+        loss_fn: The loss; of one that is not known, batches count as they have examples.
+        targets: What the batch says.
+        num_examples: The batch size.
+    """
+    if _is_mean_over_targets(loss_fn) and is_integer(targets):
+        counted, by_class = targets != setting_of(loss_fn, "ignore_index", IGNORED), setting_of(loss_fn, "weight", None)
+        if by_class is None:
+            return counted.sum().double()
+        return by_class.double().to(targets.device)[targets.long()[counted]].sum()
+    if is_one_of(loss_fn, _OVER_ELEMENTS) and isinstance(targets, Tensor):
+        return float(targets.numel())
+    return float(num_examples)
