@@ -6,25 +6,39 @@ fit between them, nor does any mixture of the two (Garipov et al., 2018, https:/
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+import inspect
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
+from torch.overrides import TorchFunctionMode
 
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batches import batches, first_examples, inputs_of, run, shuffled, without_singles
 from modeconn.network.loss import Forward, called
 from modeconn.network.modes import flags_kept, use_batch_statistics
 from modeconn.tools.rng import seeded
+from modeconn.tools.warn import warn
 
 NUM_EXAMPLES = 2048
 """How many training examples re-estimate the statistics, where the caller does not say."""
 
 _Calls = list[tuple[int, Tensor]]
+"""Of each call how many values it saw in each channel, and their mean and unbiased variance, ``(2, C)``."""
+
+_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d, SyncBatchNorm, nn.InstanceNorm1d, nn.InstanceNorm2d)
+_FORWARDS = {kind.forward for kind in (*_NORMS, nn.InstanceNorm3d)}
+_PARAMETERS: dict[Any, tuple[str, ...]] = {
+    function: tuple(inspect.signature(function).parameters) for function in (F.batch_norm, F.instance_norm)
+}
+_ENDS = ("momentum", "eps", "cudnn_enabled")
+_PARAMETERS[torch.batch_norm] = ("input", "weight", "bias", "running_mean", "running_var", "training", *_ENDS)
+_PARAMETERS[torch.instance_norm] = ("input", "weight", "bias", "running_mean", "running_var", "use_input_stats", *_ENDS)
 
 
 def norm_layers(model: nn.Module) -> dict[str, _NormBase]:
@@ -82,14 +96,15 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
 
     so the spread *between* batches counts too; an average of the batches' variances would miss it. The cost is one
     forward pass: layers write the statistics they compute anyway, no activation is read twice. Layers that the forward
-    pass does not reach keep theirs. A model without batch norm is left alone, at no cost.
+    pass does not reach keep theirs. A compiled model runs as it was before that. A model without batch norm is left
+    alone, at no cost.
 
     Args:
         model: Its statistics change; parameters, the ``training`` flags, momenta and batch counters do not.
         data: Batches on the model's device, each of more than one value per channel; or `AdversarialExamples` of them.
         forward: Called with the model and a batch; default ``model(inputs)``, see `modeconn.network.batches.inputs_of`.
     """
-    layers = list(norm_layers(model).values())
+    layers = norm_layers(model)
     if not layers:
         return
     if isinstance(data, AdversarialExamples):
@@ -101,40 +116,88 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
     for layer, seen in calls.items():
         if seen:
             mean, variance = pool(seen) if isinstance(layer, _BatchNorm) else _average(seen)
+            if not (mean.isfinite().all() and variance.isfinite().all()):
+                raise FloatingPointError(
+                    "running statistics became NaN or infinite. Look for NaN in the data and in the networks' weights."
+                )
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(variance)
 
 
 @contextmanager
-def _batch_statistics(model: nn.Module, layers: list[_NormBase]) -> Iterator[dict[_NormBase, _Calls]]:
-    """Let ``layers`` alone train, each call writing its batch's statistics to a row of its own; undo all that after."""
-    saved = [(layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked) for layer in layers]
-    calls: dict[_NormBase, _Calls] = {layer: [] for layer in layers}
-
-    def new_row(layer: _NormBase, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        inputs = next(iter((*args, *kwargs.values())))
-        # With momentum 1 the running statistics become those of the batch.
-        row = layer.running_mean.new_zeros(2, layer.num_features)
-        layer.running_mean, layer.running_var = row
-        count = inputs.numel() // layer.num_features if isinstance(layer, _BatchNorm) else len(inputs)
-        calls[layer].append((count, row))
-
-    hooks = [layer.register_forward_pre_hook(new_row, with_kwargs=True) for layer in layers]
+def _batch_statistics(model: nn.Module, layers: dict[str, _NormBase]) -> Iterator[dict[_NormBase, _Calls]]:
+    """Let ``layers`` alone normalise with the batch, and give what each call of each saw; undo all that after."""
+    counters = {layer: layer.num_batches_tracked for layer in layers.values()}
+    own = {name: layer for name, layer in layers.items() if type(layer).forward not in _FORWARDS}
+    kept = {layer: (layer.running_mean, layer.running_var) for layer in own.values()}
+    for layer, statistics in kept.items():  # which its forward may write to
+        layer.running_mean, layer.running_var = (one.clone() for one in statistics)
+    collecting = _Collecting(layers.values())
+    hooks = [layer.register_forward_hook(collecting.hear(name), with_kwargs=True) for name, layer in own.items()]
     try:
-        with flags_kept(model):
+        with flags_kept(model), collecting, torch.compiler.set_stance("force_eager"):
             use_batch_statistics(model, _NormBase)
-            for layer in layers:
-                layer.momentum = 1.0
-                if not isinstance(layer, SyncBatchNorm):  # which asks for a counter, where others are faster without
-                    layer.num_batches_tracked = None
-                elif layer.num_batches_tracked is not None:
-                    layer.num_batches_tracked = layer.num_batches_tracked.clone()
-            yield calls
+            for layer in layers.values():
+                layer.num_batches_tracked = None
+                if isinstance(layer, SyncBatchNorm):
+                    layer.training = False  # in train mode it would ask other processes
+            yield collecting.calls
     finally:
         for hook in hooks:
             hook.remove()
-        for layer, values in zip(layers, saved, strict=True):
-            layer.momentum, layer.running_mean, layer.running_var, layer.num_batches_tracked = values
+        for layer, (mean, variance) in kept.items():
+            layer.running_mean, layer.running_var = mean, variance
+        for layer, counter in counters.items():
+            layer.num_batches_tracked = counter
+
+
+class _Collecting(TorchFunctionMode):
+    """Has every call of batch norm with the statistics of a layer use those of the batch, and keeps them.
+
+    Calls are recognised by what they are given, however they come about: a module may call its norm layer's forward by
+    itself, or the function with the layer's buffers.
+    """
+
+    def __init__(self, layers: Iterable[_NormBase]) -> None:
+        super().__init__()
+        self._layer_of = {id(layer.running_mean): layer for layer in layers}
+        self.calls: dict[_NormBase, _Calls] = {layer: [] for layer in self._layer_of.values()}
+        self._known: dict[_NormBase, int] = {}
+
+    def __torch_function__(self, function: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        given = {**dict(zip(_PARAMETERS.get(function, ()), args, strict=False)), **(kwargs or {})}
+        layer = self._layer_of.get(id(given.get("running_mean"))) if function in _PARAMETERS else None
+        if layer is None:
+            return function(*args, **(kwargs or {}))
+        # With momentum 1 the running statistics become those of the batch.
+        row = layer.running_mean.new_zeros(2, layer.num_features)
+        self._keep(layer, given["input"], row)
+        flag = "training" if "batch_norm" in function.__name__ else "use_input_stats"
+        return function(**given | {"running_mean": row[0], "running_var": row[1], "momentum": 1.0, flag: True})
+
+    def _keep(self, layer: _NormBase, inputs: Tensor, row: Tensor) -> None:
+        count = inputs.numel() // layer.num_features if isinstance(layer, _BatchNorm) else len(inputs)
+        self.calls[layer].append((count, row))
+
+    def hear(self, name: str) -> Callable[..., None]:
+        """Return a hook that keeps the moments of what a layer is given whose forward is its own and calls no other."""
+
+        def heard(layer: _NormBase, args: tuple[Any, ...], kwargs: dict[str, Any], output: Any) -> None:
+            known, self._known[layer] = self._known.get(layer, 0), len(self.calls[layer])
+            if known != len(self.calls[layer]):
+                return
+            inputs = next(iter((*args, *kwargs.values())))
+            axes = [0, *range(2, inputs.ndim)] if isinstance(layer, _BatchNorm) else list(range(2, inputs.ndim))
+            variance, mean = torch.var_mean(inputs, axes)
+            means = mean.reshape(-1, layer.num_features).mean(0), variance.reshape(-1, layer.num_features).mean(0)
+            self._keep(layer, inputs, torch.stack(means))
+            self._known[layer] = len(self.calls[layer])
+            warn(
+                f"the norm layer {name!r} ({type(layer).__name__}) computes in a way of its own: its running "
+                f"statistics are taken to be the mean and the unbiased variance of its inputs."
+            )
+
+        return heard
 
 
 def _average(calls: _Calls) -> tuple[Tensor, Tensor]:

@@ -4,6 +4,7 @@ from itertools import islice
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 from torch.utils.data import DataLoader, TensorDataset
 
@@ -54,6 +55,92 @@ def test_one_batch_gives_what_pytorch_gives_with_momentum_one():
         layer.momentum = 1.0
     twin.train()(data[0][0])
     torch.testing.assert_close(statistics(model), statistics(twin))
+
+
+class Called(nn.Module):
+    """A net of one norm layer, called in one of the ways that people call it."""
+
+    def __init__(self, how, norm=None):
+        super().__init__()
+        torch.manual_seed(0)
+        self.first, self.norm, self.how = nn.Linear(3, 4), norm or nn.BatchNorm1d(4), how
+
+    def forward(self, x):
+        return self.how(self.norm, self.first(x))
+
+
+class Own(nn.BatchNorm1d):
+    """Moves its statistics by a share of its own, whatever its momentum is."""
+
+    def forward(self, x):
+        if self.training:
+            mean, variance = x.mean(0), x.var(0)
+            self.running_mean.mul_(0.9).add_(0.1 * mean)
+            self.running_var.mul_(0.9).add_(0.1 * variance)
+        else:
+            mean, variance = self.running_mean, self.running_var
+        return (x - mean) / (variance + self.eps).sqrt()
+
+
+class Inner(nn.BatchNorm1d):
+    """Has a forward of its own, which calls the usual one."""
+
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+WAYS = {
+    "as a module": (lambda norm, x: norm(x), None),
+    "by keyword": (lambda norm, x: norm(input=x), None),
+    "its forward": (lambda norm, x: norm.forward(x), None),
+    "a function": (lambda norm, x: F.batch_norm(x, norm.running_mean, norm.running_var), None),
+    "an operator": (
+        lambda norm, x: torch.batch_norm(x, None, None, norm.running_mean, norm.running_var, False, 0.1, 1e-5, False),
+        None,
+    ),
+    "own": (lambda norm, x: norm(x), Own(4)),
+    "inner": (lambda norm, x: norm(x), Inner(4)),
+    "no momentum": (lambda norm, x: norm(x), nn.BatchNorm1d(4, momentum=None)),
+    "synchronised": (lambda norm, x: norm(x), nn.SyncBatchNorm(4)),
+    "frozen": (lambda norm, x: norm.eval()(x), nn.BatchNorm1d(4)),
+}
+
+
+@pytest.mark.parametrize("name", WAYS)
+@pytest.mark.filterwarnings("ignore:.*computes in a way of its own")
+def test_a_norm_layer_is_reached_however_it_is_called(name):
+    how, norm = WAYS[name]
+    model = Called(how, norm).eval()
+    data = [(torch.randn(size, 3) + 1, None) for size in (9, 8, 2)]
+    hidden = model.first(torch.cat([x for x, _ in data])).detach()
+    before = {name: value.clone() for name, value in model.state_dict().items() if "running" not in name}
+    recalibrate(model, data)
+    torch.testing.assert_close(model.norm.running_mean, hidden.mean(0))
+    torch.testing.assert_close(model.norm.running_var, hidden.var(0))
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+    assert not any(module.training for module in model.modules())
+
+
+def test_a_layer_that_computes_in_its_own_way_is_told_of():
+    with pytest.warns(UserWarning, match=r"the norm layer 'norm' \(Own\) computes in a way of its own"):
+        recalibrate(Called(*WAYS["own"]).eval(), [(torch.randn(9, 3), None)])
+
+
+def test_a_compiled_model_is_reached():
+    model = Called(*WAYS["as a module"]).eval()
+    twin, data = clone(model), [(torch.randn(9, 3), None)]
+    recalibrate(twin, data)
+    compiled = torch.compile(model, backend="eager")
+    compiled(data[0][0])
+    recalibrate(compiled, data)
+    torch.testing.assert_close(statistics(model), statistics(twin))
+
+
+def test_data_that_is_not_finite_is_refused():
+    with pytest.raises(
+        FloatingPointError, match=r"running statistics became NaN or infinite. Look for NaN in the data"
+    ):
+        recalibrate(Called(*WAYS["as a module"]).eval(), [(torch.full((9, 3), torch.nan), None)])
 
 
 def test_only_the_statistics_change():
