@@ -11,8 +11,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from modeconn.network.attack import under_attack
-from modeconn.network.loss import LossFn, check_targets, cross_entropy, per_example
+from modeconn.network.attack import check_attackable, under_attack
+from modeconn.network.batches import run
+from modeconn.network.loss import LossFn, check_targets, cross_entropy, differentiable, one_number, per_example
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
 from modeconn.tools.fingerprint import identify
@@ -140,10 +141,11 @@ class PGD:
             x_adv = (x + norm.random(x, self.eps, generator)).clamp(lowest, highest)
         for step in range(self.num_steps):
             x_adv = x_adv.detach().requires_grad_()
-            outputs = model(x_adv)
+            outputs = run(model, x_adv)
             if step == 0:
                 check_targets(outputs, y, self.loss_fn, name="an attack")
-            (gradient,) = torch.autograd.grad(_SCALE * self.loss_fn(outputs, y), x_adv)
+            loss = differentiable(one_number(self.loss_fn, outputs, y), "loss_fn=")
+            (gradient,) = torch.autograd.grad(_SCALE * loss, x_adv)
             found_nan |= gradient.isnan().any()
             moved = torch.add(x_adv.detach(), norm.direction(gradient), alpha=uphill * self.step_size)
             x_adv = norm.project(moved, x, self.eps).clamp(lowest, highest)
@@ -154,7 +156,7 @@ class PGD:
     def _losses(self, model: nn.Module, x_adv: Tensor, y: Tensor) -> Tensor:
         """Return what each example's loss is, ``(N,)``, negated if the attack lowers it."""
         with torch.no_grad():
-            losses = per_example(self.loss_fn, model(x_adv), y)
+            losses = per_example(self.loss_fn, run(model, x_adv), y)
         return -losses if self.targeted else losses
 
     def _generator(self, device: torch.device) -> torch.Generator | None:
@@ -185,8 +187,7 @@ def check_radius(eps: float) -> None:
 
 def check_pixels(x: Tensor, clip: tuple[float, float] | None) -> None:
     """Raise a ValueError unless inputs are floating point and in the pixel range ``clip``, if there is one."""
-    if not x.is_floating_point():
-        raise ValueError(f"inputs of an attack must be floating point, got {x.dtype}. Divide pixels by 255.")
+    check_attackable(x)
     if clip is None or not x.numel():
         return
     lowest, highest = (value.item() for value in x.detach().aminmax())

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from modeconn.attacks.pgd import PGD, check_pixels, show
 from modeconn.network.attack import Attack, check_examples, under_attack
+from modeconn.network.batches import run
 from modeconn.network.loss import LossFn, main_output
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
@@ -65,10 +66,10 @@ class AdversarialTraining:
         with under_attack(model):
             moved = self.attack(model, inputs, targets)
         check_examples(moved, inputs, self.attack)
-        loss = loss_fn(model(moved), targets)
+        loss = loss_fn(run(model, moved), targets)
         if not self.clean_weight:
             return loss
-        return torch.lerp(loss, loss_fn(model(inputs), targets), self.clean_weight)
+        return torch.lerp(loss, loss_fn(run(model, inputs), targets), self.clean_weight)
 
 
 @dataclass(frozen=True)
@@ -109,10 +110,10 @@ class TRADES:
         """Return clean loss and weighted divergence."""
         with under_attack(model):
             with torch.no_grad():
-                answers = _log_probabilities(model(inputs))
+                answers = _log_probabilities(run(model, inputs))
             moved = replace(self.attack, loss_fn=_divergence)(model, inputs, answers)
-        outputs = model(inputs)
-        return loss_fn(outputs, targets) + self.beta * _divergence(model(moved), _log_probabilities(outputs))
+        outputs = run(model, inputs)
+        return loss_fn(outputs, targets) + self.beta * _divergence(run(model, moved), _log_probabilities(outputs))
 
 
 @dataclass(frozen=True, repr=False)
@@ -194,7 +195,7 @@ class FreeRun:
             all_places[: len(inputs)] = moved.clamp_(-self.settings.eps, self.settings.eps)
 
         delta.register_hook(move)
-        return loss_fn(model((inputs + delta).clamp(self.lowest, self.highest)), targets)
+        return loss_fn(run(model, (inputs + delta).clamp(self.lowest, self.highest)), targets)
 
     def _fitted(self, inputs: Tensor) -> Tensor:
         """Return the perturbation with places for all inputs; new places, or those of another shape, begin at 0."""

@@ -10,8 +10,7 @@ import torch
 from torch import Tensor
 
 from modeconn.curves import Curve
-from modeconn.network.batches import num_examples
-from modeconn.network.loss import Forward
+from modeconn.network.loss import Forward, weight_by
 from modeconn.network.modes import backward_in_eval_mode, flags_kept, use_batch_statistics
 from modeconn.network.recipe import autocast
 from modeconn.network.weights import Workspace
@@ -30,7 +29,7 @@ class CurveLoss:
 
     so that its middle moves with :math:`P` (Tatro et al., 2020). All evaluations use the same batches at the same
     positions, with the same random numbers if ``forward`` draws any: two values differ by the networks alone. Batch
-    norm uses the statistics of the batch, dropout is off. Places count as their batches have examples.
+    norm uses the statistics of the batch, dropout is off. Places count as the targets of their batches do in the loss.
 
     Args:
         workspace: The module to run; its weights, gradient and buffers are scratch.
@@ -55,8 +54,7 @@ class CurveLoss:
     ) -> None:
         self._workspace, self._theta_a, self._forward = workspace, theta_a, forward
         self._batches = [batch for _, batch in sample]
-        sizes = torch.tensor([num_examples(batch) for batch in self._batches], dtype=torch.float64)
-        self._shares = (sizes / sizes.mean()).tolist()
+        self._shares = _shares(forward, self._batches)
         basis = curve.basis(torch.tensor([t for t, _ in sample], dtype=torch.float64))
         self._inner = basis[:, 1:-1].tolist()
         self._share_of_b = (basis @ line_positions(curve)).tolist()
@@ -119,7 +117,19 @@ class CurveLoss:
             theta.add_(row, alpha=weight)
         reseed(place, theta.device)
         with autocast(theta.device, self._precision):
-            return self._shares[place] * self._forward(self._workspace.model, self._batches[place])
+            loss = self._forward(self._workspace.model, self._batches[place])
+        # Of no target that counts the loss is NaN, and its gradient 0.
+        return self._shares[place] * (loss if self._shares[place] else loss.nan_to_num())
+
+
+def _shares(forward: Forward, batches: Sequence[Any]) -> list[float]:
+    """Return how much each batch counts, 1 in the mean."""
+    if len(batches) == 1:
+        return [1.0]
+    weights = torch.tensor([float(weight_by(forward, batch)) for batch in batches], dtype=torch.float64)
+    if not weights.any():
+        raise ValueError("no target of the loader's batches counts: the loss ignores them all.")
+    return (weights / weights.mean()).tolist()
 
 
 def line_positions(curve: Curve) -> Tensor:

@@ -21,7 +21,7 @@ from modeconn.learning.checkpoint import Resumable, RunFile, State, warn_of_own_
 from modeconn.learning.history import History
 from modeconn.learning.parts import pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
-from modeconn.network.batches import batches, check_length, checksum, num_examples
+from modeconn.network.batches import batches, check_length, checksum
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, set_rng_state
@@ -29,20 +29,21 @@ from modeconn.tools.warn import warn
 
 _LOGGER = logging.getLogger(__name__)
 
+_END: Any = object()
 NUM_BINS = 10
 """Bins of t in the history."""
 
 
 @dataclass
 class _Progress:
-    """How far a run has come, and the losses of the running epoch by bin of t, summed over examples."""
+    """How far a run has come, and the losses of the running epoch by bin of t, summed over what counts."""
 
     epoch: int = 0
     batch: int = 0
     step: int = 0
     batches_per_epoch: int | None = None
     loss_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_BINS)
-    counts: list[int] = field(default_factory=lambda: [0] * NUM_BINS)
+    counts: list[float] = field(default_factory=lambda: [0.0] * NUM_BINS)
     loss: list[float] = field(default_factory=list)
     loss_by_t: list[list[float | None]] = field(default_factory=list)
     seconds: float = 0.0
@@ -53,15 +54,17 @@ class _Progress:
     def fractional_epoch(self) -> float:
         return self.epoch + (min(self.batch / self.batches_per_epoch, 1.0) if self.batches_per_epoch else 0.0)
 
-    def add(self, t: float, loss: float, size: int) -> None:
+    def add(self, t: float, loss: float, weight: float) -> None:
         index = int(t * NUM_BINS)
-        self.loss_sums[index] += loss * size
-        self.counts[index] += size
+        self.loss_sums[index] += loss * weight
+        self.counts[index] += weight
 
     def start_epoch_anew(self) -> None:
-        self.batch, self.loss_sums, self.counts = 0, [0.0] * NUM_BINS, [0] * NUM_BINS
+        self.batch, self.loss_sums, self.counts = 0, [0.0] * NUM_BINS, [0.0] * NUM_BINS
 
     def end_epoch(self) -> None:
+        if not any(self.counts):
+            raise ValueError("no target of the loader's batches counts: the loss ignores them all.")
         self.loss.append(sum(self.loss_sums) / sum(self.counts))
         sums = zip(self.loss_sums, self.counts, strict=True)
         self.loss_by_t.append([loss / count if count else None for loss, count in sums])
@@ -131,7 +134,7 @@ class Run:
 
         self._positions: list[float] = []
         self._weights: list[list[float]] = []
-        self._pending: list[tuple[float, Tensor, int]] = []
+        self._pending: list[tuple[float, Tensor, Tensor | float]] = []
         self._last_batch: Any = None
         self._started = time.perf_counter()
         self._waiting = self._interrupted = False
@@ -172,7 +175,7 @@ class Run:
     def _train_epoch(self) -> None:
         iterator = self._start_epoch()
         self._set_positions()
-        while (batch := self._next(iterator)) is not None:
+        while (batch := self._next(iterator)) is not _END:
             self._train_batch(batch)
             if self._file.is_due(self._progress.batch):
                 self._save()
@@ -211,7 +214,7 @@ class Run:
             self._set_positions()
         self._recipe.set_learning_rate(self._step.optimizer, progress.fractional_epoch)
         loss = self._step(batch, self._weights[place], self._loss.at(progress.epoch))
-        self._pending.append((self._positions[place], loss, num_examples(batch)))
+        self._pending.append((self._positions[place], *self._loss.weigh(batch, loss)))
         if self._callbacks.hear("after_step"):
             event = StepEnd(progress.epoch, progress.step, self._positions[place], loss.detach())
             self._callbacks.tell("after_step", event)
@@ -228,10 +231,13 @@ class Run:
         if not self._pending:
             return
         losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()
-        for (t, _, size), loss in zip(self._pending, losses, strict=True):
+        weights = torch.stack(
+            [torch.as_tensor(weight, device=loss.device) for _, loss, weight in self._pending]
+        ).tolist()
+        for (t, *_), loss, weight in zip(self._pending, losses, weights, strict=True):
             if not math.isfinite(loss):
                 raise FloatingPointError(self._lost(f"the training loss became {loss}", t))
-            self._progress.add(t, loss, size)
+            self._progress.add(t, loss, weight)
         t = self._pending[-1][0]
         self._pending.clear()
         if not torch.isfinite(self._step.control_points).all():
@@ -244,11 +250,11 @@ class Run:
     # -- randomness and data
 
     def _fetch(self, iterator: Iterator[Any]) -> Any:
-        """Return the next batch, drawn from the loader's stream, or None at the end."""
+        """Return the next batch, drawn from the loader's stream, or `_END`."""
         model_stream = torch.get_rng_state()
         torch.set_rng_state(self._data_stream)
         try:
-            batch = next(iterator, None)
+            batch = next(iterator, _END)
             self._data_stream = torch.get_rng_state()
         finally:
             torch.set_rng_state(model_stream)

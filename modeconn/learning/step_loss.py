@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modeconn.attacks.training import Adversary, AdversaryLike, FreeAdversarialTraining, FreeRun, adversary_of
 from modeconn.learning.checkpoint import State
-from modeconn.network.batches import inputs_and_targets
-from modeconn.network.loss import Forward, LossFn, checked, loss_alone, supervised
+from modeconn.network.batches import inputs_and_targets, num_examples
+from modeconn.network.loss import Forward, LossFn, checked, differentiable, loss_alone, supervised, weight_in
 
 
 class StepLoss:
@@ -38,9 +40,12 @@ class StepLoss:
         is_free = isinstance(opponent, FreeAdversarialTraining)
         self.num_replays = opponent.num_replays if is_free else 1
         self._opponent = opponent = opponent.start() if is_free else opponent
+        self._weight: Callable[[Any], Tensor | float] = num_examples
         if forward is not None:
             self._first = self._later = loss_alone(forward)
-        elif opponent is not None:
+            return
+        self._weight = partial(weight_in, loss_fn)
+        if opponent is not None:
             self._first, self._later = _against(opponent, checked(loss_fn)), _against(opponent, loss_fn)
         else:
             self._first, self._later = supervised(loss_fn, check=True), supervised(loss_fn)
@@ -48,6 +53,12 @@ class StepLoss:
     def at(self, epoch: int) -> Forward:
         """Return ``forward(model, batch) -> loss`` of an epoch; in the first, 0, targets are checked."""
         return self._later if epoch else self._first
+
+    def weigh(self, batch: Any, loss: Tensor) -> tuple[Tensor, Tensor | float]:
+        """Return the loss of a batch for a history, and how much it counts in the mean of an epoch."""
+        loss, weight = loss.detach(), self._weight(batch)
+        # Of no target that counts the loss is NaN, and its gradient 0.
+        return (torch.where(weight > 0, loss, 0.0) if isinstance(weight, Tensor) else loss), weight
 
     def state(self) -> State:
         """Return what changes from step to step."""
@@ -65,6 +76,6 @@ def _against(opponent: Adversary, loss_fn: LossFn) -> Forward:
 
     def forward(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = inputs_and_targets(batch)
-        return opponent.loss(model, inputs, targets, loss_fn)
+        return differentiable(opponent.loss(model, inputs, targets, loss_fn), "loss_fn=")
 
     return forward

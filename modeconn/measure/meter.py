@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from modeconn.measure.metrics import Against, AnyMetric, choices, inner_of, on_device, value_of
+from modeconn.network.batch_norm import warn_of_batch_statistics
 from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples, part_of, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, answer_of, called, check_targets, one_number, refused_by
@@ -120,6 +121,8 @@ class Meter:
     def measure(self, model: nn.Module) -> None:
         """Measure one network, in the mode it is in."""
         on_device(self.metrics, device_of(model))
+        if not self._totals:
+            warn_of_batch_statistics(model)
         updated = {name: inner_of(metric) for name, metric in self.metrics.items()}
         for metric in updated.values():
             metric.reset()

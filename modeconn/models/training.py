@@ -213,7 +213,7 @@ def _train(
         scaler.scale(value).backward()
         scaler.step(optimizer)
         scaler.update()
-        return value.detach()
+        return loss.weigh(batch, value)[0]
 
     def steps(batch: Any, epoch: int) -> list[Tensor]:
         return [step(batch, loss.at(epoch)) for _ in range(loss.num_replays)]

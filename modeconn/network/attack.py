@@ -68,8 +68,20 @@ def under_attack(model: nn.Module) -> Iterator[None]:
                 layer.track_running_stats = True
 
 
+def check_attackable(x: Any) -> None:
+    """Raise a ValueError unless inputs are what attacks change: one tensor of floating-point values."""
+    if not isinstance(x, Tensor):
+        raise ValueError(f"inputs of an attack must be one tensor, got {type(x).__name__}.")
+    if not x.is_floating_point():
+        raise ValueError(
+            f"inputs of an attack must be floating point, got {x.dtype}. Divide pixels by 255; integers such as tokens "
+            f"cannot be attacked."
+        )
+
+
 def attacked_in_eval_mode(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:
     """Return adversarial examples of the network in eval mode; its flags and the global random state stay."""
+    check_attackable(x)
     with seeded(seed, x.device), under_attack(model):
         model.eval()  # `under_attack` restores
         return attack(model, x, y)

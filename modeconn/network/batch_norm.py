@@ -50,6 +50,20 @@ def norm_layers(model: nn.Module) -> dict[str, _NormBase]:
     }
 
 
+def warn_of_batch_statistics(model: nn.Module) -> None:
+    """Warn of layers of batch norm that keep no running statistics: what a network answers follows from the batch."""
+    found = [
+        repr(name)
+        for name, module in model.named_modules()
+        if isinstance(module, _BatchNorm) and module.running_mean is None
+    ]
+    if found:
+        warn(
+            f"norm layers {', '.join(found)} use the statistics of each batch, in eval mode too, so all numbers depend "
+            f"on the batch size and on the order of the examples."
+        )
+
+
 def calibration_batches(
     loader: Iterable[Any],
     device: torch.device,

@@ -12,6 +12,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor
+from torch.nn.utils.rnn import PackedSequence
 
 from modeconn.tools import provenance
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
@@ -74,12 +75,24 @@ def num_examples(batch: Any) -> int:
     Raises:
         ValueError: If the batch holds no such tensor, or no example.
     """
+    if (packed := _packed(batch)) is not None:
+        return int(packed.batch_sizes[0])
     for tensor in tensors_of(batch):
         if tensor.dim() and not tensor.shape[0]:
             raise ValueError(f"a batch of the loader holds no example: {described(batch)}.")
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError(f"a batch must hold a tensor whose first dimension counts its examples, got {_kind(batch)}.")
+
+
+def _packed(batch: Any) -> PackedSequence | None:
+    """Return the sequences of a batch if they come first in it and are packed: their tensor counts their places."""
+    while not isinstance(batch, PackedSequence):
+        parts = _parts(batch)
+        if not parts:
+            return None
+        batch = next(iter(parts.values()))
+    return batch
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeconn.network.batches import described, example_at, examples_alone, inputs_and_targets, run
+from modeconn.network.batches import described, example_at, examples_alone, inputs_and_targets, num_examples, run
 from modeconn.network.scores import (
     Classes,
     auxiliary_scores,
@@ -20,6 +21,7 @@ from modeconn.network.scores import (
     is_integer,
     knows_its_axis,
     scores_of,
+    weight_of,
 )
 from modeconn.tools.warn import is_of_package
 
@@ -172,9 +174,21 @@ def supervised(loss_fn: LossFn, *, check: bool = False) -> Forward:
 
     def forward(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = inputs_and_targets(batch)
-        return compare(run(model, inputs), targets)
+        return differentiable(compare(run(model, inputs), targets), "loss_fn=")
 
+    forward.weight = partial(weight_in, loss_fn)  # type: ignore[attr-defined]
     return forward
+
+
+def weight_in(loss_fn: LossFn, batch: Any) -> Tensor | float:
+    """Return how much a batch ``(inputs, targets)`` counts in the mean over batches."""
+    return weight_of(loss_fn, inputs_and_targets(batch)[1], num_examples(batch))
+
+
+def weight_by(forward: Forward, batch: Any) -> Tensor | float:
+    """Return how much a batch counts in the mean over batches: as its loss says, where that is known, else by size."""
+    found: Callable[[Any], Tensor | float] = getattr(forward, "weight", num_examples)
+    return found(batch)
 
 
 def checked(loss_fn: LossFn) -> LossFn:
@@ -185,6 +199,16 @@ def checked(loss_fn: LossFn) -> LossFn:
         return one_number(loss_fn, outputs, targets)
 
     return looked_at
+
+
+def differentiable(loss: Tensor, name: str) -> Tensor:
+    """Return a loss; raise unless it has a gradient where one is wanted."""
+    if torch.is_grad_enabled() and not loss.requires_grad:
+        raise ValueError(
+            f"{name} returns a loss without a gradient, so nothing can be learned from it. Compute it from the model's "
+            f"outputs by operations that torch can differentiate."
+        )
+    return loss
 
 
 def one_number(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
@@ -222,7 +246,7 @@ def loss_alone(forward: Forward) -> Forward:
     """Return the same function without outputs and targets, if it returns them, and with errors that name it."""
 
     def alone(model: nn.Module, batch: Any) -> Tensor:
-        return answer_of(called(forward, model, batch))[0]
+        return differentiable(answer_of(called(forward, model, batch))[0], "forward=")
 
     return alone
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from math import comb, prod
@@ -109,6 +110,11 @@ def best_swap(
         training = replace(training, loss_fn=loss_fn or training.loss_fn, forward=forward)
     _check_connection(connection, training)
     b = _relabelled(connection, training, num_batches, seed)
+    if not math.isfinite(b.value):
+        raise FloatingPointError(
+            f"the loss along the curve is {b.value}. Look for values that are not finite in the data and in the "
+            f"networks' weights."
+        )
     num_swaps = sum(prod(g.shape[:-1]) * comb(g.size, 2) for g in b.spec.groups)
     moves = _most_promising(b, num_swaps if num_tries is None else num_tries)
     tried = ((b.value_after(move), move) for move in moves)

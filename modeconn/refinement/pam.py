@@ -201,7 +201,7 @@ def draw_sample(
     with seeded(int(np.random.SeedSequence([seed, turn, 2]).generate_state(1)[0]), device):
         found = batches(loader, device)
         drawn = list(islice(found, num_batches))
-        is_part = next(found, None) is not None
+        is_part = any(True for _ in found)
     random = np.random.default_rng([seed, turn, 2])
     count = max(len(drawn), min(num_batches or _ENOUGH, _ENOUGH))
     t = (random.permutation(count) + random.random(count)) / count

@@ -134,9 +134,9 @@ def _shown(value: Any) -> str:
         return f"<{type(value).__name__}, {sum(p.numel() for p in value.parameters()):,} parameters>"
     if isinstance(value, Tensor):
         return f"<tensor {tuple(value.shape)}>"
-    if isinstance(value, (list, tuple)) and all(isinstance(one, (bool, int, float, str)) for one in value):
+    if type(value) in (list, tuple) and all(isinstance(one, (bool, int, float, str)) for one in value):
         text = repr(value)
-    elif isinstance(value, (list, tuple)) and len(value) <= 4:
+    elif type(value) in (list, tuple) and len(value) <= 4:
         text = "[" + ", ".join(map(_shown, value)) + "]"
     elif isinstance(value, (list, tuple, dict, set)):
         text = f"<{type(value).__name__} of {len(value)}>"

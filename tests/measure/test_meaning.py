@@ -231,3 +231,142 @@ def test_losses_that_fail_are_one_sentence(loss_fn, targets, message):
         line.evaluate([(X, targets)], t=[0, 1], loss_fn=loss_fn)
     with pytest.raises(ValueError, match=message):
         modeconn.models.train(line.model_at(0), [(X, targets)], loss_fn=loss_fn)
+
+
+@pytest.mark.parametrize("name", ["default", "ignored", "weights", "weights, ignored"])
+@pytest.mark.parametrize("size", [12, 5, 3])
+def test_losses_of_training_and_matching_are_the_same_mean(name, size):
+    loss_fn, y = LOSSES[name]
+    a, b = two_of(mlp())
+    data = split(X, y, size)
+    still = modeconn.Recipe(1, functools.partial(torch.optim.SGD, lr=1e-30), modeconn.constant, 0.0)
+    fitted = modeconn.fit_curve(a, a, data, recipe=still, loss_fn=loss_fn)
+    assert fitted.history.loss[0] == pytest.approx(float(loss_fn(a(X), y).detach()), rel=1e-5)
+    for method in (modeconn.Sinkhorn, modeconn.StraightThrough):
+        found = modeconn.align(a, b, data, method=method(num_steps=1, loss_fn=loss_fn))
+        whole = modeconn.align(a, b, [(X, y)], method=method(num_steps=1, loss_fn=loss_fn))
+        assert found.history[0] == pytest.approx(whole.history[0], rel=1e-5)
+
+
+def test_training_on_nothing_that_counts_is_refused():
+    a, b = two_of(mlp())
+    data = [(X, torch.full((12,), -100))]
+    with pytest.raises(ValueError, match="no target of the loader's batches counts"):
+        modeconn.fit_curve(a, b, data, recipe=modeconn.Recipe(epochs=1))
+    with pytest.raises(ValueError, match="no target of the loader's batches counts"):
+        modeconn.align(a, b, [*data, *data], method=modeconn.Sinkhorn(num_steps=1))
+    some = [*data, (X, Y)]
+    assert modeconn.fit_curve(a, b, some, recipe=modeconn.Recipe(epochs=1)).control_points.isfinite().all()
+    assert all(
+        p.isfinite().all() for p in modeconn.models.train(a, some, recipe=modeconn.Recipe(epochs=1)).parameters()
+    )
+
+
+class Gaps:
+    """A loader without a length whose second batch is nothing, as of a collate_fn that leaves examples out."""
+
+    def __iter__(self):
+        yield X[:4], Y[:4]
+        yield None
+        yield X[4:], Y[4:]
+
+
+def test_a_batch_that_is_nothing_does_not_end_an_epoch():
+    a, b = two_of(mlp())
+    seen = []
+
+    def forward(model, batch):
+        if batch is None:
+            return sum(p.sum() * 0 for p in model.parameters())
+        seen.append(len(batch[0]))
+        return F.cross_entropy(model(batch[0]), batch[1])
+
+    with pytest.raises(ValueError, match="a batch must hold a tensor whose first dimension counts its examples"):
+        modeconn.fit_curve(a, b, Gaps(), recipe=modeconn.Recipe(epochs=1), forward=forward)
+
+
+def flat(outputs, targets):
+    return (outputs.argmax(1) != targets).float().mean()
+
+
+@pytest.mark.parametrize("verb", ["fit", "train", "sinkhorn", "attack", "best_swap"])
+def test_a_loss_without_a_gradient_is_refused_where_something_is_learned(verb):
+    a, b = two_of(mlp())
+    one = modeconn.Recipe(epochs=1)
+    verbs = {
+        "fit": lambda: modeconn.fit_curve(a, b, [(X, Y)], recipe=one, loss_fn=flat),
+        "train": lambda: modeconn.models.train(a, [(X, Y)], recipe=one, loss_fn=flat),
+        "sinkhorn": lambda: modeconn.align(a, b, [(X, Y)], method=modeconn.Sinkhorn(num_steps=1, loss_fn=flat)),
+        "attack": lambda: modeconn.PGD(0.1, 0.1, 1, loss_fn=flat)(a, X, Y),
+        "best_swap": lambda: modeconn.best_swap(
+            modeconn.fit_curve(a, b, [(X, Y)], align=modeconn.WeightMatching()), loss_fn=flat
+        ),
+    }
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        with pytest.raises(ValueError, match="loss_fn= returns a loss without a gradient"):
+            verbs[verb]()
+
+
+def test_best_swap_of_a_loss_that_is_not_finite_is_refused():
+    a, b = two_of(mlp())
+    fitted = modeconn.fit_curve(a, b, [(X, Y)], align=modeconn.WeightMatching(), recipe=modeconn.Recipe(epochs=1))
+    with pytest.raises(FloatingPointError, match="the loss along the curve is nan"):
+        modeconn.best_swap(fitted, [(X * torch.nan, Y)])
+
+
+@pytest.mark.parametrize(
+    ("batch", "message"),
+    [
+        ((X.double(), Y), "does not run on the inputs of a batch, Tensor of float64"),
+        ((X[:, :3], Y), "does not run on the inputs of a batch, Tensor of float32"),
+        (((X, X), Y), "inputs of an attack must be one tensor, got tuple"),
+        ((X.numpy(), Y), "inputs of an attack must be one tensor, got ndarray"),
+        (((X * 200).byte(), Y), "inputs of an attack must be floating point, got torch.uint8"),
+    ],
+)
+@pytest.mark.parametrize("verb", ["fit", "train"])
+def test_what_cannot_be_attacked_is_refused_in_training(batch, message, verb):
+    a, b = two_of(mlp())
+    one = modeconn.Recipe(epochs=1)
+    verbs = {
+        "fit": lambda: modeconn.fit_curve(a, b, [(X, Y), batch], recipe=one, adversary=ATTACK, align=False),
+        "train": lambda: modeconn.models.train(a, [(X, Y), batch], recipe=one, adversary=ATTACK),
+    }
+    with pytest.raises(ValueError, match=message):
+        verbs[verb]()
+    with pytest.raises(ValueError, match=r"inputs|does not run"):
+        modeconn.align(a, b, [(X, Y), batch], method=modeconn.ActivationMatching(adversary=ATTACK))
+
+
+@pytest.mark.parametrize("size", [10, 4])
+def test_packed_sequences_count_as_sequences(size):
+    class Recurrent(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.rnn, self.head = nn.GRU(3, 5), nn.Linear(5, 3)
+
+        def forward(self, *packed):
+            return self.head(self.rnn(nn.utils.rnn.PackedSequence(*packed))[1][-1])
+
+    generator = torch.Generator().manual_seed(0)
+    sequences = [torch.rand(2 + number % 5, 3, generator=generator) for number in range(10)]
+    y = torch.arange(10) % 3
+    data = [
+        (nn.utils.rnn.pack_sequence(sequences[i : i + size], enforce_sorted=False), y[i : i + size])
+        for i in range(0, 10, size)
+    ]
+    line = Connection.straight_between(*two_of(Recurrent))
+    found = line.evaluate(data, t=[0, 1], forward=lambda model, batch: F.cross_entropy(model(*batch[0]), batch[1]))
+    whole = nn.utils.rnn.pack_sequence(sequences, enforce_sorted=False)
+    expected = float(F.cross_entropy(line.model_at(0)(*whole), y).detach())
+    assert found.num_examples == 10 and float(found.loss[0]) == pytest.approx(expected, rel=1e-5)
+
+
+def test_norm_layers_that_always_use_the_batch_are_told_of():
+    def make():
+        return nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5, track_running_stats=False), nn.Linear(5, 3))
+
+    line = Connection.straight_between(*two_of(make))
+    with pytest.warns(UserWarning, match=r"norm layers '1' use the statistics of each batch.*depend on the batch size"):
+        line.evaluate(split(X, Y, 5), t=[0, 1])

@@ -144,6 +144,7 @@ def test_batch_norm_in_all_its_forms_is_that_of_the_plain_one(norm):
     assert all(torch.equal(x, y) for x, y in zip(before, after, strict=True))
 
 
+@pytest.mark.filterwarnings("ignore:norm layers .* use the statistics of each batch")
 def test_batch_norm_without_running_statistics_uses_the_batch_everywhere():
     networks = [network(lambda: nn.BatchNorm2d(4, track_running_stats=False), seed) for seed in (1, 2)]
     aligned = modeconn.align(*networks, batches())
