@@ -280,7 +280,7 @@ def compare(
                 key = record_key(*about, names.get(row, method), digest(a), digest(b))
                 if key not in known:
                     known.add(key, trial.run(method, a, b))
-                records[row].append(known[key])
+                records[row].append(known.get(key, trial.columns))
                 bar.update()
     return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured))
 
@@ -301,6 +301,14 @@ class _Matching:
     recipe: Recipe | None
     curve: Curve
     seed: int
+
+    def columns(self, record: _Record) -> _Record:
+        """Return the numbers of a record, by column; raise unless they are those of this comparison."""
+        kinds = ["line", *["repaired"] * self.repair, *["curve"] * (self.recipe is not None)]
+        found = {name: numbers(value) for name, value in record.items()}
+        if not {"seconds", *kinds} <= found.keys():
+            raise ValueError(f"columns are missing, there are {list(found)}")
+        return found
 
     def run(self, method: Method, model_a: nn.Module, model_b: nn.Module) -> _Record:
         """Return the numbers of one row for one pair, by column."""

@@ -16,7 +16,7 @@ from torch import Tensor
 from modeconn.data.files import find_file
 
 Part = tuple[Tensor, Tensor]
-_SIDE = 64
+_SIDE, _LONGEST = 64, 200
 NUM_CLASSES = 200
 
 
@@ -42,7 +42,8 @@ def _classes(base: Path) -> dict[str, int]:
     """Return the number of each class by its name, which is the name of a folder."""
     names = _lines(base, "wnids.txt")
     for name in names:
-        if Path(name).name != name or names.count(name) > 1 or len(names) > NUM_CLASSES:
+        is_folder = Path(name).name == name and name.isprintable() and len(name) < _LONGEST
+        if not is_folder or names.count(name) > 1 or len(names) > NUM_CLASSES:
             raise ValueError(
                 f"{base / 'wnids.txt'} must name up to {NUM_CLASSES} folders, each once, got {len(names)}, among them "
                 f"{name[:80]!r}."
@@ -53,12 +54,17 @@ def _classes(base: Path) -> dict[str, int]:
 def _annotated(base: Path, class_of: dict[str, int]) -> Iterator[tuple[Path, int]]:
     for number, line in enumerate(_lines(base, "val/val_annotations.txt"), 1):
         file_name, name, *_ = [*line.split("\t"), "", ""]
-        if name not in class_of or Path(file_name).name != file_name:
+        if name not in class_of or Path(file_name).name != file_name or len(file_name) > _LONGEST:
             raise ValueError(
                 f"line {number} of {base / 'val' / 'val_annotations.txt'} must begin with the name of an image and "
                 f"one of the {len(class_of)} classes, got {line[:80]!r}."
             )
-        yield base / "val" / "images" / file_name, class_of[name]
+        path = base / "val" / "images" / file_name
+        if not path.is_file():
+            raise FileNotFoundError(
+                f"line {number} of {base / 'val' / 'val_annotations.txt'} names an image that is not there: {path}."
+            )
+        yield path, class_of[name]
 
 
 def _import_pillow() -> ModuleType:
@@ -84,7 +90,9 @@ def _training_images(base: Path, class_name: str) -> list[Path]:
     folder = base / "train" / class_name / "images"
     paths = sorted(folder.glob("*.JPEG"))
     if not paths:
-        raise FileNotFoundError(f"tiny_imagenet needs the images of class {class_name}, but {folder} holds none.")
+        raise FileNotFoundError(
+            f"tiny_imagenet needs the images of class {class_name}, which wnids.txt names, but {folder} holds none."
+        )
     return paths
 
 
@@ -97,8 +105,6 @@ def _read_part(pillow: ModuleType, examples: Sequence[tuple[Path, int]]) -> Part
 
 def _pixels(pillow: ModuleType, path: Path) -> np.ndarray:
     """Return the image in a file; its size is known, and checked, before memory for it is taken."""
-    if not path.is_file():
-        raise FileNotFoundError(f"tiny_imagenet needs the image {path}, which is not there.")
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore", pillow.DecompressionBombWarning)  # its size is judged below

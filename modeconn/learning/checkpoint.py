@@ -149,7 +149,10 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
 
     def relabelling(self) -> Relabelling | None:
         """Return how b was relabelled when the run was saved; None if it was not, or nothing is saved."""
-        return None if self.saved is None else unpack(*self.saved, MOVED)
+        if self.saved is None or self._checkpoint is None:
+            return None
+        with files.taken_from(self._checkpoint.path):
+            return unpack(*self.saved, MOVED)
 
     def keep(self, relabelling: Relabelling | None) -> None:
         """Let every checkpoint hold how b was relabelled at the start."""
@@ -173,10 +176,11 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
 
     def resume(self, *parts: Resumable) -> bool:
         """Take all parts of the run to where they were saved; whether anything was."""
-        if self.saved is None:
+        if self.saved is None or self._checkpoint is None:
             return False
-        for part in parts:
-            part.load_state(*self.saved)
+        with files.taken_from(self._checkpoint.path):
+            for part in parts:
+                part.load_state(*self.saved)
         return True
 
     @property

@@ -195,14 +195,17 @@ class _Attacking:
             key = record_key(about, self._digests[number], seed)
             if key not in self._known:
                 self._known.add(key, {"label": label, **self._measure(model, attack, x, y, seed, label)})
-            parts.append(self._known[key])
+            parts.append(self._known.get(key, functools.partial(self._read, len(y))))
             done()
-        sizes = [(len(y),) for _, y in self._data]
-        return _Measured(
-            torch.cat([unpack_bits(part["correct"], size) for part, size in zip(parts, sizes, strict=True)]),
-            torch.cat([unpack_floats(part["losses"], size) for part, size in zip(parts, sizes, strict=True)]),
-            torch.tensor([part["elsewhere"] for part in parts], dtype=torch.float64).sum(0) / sum(map(sum, sizes)),
-        )
+        correct, losses, elsewhere = zip(*parts, strict=True)
+        return _Measured(torch.cat(correct), torch.cat(losses), torch.stack(elsewhere).sum(0) / sum(map(len, correct)))
+
+    def _read(self, size: int, record: dict[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+        """Return right answers and losses of ``size`` examples, and how many the other networks answer right."""
+        elsewhere = torch.tensor(record["elsewhere"], dtype=torch.float64)
+        if elsewhere.shape != (len(self._networks),):
+            raise ValueError(f"there are {len(self._networks)} networks, not {len(elsewhere)}")
+        return unpack_bits(record["correct"], (size,)), unpack_floats(record["losses"], (size,)), elsewhere
 
     def _measure(
         self, model: nn.Module, attack: Attack | None, x: Tensor, y: Tensor, seed: int, label: str

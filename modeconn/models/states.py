@@ -92,7 +92,7 @@ def states_of_safetensors(path: Path) -> dict[str, State]:
             for name in file.keys():
                 part = file.get_slice(name)
                 found[name] = torch.empty(part.get_shape(), dtype=_dtype(part.get_dtype()), device="meta")
-    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError) as error:
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError) as error:
         raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({error}).") from error
     return {"": found} if found else {}
 

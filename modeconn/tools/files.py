@@ -93,7 +93,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         with safetensors.safe_open(path, framework="pt") as file:
             tensors = {name: file.get_tensor(name).clone() for name in file.keys()}
             return tensors, file.metadata() or {}
-    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError) as error:
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError) as error:
         # Checked only after safetensors failed: a valid header may begin with the same bytes.
         if start.startswith(_PICKLES):
             raise ValueError(
@@ -108,7 +108,7 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return _KEY in (file.metadata() or {})
-    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError):
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError):
         return True
 
 
@@ -133,7 +133,26 @@ def opened(path: str | os.PathLike[str], kind: str | None = None) -> Iterator[tu
     found = read(path, kind)
     try:
         yield found
-    except (KeyError, IndexError, TypeError, AttributeError, ArithmeticError, RuntimeError, RecursionError) as error:
+    except ValueError as error:
+        if os.fspath(path) in str(error):
+            raise
+        raise ValueError(f"{os.fspath(path)!r}: {error}") from error
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise damaged(path, error) from error
+
+
+@contextmanager
+def taken_from(path: str | os.PathLike[str]) -> Iterator[None]:
+    """Say which file is damaged if what was read from it cannot be taken up.
+
+    Raises:
+        ValueError: In place of whatever shows that a description is not what was written.
+    """
+    try:
+        yield
+    except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError, ValueError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise
         raise damaged(path, error) from error

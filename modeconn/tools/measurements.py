@@ -7,13 +7,17 @@ import hashlib
 import json
 import os
 import zlib
+from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
+from modeconn.tools.files import taken_from
 from modeconn.tools.fingerprint import identify
 from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, held
 
+T = TypeVar("T")
 _CHECKSUM = "crc32"
 
 
@@ -49,8 +53,14 @@ class Records(contextlib.AbstractContextManager["Records"]):
     def __contains__(self, key: str) -> bool:
         return key in self._known
 
-    def __getitem__(self, key: str) -> dict[str, Any]:
-        return self._known[key]
+    def get(self, key: str, read: Callable[[dict[str, Any]], T]) -> T:
+        """Return what ``read`` makes of a record.
+
+        Raises:
+            ValueError: If that fails, because the record is not what was added.
+        """
+        with nullcontext() if self._path is None else taken_from(self._path):
+            return read(self._known[key])
 
     def add(self, key: str, record: dict[str, Any]) -> None:
         """Keep a record, also on disk before this returns."""
