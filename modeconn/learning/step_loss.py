@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from modeconn.attacks.training import Adversary, AdversaryLike, FreeAdversarialTraining, FreeRun, adversary_of
 from modeconn.learning.checkpoint import State
-from modeconn.network.batches import inputs_and_targets
+from modeconn.network.batches import described, inputs_and_targets, is_dense
 from modeconn.network.loss import Forward, LossFn, checked, loss_alone, supervised
 
 
@@ -65,6 +65,8 @@ def _against(opponent: Adversary, loss_fn: LossFn) -> Forward:
 
     def forward(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = inputs_and_targets(batch)
+        if not is_dense(inputs):
+            raise ValueError(f"an adversary changes inputs that are one dense tensor, got {described(inputs)}.")
         return opponent.loss(model, inputs, targets, loss_fn)
 
     return forward

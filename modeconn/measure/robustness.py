@@ -25,7 +25,7 @@ from modeconn.measure.robust_profile import (
     unpack_floats,
 )
 from modeconn.network.attack import Attack, check_examples, under_attack
-from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, run
+from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, is_dense, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, main_output, per_example
 from modeconn.network.scores import classes_of
@@ -263,9 +263,10 @@ def _read(loader: Iterable[Any], device: torch.device, limit: int | None) -> lis
     with seeded(0, device):
         check_loader(loader)
         for x, y in map(inputs_and_targets, batches(loader, device)):
-            if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim and len(x) and y.ndim):
+            if not (is_dense(x) and is_dense(y) and x.ndim and len(x) and y.ndim):
                 raise ValueError(
-                    f"loader must yield inputs and targets as tensors of one example or more, got {described((x, y))}."
+                    f"loader must yield inputs and targets as dense tensors of one example or more, got "
+                    f"{described((x, y))}."
                 )
             kept.append((x[: min(room, len(x))], y[: min(room, len(x))]))
             _check_range(kept[-1][0])
@@ -277,7 +278,10 @@ def _read(loader: Iterable[Any], device: torch.device, limit: int | None) -> lis
 
 def _check_range(x: Tensor) -> None:
     if not x.is_floating_point():
-        raise ValueError(f"inputs of loader must be floating point in [0, 1], got {x.dtype}: divide pixels by 255.")
+        raise ValueError(
+            f"inputs of loader must be floating point in [0, 1], got {x.dtype}: divide pixels by 255. Attacks "
+            f"move inputs by small steps, so that others of whole numbers, such as tokens, cannot be attacked."
+        )
     lowest, highest = (value.item() for value in x.aminmax())
     if math.isnan(lowest):
         raise ValueError("inputs of loader must lie in [0, 1], but some are NaN. Look at the data.")

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from modeconn.network.batches import described, inputs_and_targets, run
+from modeconn.network.batches import described, inputs_and_targets, is_dense, run
 from modeconn.network.scores import auxiliary_scores, class_axes, classes_of, is_integer, knows_its_axis, scores_of
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -90,6 +90,16 @@ def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
             f"such as torch.nn.CrossEntropyLoss() for classes along axis 1."
         )
     return F.cross_entropy(scores.movedim(axes[0], 1), targets)
+
+
+def of_many(loss_fn: LossFn) -> LossFn:
+    """Return the same loss for `torch.func.vmap`, in which targets of uint8 index nothing: it is called with int64."""
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        is_bytes = isinstance(targets, Tensor) and targets.dtype is torch.uint8
+        return loss_fn(outputs, targets.long() if is_bytes else targets)
+
+    return loss
 
 
 def per_example(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
@@ -234,6 +244,8 @@ def check_targets(outputs: Any, targets: Any, loss_fn: LossFn, *, name: str = "l
             entropies too: with the first target that is no class; on an accelerator the loss would end the process.
     """
     is_default = loss_fn is cross_entropy
+    if (is_default or knows_its_axis(loss_fn)) and isinstance(targets, Tensor) and not is_dense(targets):
+        raise ValueError(f"targets of {name} must be a dense tensor, got {described(targets)}: call .to_dense() on it.")
     if is_default:
         _check_for_cross_entropy(main_output(outputs), targets, name)
     classes = classes_of(outputs, targets, loss_fn) if is_default or knows_its_axis(loss_fn) else None

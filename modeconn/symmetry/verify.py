@@ -311,6 +311,7 @@ def _float64(example: Example) -> Example:
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        leaf = leaf if leaf.layout is torch.strided else leaf.to_dense()
         if leaf.device.type == "meta":
             leaf = (
                 torch.rand(leaf.shape).to(leaf.dtype)

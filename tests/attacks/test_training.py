@@ -541,7 +541,7 @@ def test_what_an_adversary_does_not_go_with_is_an_error():
         modeconn.fit_curve(a, b, loader, refine=modeconn.PAM(), adversary=ATTACK)
     with pytest.raises(ValueError, match="adversary must be an attack, such as PGD"):
         modeconn.ActivationMatching(adversary=TRADES(ATTACK))
-    with pytest.raises(ValueError, match="its first batch is one Tensor"):
+    with pytest.raises(ValueError, match="one of its batches is one Tensor"):
         modeconn.align(a, b, [next(iter(loader))[0]], method=modeconn.ActivationMatching(adversary=ATTACK))
     with pytest.raises(ValueError, match="repair knows clean data alone"):
         Connection.straight_between(a, b).model_at(0.5, repair=True, recalibrate=AdversarialExamples(loader, ATTACK))

@@ -181,3 +181,37 @@ REFUSED = {
 def test_the_sentence_says_which_argument_and_what_it_takes(message):
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()
+
+
+PAIR = (
+    nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
+    nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
+)
+ONCE = Recipe(epochs=1)
+FITTED = modeconn.fit_curve(*PAIR, [(X, Y)], align=WeightMatching(), recipe=ONCE)
+READERS = {
+    "evaluate": lambda loader: FITTED.evaluate(loader, num_points=2),
+    "robustness": lambda loader: FITTED.robustness(loader, [modeconn.PGD(0.1, 0.1, 1)], num_points=2),
+    "curvature": lambda loader: FITTED.curvature(loader, num_points=2, num_steps=2, tolerance=10.0),
+    "fit_curve": lambda loader: modeconn.fit_curve(*PAIR, loader, align=False, recipe=ONCE),
+    "Sinkhorn": lambda loader: modeconn.align(*PAIR, loader, method=modeconn.Sinkhorn(num_steps=3)),
+    "compare": lambda loader: modeconn.compare([PAIR], [WeightMatching()], loader, loader, num_points=2, repair=False),
+    "best_swap": lambda loader: modeconn.best_swap(FITTED, loader, num_tries=2),
+    "train": lambda loader: modeconn.models.train(PAIR[0], loader, recipe=ONCE),
+    "train_population": lambda loader: modeconn.models.train_population(PAIR, loader, recipe=ONCE),
+    "DeepAlign": lambda loader: modeconn.DeepAlign(
+        features=4, edge_features=4, depth=1, num_steps=3, num_validation_pairs=2
+    ).fit(PAIR, loader),
+}
+
+
+@pytest.mark.parametrize("verb", READERS)
+@pytest.mark.parametrize("later", [X, (X, Y, Y), None], ids=["inputs", "three", "None"])
+def test_a_later_batch_that_is_no_pair_is_named(verb, later):
+    with pytest.raises(ValueError, match=r"but one of (its batches|them) is (one Tensor|3 things|one NoneType|None)"):
+        READERS[verb]([(X, Y), later])
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_classes_may_be_bytes(verb):
+    READERS[verb]([(X, Y.to(torch.uint8))])
