@@ -25,7 +25,7 @@ class Flip:
     probability: float = 0.5
 
     def __call__(self, images: Tensor) -> Tensor:
-        flipped = torch.rand(len(images)) < self.probability
+        flipped = torch.rand(len(images), device="cpu") < self.probability
         return torch.where(flipped.to(images.device).reshape(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -36,7 +36,7 @@ class Crop:
     padding: int = 4
 
     def __call__(self, images: Tensor) -> Tensor:
-        offsets = torch.randint(0, 2 * self.padding + 1, (2, len(images)))
+        offsets = torch.randint(0, 2 * self.padding + 1, (2, len(images)), device="cpu")
         return crop(images, offsets.to(images.device), self.padding)
 
 
@@ -47,7 +47,7 @@ class Rotate:
     degrees: float = 15.0
 
     def __call__(self, images: Tensor) -> Tensor:
-        angles = (2 * torch.rand(len(images)) - 1) * math.radians(self.degrees)
+        angles = (2 * torch.rand(len(images), device="cpu") - 1) * math.radians(self.degrees)
         return rotate(images, angles.to(images))
 
 

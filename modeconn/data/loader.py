@@ -55,6 +55,8 @@ class TensorLoader:
         check_settings(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got batch_size={self.batch_size}.")
+        if self.inputs.is_meta or self.targets.is_meta:
+            raise ValueError("inputs and targets must have values, got tensors on the device 'meta', which has none.")
         if self.inputs.shape[:1] in ((), (0,)) or self.targets.shape != self.inputs.shape[:1]:
             raise ValueError(
                 f"inputs and targets must hold equally many examples, at least one; "
@@ -89,7 +91,11 @@ class TensorLoader:
         return full + (rest > 1) if full else 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(self.num_examples) if self.shuffle else torch.arange(self.num_examples)
+        order = (
+            torch.randperm(self.num_examples, device="cpu")
+            if self.shuffle
+            else torch.arange(self.num_examples, device="cpu")
+        )
         order = order.to(self.device)
         for batch in range(len(self)):
             stop = self.num_examples if batch == len(self) - 1 else (batch + 1) * self.batch_size
@@ -135,7 +141,7 @@ class TensorLoader:
                 f"between 1 and {self.num_examples - 1} of {self.num_examples} examples can be held out, "
                 f"got {num_held_out}."
             )
-        order = torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(seed), device="cpu")
         rest, held_out = order[:-num_held_out], order[-num_held_out:]
         return self.subset(rest), self.subset(held_out).in_order()
 
