@@ -24,13 +24,13 @@ from modeconn.measure.robust_profile import (
     unpack_bits,
     unpack_floats,
 )
-from modeconn.network.attack import Attack, check_examples, under_attack
+from modeconn.network.attack import Attack, check_examples, is_attack, under_attack
 from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, is_dense, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, main_output, per_example
 from modeconn.network.scores import classes_of
 from modeconn.network.weights import check_eval_mode, device_of
-from modeconn.tools.door import checked
+from modeconn.tools.door import checked, is_iterable
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
@@ -301,7 +301,7 @@ def _check_range(x: Tensor) -> None:
 def _named(attacks: Attacks) -> dict[str, Attack]:
     if callable(attacks):
         attacks = [attacks]
-    if not isinstance(attacks, Iterable):
+    if not is_iterable(attacks):
         raise ValueError(f"attacks must be an attack, or a list or dict of attacks, got attacks={attacks!r}.")
     named = list(attacks.items()) if isinstance(attacks, Mapping) else [(_text(attack), attack) for attack in attacks]
     names = [CLEAN, WORST, *(name for name, _ in named)]
@@ -309,7 +309,7 @@ def _named(attacks: Attacks) -> dict[str, Attack]:
         if names.count(name) > 1:
             raise ValueError(f"two rows have the name {name!r}; pass attacks as a dict with names of your own.")
     for name, attack in named:
-        if isinstance(attack, type) or not callable(attack):
+        if not is_attack(attack):
             raise ValueError(
                 f"attack {name} cannot be called as attack(model, x, y); modeconn.attacks.build makes attacks from "
                 f"their names."

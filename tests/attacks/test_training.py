@@ -504,8 +504,8 @@ def test_alignment_under_attack_looks_at_activations(tmp_path):
         (lambda: TRADES(replace(ATTACK, random_start=False)), "must have a random start and no targets, got PGD"),
         (lambda: TRADES(len), "attack must be a PGD, got attack=<built-in function len>"),
         (lambda: AdversarialTraining("pgd"), r"attack must be one such as PGD\(eps, .*, got attack='pgd'"),
-        (lambda: adversary_of(PGD), "adversary must be an attack, .* got <class .*PGD"),
-        (lambda: adversary_of("pgd"), "adversary must be an attack, .* got 'pgd'"),
+        (lambda: adversary_of(PGD), "adversary must be an attack, .* got adversary=<class .*PGD"),
+        (lambda: adversary_of("pgd"), "adversary must be an attack, .* got adversary='pgd'"),
     ],
 )
 def test_adversaries_that_make_no_sense_are_errors(make, message):
