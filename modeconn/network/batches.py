@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modeconn.tools import provenance
+from modeconn.tools.door import is_iterable
 from modeconn.tools.fingerprint import bytes_of, dense_parts
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
 from modeconn.tools.warn import warn
@@ -89,12 +90,18 @@ def num_examples(batch: Any) -> int:
     Raises:
         ValueError: If the batch holds no such tensor, or no example.
     """
+    refuse_empty(batch)
     for tensor in tensors_of(batch):
-        if tensor.dim() and not tensor.shape[0]:
-            raise ValueError(f"a batch of the loader holds no example: {described(batch)}.")
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError(f"a batch must hold a tensor whose first dimension counts its examples, got {_kind(batch)}.")
+
+
+def refuse_empty(batch: Any) -> None:
+    """Raise a ValueError if the first tensor of a batch that has a dimension has no example."""
+    first = next((tensor for tensor in tensors_of(batch) if tensor.dim()), None)
+    if first is not None and not first.shape[0]:
+        raise ValueError(f"a batch of the loader holds no example: {described(batch)}.")
 
 
 def to_device(batch: Any, device: torch.device | str) -> Any:
@@ -234,7 +241,7 @@ def check_rereadable(loader: Any, *, name: str = "loader") -> None:
         raise ValueError(f"{name} must yield (inputs, targets) batches, got one tensor. {_WAY_OUT}")
     if isinstance(loader, Mapping):
         raise ValueError(f"{name} must yield batches, got one {type(loader).__name__}. {_WAY_OUT}")
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+    if not is_iterable(loader):
         raise ValueError(f"{name} is no iterable of batches, got {type(loader).__name__}. {_WAY_OUT}")
     if isinstance(loader, Iterator):
         raise ValueError(f"{name} can be read only once (it is its own iterator). {_WAY_OUT}")
