@@ -144,7 +144,7 @@ def merge_many(
     space = _check_models(models, loader, repair=repair)
     if num_rounds < 0:
         raise ValueError(f"num_rounds must be at least 0, got num_rounds={num_rounds}.")
-    method = method or WeightMatching()
+    method = WeightMatching() if method is None else method
     for name, one in (("start", start), ("method", method)):
         if one is not None:
             check_method(one, name=name)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeconn.network.loss import main_output
+from modeconn.tools.door import check, check_settings, looked_at
 
 MetricFunction = Callable[[Any, Any], tuple[Any, Any]]
 """``metric(outputs, targets) -> (sum, weight)`` of a batch; the value is the quotient of both over all batches."""
@@ -60,6 +61,7 @@ class Against:
     def __post_init__(self) -> None:
         if self.end not in ("a", "b"):
             raise ValueError(f"end must be 'a' (t=0) or 'b' (t=1), got end={self.end!r}.")
+        check_settings(self)
 
 
 AnyMetric = Metric | MetricFunction | Against
@@ -74,6 +76,7 @@ class Quotient:
         higher_is_better: Whether high values are good; default what the function says of itself.
     """
 
+    @looked_at
     def __init__(self, function: MetricFunction, name: str = "metric", higher_is_better: bool | None = None) -> None:
         self._function, self._name = function, name
         own = getattr(function, "higher_is_better", None)
@@ -103,6 +106,7 @@ class Quotient:
 # -- metrics of outputs and targets
 
 
+@looked_at
 def top_k(k: int, *, axis: int = 1) -> Metric:
     """Return the fraction of examples whose target is among the ``k`` highest scores.
 
@@ -135,6 +139,7 @@ class Perplexity:
 
     higher_is_better = False
 
+    @looked_at
     def __init__(self, ignore_index: int = -100, *, axis: int = 1) -> None:
         self._ignored, self._axis = ignore_index, axis
         self.reset()
@@ -165,6 +170,7 @@ def disagreement(end: Literal["a", "b"], *, axis: int = 1) -> Against:
         end: "a" for the network at t=0, "b" for that at t=1.
         axis: Of the classes in the outputs.
     """
+    check("axis", axis, int)
 
     def different(outputs: Tensor, others: Tensor) -> tuple[Tensor, int]:
         differ = main_output(outputs).argmax(axis) != main_output(others).argmax(axis)
