@@ -15,6 +15,7 @@ from modeconn.measure.along import chosen_positions
 from modeconn.measure.measurable import Measurable
 from modeconn.network.batches import check_rereadable
 from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, RunBegin, StepEnd
+from modeconn.tools.checks import there_are
 from modeconn.tools.door import check_arguments, looked_at
 from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, write_text
@@ -129,8 +130,7 @@ class EarlyStopping(Callback):
             if self._was_measured or event.epoch < event.num_epochs:  # Not every epoch has a measurement.
                 return False
             warn(  # Raising here would lose the run that has just finished.
-                f"EarlyStopping watched {self.monitor!r}, which was never measured; there are "
-                f"{', '.join(map(repr, known))}."
+                f"EarlyStopping watched {self.monitor!r}, which was never measured; {there_are(map(repr, known))}."
             )
             return False
         self._was_measured = True

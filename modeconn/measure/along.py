@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modeconn import plot
 from modeconn.tools import provenance
+from modeconn.tools.checks import there_are
 from modeconn.tools.door import check, looked_at
 from modeconn.tools.json_files import KIND, from_json, numbers, to_json
 from modeconn.tools.register import register
@@ -134,7 +135,7 @@ class AlongCurve:
             ValueError: If there is no such quantity.
         """
         if name not in self.values:
-            raise ValueError(f"there is no {name!r} here; there are {', '.join(map(repr, self.values))}.")
+            raise ValueError(f"there is no {name!r} here; {there_are(map(repr, self.values))}.")
         better = self.quantity(name).higher_is_better
         if better is None:
             return math.nan
