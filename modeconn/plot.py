@@ -338,7 +338,8 @@ def _labels(labels: Sequence[str] | None, things: Sequence[object], what: str) -
 
 
 def _is_list(value: object) -> bool:
-    return hasattr(value, "__len__") and hasattr(value, "__iter__") and not isinstance(value, (str, bytes))
+    has_items = hasattr(value, "__len__") and hasattr(value, "__iter__") and getattr(value, "ndim", 1) != 0
+    return has_items and not isinstance(value, (str, bytes))
 
 
 def _check(name: str, value: object, what: str, *parts: str) -> None:

@@ -136,7 +136,10 @@ class WeightSpace:
     def load(self, theta: Tensor, model: nn.Module) -> None:
         """Write ``theta (P,)`` into the parameters of a model of this architecture, in place."""
         check("model", model, nn.Module)
-        self._copy(self.unflatten(theta), dict(model.named_parameters()))
+        parameters = dict(model.named_parameters())
+        if {name: tuple(parameter.shape) for name, parameter in parameters.items()} != self.shapes:
+            self.check(model, name="model", reference="this weight space")  # which says what differs
+        self._copy(self.unflatten(theta), parameters)
 
     def to_canonical(self, theta: Tensor) -> Tensor:
         """Return a copy of ``theta (P,)`` with every parameter row by row, as files hold it: no memory format."""
