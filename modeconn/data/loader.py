@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modeconn.data.augment import Augmentation
-from modeconn.tools.door import check_settings
+from modeconn.tools.door import check_settings, looked_at
 
 _CHUNK = 4096
 
@@ -119,15 +119,23 @@ class TensorLoader:
         """Return a loader of the same tensors, augmented alike, each pass in an order of its own."""
         return self.with_(shuffle=True)
 
+    @looked_at
     def to(self, device: torch.device | str) -> TensorLoader:
         """Return the loader with its tensors on ``device``."""
         return self.with_(inputs=self.inputs.to(device), targets=self.targets.to(device))
 
+    @looked_at
     def subset(self, indices: Tensor) -> TensorLoader:
         """Return a loader of the examples at ``indices``, int64, in that order."""
+        if indices.dtype is not torch.int64 or indices.ndim != 1:
+            raise ValueError(f"indices must be int64 of one axis, got {indices.dtype} of shape {tuple(indices.shape)}.")
+        outside = indices[(indices < -self.num_examples) | (indices >= self.num_examples)]
+        if outside.numel():
+            raise ValueError(f"indices must lie in 0..{self.num_examples - 1}, got {outside[0].item()} among them.")
         indices = indices.to(self.device)
         return self.with_(inputs=self.inputs[indices], targets=self.targets[indices])
 
+    @looked_at
     def split(self, num_held_out: int, *, seed: int = 0) -> tuple[TensorLoader, TensorLoader]:
         """Hold out some examples, chosen by ``seed`` alone; return the rest, then the held-out ones.
 

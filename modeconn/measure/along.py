@@ -134,7 +134,7 @@ class AlongCurve:
         Raises:
             ValueError: If there is no such quantity.
         """
-        if name not in self.values:
+        if not isinstance(name, str) or name not in self.values:
             raise ValueError(f"there is no {name!r} here; {there_are(map(repr, self.values))}.")
         better = self.quantity(name).higher_is_better
         if better is None:
@@ -234,7 +234,7 @@ class AlongCurve:
 
     def plot(self, *, quantity: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw one quantity along the curve with matplotlib, default the first; see `modeconn.plot.profile`."""
-        return plot.profile(self, quantity=quantity or next(iter(self.values)), ax=ax)
+        return plot.profile(self, quantity=next(iter(self.values)) if quantity is None else quantity, ax=ax)
 
     def __repr__(self) -> str:
         return "\n".join([self._title(), table(*self._table()), *self._remarks()])
