@@ -159,7 +159,7 @@ def check(name: str, value: Any, hint: Any) -> None:
     if kind is not None and not kind[0](value):
         for number, entry, of_entries in _entries(value, hint):
             check(f"{name}[{number}]", entry, of_entries)
-        if isinstance(value, nn.Module) and _is_lazy(value):
+        if isinstance(value, nn.Module) and _PLAIN[nn.Module][1] in kind[1] and _is_lazy(value):
             raise ValueError(
                 f"{name} has lazy layers, whose weights have no shape yet: run it on one batch first, got "
                 f"{shown(name, value)}."
@@ -175,7 +175,7 @@ def _check_device(device: torch.device | str) -> None:
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
-        reason = str(error).splitlines()[0]
+        reason = str(error).splitlines()[0].rstrip(".")
         reason = "torch knows none of this name" if reason.startswith("Expected one of") else reason
         raise ValueError(
             f"device must be one that is here, such as 'cpu', got device={str(device)!r}: {reason}."

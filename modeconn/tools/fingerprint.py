@@ -74,11 +74,9 @@ def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
         return tuple(tensor.unbind())
     if tensor.layout is torch.sparse_coo:
         tensor = tensor.coalesce()  # two entries of one place are one
-    return (
-        (*(getattr(tensor, place)() for place in _PLACES[tensor.layout]), tensor.values())
-        if tensor.layout in _PLACES
-        else (tensor,)
-    )
+    if tensor.layout in _PLACES:
+        return (*(getattr(tensor, place)() for place in _PLACES[tensor.layout]), tensor.values())
+    return (tensor,)
 
 
 class _Identifier:
