@@ -23,6 +23,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import modeconn
@@ -56,6 +57,8 @@ X = DATA[0][0]
 SPEC = modeconn.discover(A, X)
 LINE = Connection.straight_between(A, B)
 NORM_LINE = Connection.straight_between(NORM_A, NORM_B)
+PROFILE = LINE.evaluate(DATA, num_points=2)
+AX = Figure().subplots()
 SETTINGS = {"recipe": RECIPE, "align": WeightMatching(), "spec": SPEC}
 THINGS: list[Any] = [None, 3, -1, 2.5, math.nan, "abc", [], {}, object(), len, nn.Linear, torch.zeros(2), b"x"]
 MODELS: list[Any] = [
@@ -64,6 +67,7 @@ MODELS: list[Any] = [
     network(out=4),
     nn.Linear(4, 3),
     network().double(),
+    nn.Sequential(nn.LazyLinear(6), nn.ReLU(), nn.LazyLinear(3)),
     broken := network(),
 ]
 with torch.no_grad():
@@ -93,6 +97,14 @@ LOADERS: list[Any] = [
     [*DATA, (x[:, :2], y)],
     [*DATA, (x, y + 9)],
     [*DATA, "abc"],
+    [*DATA, x],
+    [*DATA, None],
+    [*DATA, (x, y, y)],
+    [(x.to_sparse(), y)],
+    [(x, y.to_sparse())],
+    [(torch.complex(x, x).conj(), y)],
+    [(x.to("meta"), y)],
+    [(x, y.to(torch.uint8))],
     [*DATA, (x, y[:3])],
     [(x * math.nan, y)],
     [(x.tolist(), y)],
@@ -100,12 +112,12 @@ LOADERS: list[Any] = [
     [(x[0], y[0])],
     [(x, x)],
 ]
-NUMBERS: list[Any] = [None, -1, 0, 1.5, math.nan, math.inf, "3", [3], torch.tensor([1, 2]), True]
+NUMBERS: list[Any] = [None, -1, 0, 1.5, math.nan, math.inf, "3", [3], torch.tensor([1, 2]), True, torch.zeros(0)]
 KINDS: dict[str, list[Any]] = {
     "model": MODELS,
     "loader": LOADERS,
     "integer": NUMBERS,
-    "number": [None, -1.0, math.nan, "0.1", [0.1], torch.ones(2)],
+    "number": [None, -1.0, math.nan, "0.1", [0.1], torch.ones(2), 2**70, -(10**400)],
     "flag": [None, 2, "yes", [], math.nan],
     "function": [
         3,
@@ -119,7 +131,21 @@ KINDS: dict[str, list[Any]] = {
     ],
     "spec": [3, "abc", A, modeconn.discover(network(width=7), X), modeconn.discover(nn.Linear(4, 3), X), []],
     "path": [3, 2.5, [], "/nonexistent/folder/file", "/", object()],
-    "positions": [3, "ab", [], [2.0], [-0.1, 0.5], [0.5, 0.2], [math.nan], [[0.1]], {0.1: 1}, [None]],
+    "positions": [
+        torch.tensor(0.5),
+        np.array(0.5),
+        torch.zeros(2),
+        3,
+        "ab",
+        [],
+        [2.0],
+        [-0.1, 0.5],
+        [0.5, 0.2],
+        [math.nan],
+        [[0.1]],
+        {0.1: 1},
+        [None],
+    ],
     "mapping": [
         3,
         "abc",
@@ -136,18 +162,24 @@ KINDS: dict[str, list[Any]] = {
         PGD,
         [3],
         {"a": 3},
+        A,
+        [A],
+        torch.tensor(0.5),
         [],
         {},
         lambda model, x, y: x + 9,
         lambda model, x, y: x[:1],
         lambda *g: None,
     ],
-    "method": [3, "weights", WeightMatching, object(), len],
+    "method": [3, "weights", WeightMatching, object(), len, torch.zeros(2)],
     "align": [3, "yes", None, WeightMatching, [], object()],
     "curve": [3, "bezier", Bezier, None, object()],
     "recipe": [3, "abc", Recipe, {"epochs": 3}, object()],
     "refine": [3, "pam", PAM, modeconn.ProximalLinear()],
-    "adversary": [3, "pgd", PGD, object()],
+    "adversary": [3, "pgd", PGD, object(), A],
+    "device": [3, "x", "cuda:99", [], b"cpu"],
+    "drawn": [None, 3, "abc", [], LINE, nn.Linear],
+    "text": [3, None, [], b"x"],
     "example": [3, "abc", torch.zeros(2, 7), torch.zeros(2, 4).double(), (X, X), {"y": X}, object()],
     "choice": [3, "abc", None, []],
 }
@@ -400,6 +432,65 @@ VERBS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = {
         {"inputs": x, "targets": y, "batch_size": 4},
         {"inputs": "model", "targets": "model", "batch_size": "integer", "shuffle": "flag", "num_classes": "integer"},
     ),
+    "verify()": (
+        modeconn.verify,
+        {"spec": SPEC, "model": A, "example_input": X},
+        {"spec": "spec", "model": "model", "example_input": "example", "tolerance": "number", "seed": "integer"},
+    ),
+    "WeightSpace": (modeconn.WeightSpace, {"model": A}, {"model": "model"}),
+    "WeightSpace.load": (
+        modeconn.WeightSpace(A).load,
+        {"theta": modeconn.WeightSpace(A).flatten(A), "model": network()},
+        {"theta": "positions", "model": "model"},
+    ),
+    "top_k": (modeconn.metrics.top_k, {"k": 1}, {"k": "integer", "axis": "integer"}),
+    "disagreement": (modeconn.metrics.disagreement, {"end": "a"}, {"end": "choice", "axis": "integer"}),
+    "cka": (modeconn.metrics.cka, {"end": "a"}, {"end": "choice", "layer": "positions"}),
+    "Perplexity": (modeconn.metrics.Perplexity, {}, {"ignore_index": "integer", "axis": "integer"}),
+    "Validation": (
+        modeconn.callbacks.Validation,
+        {"loader": DATA},
+        {
+            "loader": "path",
+            "t": "positions",
+            "every": "integer",
+            "repair": "flag",
+            "metrics": "mapping",
+            "other": "flag",
+        },
+    ),
+    "EarlyStopping": (
+        modeconn.callbacks.EarlyStopping,
+        {},
+        {"monitor": "text", "patience": "integer", "higher_is_better": "flag", "margin": "number"},
+    ),
+    "CSVLog": (modeconn.callbacks.CSVLog, {}, {"path": "path"}),
+    "AlongCurve": (
+        modeconn.AlongCurve,
+        {"t": torch.tensor([0.0, 1.0]), "values": {"a": torch.zeros(2)}},
+        {"t": "positions", "values": "mapping", "own": "mapping", "num_examples": "integer"},
+    ),
+    "plot.profile": (
+        lambda one=PROFILE, **more: modeconn.plot.profile(one, **{"ax": AX, **more}),
+        {},
+        {"one": "drawn", "labels": "positions", "quantity": "text", "ax": "drawn"},
+    ),
+    "plot.correlation": (
+        lambda one, **more: modeconn.plot.correlation(one, **{"ax": AX, **more}),
+        {"one": {"a": (0.1, 0.2)}},
+        {"one": "drawn", "labels": "positions", "ax": "drawn"},
+    ),
+    "plot.comparison": (
+        lambda one, **more: modeconn.plot.comparison(one, **{"ax": AX, **more}),
+        {"one": PROFILE},
+        {"one": "drawn", "column": "text"},
+    ),
+    "data.load": (
+        modeconn.data.load,
+        {"name": "digits"},
+        {"name": "choice", "batch_size": "integer", "validation": "integer", "seed": "integer", "device": "device"},
+    ),
+    "Permutation": (modeconn.Permutation, {"spec": SPEC, "perms": {}}, {"spec": "spec", "perms": "mapping"}),
     "Ensemble": (lambda models: modeconn.Ensemble(models)(x), {"models": [A, B]}, {"models": "positions"}),
     "best_swap": (
         modeconn.best_swap,
@@ -458,6 +549,7 @@ def ending(call: Callable[[], Any]) -> str:
     except GOOD as error:
         frames = traceback.extract_tb(error.__traceback__)
         ours = frames[-1].filename.startswith(PACKAGE) or "dataclass" in frames[-1].name
+        ours = ours and "values to unpack" not in str(error)  # Python's own sentence, raised in the package's lines
         return "refused" if ours or isinstance(error, OSError) else f"raw: {type(error).__name__}: {error}"
     except TooLong:
         return f"raw: it did not end within {SECONDS} s"

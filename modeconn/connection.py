@@ -25,7 +25,7 @@ from modeconn.network.registry import describe, rebuild
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files, provenance
-from modeconn.tools.door import checked
+from modeconn.tools.door import checked, looked_at
 
 _KIND = "connection"
 _FORMAT = 1
@@ -56,6 +56,7 @@ class Connection(Measurable):
     made_by: Mapping[str, Any] | None = None
     """How it came about: call or command, versions, data."""
 
+    @looked_at
     def __init__(self, path: Path, *, permutation: Relabelling | None = None, history: History | None = None) -> None:
         super().__init__(path, path.training, path.space.device)
         self.space, self.curve, self.control_points = path.space, path.curve, path.control_points

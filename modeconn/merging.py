@@ -21,7 +21,7 @@ from modeconn.network.repair import repair as repair_model
 from modeconn.network.weights import WeightSpace, named_buffers
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.tools.door import checked
+from modeconn.tools.door import checked, looked_at
 from modeconn.tools.rng import seeded
 
 
@@ -75,11 +75,15 @@ class Merge:
     permutations: tuple[Relabelling, ...]
     history: tuple[float, ...]
 
+    @looked_at
     def pairwise(self, i: int, j: int) -> Relabelling:
         r"""Return the relabelling of network j after network i, :math:`P_{ij} = P_i^{-1} P_j`.
 
         These compose exactly, :math:`P_{ij} P_{jk} P_{ki} = 1`, unlike relabellings that are found pair by pair.
         """
+        for name, number in (("i", i), ("j", j)):
+            if not 0 <= number < len(self.permutations):
+                raise ValueError(f"{name} must lie in 0..{len(self.permutations) - 1}, got {name}={number}.")
         return self.permutations[i].inverse() @ self.permutations[j]
 
     def __repr__(self) -> str:
@@ -144,7 +148,7 @@ def merge_many(
     space = _check_models(models, loader, repair=repair)
     if num_rounds < 0:
         raise ValueError(f"num_rounds must be at least 0, got num_rounds={num_rounds}.")
-    method = method or WeightMatching()
+    method = WeightMatching() if method is None else method
     for name, one in (("start", start), ("method", method)):
         if one is not None:
             check_method(one, name=name)

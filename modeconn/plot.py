@@ -108,7 +108,8 @@ def profile(
     """
     names = _labels(labels, profiles, "profile")
     for number, one in enumerate(profiles):
-        if quantity not in one.values:
+        _check(f"profile {number}", one, "what Connection.evaluate returns", "t", "values", "own", "quantity")
+        if not isinstance(quantity, str) or quantity not in one.values:
             raise ValueError(f"profile {number} has no quantity {quantity!r}, only {', '.join(map(repr, one.values))}.")
     ax = _axes(ax)
     for number, (one, name) in enumerate(zip(profiles, names, strict=True)):
@@ -146,11 +147,14 @@ def robust_profile(
     Raises:
         ValueError: If there is no such row or quantity.
     """
+    _check("profile", profile, "what Connection.robustness returns", "t", "loss", "accuracy", "interval", "attacks")
     if quantity not in ("loss", *_PERCENT):
         raise ValueError(f"quantity must be 'loss', 'accuracy' or 'error', got quantity={quantity!r}.")
+    if rows is not None and not _is_list(rows):
+        raise ValueError(f"rows must be a list of names, got rows={rows!r:.80}.")
     chosen = list(profile.accuracy)[: None if len(profile.attacks) > 1 else -1] if rows is None else rows
     for row in chosen:
-        if row not in profile.accuracy:
+        if not isinstance(row, str) or row not in profile.accuracy:
             raise ValueError(f"there is no row {row!r}; there are {', '.join(profile.accuracy)}.")
     ax = _axes(ax)
     t = profile.t.numpy()
@@ -187,6 +191,9 @@ def correlation(
     Raises:
         ValueError: If there is nothing to draw, alignments are of different architectures, or a label is missing.
     """
+    for number, one in enumerate(alignments):
+        if not isinstance(one, Mapping):
+            _check(f"alignment {number}", one, "what modeconn.align returns, or its correlation", "correlation")
     correlations = [one if isinstance(one, Mapping) else one.correlation for one in alignments]
     if not correlations or not correlations[0]:
         raise ValueError("there is no correlation to draw: pass alignments that were given data (loader=).")
@@ -194,7 +201,7 @@ def correlation(
     if any(list(one) != groups for one in correlations):
         raise ValueError("these alignments are of different architectures: their groups differ.")
     names = _labels(labels, groups, "group") if labels is not None else groups
-    values = np.array([[one[group] for group in groups] for one in correlations])  # (alignments, groups, 2)
+    values = _pairs(correlations)
 
     ax = _axes(ax)
     places = np.arange(len(groups))
@@ -225,6 +232,8 @@ def history(*fits: Fit | History, labels: Sequence[str] | None = None, ax: Axes 
     names = _labels(labels, fits, "fit")
     histories = [getattr(fit, "history", fit) for fit in fits]
     for number, kept in enumerate(histories):
+        if kept is not None:
+            _check(f"fit {number}", kept, "what modeconn.fit_curve returns, or its history", "loss", "loss_by_t")
         if kept is None or not kept.loss:
             raise ValueError(f"fit {number} has no history: no curve was learned.")
     ax = _axes(ax)
@@ -253,6 +262,7 @@ def comparison(compared: Comparison, *, column: str = "line", ax: Axes | None = 
     Raises:
         ValueError: If there is no such column.
     """
+    _check("compared", compared, "what modeconn.compare returns", "values", "columns")
     if column not in compared.columns:
         raise ValueError(f"there is no column {column!r}; there are {', '.join(compared.columns)}.")
     is_share = column.endswith("accuracy")
@@ -265,6 +275,17 @@ def comparison(compared: Comparison, *, column: str = "line", ax: Axes | None = 
     _name_groups(ax, list(compared.values))
     ax.set_ylabel(_quantity(column))
     return _finished(ax, legend=False)
+
+
+def _pairs(correlations: Sequence[Correlation]) -> np.ndarray[Any, Any]:
+    """Return correlations as an array ``(alignments, groups, 2)``."""
+    try:
+        values = np.array([list(map(list, one.values())) for one in correlations], dtype=float)
+    except (TypeError, ValueError):
+        values = np.empty(0)
+    if values.ndim != 3 or values.shape[2] != 2:
+        raise ValueError(f"a correlation must hold (before, after) by group, two numbers, got {correlations[0]!r:.80}.")
+    return values
 
 
 def _quantity(column: str) -> str:
@@ -290,6 +311,7 @@ def _name_groups(ax: Axes, names: Sequence[str | None]) -> None:
 
 def _axes(ax: Axes | None) -> Axes:
     if ax is not None:
+        _check("ax", ax, "an Axes of matplotlib", "plot", "set_xlabel")
         return ax
     from matplotlib import pyplot
 
@@ -310,6 +332,17 @@ def _labels(labels: Sequence[str] | None, things: Sequence[object], what: str) -
         raise ValueError(f"there is no {what} to draw.")
     if labels is None:
         return [None] * len(things)
-    if isinstance(labels, str) or len(labels) != len(things):
-        raise ValueError(f"labels must name each {what}: {len(things)} to draw, got labels={labels!r}.")
+    if not _is_list(labels) or len(labels) != len(things):
+        raise ValueError(f"labels must name each {what}: {len(things)} to draw, got labels={labels!r:.80}.")
     return labels
+
+
+def _is_list(value: object) -> bool:
+    has_items = hasattr(value, "__len__") and hasattr(value, "__iter__") and getattr(value, "ndim", 1) != 0
+    return has_items and not isinstance(value, (str, bytes))
+
+
+def _check(name: str, value: object, what: str, *parts: str) -> None:
+    """Raise a ValueError unless a value is an object with all parts that are drawn of it."""
+    if isinstance(value, type) or not all(hasattr(value, part) for part in parts):
+        raise ValueError(f"{name} must be {what}, got {value!r:.80}.")

@@ -12,11 +12,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeconn.attacks.pgd import PGD, check_pixels, show
-from modeconn.network.attack import Attack, check_examples, under_attack
+from modeconn.network.attack import Attack, check_examples, is_attack, under_attack
 from modeconn.network.batches import run
 from modeconn.network.loss import LossFn, main_output
 from modeconn.tools.checks import check_at_least, check_integers
-from modeconn.tools.door import check_settings
+from modeconn.tools.door import check_settings, shown
 
 
 class Adversary(Protocol):
@@ -53,8 +53,10 @@ class AdversarialTraining:
 
     def __post_init__(self) -> None:
         check_settings(self)
-        if isinstance(self.attack, type) or not callable(self.attack):
-            raise ValueError(f"attack must be one such as PGD(eps, step_size, num_steps), got attack={self.attack!r}.")
+        if not is_attack(self.attack):
+            raise ValueError(
+                f"attack must be one such as PGD(eps, step_size, num_steps), got {shown('attack', self.attack)}."
+            )
         if not 0 <= self.clean_weight < 1:
             raise ValueError(
                 f"clean_weight must lie in [0, 1), got clean_weight={self.clean_weight}. Without adversary= "
@@ -218,10 +220,10 @@ def adversary_of(adversary: AdversaryLike) -> Adversary | FreeAdversarialTrainin
     """
     if isinstance(adversary, FreeAdversarialTraining) or inspect.isroutine(getattr(type(adversary), "loss", None)):
         return adversary  # An attack may hold a loss as an attribute; only an adversary has a method of that name.
-    if isinstance(adversary, type) or not callable(adversary):
+    if not is_attack(adversary):
         raise ValueError(
             f"adversary must be an attack, AdversarialTraining(...), FreeAdversarialTraining(...) or TRADES(...), got "
-            f"{adversary!r}."
+            f"{shown('adversary', adversary)}."
         )
     return AdversarialTraining(adversary)
 

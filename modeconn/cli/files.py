@@ -96,6 +96,7 @@ def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: st
 
 
 def _read(path: Path) -> _File:
+    files.check_regular(path)
     with path.open("rb") as file:
         begin = file.read(4096)
     if not begin:

@@ -8,6 +8,7 @@ import inspect
 import math
 import os
 import sys
+import typing
 from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
@@ -25,6 +26,8 @@ from modeconn.data import TensorLoader
 from modeconn.deep_align import WeightAugmentation
 from modeconn.matching import Method
 from modeconn.network import recipe
+from modeconn.tools.checks import there_are
+from modeconn.tools.door import hints_of
 from modeconn.tools.rng import seeded
 
 CURVES = {"line": modeconn.Line, "bezier": modeconn.Bezier, "polychain": modeconn.PolyChain}
@@ -219,8 +222,20 @@ def make_model(name: str, arguments: Mapping[str, Any], train: TensorLoader | No
         inspect.signature(factory).bind(**{**facts, **arguments})
     except TypeError as error:
         raise ValueError(f"model {name!r} cannot be made: {error}. Pass --model-arg KEY=VALUE.") from None
+    _check_lists(factory, arguments)
     with seeded(seed):
         return factory(**{**facts, **arguments})
+
+
+def _check_lists(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Raise a ValueError where one value was given in place of a list, and say how a list of one is written."""
+    hints = hints_of(inspect.unwrap(factory))
+    for name, value in arguments.items():
+        if typing.get_origin(hints.get(name)) in (Sequence, list, tuple) and isinstance(value, (int, float, str)):
+            raise ValueError(
+                f"{name} is a list, got {name}={value}: write '{name}={value},' with a comma for one value, "
+                f"'{name}={value},{value}' for two."
+            )
 
 
 def _facts(train: TensorLoader) -> dict[str, Any]:
@@ -278,7 +293,7 @@ def _partial(text: str, choices: Mapping[str, Callable[..., Any]], what: str) ->
 
 def _look_up(name: str, choices: Mapping[str, Any], what: str) -> Any:
     if name not in choices:
-        raise ValueError(f"there is no {what} {name!r}; there are {', '.join(sorted(choices))}.")
+        raise ValueError(f"there is no {what} {name!r}; {there_are(sorted(choices))}.")
     return choices[name]
 
 

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from modeconn.tools.door import check_settings
+
 Augmentation = Callable[[Tensor], Tensor]
 
 
@@ -24,8 +26,13 @@ class Flip:
 
     probability: float = 0.5
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not 0 <= self.probability <= 1:
+            raise ValueError(f"probability must lie in [0, 1], got probability={self.probability}.")
+
     def __call__(self, images: Tensor) -> Tensor:
-        flipped = torch.rand(len(images)) < self.probability
+        flipped = torch.rand(len(images), device="cpu") < self.probability
         return torch.where(flipped.to(images.device).reshape(-1, 1, 1, 1), images.flip(-1), images)
 
 
@@ -35,8 +42,13 @@ class Crop:
 
     padding: int = 4
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not self.padding >= 0:
+            raise ValueError(f"padding must be at least 0, got padding={self.padding}.")
+
     def __call__(self, images: Tensor) -> Tensor:
-        offsets = torch.randint(0, 2 * self.padding + 1, (2, len(images)))
+        offsets = torch.randint(0, 2 * self.padding + 1, (2, len(images)), device="cpu")
         return crop(images, offsets.to(images.device), self.padding)
 
 
@@ -46,8 +58,13 @@ class Rotate:
 
     degrees: float = 15.0
 
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not math.isfinite(self.degrees):
+            raise ValueError(f"degrees must be finite, got degrees={self.degrees}.")
+
     def __call__(self, images: Tensor) -> Tensor:
-        angles = (2 * torch.rand(len(images)) - 1) * math.radians(self.degrees)
+        angles = (2 * torch.rand(len(images), device="cpu") - 1) * math.radians(self.degrees)
         return rotate(images, angles.to(images))
 
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from modeconn.data.augment import Augmentation
-from modeconn.tools.door import check_settings
+from modeconn.tools.door import check_settings, looked_at
 
 _CHUNK = 4096
 
@@ -55,6 +55,8 @@ class TensorLoader:
         check_settings(self)
         if self.batch_size < 1:
             raise ValueError(f"batch_size must be at least 1, got batch_size={self.batch_size}.")
+        if self.inputs.is_meta or self.targets.is_meta:
+            raise ValueError("inputs and targets must have values, got tensors on the device 'meta', which has none.")
         if self.inputs.shape[:1] in ((), (0,)) or self.targets.shape != self.inputs.shape[:1]:
             raise ValueError(
                 f"inputs and targets must hold equally many examples, at least one; "
@@ -89,7 +91,11 @@ class TensorLoader:
         return full + (rest > 1) if full else 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = torch.randperm(self.num_examples) if self.shuffle else torch.arange(self.num_examples)
+        order = (
+            torch.randperm(self.num_examples, device="cpu")
+            if self.shuffle
+            else torch.arange(self.num_examples, device="cpu")
+        )
         order = order.to(self.device)
         for batch in range(len(self)):
             stop = self.num_examples if batch == len(self) - 1 else (batch + 1) * self.batch_size
@@ -113,15 +119,23 @@ class TensorLoader:
         """Return a loader of the same tensors, augmented alike, each pass in an order of its own."""
         return self.with_(shuffle=True)
 
+    @looked_at
     def to(self, device: torch.device | str) -> TensorLoader:
         """Return the loader with its tensors on ``device``."""
         return self.with_(inputs=self.inputs.to(device), targets=self.targets.to(device))
 
+    @looked_at
     def subset(self, indices: Tensor) -> TensorLoader:
         """Return a loader of the examples at ``indices``, int64, in that order."""
+        if indices.dtype is not torch.int64 or indices.ndim != 1:
+            raise ValueError(f"indices must be int64 of one axis, got {indices.dtype} of shape {tuple(indices.shape)}.")
+        outside = indices[(indices < -self.num_examples) | (indices >= self.num_examples)]
+        if outside.numel():
+            raise ValueError(f"indices must lie in 0..{self.num_examples - 1}, got {outside[0].item()} among them.")
         indices = indices.to(self.device)
         return self.with_(inputs=self.inputs[indices], targets=self.targets[indices])
 
+    @looked_at
     def split(self, num_held_out: int, *, seed: int = 0) -> tuple[TensorLoader, TensorLoader]:
         """Hold out some examples, chosen by ``seed`` alone; return the rest, then the held-out ones.
 
@@ -135,7 +149,7 @@ class TensorLoader:
                 f"between 1 and {self.num_examples - 1} of {self.num_examples} examples can be held out, "
                 f"got {num_held_out}."
             )
-        order = torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(seed))
+        order = torch.randperm(self.num_examples, generator=torch.Generator().manual_seed(seed), device="cpu")
         rest, held_out = order[:-num_held_out], order[-num_held_out:]
         return self.subset(rest), self.subset(held_out).in_order()
 

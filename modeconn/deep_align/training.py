@@ -21,9 +21,9 @@ from modeconn.learning.parts import BatchStream, Count, Learned, Randomness
 from modeconn.matching import match_units
 from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.network.batch_norm import calibration_batches, norm_layers
-from modeconn.network.batches import check_loader, run, to_device
+from modeconn.network.batches import check_loader, inputs_and_targets, run, to_device
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import LossFn, check_targets, checked, main_output
+from modeconn.network.loss import LossFn, check_targets, checked, main_output, of_many
 from modeconn.network.recipe import one_cycle
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import named_places
@@ -159,7 +159,7 @@ class EncoderTraining:
         if settings.connectivity:
             t = torch.rand(count, 1, device=a.device, dtype=a.dtype)
             losses["connectivity"] = self.network.losses(
-                graph.named(graph.between(a, mixed, t)), *next(self.batches)
+                graph.named(graph.between(a, mixed, t)), *inputs_and_targets(next(self.batches))
             ).mean()
         return losses
 
@@ -193,8 +193,9 @@ class EncoderTraining:
             value = float(self.graph.distance(a, moved).mean() / self.distance)
         else:
             middle = self.graph.named(self.graph.between(a, moved, 0.5))
-            losses = [self.network.losses(middle, x, y).mean() * len(y) for x, y in self.sample]
-            value = float(sum(losses)) / sum(len(y) for _, y in self.sample)
+            pairs = [inputs_and_targets(batch) for batch in self.sample]
+            losses = [self.network.losses(middle, x, y).mean() * len(y) for x, y in pairs]
+            value = float(sum(losses)) / sum(len(y) for _, y in pairs)
         value = value if isfinite(value) else inf
         if value < min((before for _, before in self.validations), default=inf):
             self._best = copy.deepcopy(self.encoder.state_dict())
@@ -224,7 +225,7 @@ class PopulationNetwork:
             norm.train()
         own = {name: x.detach().clone() if name in self._buffers else x for name, x in states.items()}
         loss = over_networks(
-            lambda state: self._loss_fn(self._call(state, inputs), targets),
+            lambda state: of_many(self._loss_fn)(self._call(state, inputs), targets),
             self.model,
             lambda state: checked(self._loss_fn)(run(self.model, inputs), targets),
             randomness="same",

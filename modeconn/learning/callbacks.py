@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import inspect
 import io
 import math
 import os
@@ -11,7 +12,11 @@ from pathlib import Path
 from typing import Any
 
 from modeconn.measure.along import chosen_positions
+from modeconn.measure.measurable import Measurable
+from modeconn.network.batches import check_rereadable
 from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, RunBegin, StepEnd
+from modeconn.tools.checks import there_are
+from modeconn.tools.door import check_arguments, looked_at
 from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, write_text
 
@@ -42,10 +47,12 @@ class Validation(Callback):
         values: One mapping for each measurement: "epoch", and by name "validation loss, t=0.5" and so on.
     """
 
+    @looked_at
     def __init__(self, loader: Iterable[Any], t: Sequence[float] = (0.5,), *, every: int = 1, **settings: Any) -> None:
         if every < 1:
             raise ValueError(f"every must be at least 1, got every={every}.")
-        self._loader, self._t, self._every, self._settings = loader, chosen_positions(t, 1), every, settings
+        _check_evaluation(loader, t, settings)
+        self._loader, self._t, self._every, self._settings = loader, chosen_positions(t, 2), every, settings
         self.values: list[dict[str, float]] = []
 
     def before_run(self, event: RunBegin) -> None:
@@ -75,6 +82,16 @@ class Validation(Callback):
         self.values = list(state["values"])
 
 
+def _check_evaluation(loader: Any, t: Sequence[float], settings: Mapping[str, Any]) -> None:
+    """Raise a ValueError for settings that `Connection.evaluate` does not take, before a run that would end on them."""
+    check_rereadable(loader)
+    try:
+        bound = inspect.signature(Measurable.evaluate).bind(None, loader, t=t, **settings)
+    except TypeError as error:
+        raise ValueError(f"Validation takes the settings of Connection.evaluate: {error}.") from None
+    check_arguments(Measurable.evaluate, bound)
+
+
 class EarlyStopping(Callback):
     """Ends a run when a value has not become better for some epochs.
 
@@ -91,6 +108,7 @@ class EarlyStopping(Callback):
         UserWarning: At the end of a run in which there was no such value.
     """
 
+    @looked_at
     def __init__(
         self, monitor: str = "loss", *, patience: int = 5, higher_is_better: bool = False, margin: float = 0.0
     ) -> None:
@@ -112,8 +130,7 @@ class EarlyStopping(Callback):
             if self._was_measured or event.epoch < event.num_epochs:  # Not every epoch has a measurement.
                 return False
             warn(  # Raising here would lose the run that has just finished.
-                f"EarlyStopping watched {self.monitor!r}, which was never measured; there are "
-                f"{', '.join(map(repr, known))}."
+                f"EarlyStopping watched {self.monitor!r}, which was never measured; {there_are(map(repr, known))}."
             )
             return False
         self._was_measured = True
@@ -143,6 +160,7 @@ class CSVLog(Callback):
         OSError: If it cannot be written.
     """
 
+    @looked_at
     def __init__(self, path: str | os.PathLike[str]) -> None:
         check_writable(path)
         self._path, self._rows = Path(path), []  # type: ignore[var-annotated]

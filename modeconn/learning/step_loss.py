@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.attacks.training import Adversary, AdversaryLike, FreeAdversarialTraining, FreeRun, adversary_of
 from modeconn.learning.checkpoint import State
-from modeconn.network.batches import inputs_and_targets, num_examples
+from modeconn.network.batches import described, inputs_and_targets, is_dense, num_examples
 from modeconn.network.loss import Forward, LossFn, checked, differentiable, loss_alone, supervised, weight_in
 
 
@@ -76,6 +76,8 @@ def _against(opponent: Adversary, loss_fn: LossFn) -> Forward:
 
     def forward(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = inputs_and_targets(batch)
+        if not is_dense(inputs):
+            raise ValueError(f"an adversary changes inputs that are one dense tensor, got {described(inputs)}.")
         return differentiable(opponent.loss(model, inputs, targets, loss_fn), "loss_fn=")
 
     return forward

@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from modeconn.matching.assignment import match_groups
 from modeconn.matching.method import Match, check_data, correlations
 from modeconn.matching.statistics import Moments, collect
-from modeconn.network.attack import Attack
+from modeconn.network.attack import Attack, is_attack
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.checks import check_integers
-from modeconn.tools.door import check_settings
+from modeconn.tools.door import check_settings, shown
 from modeconn.tools.warn import warn
 
 
@@ -56,8 +56,10 @@ class ActivationMatching:
             raise ValueError(
                 f"statistic must be 'correlation', 'cosine' or 'inner_product', got statistic={self.statistic!r}."
             )
-        if isinstance(self.adversary, type) or not (self.adversary is None or callable(self.adversary)):
-            raise ValueError(f"adversary must be an attack, such as PGD(...), got {self.adversary!r}.")
+        if not (self.adversary is None or is_attack(self.adversary)):
+            raise ValueError(
+                f"adversary must be an attack, such as PGD(...), got {shown('adversary', self.adversary)}."
+            )
 
     @property
     def needs_data(self) -> str:

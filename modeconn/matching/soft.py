@@ -15,6 +15,7 @@ from modeconn.symmetry.groups import Group
 from modeconn.symmetry.relabelling import relabelled_copy
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.symmetry.structure import Labels, find_label
+from modeconn.tools.door import check, check_settings
 
 _TOLERANCE = 1e-4
 
@@ -47,11 +48,13 @@ class SoftPermutation:
     matrices: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
+        check_settings(self)
         odd = sorted({group.name for group in self.spec.groups} ^ self.matrices.keys())
         if odd:
             problem = "is no group of this spec" if odd[0] in self.matrices else "is missing from the soft permutation"
             raise ValueError(f"group '{odd[0]}' {problem}.")
         for group in self.spec.groups:
+            check(f"matrices[{group.name!r}]", self.matrices[group.name], Tensor)
             _check_matrices(group, self.matrices[group.name])
 
     @classmethod

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.network.attack import Attack, attacked_in_eval_mode
-from modeconn.network.batches import batches, check_pair, first_examples, in_order, inputs_of, refused
+from modeconn.network.batches import batches, first_examples, in_order, inputs_and_targets, inputs_of, refused
 from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.findings import Tap, Trace
 from modeconn.symmetry.graph import Example
@@ -227,7 +227,8 @@ def collect(
                 trace, chosen = _where_to_read(spec, spec.traces, before_activation)
             own = [inputs, inputs]
             if adversary is not None:
-                own = [attacked_in_eval_mode(adversary, m, *check_pair(batch), seed=number) for m in (model_a, model_b)]
+                pair = inputs_and_targets(batch)
+                own = [attacked_in_eval_mode(adversary, m, *pair, seed=number) for m in (model_a, model_b)]
             for node, a, b in _in_step(trace, model_a, model_b, *map(Example.of, own)):
                 for group in chosen.get(node, ()):
                     _add(spec, moments, group, trace.axes[node], a, b)

@@ -15,6 +15,8 @@ from torch import Tensor
 
 from modeconn import plot
 from modeconn.tools import provenance
+from modeconn.tools.checks import there_are
+from modeconn.tools.door import check, looked_at
 from modeconn.tools.json_files import KIND, from_json, numbers, to_json
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
@@ -79,6 +81,7 @@ class AlongCurve:
     statistics: str = ""
     """With which statistics of norm layers networks were measured; empty for networks that have none."""
 
+    @looked_at
     def __init__(
         self,
         t: Tensor,
@@ -90,6 +93,8 @@ class AlongCurve:
         seconds: float = 0.0,
         higher_is_better: Mapping[str, bool] | None = None,
     ) -> None:
+        for name, value in values.items():
+            check(f"values[{name!r}]", value, Tensor)
         self.t, self.values, self.own = t.double(), {name: value.double() for name, value in values.items()}, own or {}
         self.arc_length, self.num_examples, self.seconds = arc_length, num_examples, seconds
         self.higher_is_better = dict(higher_is_better or {})
@@ -129,8 +134,8 @@ class AlongCurve:
         Raises:
             ValueError: If there is no such quantity.
         """
-        if name not in self.values:
-            raise ValueError(f"there is no {name!r} here; there are {', '.join(map(repr, self.values))}.")
+        if not isinstance(name, str) or name not in self.values:
+            raise ValueError(f"there is no {name!r} here; {there_are(map(repr, self.values))}.")
         better = self.quantity(name).higher_is_better
         if better is None:
             return math.nan
@@ -229,7 +234,7 @@ class AlongCurve:
 
     def plot(self, *, quantity: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw one quantity along the curve with matplotlib, default the first; see `modeconn.plot.profile`."""
-        return plot.profile(self, quantity=quantity or next(iter(self.values)), ax=ax)
+        return plot.profile(self, quantity=next(iter(self.values)) if quantity is None else quantity, ax=ax)
 
     def __repr__(self) -> str:
         return "\n".join([self._title(), table(*self._table()), *self._remarks()])
@@ -283,14 +288,14 @@ def chosen_positions(t: Sequence[float] | None, num_points: int) -> list[float]:
 
     Args:
         t: Positions in [0, 1], rising; None for ``num_points`` evenly spaced ones, both ends included.
-        num_points: How many, at least 2; not looked at if ``t`` is given.
+        num_points: How many, at least 2, also where ``t`` says it.
 
     Raises:
         ValueError: If those given do not rise, or there are fewer than both ends.
     """
+    if num_points < 2:
+        raise ValueError(f"num_points must be at least 2, to hold both ends, got num_points={num_points}.")
     if t is None:
-        if num_points < 2:
-            raise ValueError(f"num_points must be at least 2, to hold both ends, got num_points={num_points}.")
         return torch.linspace(0, 1, num_points, dtype=torch.float64).tolist()
     chosen = [float(position) for position in t]
     if not chosen or any(not 0 <= position <= 1 for position in chosen) or chosen != sorted(set(chosen)):

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 from modeconn.network.batches import described
 from modeconn.network.loss import main_output
 from modeconn.network.scores import IGNORED, Classes, classes_of, scores_of
+from modeconn.tools.door import check_settings, looked_at
 
 MetricFunction = Callable[[Any, Any], tuple[Any, Any]]
 """``metric(outputs, targets) -> (sum, weight)`` of a batch; the value is the quotient of both over all batches."""
@@ -65,6 +66,7 @@ class Against:
     def __post_init__(self) -> None:
         if self.end not in ("a", "b"):
             raise ValueError(f"end must be 'a' (t=0) or 'b' (t=1), got end={self.end!r}.")
+        check_settings(self)
 
 
 AnyMetric = Metric | MetricFunction | Against
@@ -79,6 +81,7 @@ class Quotient:
         higher_is_better: Whether high values are good; default what the function says of itself.
     """
 
+    @looked_at
     def __init__(self, function: MetricFunction, name: str = "metric", higher_is_better: bool | None = None) -> None:
         self._function, self._name = function, name
         own = getattr(function, "higher_is_better", None)
@@ -108,6 +111,7 @@ class Quotient:
 # -- metrics of outputs and targets
 
 
+@looked_at
 def top_k(k: int, *, axis: int = 1, ignore_index: int = IGNORED) -> Metric:
     """Return the fraction of targets that are among the ``k`` highest scores.
 
@@ -142,6 +146,7 @@ class Perplexity:
 
     higher_is_better = False
 
+    @looked_at
     def __init__(self, ignore_index: int = IGNORED, *, axis: int = 1) -> None:
         self._ignored, self._axis = ignore_index, axis
         self.reset()

@@ -24,13 +24,13 @@ from modeconn.measure.robust_profile import (
     unpack_bits,
     unpack_floats,
 )
-from modeconn.network.attack import Attack, check_examples, under_attack
-from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, run
+from modeconn.network.attack import Attack, check_examples, is_attack, under_attack
+from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, is_dense, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_classes, cross_entropy, main_output, per_example
 from modeconn.network.scores import IGNORED, classes_of, knows_its_axis, setting_of
 from modeconn.network.weights import check_eval_mode, device_of
-from modeconn.tools.door import checked
+from modeconn.tools.door import checked, is_iterable
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
@@ -273,9 +273,10 @@ def _read(loader: Iterable[Any], device: torch.device, limit: int | None, ignore
     with seeded(0, device):
         check_loader(loader)
         for x, y in map(inputs_and_targets, batches(loader, device)):
-            if not (isinstance(x, Tensor) and isinstance(y, Tensor) and x.ndim and len(x) and y.ndim):
+            if not (is_dense(x) and is_dense(y) and x.ndim and len(x) and y.ndim):
                 raise ValueError(
-                    f"loader must yield inputs and targets as tensors of one example or more, got {described((x, y))}."
+                    f"loader must yield inputs and targets as dense tensors of one example or more, got "
+                    f"{described((x, y))}."
                 )
             if y.ndim == 1 and len(y) == len(x):
                 x, y = x[y != ignored], y[y != ignored]
@@ -293,7 +294,10 @@ def _read(loader: Iterable[Any], device: torch.device, limit: int | None, ignore
 
 def _check_range(x: Tensor) -> None:
     if not x.is_floating_point():
-        raise ValueError(f"inputs of loader must be floating point in [0, 1], got {x.dtype}: divide pixels by 255.")
+        raise ValueError(
+            f"inputs of loader must be floating point in [0, 1], got {x.dtype}: divide pixels by 255. Attacks "
+            f"move inputs by small steps, so that others of whole numbers, such as tokens, cannot be attacked."
+        )
     lowest, highest = (value.item() for value in x.aminmax())
     if math.isnan(lowest):
         raise ValueError("inputs of loader must lie in [0, 1], but some are NaN. Look at the data.")
@@ -313,7 +317,7 @@ def _check_range(x: Tensor) -> None:
 def _named(attacks: Attacks) -> dict[str, Attack]:
     if callable(attacks):
         attacks = [attacks]
-    if not isinstance(attacks, Iterable):
+    if not is_iterable(attacks):
         raise ValueError(f"attacks must be an attack, or a list or dict of attacks, got attacks={attacks!r}.")
     named = list(attacks.items()) if isinstance(attacks, Mapping) else [(_text(attack), attack) for attack in attacks]
     names = [CLEAN, WORST, *(name for name, _ in named)]
@@ -321,7 +325,7 @@ def _named(attacks: Attacks) -> dict[str, Attack]:
         if names.count(name) > 1:
             raise ValueError(f"two rows have the name {name!r}; pass attacks as a dict with names of your own.")
     for name, attack in named:
-        if isinstance(attack, type) or not callable(attack):
+        if not is_attack(attack):
             raise ValueError(
                 f"attack {name} cannot be called as attack(model, x, y); modeconn.attacks.build makes attacks from "
                 f"their names."

@@ -16,9 +16,9 @@ from torch.func import functional_call, stack_module_state
 from modeconn.learning.checkpoint import TRAINING, Checkpoint, RunFile, State, run_file
 from modeconn.learning.parts import Learned, pack_rng, unpack_rng
 from modeconn.models.training import count_batches, run_epochs, run_settings
-from modeconn.network.batches import check_loader, check_pair, num_examples, run
+from modeconn.network.batches import check_loader, described, inputs_and_targets, is_dense, num_bytes, num_examples, run
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import LossFn, check_targets, cross_entropy
+from modeconn.network.loss import LossFn, check_targets, cross_entropy, of_many
 from modeconn.network.loss import checked as checked_loss
 from modeconn.network.recipe import Recipe, autocast
 from modeconn.network.vectorised import over_networks
@@ -137,7 +137,7 @@ class _Reading:
         self._orders = [_Order(loader, seed, device) for seed in seeds]
         self._device = device
         first = _pair_of_tensors(check_loader(loader))
-        self._at_once = max(1, _READ_AHEAD_BYTES // (sum(part.nbytes for part in first) * len(seeds)))
+        self._at_once = max(1, _READ_AHEAD_BYTES // (num_bytes(first) * len(seeds)))
 
     def state(self) -> State:
         """Return the random state of every order, as a part of a run."""
@@ -170,10 +170,9 @@ class _Reading:
 
 
 def _pair_of_tensors(batch: Any) -> _Batch:
-    inputs, targets = check_pair(batch)
-    if not (isinstance(inputs, Tensor) and isinstance(targets, Tensor)):
-        kinds = f"{type(inputs).__name__}, {type(targets).__name__}"
-        raise ValueError(f"loader must yield pairs of tensors, which can be stacked, got ({kinds}).")
+    inputs, targets = inputs_and_targets(batch)
+    if not (is_dense(inputs) and is_dense(targets)):
+        raise ValueError(f"loader must yield pairs of dense tensors, which can be stacked, got {described(batch)}.")
     num_examples(batch)  # an empty batch is refused
     return inputs, targets
 
@@ -195,7 +194,7 @@ class _PopulationRun:
 
         def loss(state: dict[str, Tensor], inputs: Tensor, targets: Tensor) -> Tensor:
             tensors = {place: state[name] for place, name in places.items()}
-            return loss_fn(functional_call(network, tensors, (inputs,), tie_weights=False), targets)
+            return of_many(loss_fn)(functional_call(network, tensors, (inputs,), tie_weights=False), targets)
 
         self.losses = over_networks(
             loss,

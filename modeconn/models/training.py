@@ -20,7 +20,7 @@ from modeconn.learning.step_loss import StepLoss
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import calibration_batches, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
-from modeconn.network.batches import batches, check_length, check_loader, first_batch
+from modeconn.network.batches import batches, check_length, check_loader, first_batch, refuse_empty
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, cross_entropy
 from modeconn.network.recipe import Recipe, autocast, one_cycle
@@ -216,6 +216,7 @@ def _train(
         return loss.weigh(batch, value)[0]
 
     def steps(batch: Any, epoch: int) -> list[Tensor]:
+        refuse_empty(batch)
         return [step(batch, loss.at(epoch)) for _ in range(loss.num_replays)]
 
     run_epochs(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,6 +14,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.network.batches import inputs_and_targets
 from modeconn.network.modes import backward_in_eval_mode, flags_kept
+from modeconn.tools.door import check_settings, shown
 from modeconn.tools.rng import seeded
 
 
@@ -32,6 +34,21 @@ class Attack(Protocol):
     def __call__(self, model: nn.Module, x: Tensor, y: Tensor) -> Tensor:
         """Return adversarial examples of ``x``, in the same shape and dtype, finite and in [0, 1]."""
         ...
+
+
+def is_attack(value: Any) -> bool:
+    """Whether a value can be called as an attack is, ``value(model, x, y)``; a network cannot."""
+    if isinstance(value, type) or not callable(value):
+        return False
+    try:
+        signature = inspect.signature(value.forward if isinstance(value, nn.Module) else value)
+    except (TypeError, ValueError):  # written in C
+        return True
+    try:
+        signature.bind(None, None, None)
+    except TypeError:
+        return False
+    return True
 
 
 def check_examples(x_adv: Any, x: Tensor, name: object) -> None:
@@ -101,6 +118,11 @@ class AdversarialExamples:
 
     loader: Iterable[Any]
     attack: Attack
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        if not is_attack(self.attack):
+            raise ValueError(f"attack must be called as attack(model, x, y), got {shown('attack', self.attack)}.")
 
     def of(self, model: nn.Module) -> list[tuple[Tensor, Tensor]]:
         """Return the batches as adversarial examples of one network; always the same for the same network."""

@@ -15,6 +15,8 @@ from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
 from modeconn.tools import provenance
+from modeconn.tools.door import is_iterable
+from modeconn.tools.fingerprint import bytes_of, dense_parts
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
 from modeconn.tools.warn import warn
 
@@ -59,13 +61,27 @@ def refused(inputs: Any) -> Iterator[None]:
 
 def described(inputs: Any) -> str:
     """Say what tensors there are, for an error message."""
-    found = [f"{str(t.dtype).removeprefix('torch.')} {tuple(t.shape)}" for t in tensors_of(inputs)]
-    return f"{type(inputs).__name__} of {', '.join(found) or 'no tensors'}"
+    found = ", ".join(map(_described_tensor, tensors_of(inputs)))
+    return f"{type(inputs).__name__} of {found or 'no tensors'}"
+
+
+def _described_tensor(tensor: Tensor) -> str:
+    layout = "" if tensor.layout is torch.strided else f"{str(tensor.layout).removeprefix('torch.')} "
+    return f"{layout}{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
+
+
+def is_dense(value: Any) -> bool:
+    """Whether a value is one tensor that is neither sparse nor nested."""
+    return isinstance(value, Tensor) and value.layout is torch.strided and not value.is_nested
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    """Return both halves of a batch that is a pair, as losses and attacks read it."""
-    inputs, targets = batch
+    """Return both halves of a batch, as losses and attacks read it.
+
+    Raises:
+        ValueError: If it is no pair.
+    """
+    inputs, targets = check_pair(batch, which="one of its batches")
     return inputs, targets
 
 
@@ -77,9 +93,8 @@ def num_examples(batch: Any) -> int:
     """
     if (packed := _packed(batch)) is not None:
         return int(packed.batch_sizes[0])
+    refuse_empty(batch)
     for tensor in tensors_of(batch):
-        if tensor.dim() and not tensor.shape[0]:
-            raise ValueError(f"a batch of the loader holds no example: {described(batch)}.")
         if tensor.dim():
             return tensor.shape[0]
     raise ValueError(f"a batch must hold a tensor whose first dimension counts its examples, got {_kind(batch)}.")
@@ -95,12 +110,21 @@ def _packed(batch: Any) -> PackedSequence | None:
     return batch
 
 
+def refuse_empty(batch: Any) -> None:
+    """Raise a ValueError if the first tensor of a batch that has a dimension has no example."""
+    first = next((tensor for tensor in tensors_of(batch) if tensor.dim()), None)
+    if first is not None and not first.shape[0]:
+        raise ValueError(f"a batch of the loader holds no example: {described(batch)}.")
+
+
 def to_device(batch: Any, device: torch.device | str) -> Any:
     """Return a batch with every tensor on ``device``; objects of other kinds move by their own ``to(device)``."""
     # The CPU would read what is still being copied to it; an accelerator keeps the order of what it is told.
     is_safe = torch.device(device).type != "cpu"
 
     def move(leaf: Any) -> Any:
+        if isinstance(leaf, Tensor) and torch.device(device).type != "meta":
+            _check_values(leaf)
         if isinstance(leaf, Tensor) and leaf.is_inference():
             leaf = leaf.clone()  # one that was made in inference_mode takes no part in backward passes
         return leaf.to(device, non_blocking=is_safe) if isinstance(leaf, Tensor) else leaf.to(device)
@@ -122,15 +146,26 @@ def tensors_of(batch: Any) -> Iterator[Tensor]:
 
 def num_bytes(batch: Any) -> int:
     """Return how many bytes the tensors of a batch take."""
-    return sum(tensor.nbytes for tensor in tensors_of(batch))
+    return sum(part.nbytes for tensor in tensors_of(batch) for part in dense_parts(tensor))
 
 
 def checksum(batch: Any) -> int:
     """Return a CRC of all tensors of a batch."""
     found = 0
     for tensor in tensors_of(batch):
-        found = zlib.crc32(tensor.detach().cpu().contiguous().view(-1).view(torch.uint8).numpy(), found)
+        for part in bytes_of(tensor):
+            found = zlib.crc32(part, found)
     return found
+
+
+def _check_values(batch: Any) -> None:
+    """Raise a ValueError for tensors on the device "meta"."""
+    for tensor in tensors_of(batch):
+        if tensor.is_meta:
+            raise ValueError(
+                f"a batch of the loader holds a tensor of shape {tuple(tensor.shape)} on the device 'meta', without "
+                f"values. Make data on another device: torch.set_default_device('meta') makes it without."
+            )
 
 
 def note_data(name: str, batch: Any) -> None:
@@ -217,12 +252,12 @@ def check_loader(loader: Any, *, name: str = "loader") -> Any:
     return check_pair(first_batch(loader, name=name), name=name)
 
 
-def check_pair(batch: Any, *, name: str = "loader") -> Any:
-    """Raise unless a loader's first batch is a pair; return it."""
+def check_pair(batch: Any, *, name: str = "loader", which: str = "its first batch") -> Any:
+    """Raise unless a batch of a loader, ``which`` of them, is a pair; return it."""
     if not (isinstance(batch, (tuple, list)) and len(batch) == 2):
         raise ValueError(
-            f"{name} must yield (inputs, targets) pairs, but its first batch is {_kind(batch)}. {_WAY_OUT} For batches "
-            f"of another kind, pass forward=, a function of model and batch."
+            f"{name} must yield (inputs, targets) pairs, but {which} is {_kind(batch)}. {_WAY_OUT} For batches "
+            f"of another kind, pass forward=, a function of model and batch, where there is such an argument."
         )
     return batch
 
@@ -233,7 +268,7 @@ def check_rereadable(loader: Any, *, name: str = "loader") -> None:
         raise ValueError(f"{name} must yield (inputs, targets) batches, got one tensor. {_WAY_OUT}")
     if isinstance(loader, Mapping):
         raise ValueError(f"{name} must yield batches, got one {type(loader).__name__}. {_WAY_OUT}")
-    if not isinstance(loader, Iterable) and not hasattr(loader, "__getitem__"):
+    if not is_iterable(loader):
         raise ValueError(f"{name} is no iterable of batches, got {type(loader).__name__}. {_WAY_OUT}")
     if isinstance(loader, Iterator):
         raise ValueError(f"{name} can be read only once (it is its own iterator). {_WAY_OUT}")
@@ -245,6 +280,7 @@ def first_batch(loader: Any, *, name: str = "loader") -> Any:
         return loader.first
     check_rereadable(loader, name=name)
     for batch in loader:
+        _check_values(batch)
         note_data(name, batch)
         return batch
     raise ValueError(f"{name} is empty: it yields no batch.")
@@ -310,6 +346,7 @@ class Opened:
         with seeded(0, device):
             begun = iter(in_order(loader))
             for batch in begun:
+                _check_values(batch)
                 note_data(name, batch)
                 self.first = batch
                 break
@@ -359,6 +396,8 @@ def batches(loader: Any, device: torch.device, *, name: str = "loader") -> Itera
     check_rereadable(loader, name=name)
     count = 0
     for batch in loader:
+        if batch is None:  # would read as the end of a pass
+            raise ValueError(f"{name} must yield batches, but one of them is None. {_WAY_OUT}")
         count += 1
         yield to_device(batch, device)
     if not count:
@@ -420,4 +459,11 @@ def part_of(batch: Any, chosen: slice) -> Any:
     """Return some of the examples of a batch; an object that cannot be cut stays whole."""
     size = num_examples(batch)
 
-    return _map(lambda leaf: leaf[chosen] if _has_examples(leaf, size) else leaf, batch)
+    return _map(lambda leaf: _rows(leaf, chosen) if _has_examples(leaf, size) else leaf, batch)
+
+
+def _rows(tensor: Tensor, chosen: slice) -> Tensor:
+    if tensor.layout in (torch.strided, torch.jagged):
+        return tensor[chosen]
+    rows = torch.arange(len(tensor), device=tensor.device)[chosen]
+    return tensor.to_sparse_coo().index_select(0, rows).to_sparse(layout=tensor.layout)

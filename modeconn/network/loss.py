@@ -12,7 +12,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from modeconn.network.batches import described, example_at, examples_alone, inputs_and_targets, num_examples, run
+from modeconn.network.batches import (
+    described,
+    example_at,
+    examples_alone,
+    inputs_and_targets,
+    is_dense,
+    num_examples,
+    run,
+)
 from modeconn.network.scores import (
     Classes,
     auxiliary_scores,
@@ -116,6 +124,16 @@ def _sums_to_one(targets: Tensor, axis: int) -> bool:
     """Whether sums along an axis are 1, as far as the precision tells."""
     off = (targets.float().sum(axis) - 1).abs().max()
     return float(off) < 1e-3 + targets.shape[axis] * torch.finfo(targets.dtype).eps
+
+
+def of_many(loss_fn: LossFn) -> LossFn:
+    """Return the same loss for `torch.func.vmap`, in which targets of uint8 index nothing: it is called with int64."""
+
+    def loss(outputs: Any, targets: Any) -> Tensor:
+        is_bytes = isinstance(targets, Tensor) and targets.dtype is torch.uint8
+        return loss_fn(outputs, targets.long() if is_bytes else targets)
+
+    return loss
 
 
 def per_example(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
@@ -299,6 +317,8 @@ def check_targets(outputs: Any, targets: Any, loss_fn: LossFn, *, name: str = "l
             entropies too: with the first target that is no class; on an accelerator the loss would end the process.
     """
     is_default = loss_fn is cross_entropy
+    if (is_default or knows_its_axis(loss_fn)) and isinstance(targets, Tensor) and not is_dense(targets):
+        raise ValueError(f"targets of {name} must be a dense tensor, got {described(targets)}: call .to_dense() on it.")
     if is_default:
         _check_for_cross_entropy(main_output(outputs), targets, name)
     classes = classes_of(outputs, targets, loss_fn) if is_default or knows_its_axis(loss_fn) else None

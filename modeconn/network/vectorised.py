@@ -49,9 +49,7 @@ def over_networks(
         except (RuntimeError, TypeError, ValueError, AttributeError, IndexError) as error:
             if isinstance(error, torch.OutOfMemoryError):
                 raise
-            alone(*args)
-            if "vmap" not in str(error) and "Batching rule" not in str(error):
-                raise
+            alone(*args)  # works, so that it is running many at once that does not
             where, reason = _innermost(model, vectorised, args), str(error).partition(". ")[0]
             raise ValueError(f"{where} cannot be run for many networks at once ({reason}). {way_out}") from error
 

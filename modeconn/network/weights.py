@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.network.copies import copy_of
+from modeconn.tools.door import check, looked_at
 
 
 @dataclass(frozen=True)
@@ -62,6 +63,7 @@ class WeightSpace:
         {'weight': (2, 3), 'bias': (2,)}
     """
 
+    @looked_at
     def __init__(self, model: nn.Module) -> None:
         parameters = dict(model.named_parameters())
         if not parameters:
@@ -116,7 +118,7 @@ class WeightSpace:
         ``torch.func.functional_call(model, space.unflatten(theta), ...)`` evaluates the network at ``theta``, and lets
         gradients flow to it.
         """
-        self._check_vector(theta)
+        self._check_vector(theta, "theta")
         return {slot.name: slot.view(theta) for slot in self._slots}
 
     def flatten(self, model: nn.Module, *, name: str = "model") -> Tensor:
@@ -133,7 +135,11 @@ class WeightSpace:
 
     def load(self, theta: Tensor, model: nn.Module) -> None:
         """Write ``theta (P,)`` into the parameters of a model of this architecture, in place."""
-        self._copy(self.unflatten(theta), dict(model.named_parameters()))
+        check("model", model, nn.Module)
+        parameters = dict(model.named_parameters())
+        if {name: tuple(parameter.shape) for name, parameter in parameters.items()} != self.shapes:
+            self.check(model, name="model", reference="this weight space")  # which says what differs
+        self._copy(self.unflatten(theta), parameters)
 
     def to_canonical(self, theta: Tensor) -> Tensor:
         """Return a copy of ``theta (P,)`` with every parameter row by row, as files hold it: no memory format."""
@@ -141,7 +147,7 @@ class WeightSpace:
 
     def from_canonical(self, vector: Tensor) -> Tensor:
         """Invert `to_canonical`; the result is in this space's dtype and on its device."""
-        self._check_vector(vector)
+        self._check_vector(vector, "vector")
         theta = torch.empty(self.num_parameters, dtype=self.dtype, device=self.device)
         for slot in self._slots:
             slot.view(theta).copy_(vector[slot.offset : slot.offset + slot.numel].view(slot.shape))
@@ -162,6 +168,7 @@ class WeightSpace:
             ValueError: Naming the first parameter or module that differs and both sides, or the parameter that is not
                 finite.
         """
+        check(name, model, nn.Module)
         parameters = dict(model.named_parameters())
         own = {slot.name: (slot.shape, self.dtype, self.device) for slot in self._slots}
         _check_same(own, _describe(parameters), "parameter", name, reference)
@@ -178,9 +185,10 @@ class WeightSpace:
             if bad := int((~torch.isfinite(parameter)).sum()):
                 raise ValueError(f"{key!r} of {name} holds NaN or infinite weights ({bad} of {parameter.numel()}).")
 
-    def _check_vector(self, theta: Tensor) -> None:
-        if theta.shape != (self.num_parameters,):
-            raise ValueError(f"theta must have shape ({self.num_parameters},), got {tuple(theta.shape)}.")
+    def _check_vector(self, vector: Tensor, name: str) -> None:
+        check(name, vector, Tensor)
+        if vector.shape != (self.num_parameters,):
+            raise ValueError(f"{name} must have shape ({self.num_parameters},), got {tuple(vector.shape)}.")
 
     @staticmethod
     @torch.no_grad()

@@ -84,13 +84,14 @@ def groups_of(structure: Structure, state: Mapping[str, tuple[Axis, ...]]) -> tu
 
 def identity_perms(groups: Sequence[Group]) -> NamedPerms:
     """Return the perms that move nothing."""
-    return {group.name: torch.arange(group.size).expand(group.shape).contiguous() for group in groups}
+    return {group.name: torch.arange(group.size, device="cpu").expand(group.shape).contiguous() for group in groups}
 
 
 def random_perms(groups: Sequence[Group], generator: torch.Generator | None = None) -> NamedPerms:
     """Return perms drawn uniformly, with a CPU ``generator``."""
     return {
-        group.name: torch.rand(group.shape, generator=generator, dtype=torch.float64).argsort(-1) for group in groups
+        group.name: torch.rand(group.shape, generator=generator, dtype=torch.float64, device="cpu").argsort(-1)
+        for group in groups
     }
 
 

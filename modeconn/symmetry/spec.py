@@ -27,7 +27,7 @@ from modeconn.symmetry.structure import Structure
 from modeconn.symmetry.verify import verify
 from modeconn.symmetry.walk import Rule
 from modeconn.tools import files, provenance
-from modeconn.tools.door import checked
+from modeconn.tools.door import check, check_settings, checked, looked_at
 
 FORMAT = 1
 
@@ -137,6 +137,7 @@ class PermutationSpec(Findings):
         """Return the relabelling that moves nothing."""
         return Permutation(self, identity_perms(self.groups))
 
+    @looked_at
     def random(self, generator: torch.Generator | None = None) -> Permutation:
         """Return a relabelling drawn uniformly, with a CPU ``generator``."""
         return Permutation(self, random_perms(self.groups, generator))
@@ -314,6 +315,7 @@ class Permutation(Relabelling):
     perms: Mapping[str, Tensor]
 
     def __post_init__(self) -> None:
+        check_settings(self)
         names = {group.name for group in self.spec.groups}
         if names != self.perms.keys():
             odd = sorted(names ^ self.perms.keys())[0]
@@ -345,7 +347,7 @@ class Permutation(Relabelling):
     def _inverse(self, group: Group) -> Tensor:
         perm = self.perms[group.name]
         inverse = torch.empty_like(perm)
-        inverse[(*self._parent_sources(group), perm)] = torch.arange(group.size).expand(group.shape)
+        inverse[(*self._parent_sources(group), perm)] = torch.arange(group.size, device="cpu").expand(group.shape)
         return inverse
 
     def after(self, first: Permutation) -> Permutation:
@@ -405,13 +407,14 @@ class Permutation(Relabelling):
 
 
 def _check_perm(group: Group, perm: Tensor) -> None:
+    check(f"perms[{group.name!r}]", perm, Tensor)
     if perm.dtype != torch.int64 or tuple(perm.shape) != group.shape:
         raise ValueError(
             f"permutation for group '{group.name}' must be int64 of shape {group.shape}, "
             f"got {str(perm.dtype).removeprefix('torch.')} of shape {tuple(perm.shape)}."
         )
     ordered = perm.sort(-1).values
-    if not torch.equal(ordered, torch.arange(group.size).expand(group.shape)):
+    if not torch.equal(ordered, torch.arange(group.size, device="cpu").expand(group.shape)):
         twice = ordered[..., 1:][ordered[..., 1:] == ordered[..., :-1]]
         what = f"uses unit {int(twice[0])} twice" if len(twice) else f"uses unit {int(ordered.flatten()[-1])}"
         raise ValueError(

@@ -19,6 +19,7 @@ from modeconn.symmetry.findings import Trace
 from modeconn.symmetry.graph import Example, export, first_line
 from modeconn.symmetry.groups import Group, NamedPerms, identity_perms, random_perms
 from modeconn.symmetry.structure import Structure
+from modeconn.tools.door import checked, shown
 from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
 
@@ -51,6 +52,7 @@ class VerificationError(ValueError):
     """A relabelling changed a tensor in another way than predicted: the spec is wrong for this model."""
 
 
+@checked
 def verify(
     spec: Provable, model: nn.Module, example_input: Any = None, *, tolerance: float = 1e-9, seed: int = 0
 ) -> float:
@@ -77,6 +79,10 @@ def verify(
             nothing but NaN, on redrawn weights, so that nothing can be proved.
         ValueError: If the model, or the shape of the input, is not the one the spec was found for.
     """
+    if not callable(getattr(spec, "with_traces", None)):
+        raise ValueError(f"spec must be a modeconn.PermutationSpec, as discover returns, got {shown('spec', spec)}.")
+    if tolerance < 0:
+        raise ValueError(f"tolerance must be at least 0, got tolerance={tolerance}.")
     spec.check_model(model)
     given = example_for(model, example_input)
     spec = spec.with_traces(model, example_input)
@@ -311,6 +317,7 @@ def _float64(example: Example) -> Example:
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf
+        leaf = leaf if leaf.layout is torch.strided else leaf.to_dense()
         if leaf.device.type == "meta":
             leaf = (
                 torch.rand(leaf.shape).to(leaf.dtype)

@@ -2,9 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import fields
 from numbers import Integral, Real
 from typing import Any
+
+
+def there_are(names: Iterable[str]) -> str:
+    """Say which names there are, at the end of a sentence.
+
+    Example:
+        >>> there_are(["a", "b"]), there_are(["a"])
+        ('there are a, b', 'there is a')
+    """
+    names = list(names)
+    return f"there {'is' if len(names) == 1 else 'are'} {', '.join(names) or 'none'}"
 
 
 def check_positive(settings: Any, *names: str) -> None:

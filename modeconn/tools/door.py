@@ -21,6 +21,7 @@ from typing import Any, Literal, TypeVar, Union
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.nn.parameter import is_lazy
 
 from modeconn.tools import provenance
 from modeconn.tools.warn import warn
@@ -38,7 +39,7 @@ _PLAIN: dict[Any, _Test] = {
     int: (lambda value: isinstance(value, Integral) and not isinstance(value, bool), "an integer"),
     float: (lambda value: _is_number(value), "a number"),
     str: (lambda value: isinstance(value, str), "a string"),
-    nn.Module: (lambda value: isinstance(value, nn.Module), "a torch.nn.Module"),
+    nn.Module: (lambda value: isinstance(value, nn.Module) and not _is_lazy(value), "a torch.nn.Module"),
     Tensor: (lambda value: isinstance(value, Tensor), "a tensor"),
     torch.device: (lambda value: isinstance(value, torch.device), "a torch.device"),
     torch.dtype: (lambda value: isinstance(value, torch.dtype), "a torch.dtype"),
@@ -49,17 +50,27 @@ _PLAIN: dict[Any, _Test] = {
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):  # an entry of a tensor of numbers
         return value.ndim == 0 and not value.is_complex() and not bool(value.isnan())
-    return isinstance(value, Real) and not isinstance(value, bool) and not math.isnan(value)
+    return isinstance(value, Real) and not isinstance(value, bool) and not _is_huge(value) and not math.isnan(value)
 
 
-def _is_iterable(value: Any) -> bool:
+def _is_huge(value: Any) -> bool:
+    """Whether a value is an integer that no tensor holds."""
+    return isinstance(value, Integral) and not -(2**63) <= value < 2**63
+
+
+def _is_lazy(module: nn.Module) -> bool:
+    return any(is_lazy(tensor) for tensor in (*module.parameters(), *module.buffers()))
+
+
+def is_iterable(value: Any) -> bool:
+    """Whether a value has items; texts are one thing, and so are tensors and arrays of one number without an axis."""
     has_items = isinstance(value, Iterable) or hasattr(value, "__getitem__")
-    return has_items and not isinstance(value, (str, bytes, type))
+    return has_items and getattr(value, "ndim", 1) != 0 and not isinstance(value, (str, bytes, type))
 
 
 def _is_sequence(value: Any) -> bool:
     has_items = hasattr(value, "__len__") and hasattr(value, "__getitem__")  # arrays and tensors, too
-    return has_items and not isinstance(value, (str, bytes, Mapping, type))
+    return has_items and is_iterable(value) and not isinstance(value, Mapping)
 
 
 def kind_of(hint: Any) -> _Test | None:
@@ -87,12 +98,12 @@ def kind_of(hint: Any) -> _Test | None:
         return _kind_of_tuple(arguments)
     inner = kind_of(arguments[0]) if origin in (Sequence, Iterable) and arguments else None
     if inner is not None:
-        is_any = _is_sequence if origin is Sequence else _is_iterable
+        is_any = _is_sequence if origin is Sequence else is_iterable
         name = "a list or tuple" if origin is Sequence else "an iterable, such as a list"
         return lambda value: is_any(value) and _all_are(inner[0], value), f"{name}, each {inner[1]}"
     if origin in (Iterable, Sequence, Mapping):
         return {
-            Iterable: (_is_iterable, "an iterable, such as a list or a DataLoader"),
+            Iterable: (is_iterable, "an iterable, such as a list or a DataLoader"),
             Sequence: (_is_sequence, "a list or tuple"),
             Mapping: (lambda value: isinstance(value, Mapping), "a mapping"),
         }[origin]
@@ -152,25 +163,47 @@ def check(name: str, value: Any, hint: Any) -> None:
     if kind is not None and not kind[0](value):
         for number, entry, of_entries in _entries(value, hint):
             check(f"{name}[{number}]", entry, of_entries)
+        if isinstance(value, nn.Module) and _PLAIN[nn.Module][1] in kind[1] and _is_lazy(value):
+            raise ValueError(
+                f"{name} has lazy layers, whose weights have no shape yet: run it on one batch first, got "
+                f"{shown(name, value)}."
+            )
         raise ValueError(f"{name} must be {kind[1]}, got {shown(name, value)}.")
     if name == "seed" and isinstance(value, Integral) and value < 0:
         raise ValueError(f"seed must be an integer of 0 or more, got seed={value}.")
+    if name == "device" and isinstance(value, (str, torch.device)):
+        _check_device(value)
+
+
+def _check_device(device: torch.device | str) -> None:
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError) as error:  # torch without CUDA asserts that it has it
+        reason = str(error).splitlines()[0].rstrip(".")
+        reason = "torch knows none of this name" if reason.startswith("Expected one of") else reason
+        raise ValueError(
+            f"device must be one that is here, such as 'cpu', got device={str(device)!r}: {reason}."
+        ) from None
 
 
 def _entries(value: Any, hint: Any) -> Iterator[tuple[int, Any, Any]]:
-    """Yield the number, value and annotation of each entry of a list or tuple that should have entries of one kind."""
+    """Yield the number, value and annotation of each entry of a list or tuple whose entries have annotations."""
     choices = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
     for choice in choices:
         origin, arguments = typing.get_origin(choice), typing.get_args(choice)
         is_list = origin in (Sequence, Iterable) or (origin is tuple and arguments[-1] is Ellipsis)
         if is_list and arguments and _is_sequence(value):
             yield from ((number, entry, arguments[0]) for number, entry in enumerate(value))
+        elif origin is tuple and arguments and _is_sequence(value) and len(value) == len(arguments):
+            yield from zip(range(len(value)), value, arguments, strict=True)
 
 
 def shown(name: str, value: Any) -> str:
     """Return ``name=value`` as the caller might have written it, short."""
     if isinstance(value, Tensor) and value.ndim:
         return f"a tensor of shape {tuple(value.shape)}"
+    if _is_huge(value):
+        return f"an integer of {int(value).bit_length()} bits, where 64 are the most"
     text = repr(value)
     return f"{name}={text}" if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
@@ -189,6 +222,18 @@ def checked(function: F) -> F:
         if facts is not None and not is_reading:
             provenance.keep(result, facts)
         return result
+
+    return at_the_door  # type: ignore[return-value]
+
+
+def looked_at(function: F) -> F:
+    """Check the arguments of a small function, or of an ``__init__``, against its annotations, and do no more."""
+    signature = inspect.signature(function)
+
+    @functools.wraps(function)
+    def at_the_door(*args: Any, **kwargs: Any) -> Any:
+        check_arguments(function, signature.bind(*args, **kwargs))
+        return function(*args, **kwargs)
 
     return at_the_door  # type: ignore[return-value]
 

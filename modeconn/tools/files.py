@@ -57,6 +57,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
         ValueError: If it is a pickle, which might run code, or damaged, or a file of another kind or program.
     """
     path = Path(path)
+    check_regular(path)
     for _ in range(_TRIES):
         before = _identity(path)
         try:
@@ -103,8 +104,16 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({error}).") from error
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise a ValueError for devices and pipes; folders and missing files are errors of whoever opens them."""
+    path = Path(path)
+    if path.exists() and not (path.is_file() or path.is_dir()):
+        raise ValueError(f"{str(path)!r} is a device or pipe, of which no file can be read.")
+
+
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that `write` wrote it; also for one that is no safetensors file, so that `read` judges it."""
+    check_regular(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
             return _KEY in (file.metadata() or {})

@@ -11,7 +11,7 @@ import logging
 import re
 import sys
 import types
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -23,6 +23,12 @@ from modeconn.tools import provenance
 _OF_EVERY_MODULE = {*vars(nn.Module()), "training", provenance.ATTRIBUTE}
 _DEEPEST = 50  # objects inside one another; what lies deeper is told by its class alone
 _LONGEST = 2_000  # characters; what is longer is told by its digest
+_PLACES = {
+    torch.sparse_coo: ("indices",),
+    **dict.fromkeys((torch.sparse_csr, torch.sparse_bsr), ("crow_indices", "col_indices")),
+    **dict.fromkeys((torch.sparse_csc, torch.sparse_bsc), ("ccol_indices", "row_indices")),
+}
+"""What says where the values of a sparse tensor stand, by its layout."""
 _PLAIN = (type(None), bool, int, float, complex, str, bytes, range, slice, torch.dtype, torch.device, torch.Size)
 
 
@@ -48,11 +54,29 @@ def digest(value: nn.Module | Iterable[Tensor]) -> str:
         return _hash(identify(value))
     total = hashlib.sha256()
     for tensor in value:
-        # Cloned, because a tensor of one number may have the stride 0.
-        dense = tensor.detach().cpu().clone(memory_format=torch.contiguous_format)
         total.update(f"{tuple(tensor.shape)}, {tensor.dtype}".encode())
-        total.update(dense.view(-1).view(torch.uint8).numpy())
+        for part in bytes_of(tensor):
+            total.update(part)
     return total.hexdigest()[:16]
+
+
+def bytes_of(tensor: Tensor) -> Iterator[np.ndarray[Any, Any]]:
+    """Yield the bytes of the numbers that a tensor of any layout holds, row by row."""
+    for part in dense_parts(tensor.detach()):
+        plain = part.cpu().resolve_conj().resolve_neg()
+        # Cloned, because a tensor of one number may have the stride 0.
+        yield plain.clone(memory_format=torch.contiguous_format).view(-1).view(torch.uint8).numpy()
+
+
+def dense_parts(tensor: Tensor) -> tuple[Tensor, ...]:
+    """Return the dense tensors that a tensor consists of: itself, or places and values of a sparse one."""
+    if tensor.is_nested:
+        return tuple(tensor.unbind())
+    if tensor.layout is torch.sparse_coo:
+        tensor = tensor.coalesce()  # two entries of one place are one
+    if tensor.layout in _PLACES:
+        return (*(getattr(tensor, place)() for place in _PLACES[tensor.layout]), tensor.values())
+    return (tensor,)
 
 
 class _Identifier:

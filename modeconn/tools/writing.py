@@ -13,6 +13,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import IO, Any
 
+from modeconn.tools.door import check
+
 try:
     import fcntl
 except ImportError:  # Windows, where files of killed processes are not cleaned up and runs are not told of each other
@@ -36,6 +38,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
     Raises:
         OSError: If it cannot be written, naming it and the cause; ``path`` is as it was.
     """
+    check("path", path, str | os.PathLike[str])
     target = Path(path)
     with _named(target):
         mode = _mode(target)
@@ -71,6 +74,7 @@ def check_writable(path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: Naming the file and the reason.
     """
+    check("path", path, str | os.PathLike[str])
     target = Path(path)
     with _named(target):
         mode = _mode(target)

@@ -504,8 +504,8 @@ def test_alignment_under_attack_looks_at_activations(tmp_path):
         (lambda: TRADES(replace(ATTACK, random_start=False)), "must have a random start and no targets, got PGD"),
         (lambda: TRADES(len), "attack must be a PGD, got attack=<built-in function len>"),
         (lambda: AdversarialTraining("pgd"), r"attack must be one such as PGD\(eps, .*, got attack='pgd'"),
-        (lambda: adversary_of(PGD), "adversary must be an attack, .* got <class .*PGD"),
-        (lambda: adversary_of("pgd"), "adversary must be an attack, .* got 'pgd'"),
+        (lambda: adversary_of(PGD), "adversary must be an attack, .* got adversary=<class .*PGD"),
+        (lambda: adversary_of("pgd"), "adversary must be an attack, .* got adversary='pgd'"),
     ],
 )
 def test_adversaries_that_make_no_sense_are_errors(make, message):
@@ -541,7 +541,7 @@ def test_what_an_adversary_does_not_go_with_is_an_error():
         modeconn.fit_curve(a, b, loader, refine=modeconn.PAM(), adversary=ATTACK)
     with pytest.raises(ValueError, match="adversary must be an attack, such as PGD"):
         modeconn.ActivationMatching(adversary=TRADES(ATTACK))
-    with pytest.raises(ValueError, match="its first batch is one Tensor"):
+    with pytest.raises(ValueError, match="one of its batches is one Tensor"):
         modeconn.align(a, b, [next(iter(loader))[0]], method=modeconn.ActivationMatching(adversary=ATTACK))
     with pytest.raises(ValueError, match="repair knows clean data alone"):
         Connection.straight_between(a, b).model_at(0.5, repair=True, recalibrate=AdversarialExamples(loader, ATTACK))

@@ -578,10 +578,24 @@ def test_the_help_of_every_command_has_an_example(command):
         (("plot", "{}/a.safetensors", "--out", "{}/x.png"), "is a model, of which there is nothing to draw"),
         (("plot", "{}/notes.json", "--out", "{}/x.png"), "it is no result along a curve, no comparison, no correl"),
         (("info", "{}/notes.txt"), "it is no file that modeconn wrote"),
+        (("info", "/dev/null"), "'/dev/null' is a device or pipe, of which no file can be read"),
+        (
+            ("plot", "{}/broken.json", "--out", "{}/x.png"),
+            "broken.json': this is no file .*: it cannot be read as JSON",
+        ),
+        (
+            ("train", "{}/x", "--data", "digits", "--model", "mlp", "--model-arg", "hidden=8"),
+            "hidden is a list, got hidden=8: write 'hidden=8,' with a comma for one value, 'hidden=8,8' for two",
+        ),
+        (
+            ("fit", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--data", "digits", "--refine", "pom"),
+            "there is no refinement 'pom'; there is pam",
+        ),
     ],
 )
 def test_bad_input_is_one_line_on_stderr_and_writes_nothing(folder, arguments, message):
     (folder / "notes.json").write_text("{}")
+    (folder / "broken.json").write_text('{"kind": "Profile",')
     (folder / "notes.txt").write_text("no tensors here")
     before = sorted(folder.iterdir())
     result = run(*(str(argument).format(folder) for argument in arguments), code=1)

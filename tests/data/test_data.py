@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import gzip
+import math
 import pathlib
 import pickle
 import struct
@@ -542,7 +543,9 @@ def test_missing_tiny_imagenet_files_are_named(tmp_path):
         data.load("tiny_imagenet", tmp_path)
     for path in (tmp_path / "train" / "n01" / "images").iterdir():
         path.unlink()
-    with pytest.raises(FileNotFoundError, match=r"the images of class n01, but .*images holds none"):
+    with pytest.raises(
+        FileNotFoundError, match=r"the images of class n01, which wnids.txt names, but .*images holds none"
+    ):
         data.load("tiny_imagenet", tmp_path)
 
 
@@ -599,3 +602,28 @@ def test_without_pillow_the_message_says_what_to_install(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "PIL", None)
     with pytest.raises(ImportError, match="tiny_imagenet holds JPEG images, which need Pillow: pip install pillow"):
         data.load("tiny_imagenet", tmp_path)
+
+
+LOADER = TensorLoader(torch.rand(4, 1, 2, 2), torch.arange(4))
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: data.Flip("x"), "probability must be a number, got probability='x'"),
+        (lambda: data.Flip(1.5), r"probability must lie in \[0, 1\], got probability=1.5"),
+        (lambda: data.Crop(1.5), "padding must be an integer, got padding=1.5"),
+        (lambda: data.Crop(-1), "padding must be at least 0, got padding=-1"),
+        (lambda: data.Rotate(None), "degrees must be a number, got degrees=None"),
+        (lambda: data.Rotate(math.inf), "degrees must be finite, got degrees=inf"),
+        (lambda: LOADER.split("x"), "num_held_out must be an integer, got num_held_out='x'"),
+        (lambda: LOADER.subset(3), "indices must be a tensor, got indices=3"),
+        (lambda: LOADER.subset(torch.ones(2)), r"indices must be int64 of one axis, got torch.float32 of shape \(2,\)"),
+        (lambda: LOADER.subset(torch.tensor([0, 4])), r"indices must lie in 0\.\.3, got 4 among them"),
+        (lambda: LOADER.to("x"), "device must be one that is here, such as 'cpu', got device='x'"),
+        (lambda: data.load("digits", device="x"), "device must be one that is here, such as 'cpu', got device='x'"),
+    ],
+)
+def test_settings_that_make_no_sense_are_refused_where_they_are_written(call, message):
+    with pytest.raises(ValueError, match=message):
+        call()

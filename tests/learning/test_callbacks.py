@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import math
 import random
 import re
 import shutil
@@ -321,3 +322,24 @@ def test_what_a_callback_does_to_the_connection_it_is_shown_stays_its_own(networ
     assert torch.equal(plain.control_points, broken.control_points)
     for name, buffer in plain.buffers[0].items():
         assert torch.equal(buffer, broken.buffers[0][name])
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: Validation(3), "loader must be an iterable"),
+        (lambda: Validation(iter([1])), "loader can be read only once"),
+        (lambda: Validation([], t=0.5), "t must be a list or tuple, each a number, got t=0.5"),
+        (lambda: Validation([], every="x"), "every must be an integer, got every='x'"),
+        (lambda: Validation([], nothing=3), "takes the settings of Connection.evaluate: got an unexpected .*'nothing'"),
+        (lambda: Validation([], repair=3), "repair must be True or False, got repair=3"),
+        (lambda: EarlyStopping(patience=None), "patience must be an integer, got patience=None"),
+        (lambda: EarlyStopping(patience=math.nan), "patience must be an integer, got patience=nan"),
+        (lambda: EarlyStopping(margin="x"), "margin must be a number, got margin='x'"),
+        (lambda: EarlyStopping(3), "monitor must be a string, got monitor=3"),
+        (lambda: CSVLog(None), "path must be a string or a path, got path=None"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_where_they_are_written(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -129,7 +129,7 @@ def test_nothing_is_said_of_what_was_not_measured():
     part = AlongCurve(T[1:], {"wave": RISING[1:]}, higher_is_better={"wave": False})
     assert math.isnan(part.barrier_of("wave")) and math.isnan(part.summary()["wave"]["arc_mean"])
     assert json.loads(part.to_json())["barriers"] == {"wave": None}
-    with pytest.raises(ValueError, match="there is no 'speed' here; there are 'wave'"):
+    with pytest.raises(ValueError, match="there is no 'speed' here; there is 'wave'"):
         part.barrier_of("speed")
 
 

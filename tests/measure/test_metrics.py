@@ -207,3 +207,21 @@ def test_names_ends_and_results_out_of_range_are_refused():
 
     with pytest.raises(ValueError, match="metric 'm' must compute one number, got tensor"):
         line().evaluate([(X, Y)], num_points=2, metrics={"m": Matrix()})
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: metrics.top_k("x"), "k must be an integer, got k='x'"),
+        (lambda: metrics.top_k(1.5), "k must be an integer, got k=1.5"),
+        (lambda: metrics.top_k(math.inf), "k must be an integer, got k=inf"),
+        (lambda: metrics.top_k(1, axis="x"), "axis must be an integer, got axis='x'"),
+        (lambda: metrics.cka("a", layer=3), "layer must be a string or None, got layer=3"),
+        (lambda: metrics.Perplexity(axis="x"), "axis must be an integer, got axis='x'"),
+        (lambda: metrics.Perplexity(ignore_index=[]), r"ignore_index must be an integer, got ignore_index=\[\]"),
+        (lambda: metrics.Quotient(3), "function must be a function, got function=3"),
+    ],
+)
+def test_settings_of_another_kind_are_refused_where_they_are_written(make, message):
+    with pytest.raises(ValueError, match=message):
+        make()

@@ -25,6 +25,7 @@ from modeconn.network.batches import (
     first_batch,
     first_examples,
     in_order,
+    inputs_and_targets,
     inputs_of,
     num_bytes,
     num_examples,
@@ -33,6 +34,7 @@ from modeconn.network.batches import (
     to_device,
     without_singles,
 )
+from modeconn.tools.fingerprint import digest
 from modeconn.tools.rng import seeded
 
 CPU = torch.device("cpu")
@@ -129,10 +131,68 @@ def test_a_batch_without_examples_is_an_error_that_says_what_it_is(batch):
         num_examples(batch)
 
 
+def complex_pair(size: int = 4) -> Tensor:
+    return torch.complex(x(size), x(size) + 1)
+
+
+LAYOUTS = {
+    "sparse": lambda size: x(size).to_sparse(),
+    "rows": lambda size: x(size).to_sparse_csr(),
+    "columns": lambda size: x(size).to_sparse_csc(),
+    "conjugate": lambda size: complex_pair(size).conj(),
+    "negative": lambda size: complex_pair(size).conj().imag,
+    "nested": lambda size: torch.nested.nested_tensor(list(x(size)), layout=torch.jagged),
+    "one number": lambda size: torch.tensor([size]).expand(1),
+}
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+@pytest.mark.parametrize("kind", LAYOUTS)
+def test_a_batch_may_be_of_any_layout(kind):
+    make = LAYOUTS[kind]
+    assert checksum(make(4)) == checksum(make(4)) != checksum(make(3))
+    assert digest([make(4)]) != digest([make(3)])
+    assert num_bytes(make(4)) > 0
+    assert next(tensors_of(to_device(make(4), CPU))).layout == make(4).layout
+
+
+@pytest.mark.filterwarnings("ignore:Sparse CS")
+@pytest.mark.parametrize("kind", ["sparse", "rows", "columns"])
+def test_sparse_batches_are_cut_and_used_as_dense_ones_are(kind):
+    (cut,) = first_examples([LAYOUTS[kind](4)], 3)
+    assert cut.layout == LAYOUTS[kind](4).layout and torch.equal(cut.to_dense(), x(4)[:3])
+
+
+def test_networks_are_measured_and_trained_on_sparse_inputs():
+    a, b = (nn.Sequential(nn.Linear(3, 4), nn.ReLU(), nn.Linear(4, 2)) for _ in range(2))
+    dense, sparse = ([(make(4), torch.arange(4) % 2)] * 2 for make in (x, LAYOUTS["sparse"]))
+    for loader in (dense, sparse):
+        line = modeconn.Connection.straight_between(a, b).evaluate(loader, num_points=2)
+        recipe = modeconn.Recipe(epochs=1)
+        modeconn.fit_curve(a, b, loader, align=False, recipe=recipe)
+        modeconn.models.train(a, loader, recipe=recipe)
+        assert float(line.loss[0]) == pytest.approx(F.cross_entropy(a(x(4)), torch.arange(4) % 2).item(), rel=1e-5)
+
+
+def test_a_batch_without_values_is_an_error_that_says_so():
+    for use in (lambda batch: first_batch([batch]), lambda batch: Opened([batch], CPU), lambda b: to_device(b, CPU)):
+        with pytest.raises(ValueError, match=r"tensor of shape \(4, 3\) on the device 'meta', without values"):
+            use((x(4), x(4).to("meta")))
+
+
 def test_inputs_are_those_of_a_pair_or_what_is_alone():
     both = (x(), torch.arange(4))
     assert inputs_of(both) is both[0] and inputs_of([both[0]]) is both[0]
     assert inputs_of({"x": 1}) == {"x": 1} and inputs_of((1, 2, 3)) == (1, 2, 3)
+
+
+@pytest.mark.parametrize(
+    ("batch", "what"),
+    [(x(2), "one Tensor"), ((1, 2, 3), "3 things"), (None, "one NoneType"), ({"x": x(), "y": x()}, "one dict")],
+)
+def test_what_is_no_pair_is_an_error_that_says_what_it_is(batch, what):
+    with pytest.raises(ValueError, match=rf"must yield \(inputs, targets\) pairs, but one of its batches is {what}\."):
+        inputs_and_targets(batch)
 
 
 # ---------------------------------------------------------------- passes

@@ -37,6 +37,7 @@ def verb(
     sizes: tuple[int, ...] = (),
     anything: Any = None,
     seed: int = 0,
+    device: torch.device | str = "cpu",
     **more: int,
 ) -> str:
     """Say so."""
@@ -68,6 +69,19 @@ BAD = [
     ({"count": 1, "sizes": (1, 2.0)}, r"sizes\[1\] must be an integer, got sizes\[1\]=2.0"),
     ({"count": 1, "seed": -1}, "seed must be an integer of 0 or more, got seed=-1"),
     ({"count": torch.zeros(3)}, r"count must be an integer, got a tensor of shape \(3,\)"),
+    (
+        {"count": 1, "places": torch.tensor(0.5)},
+        r"places must be a list or tuple, each a number, got places=tensor\(0.5",
+    ),
+    ({"count": 1, "data": np.array(0.5)}, r"data must be an iterable, such as a list or a DataLoader, or None, got"),
+    ({"count": 1, "pairs": torch.zeros(2)}, r"pairs\[0\] must be a list or tuple of 2"),
+    ({"count": 1, "pairs": [(1, 2)]}, r"pairs\[0\]\[1\] must be a string, got pairs\[0\]\[1\]=2"),
+    ({"count": 1, "rate": 2**70}, "rate must be a number, got an integer of 71 bits, where 64 are the most"),
+    ({"count": 1, "rate": 10**400}, "rate must be a number, got an integer of 1329 bits"),
+    ({"count": 1, "model": nn.Sequential(nn.LazyLinear(3))}, "model has lazy layers, .*: run it on one batch first"),
+    ({"count": 1, "model": nn.LazyBatchNorm1d()}, "model has lazy layers, whose weights have no shape yet"),
+    ({"count": 1, "device": "x"}, "device must be one that is here, such as 'cpu', got device='x': torch knows none"),
+    ({"count": 1, "device": "cuda:99"}, "device must be one that is here, such as 'cpu', got device='cuda:99': "),
 ]
 
 
@@ -80,6 +94,33 @@ def test_what_fits_passes(given):
 def test_what_does_not_fit_is_named(given, message):
     with pytest.raises(ValueError, match=message):
         verb(**given)
+
+
+def test_networks_of_which_no_shape_is_known_are_refused_in_lists_too():
+    lazy = nn.Sequential(nn.LazyLinear(3))
+    for use, name in (
+        (lambda: modeconn.Ensemble([lazy]), r"models\[0\]"),
+        (lambda: modeconn.compare([(lazy, lazy)], [WeightMatching()], [], []), r"pairs\[0\]\[0\]"),
+        (lambda: modeconn.models.train_population(iter([lazy]), batches()), "model"),
+    ):
+        with pytest.raises(ValueError, match=f"{name} has lazy layers"):
+            use()
+
+
+def test_data_and_relabellings_are_what_they_are_on_any_default_device():
+    a = CASE["mlp"].make(0)
+    spec = modeconn.discover(a, batches()[0][0])
+    train = modeconn.data.load("digits")[0].with_(shuffle=False)
+    expected, moved = list(train), spec.random(torch.Generator().manual_seed(0)).apply(a)
+    with torch.device("meta"):
+        found = list(modeconn.data.load("digits")[0].with_(shuffle=False))
+        number = len(list(train.split(9)[0].shuffled()))
+        again = spec.random(torch.Generator().manual_seed(0)).apply(a)
+        back = spec.random(torch.Generator().manual_seed(0)).inverse().apply(again)
+    assert all(torch.equal(x, y) for pair in zip(expected, found, strict=True) for x, y in zip(*pair, strict=True))
+    assert number == len(train.split(9)[0])
+    assert all(torch.equal(x, y) for x, y in zip(moved.parameters(), again.parameters(), strict=True))
+    assert all(torch.equal(x, y) for x, y in zip(a.parameters(), back.parameters(), strict=True))
 
 
 def test_the_function_is_itself_for_help():
@@ -180,6 +221,7 @@ def test_warnings_point_at_the_caller():
 
 X, Y = torch.rand(6, 4), torch.arange(6) % 3
 NORMED = [nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 3)).eval() for _ in range(2)]
+LINE, SPEC = modeconn.Connection.straight_between(*NORMED), modeconn.discover(NORMED[0], X)
 REFUSED = {
     "targets must be classes, integers": lambda: modeconn.data.TensorLoader(X, Y.float()),
     "batch_size must be an integer, got batch_size='3'": lambda: modeconn.data.TensorLoader(X, Y, "3"),
@@ -204,6 +246,49 @@ REFUSED = {
     "loss_fn= must return the mean loss of a batch": lambda: modeconn.models.train_population(
         NORMED, [(X, Y)], loss_fn=lambda outputs, targets: outputs.mean(1)
     ),
+    "attack must be one such as PGD": lambda: modeconn.AdversarialTraining(nn.Linear(4, 3)),
+    "attack must be called as attack.model, x, y.": lambda: modeconn.AdversarialExamples([(X, Y)], nn.Linear(4, 3)),
+    "loader must be an iterable": lambda: modeconn.AdversarialExamples(3, modeconn.PGD(0.1, 0.1, 1)),
+    "adversary must be an attack, Adv.* got a Sequential": lambda: modeconn.models.train(
+        NORMED[0], [(X, Y)], adversary=NORMED[1]
+    ),
+    "adversary must be an attack, such as PGD": lambda: modeconn.ActivationMatching(adversary=nn.Linear(4, 3)),
+    "attack Linear.* cannot be called as attack": lambda: modeconn.robustness(NORMED[0], [(X, Y)], nn.Linear(4, 3)),
+    "attack a cannot be called as attack": lambda: modeconn.robustness(NORMED[0], [(X, Y)], {"a": NORMED[1]}),
+    "attacks must be an attack, or a list": lambda: modeconn.robustness(NORMED[0], [(X, Y)], torch.tensor(0.5)),
+    "method must be an object with a match": lambda: modeconn.merge_many(NORMED, [(X, Y)], method=torch.zeros(2)),
+    "loader must be an iterable, such as a list or a DataLoader, got loader=array": lambda: LINE.evaluate(
+        np.array(0.5), recalibrate=[(X, Y)]
+    ),
+    "num_points must be at least 2": lambda: LINE.evaluate([(X, Y)], t=[0.0, 1.0], num_points=-1),
+    "holds no example: tuple of float32 .0, 4.": lambda: modeconn.models.train(NORMED[0], [(X, Y), (X[:0], Y[:0])]),
+    "divide pixels by 255. Attacks move inputs": lambda: modeconn.robustness(
+        NORMED[0], [(X.long(), Y)], modeconn.PGD(0.1, 0.1, 1)
+    ),
+    "spec must be a modeconn.PermutationSpec": lambda: modeconn.verify(None, NORMED[0], X),
+    "model must be a torch.nn.Module, got model=3": lambda: modeconn.verify(SPEC, 3),
+    "tolerance must be a number": lambda: modeconn.verify(SPEC, NORMED[0], X, tolerance="x"),
+    "tolerance must be at least 0": lambda: modeconn.verify(SPEC, NORMED[0], X, tolerance=-1.0),
+    "seed must be an integer, got seed=None": lambda: modeconn.verify(SPEC, NORMED[0], X, seed=None),
+    "generator must be a torch.Generator or None": lambda: SPEC.random(3),
+    "perms must be a mapping": lambda: modeconn.Permutation(SPEC, 3),
+    "spec must be a PermutationSpec": lambda: modeconn.Permutation(3, {}),
+    r"perms\['0'\] must be a tensor": lambda: modeconn.Permutation(SPEC, {"0": [0]}),
+    "matrices must be a mapping": lambda: modeconn.SoftPermutation(SPEC, 3),
+    r"matrices\['0'\] must be a tensor": lambda: modeconn.SoftPermutation(SPEC, {"0": 3}),
+    "i must lie in 0..1, got i=5": lambda: modeconn.Merge(NORMED[0], (SPEC.identity(),) * 2, (0.0,)).pairwise(5, 0),
+    "path must be a Path": lambda: modeconn.Connection(3),
+    "model must be a torch.nn.Module, got model=None": lambda: modeconn.WeightSpace(None),
+    "model must be a torch.nn.Module, got model=2": lambda: modeconn.WeightSpace(NORMED[0]).flatten(2),
+    "b must be a torch.nn.Module, got b=3": lambda: modeconn.WeightSpace(NORMED[0]).check(3),
+    "theta must be a tensor, got theta='x'": lambda: modeconn.WeightSpace(NORMED[0]).unflatten("x"),
+    "vector must be a tensor": lambda: modeconn.WeightSpace(NORMED[0]).from_canonical(None),
+    "t must be a tensor, got t=3": lambda: modeconn.AlongCurve(3, {}),
+    r"values\['a'\] must be a tensor": lambda: modeconn.AlongCurve(torch.tensor([0.0, 1.0]), {"a": 3}),
+    "path must be a string or a path, got path=3": lambda: modeconn.AlongCurve(
+        torch.tensor([0.0]), {"a": torch.tensor([1.0])}
+    ).to_json(3),
+    "inputs and targets must have values": lambda: modeconn.data.load("digits", device="meta"),
     "metric 'a' cannot compare the model's outputs": lambda: modeconn.Connection.straight_between(*NORMED).evaluate(
         [(X, Y)], recalibrate=[(X, Y)], metrics={"a": len}
     ),
@@ -214,3 +299,37 @@ REFUSED = {
 def test_the_sentence_says_which_argument_and_what_it_takes(message):
     with pytest.raises(ValueError, match=message):
         REFUSED[message]()
+
+
+PAIR = (
+    nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
+    nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3)),
+)
+ONCE = Recipe(epochs=1)
+FITTED = modeconn.fit_curve(*PAIR, [(X, Y)], align=WeightMatching(), recipe=ONCE)
+READERS = {
+    "evaluate": lambda loader: FITTED.evaluate(loader, num_points=2),
+    "robustness": lambda loader: FITTED.robustness(loader, [modeconn.PGD(0.1, 0.1, 1)], num_points=2),
+    "curvature": lambda loader: FITTED.curvature(loader, num_points=2, num_steps=2, tolerance=10.0),
+    "fit_curve": lambda loader: modeconn.fit_curve(*PAIR, loader, align=False, recipe=ONCE),
+    "Sinkhorn": lambda loader: modeconn.align(*PAIR, loader, method=modeconn.Sinkhorn(num_steps=3)),
+    "compare": lambda loader: modeconn.compare([PAIR], [WeightMatching()], loader, loader, num_points=2, repair=False),
+    "best_swap": lambda loader: modeconn.best_swap(FITTED, loader, num_tries=2),
+    "train": lambda loader: modeconn.models.train(PAIR[0], loader, recipe=ONCE),
+    "train_population": lambda loader: modeconn.models.train_population(PAIR, loader, recipe=ONCE),
+    "DeepAlign": lambda loader: modeconn.DeepAlign(
+        features=4, edge_features=4, depth=1, num_steps=3, num_validation_pairs=2
+    ).fit(PAIR, loader),
+}
+
+
+@pytest.mark.parametrize("verb", READERS)
+@pytest.mark.parametrize("later", [X, (X, Y, Y), None], ids=["inputs", "three", "None"])
+def test_a_later_batch_that_is_no_pair_is_named(verb, later):
+    with pytest.raises(ValueError, match=r"but one of (its batches|them) is (one Tensor|3 things|one NoneType|None)"):
+        READERS[verb]([(X, Y), later])
+
+
+@pytest.mark.parametrize("verb", READERS)
+def test_classes_may_be_bytes(verb):
+    READERS[verb]([(X, Y.to(torch.uint8))])

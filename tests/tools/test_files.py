@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 
+import modeconn
 from modeconn.tools import files
 from modeconn.tools.writing import check_writable
 
@@ -93,3 +94,9 @@ def test_a_file_of_another_kind_or_program_is_refused(tmp_path):
         files.read(tmp_path / "theirs", "thing")
     with pytest.raises(FileNotFoundError, match="nowhere"):
         files.read(tmp_path / "nowhere", "thing")
+
+
+def test_a_device_is_no_file():
+    for read in (modeconn.Connection.load, modeconn.models.load, modeconn.PermutationSpec.load):
+        with pytest.raises(ValueError, match="'/dev/null' is a device or pipe, of which no file can be read"):
+            read("/dev/null")
