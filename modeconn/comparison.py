@@ -148,6 +148,8 @@ class Comparison:
             rows = record["values"].items()
             values = {row: {name: numbers(one) for name, one in columns.items()} for row, columns in rows}
             found = cls(values, record["num_points"], record["num_examples"])
+            if len({(*columns, *map(len, columns.values())) for columns in values.values()}) != 1:
+                raise ValueError("its rows have other columns, or other numbers of pairs")
             repr(found)  # a comparison that cannot be shown holds something else than was written
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
             raise ValueError(f"this is no comparison ({type(error).__name__}: {error}).") from None

@@ -126,7 +126,7 @@ def _read_safetensors(path: Path) -> _File:
     with files.opened(path) as (tensors, about):
         kind, made_by = about["kind"], about.get(provenance.ATTRIBUTE)
         if kind not in _SAFETENSORS:
-            raise ValueError(f"{str(path)!r} is a {kind}, of which this version of modeconn knows nothing.")
+            raise ValueError(f"{str(path)!r} is a {kind[:60]}, of which this version of modeconn knows nothing.")
         text = _SAFETENSORS[kind](path, tensors, about)
         if kind == "connection":
             drawn = History(**about["history"]) if about["history"] else None

@@ -16,7 +16,7 @@ from torch.func import functional_call
 from modeconn.deep_align.augmentation import rescale
 from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.settings import Settings
-from modeconn.learning.checkpoint import RunFile, State
+from modeconn.learning.checkpoint import RunFile, State, check_alike
 from modeconn.learning.parts import BatchStream, Count, Learned, Randomness
 from modeconn.matching import match_units
 from modeconn.matching.sinkhorn_operator import soft_matrices
@@ -122,6 +122,8 @@ class EncoderTraining:
         self.validations = [(step, inf if value is None else value) for step, value in about["validations"]]
         best = {name: tensor for name, tensor in tensors.items() if name.startswith("best.")}
         self._best = {name.removeprefix("best."): tensor.to(self.states.device) for name, tensor in best.items()}
+        if self._best:
+            check_alike({f"best.{name}": tensor for name, tensor in self.encoder.state_dict().items()}, best)
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         losses = self.losses()

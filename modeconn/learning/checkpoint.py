@@ -180,6 +180,9 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
             return False
         with files.taken_from(self._checkpoint.path):
             for part in parts:
+                tensors, about = part.state()
+                check_alike(tensors, self.saved[0])
+                _check_kinds(about, self.saved[1])
                 part.load_state(*self.saved)
         return True
 
@@ -193,6 +196,44 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         return (
             "" if self._checkpoint is None else f" The last good checkpoint is kept in {str(self._checkpoint.path)!r}."
         )
+
+
+def check_alike(fresh: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:
+    """Raise unless tensors that were saved are of the shapes and types of those of a run that begins, and finite."""
+    for name, tensor in fresh.items():
+        if name.startswith("rng"):  # which follows from the device
+            continue
+        found = saved[name]
+        if found.shape != tensor.shape or found.dtype != tensor.dtype:
+            raise ValueError(
+                f"{name!r} is {found.dtype} of {tuple(found.shape)}, not {tensor.dtype} of {tuple(tensor.shape)}"
+            )
+        if found.is_floating_point() and not found.isfinite().all():
+            raise ValueError(f"{name!r} is not finite")
+
+
+def _check_kinds(fresh: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
+    """Raise unless what was saved beside tensors is of the kinds that it has when a run begins."""
+    for name, value in fresh.items():
+        kinds = {_kind(value), _kind(saved[name])} - {"nothing"}
+        if len(kinds) > 1:
+            raise TypeError(f"{name!r} is {_kind(saved[name])}, not {_kind(value)}")
+        if isinstance(value, Mapping) and value.keys() <= saved[name].keys():
+            _check_kinds(value, saved[name])
+
+
+def _kind(value: Any) -> str:
+    if isinstance(value, (int, float)) and not isinstance(value, bool):
+        return "a number"
+    names = {
+        type(None): "nothing",
+        list: "a list",
+        tuple: "a list",
+        dict: "a mapping",
+        str: "text",
+        bool: "true or false",
+    }
+    return names.get(type(value), type(value).__name__)
 
 
 def _identified(loader: Any, device: torch.device) -> tuple[dict[str, Any], int | None]:

@@ -23,6 +23,7 @@ from modeconn.learning.parts import pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.batches import batches, check_length, checksum
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
+from modeconn.tools.door import check_settings
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, set_rng_state
 from modeconn.tools.warn import warn
@@ -351,6 +352,7 @@ class Run:
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self._progress = _Progress(**about["progress"])
+        check_settings(self._progress)
         self._epoch_start = unpack_rng(tensors, about["rng_start"], "rng_start.")
         at_start = self._progress.batch == 0
         self._set_states(self._epoch_start if at_start else unpack_rng(tensors, about["rng_now"], "rng_now."))

@@ -37,7 +37,17 @@ def states_of_pickle(path: Path) -> dict[str, State]:
     try:
         with torch.serialization.safe_globals([*_PLAIN_CLASSES, *_numpy_scalars()]):
             content = _loaded(path)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (
+        pickle.UnpicklingError,
+        RuntimeError,
+        EOFError,
+        ValueError,
+        LookupError,
+        TypeError,
+        AttributeError,
+    ) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
             f"{str(path)!r} is damaged, or holds more than tensors and plain values, which could run code "

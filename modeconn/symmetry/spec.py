@@ -30,6 +30,7 @@ from modeconn.tools import files, provenance
 from modeconn.tools.door import check, check_settings, checked, looked_at
 
 FORMAT = 1
+_LARGEST = 2**28  # units of a group, whose relabelling takes eight bytes each
 
 
 @dataclass(frozen=True, repr=False, eq=False)
@@ -280,9 +281,28 @@ class PermutationSpec(Findings):
             fixed = {name: tuple(why) for name, why in data["fixed"].items()}
             unknown = tuple(UnknownOperator(*u) for u in data["unknown"])
             freeze, rules = tuple(data.get("freeze", ())), data.get("rules", {})  # older files do not say it
-        except (KeyError, TypeError, json.JSONDecodeError) as error:
+            found = cls(structure, state, fixed, tuple(data["unread"]), unknown, freeze=freeze, own_rules=rules)
+            found._check_consistency()
+            return found
+        except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
+            if isinstance(error, ValueError) and "spec" in str(error):
+                raise
             raise ValueError(f"this is no permutation spec: {type(error).__name__} {error}") from None
-        return cls(structure, state, fixed, tuple(data["unread"]), unknown, freeze=freeze, own_rules=rules)
+
+    def _check_consistency(self) -> None:
+        """Raise unless what was read fits together, and the memory of a relabelling is what a model may need."""
+        sizes = self.structure.sizes.values()
+        if not all(type(size) is int and 0 <= size <= _LARGEST for size in sizes):
+            raise ValueError(f"this is no permutation spec: an axis has a size out of 0..{_LARGEST}.")
+        names = {**self.own_rules, **dict.fromkeys([*self.unread, *self.freeze])}
+        if not all(isinstance(name, str) for name in [*names, *self.own_rules.values()]):
+            raise ValueError("this is no permutation spec: its names are no texts.")
+        for name, why in self.fixed.items():
+            if len(why) != len(self.shapes[name]) or not all(one is None or isinstance(one, str) for one in why):
+                raise ValueError(f"this is no permutation spec: it says of {name!r} what is fixed of other axes.")
+        if any(math.prod(group.shape) > _LARGEST for group in self.groups):
+            raise ValueError(f"this is no permutation spec: a group has more than {_LARGEST} units.")
+        repr(self.report())  # a spec that cannot be shown holds something else than was written
 
 
 def _unpickled(text: str, own: Mapping[str, Rule]) -> PermutationSpec:

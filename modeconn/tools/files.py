@@ -74,7 +74,7 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
         raise ValueError(f"{str(path)!r} was not written by modeconn; it should be a {kind or 'file of it'}.")
     about = _description(path, metadata[_KEY])
     if kind is not None and about["kind"] != kind:
-        raise ValueError(f"{str(path)!r} is a {about['kind']}, not a {kind}.")
+        raise ValueError(f"{str(path)!r} is a {about['kind'][:60]}, not a {kind}.")
     digest = metadata.get(_DIGEST)  # files of older versions have none
     if digest is not None and digest != digest_of(tensors, metadata[_KEY]):
         raise ValueError(f"{str(path)!r} is damaged: its content is not what was written. {_WAY_OUT}")
@@ -116,7 +116,7 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
     check_regular(path)
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return _KEY in (file.metadata() or {})
+            return any(name.startswith(_KEY) for name in file.metadata() or {})  # one of them may be damaged
     except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError):
         return True
 

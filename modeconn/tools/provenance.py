@@ -85,7 +85,7 @@ def _versions() -> tuple[tuple[str, str], ...]:
 def keep(result: Any, facts: Mapping[str, Any] | None) -> None:
     """Let a result say how it was made, and what it consists of, as far as these are of kinds that do."""
     if isinstance(result, nn.Module) or hasattr(type(result), ATTRIBUTE):
-        object.__setattr__(result, ATTRIBUTE, None if facts is None else dict(facts))
+        object.__setattr__(result, ATTRIBUTE, dict(facts) if isinstance(facts, Mapping) else None)
     if isinstance(result, (list, tuple)):
         parts = result
     elif dataclasses.is_dataclass(result) and not isinstance(result, type):
