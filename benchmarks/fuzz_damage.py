@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import json
 import random
@@ -221,7 +222,7 @@ def _change(record: Any, rng: random.Random) -> None:
         place = rng.randrange(len(value))
         holder[key] = value[:place] + rng.choice("a0_.:é ") + value[place + 1 :]
     else:
-        holder[key] = rng.choice(VALUES)
+        holder[key] = copy.deepcopy(rng.choice(VALUES))
 
 
 def _places(value: Any) -> Any:

@@ -30,7 +30,7 @@ from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools import provenance
-from modeconn.tools.door import checked
+from modeconn.tools.door import checked, shortened
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.json_files import KIND, from_json, numbers, to_json
 from modeconn.tools.measurements import Records
@@ -152,7 +152,7 @@ class Comparison:
                 raise ValueError("its rows have other columns, or other numbers of pairs")
             repr(found)  # a comparison that cannot be shown holds something else than was written
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"this is no comparison ({type(error).__name__}: {error}).") from None
+            raise ValueError(f"this is no comparison ({type(error).__name__}: {shortened(error)}).") from None
         provenance.keep(found, record.get(provenance.ATTRIBUTE))
         return found
 

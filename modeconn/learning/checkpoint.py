@@ -18,7 +18,7 @@ from torch import Tensor
 from modeconn.network.batches import checksum, described, first_batch
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files, provenance
-from modeconn.tools.door import check_settings
+from modeconn.tools.door import check_settings, shortened
 from modeconn.tools.rng import seeded
 from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, held
@@ -326,7 +326,7 @@ def _check_settings(path: str | os.PathLike[str], saved: Mapping[str, Any], curr
     for name in [*current, *saved]:
         if saved.get(name) != current.get(name):
             raise ValueError(
-                f"checkpoint {os.fspath(path)!r} is of another run: {name} is {saved.get(name)} in it and "
-                f"{current.get(name)} here. "
+                f"checkpoint {os.fspath(path)!r} is of another run: {name} is {shortened(saved.get(name))} in it and "
+                f"{shortened(current.get(name))} here. "
                 f"Pass another path, or delete the file to start anew."
             )

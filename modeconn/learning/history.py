@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import dataclass, field
 from typing import Any
 
+from modeconn.tools.door import check_settings
+
 
 @dataclass(frozen=True)
 class History:
@@ -23,3 +25,6 @@ class History:
     seconds: float = 0.0
     turns: list[dict[str, Any]] = field(default_factory=list)
     values: list[dict[str, float]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        check_settings(self)

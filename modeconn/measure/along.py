@@ -16,7 +16,7 @@ from torch import Tensor
 from modeconn import plot
 from modeconn.tools import provenance
 from modeconn.tools.checks import there_are
-from modeconn.tools.door import check, looked_at
+from modeconn.tools.door import check, looked_at, shortened
 from modeconn.tools.json_files import KIND, from_json, numbers, to_json
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
@@ -200,7 +200,7 @@ class AlongCurve:
             result._check()
             repr(result)  # a result that cannot be shown holds something else than was written
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"this is no {found.__name__} ({type(error).__name__}: {error}).") from None
+            raise ValueError(f"this is no {found.__name__} ({type(error).__name__}: {shortened(error)}).") from None
         provenance.keep(result, record.get(provenance.ATTRIBUTE))
         return result
 

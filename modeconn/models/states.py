@@ -24,6 +24,7 @@ _COMPILED = "_orig_mod."  # what torch.compile puts in front of names, wherever 
 _EXTRA = "_extra_state"
 _COUNTERS = ("num_batches_tracked",)  # which torch lets be missing, too
 _SHOWN = 10
+_ODD = (TypeError, AttributeError)  # what a damaged pickle may end in, too
 _PLAIN_CLASSES = [argparse.Namespace, pathlib.PosixPath, pathlib.PureWindowsPath, np.dtype, np.ndarray]
 """Classes that checkpoints often hold beside tensors, and that run nothing when they are read."""
 
@@ -39,15 +40,9 @@ def states_of_pickle(path: Path) -> dict[str, State]:
             content = _loaded(path)
     except torch.OutOfMemoryError:
         raise
-    except (
-        pickle.UnpicklingError,
-        RuntimeError,
-        EOFError,
-        ValueError,
-        LookupError,
-        TypeError,
-        AttributeError,
-    ) as error:
+    except (FileNotFoundError, PermissionError):
+        raise
+    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, *_ODD) as error:
         lines = str(error).splitlines() or [type(error).__name__]
         raise ValueError(
             f"{str(path)!r} is damaged, or holds more than tensors and plain values, which could run code "

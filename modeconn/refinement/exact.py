@@ -21,7 +21,6 @@ from modeconn.network.loss import TrainingData
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, number_of
-from modeconn.tools.door import check_settings
 from modeconn.tools.rng import seeded
 
 _SUFFICIENT = 1e-4  # the share of the linear decrease that a step must reach (Armijo)
@@ -153,7 +152,6 @@ class Descent:
         self._points.copy_(tensors["control_points"])
         self._bend, self._held = (tensors[name].to(self._points.device) for name in ("bend", "held"))
         self.history = History(about["loss"], [], about["seconds"], about["turns"], about["values"])
-        check_settings(self.history)
         self._rate, self._is_stopped = about["rate"], about["is_stopped"]
 
 

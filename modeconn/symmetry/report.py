@@ -14,6 +14,7 @@ from modeconn.symmetry.findings import UnknownOperator
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.kinds import KINDS
 from modeconn.tools import provenance
+from modeconn.tools.door import shortened
 from modeconn.tools.json_files import KIND, from_json, to_json
 from modeconn.tools.table import html_table
 
@@ -120,7 +121,7 @@ class SymmetryReport:
             found = cls(groups, record["log10_size"], record["share_moving"], fixed, tuple(record["unread"]), unknown)
             repr(found)  # a report that cannot be shown holds something else than was written
         except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"this is no report of symmetries ({type(error).__name__}: {error}).") from None
+            raise ValueError(f"this is no report of symmetries ({type(error).__name__}: {shortened(error)}).") from None
         provenance.keep(found, record.get(provenance.ATTRIBUTE))
         return found
 

@@ -27,7 +27,7 @@ from modeconn.symmetry.structure import Structure
 from modeconn.symmetry.verify import verify
 from modeconn.symmetry.walk import Rule
 from modeconn.tools import files, provenance
-from modeconn.tools.door import check, check_settings, checked, looked_at
+from modeconn.tools.door import check, check_settings, checked, looked_at, shortened
 
 FORMAT = 1
 _LARGEST = 2**28  # units of a group, whose relabelling takes eight bytes each
@@ -287,7 +287,7 @@ class PermutationSpec(Findings):
         except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
             if isinstance(error, ValueError) and "spec" in str(error):
                 raise
-            raise ValueError(f"this is no permutation spec: {type(error).__name__} {error}") from None
+            raise ValueError(f"this is no permutation spec: {type(error).__name__} {shortened(error)}") from None
 
     def _check_consistency(self) -> None:
         """Raise unless what was read fits together, and the memory of a relabelling is what a model may need."""

@@ -208,6 +208,12 @@ def shown(name: str, value: Any) -> str:
     return f"{name}={text}" if len(text) <= 60 and "\n" not in text else f"a {type(value).__name__}"
 
 
+def shortened(text: Any, length: int = 300) -> str:
+    """Return a text, or that of a value, for a sentence: what is longer loses its middle."""
+    text = str(text)
+    return text if len(text) <= length else f"{text[: length // 2]} ... {text[-length // 2 :]}"
+
+
 def checked(function: F) -> F:
     """Check the arguments of a public function against its annotations, and let its result say how it was made."""
     signature = inspect.signature(function)
