@@ -203,7 +203,6 @@ class Connection(Measurable):
             )
             history = None if about["history"] is None else History(**about["history"])
             found = cls(between, permutation=unpack(tensors, about, MOVED), history=history)
-            repr(found)  # a curve that cannot be shown holds something else than was written
         provenance.keep(found, about.get(provenance.ATTRIBUTE))
         return found
 

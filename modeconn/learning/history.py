@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 from modeconn.tools.door import check_settings
+
+_ENTRIES: dict[str, type] = {"loss": Real, "loss_by_t": list, "turns": dict, "values": dict}
 
 
 @dataclass(frozen=True)
@@ -28,3 +31,7 @@ class History:
 
     def __post_init__(self) -> None:
         check_settings(self)
+        for name in ("loss", "loss_by_t", "turns", "values"):
+            entries = getattr(self, name)
+            if not all(isinstance(entry, _ENTRIES[name]) for entry in entries):
+                raise ValueError(f"{name} must hold one {_ENTRIES[name].__name__.lower()} each, got {entries!r:.80}.")
