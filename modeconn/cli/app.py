@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import csv
+import os
+import re
 import shlex
 import sys
 from collections.abc import Sequence
@@ -18,7 +21,7 @@ import modeconn
 from modeconn import Connection, Recipe, models, plot
 from modeconn.cli import deep_align, options, parse
 from modeconn.cli import demo as story
-from modeconn.cli.files import CORRELATIONS, describe_file, draw_files, made_by_of
+from modeconn.cli.files import CORRELATIONS, describe_file, draw_files, is_network, made_by_of
 from modeconn.cli.options import (
     AdversaryOptions,
     DataOptions,
@@ -30,13 +33,17 @@ from modeconn.cli.options import (
 )
 from modeconn.cli.options import bars as _bars
 from modeconn.measure.along import AlongCurve
+from modeconn.measure.meter import Meter, fetch
+from modeconn.network.batches import in_order
+from modeconn.network.weights import device_of
 from modeconn.tools import program, provenance
 from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.progress import bars as progress_bars
 from modeconn.tools.writing import check_writable
 
-_INTERRUPTED, _TERMINATED = 130, 143  # 128 + SIGINT and 128 + SIGTERM, as shells have it
+_STDOUT = Path("-")
+_INTERRUPTED, _BROKEN_PIPE, _TERMINATED = 130, 141, 143  # 128 + SIGINT, SIGPIPE and SIGTERM, as shells have it
 
 
 class _Group(TyperGroup):
@@ -50,8 +57,11 @@ class _Group(TyperGroup):
     def invoke(self, context: Any) -> Any:
         try:
             return super().invoke(context)
+        except BrokenPipeError:  # whoever reads the output has seen enough
+            sys.stdout = open(os.devnull, "w")  # until the process ends, which would write to it
+            raise typer.Exit(_BROKEN_PIPE) from None
         except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-            say(f"error: {error}")
+            say(f"error: {_in_options(str(error), context)}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             say("interrupted.")
@@ -68,6 +78,34 @@ app = typer.Typer(
     help="Connect independently trained neural networks by curves of low loss.\n\nBegin with: modeconn demo",
 )
 app.add_typer(deep_align.app, name="deepalign")
+
+
+_OPTIONS = {
+    "num_points": "--points",
+    "num_examples": "--examples",
+    "num_steps": "--steps",
+    "template": "--model",
+    "example_input": "--input-shape",
+    "curve": "--curve-class",
+    "loader": "--data",
+}
+"""What the command line calls arguments of the library that have another name there."""
+
+
+def _in_options(message: str, context: Any) -> str:
+    """Return an error of the library with the options of the command at work in place of Python's arguments."""
+    command = getattr(context, "command", None)
+    named = command.get_command(context, context.invoked_subcommand or "") if hasattr(command, "get_command") else None
+    own = {name for parameter in getattr(named, "params", ()) for name in parameter.opts}
+    names = {name.removeprefix("--").replace("-", "_"): name for name in own} | _OPTIONS
+    for name, option in names.items():
+        if option not in own:
+            continue
+        message = re.sub(rf"(?<![\w.-]){name}=(?=[^\s,.;)])", f"{option} ", message)
+        message = re.sub(rf"(?<![\w.-]){name}=", option, message)
+        if "_" in name:
+            message = re.sub(rf"(?<![\w.'-]){name}(?![\w='])", option, message)
+    return message
 
 
 def _show_version(wanted: bool) -> None:
@@ -103,7 +141,8 @@ def _check_outputs(*paths: Path | None) -> None:
 
 def _legend(files: list[Path], labels: str | None) -> list[str] | None:
     if labels is not None:
-        return labels.split(",")
+        (row,) = csv.reader([labels], skipinitialspace=True)
+        return row
     return None if len(files) == 1 else [path.stem for path in files]
 
 
@@ -112,19 +151,31 @@ def _training_and_measured(data: DataOptions, on: str) -> tuple[Any, Any]:
     if on not in ("train", "test"):
         raise ValueError(f"--on must be train or test, got {on!r}.")
     train_loader, test_loader = data.load()
-    return train_loader, train_loader.in_order() if on == "train" else test_loader
+    return train_loader, in_order(train_loader) if on == "train" else test_loader
 
 
 def _connection(path: Path, template: nn.Module | None, curve_class: str | None, device: str) -> Connection:
     kind = None if curve_class is None else parse.imported(curve_class)
+    if template is None:
+        parse.enter_factory(path)
     return Connection.load(path, template, curve=kind, device=device)
+
+
+def _evaluated(network: nn.Module, measured: Any) -> modeconn.Profile:
+    """Return loss and accuracy of one network, with the statistics it came with."""
+    meter = Meter(fetch(measured, device_of(network)), modeconn.cross_entropy)
+    meter.measure(network)
+    found, here = meter.results(), torch.zeros(1, dtype=torch.float64)
+    return modeconn.Profile(here, found.loss, found.accuracy, None, num_examples=meter.num_examples)
 
 
 def _result_files(base: Path, out: Path | None, *, overwrite: bool) -> list[Path]:
     """Return the JSON and the CSV file whose names begin with ``out``, or by default with ``base``.
 
-    They can be written, and under a default name there is no result of another command yet.
+    They can be written, and under a default name there is no result of another command yet. ``-`` means no files.
     """
+    if out == _STDOUT:
+        return []
     base = base if out is None else out
     results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
     _check_outputs(*results)
@@ -144,7 +195,10 @@ def _check_own(result: Path) -> None:
 
 
 def _write_result(found: AlongCurve, results: list[Path]) -> None:
-    """Write a result along a curve as JSON and CSV, and say so."""
+    """Write a result along a curve as JSON and CSV, and say so; without files, print the JSON alone."""
+    if not results:
+        typer.echo(found.to_json(), nl=False)
+        return
     found.to_json(results[0])
     found.to_csv(results[1])
     typer.echo(repr(found))
@@ -152,7 +206,8 @@ def _write_result(found: AlongCurve, results: list[Path]) -> None:
 
 
 def _one_line(profile: modeconn.Profile) -> str:
-    return f"loss {profile.own_loss[0]:.4f}, accuracy {profile.own_accuracy[0]:.2%}"
+    accuracy = "" if profile.own_accuracy is None else f", accuracy {profile.own_accuracy[0]:.2%}"
+    return f"loss {profile.own_loss[0]:.4f}{accuracy}"
 
 
 def _versions() -> str:
@@ -313,7 +368,8 @@ def align(
     chosen = _under_attack(None if method is None else parse.method(method), adversary.opponent())
     loader, _ = data.load_if_given()
     networks = shape.read((a, b), loader, data.device)
-    found = modeconn.align(*networks, loader, method=chosen, progress=_bars(progress))
+    how = {"method": chosen, "example_input": shape.example(), "progress": _bars(progress)}
+    found = modeconn.align(*networks, loader, **how)
     models.save(found.model_b, out)
     if permutation is not None:
         found.permutation.save(permutation)
@@ -349,7 +405,8 @@ def merge(
     chosen, first = parse.method(method), None if start is None else parse.method(start)
     loader, test = data.load_if_given()
     loaded = shape.read(networks, loader, data.device)
-    found = modeconn.merge_many(loaded, loader, method=chosen, start=first, repair=repair, seed=seed)
+    how = {"method": chosen, "start": first, "repair": repair, "seed": seed, "example_input": shape.example()}
+    found = modeconn.merge_many(loaded, loader, **how)
     models.save(found.model, out)
     typer.echo(repr(found))
     if test is not None:
@@ -437,9 +494,10 @@ def evaluate(
     curve_class: options.CurveClass = None,
     progress: options.Progress = None,
 ) -> None:
-    """Measure loss and accuracy along a connection.
+    """Measure loss and accuracy along a connection, or of one network.
 
-    Batch norm is recalibrated at every point on training data. Prints a table, and writes all points as JSON and CSV.
+    Batch norm is recalibrated at every point on training data; a network alone keeps its statistics. Prints a table,
+    and writes all points as JSON and CSV, or with --out - as JSON to standard output.
 
     For example:
 
@@ -448,7 +506,12 @@ def evaluate(
     own = connection.with_name(connection.stem if on == "test" else f"{connection.stem}.{on}")
     results = _result_files(own, out, overwrite=overwrite)
     train_loader, measured = _training_and_measured(data, on)
-    loaded = _connection(connection, shape.template(train_loader), curve_class, data.device)
+    template = shape.template(train_loader)
+    if is_network(connection):
+        network = options.read_network(connection, template, shape.entry).to(data.device)
+        _write_result(_evaluated(network, measured), results)
+        return
+    loaded = _connection(connection, template, curve_class, data.device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=train_loader, progress=_bars(progress))
     _write_result(profile, results)
 
@@ -480,7 +543,8 @@ def robustness(
     ] = "clean",
     transfer: Annotated[bool, typer.Option(help="Whether to try what is found at each t at all others too.")] = False,
     out: Annotated[
-        Path | None, typer.Option(help="Folder for NAME.robust.json, .csv and .png; default: the connection's own.")
+        Path | None,
+        typer.Option(help="Folder for NAME.robust.json, .csv and .png; default: that of each file. - prints JSON."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
     overwrite: options.Overwrite = False,
@@ -506,46 +570,53 @@ def robustness(
             --attack pgd20 --attack autoattack --eps 8/255 \
             --points 3 --examples 200
     """
-    from matplotlib.figure import Figure
-
     radius, ball = parse.number(eps), None if norm is None else parse.norm(norm)
     attacks = {text: modeconn.attacks.build(text, eps=radius, norm=ball) for text in attack}
     if statistics not in ("clean", "adversarial"):
         raise ValueError(f"--statistics must be clean or adversarial, got {statistics!r}.")
-    bases = [(out or path.parent) / f"{path.stem}.robust" for path in connections]
-    results = [[base.with_name(f"{base.name}.{ending}") for ending in ("json", "csv", "png")] for base in bases]
+    if out == _STDOUT and len(connections) > 1:
+        raise ValueError(f"--out - prints one result, but there are {len(connections)} files.")
+    endings = () if out == _STDOUT else ("json", "csv", "png")
+    bases = [(out if out and endings else path.parent) / f"{path.stem}.robust" for path in connections]
+    results = [[base.with_name(f"{base.name}.{ending}") for ending in endings] for base in bases]
     _check_outputs(*(file for written in results for file in written))
-    for written in results if not overwrite else ():
+    for written in results if endings and not overwrite else ():
         _check_own(written[0])
     loaders = data.load()
-    template = shape.template(loaders[0])
-    training: Any = loaders[0]
+    template, training = shape.template(loaders[0]), loaders[0]
     if statistics == "adversarial":
         training = modeconn.AdversarialExamples(training, modeconn.attacks.build("pgd5", eps=radius, norm=ball))
     for path, base, written in zip(connections, bases, results, strict=True):
         kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
         with Records(kept):  # another file than a checkpoint is refused here, before anything is said of it
             pass
-        loaded = _connection(path, template, curve_class, data.device)
+        how = {"num_examples": examples, "checkpoint": kept, "seed": seed, "progress": _bars(progress)}
         with kept_until_done(kept, is_own=checkpoint is not None):
-            found = loaded.robustness(
-                loaders[1],
-                attacks,
-                num_points=points,
-                num_examples=examples,
-                recalibrate=training,
-                transfer=transfer,
-                checkpoint=kept,
-                seed=seed,
-                progress=_bars(progress),
-            )
-            found.to_json(written[0])
-            found.to_csv(written[1])
-            figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-            plot.robust_profile(found, ax=figure.subplots())
-            options.save_figure(figure, written[2])
-        typer.echo(f"{path}: {found!r}")
-        typer.echo(f"Wrote {', '.join(map(str, written))}")
+            if is_network(path):
+                network = options.read_network(path, template, shape.entry).to(data.device)
+                found = modeconn.robustness(network, loaders[1], attacks, **how)
+            else:
+                along = {"num_points": points, "recalibrate": training, "transfer": transfer}
+                loaded = _connection(path, template, curve_class, data.device)
+                found = loaded.robustness(loaders[1], attacks, **along, **how)
+            _write_robust_profile(found, path, written)
+
+
+def _write_robust_profile(found: modeconn.RobustProfile, path: Path, written: list[Path]) -> None:
+    """Write a result as JSON, CSV and a figure, and say so; without files, print the JSON alone."""
+    from matplotlib.figure import Figure
+
+    if not written:
+        typer.echo(found.to_json(), nl=False)
+        return
+    found.to_json(written[0])
+    found.to_csv(written[1])
+    if len(found.t) > 1:
+        figure = Figure(figsize=(5.4, 3.6), layout="constrained")
+        plot.robust_profile(found, ax=figure.subplots())
+        options.save_figure(figure, written[2])
+    typer.echo(f"{path}: {found!r}")
+    typer.echo(f"Wrote {', '.join(map(str, written if len(found.t) > 1 else written[:2]))}")
 
 
 @app.command()
@@ -602,7 +673,7 @@ def compare(
     data: DataOptions,
     shape: ModelOptions,
     recipe: RecipeOptions,
-    out: Annotated[Path, typer.Option(help="JSON file; a CSV file is written beside it.")],
+    out: Annotated[Path, typer.Option(help="JSON file; a CSV file is written beside it. - prints the JSON.")],
     method: Annotated[
         list[str],
         typer.Option(help=f"{options.METHOD}; a row each, may be repeated."),
@@ -634,9 +705,9 @@ def compare(
             "--optimizer, --schedule and --weight-decay are for curves; say with --epochs how long to fit."
         )
     methods, shape_of_curve = {name: parse.method(name) for name in method}, parse.curve(curve)
-    table = out.with_suffix(".csv")
-    kept = checkpoint or out.with_name(out.name + ".checkpoint")
-    _check_outputs(out, table, kept)
+    written = [] if out == _STDOUT else [out, out.with_suffix(".csv")]
+    kept = checkpoint or out.with_name("comparison.checkpoint" if out == _STDOUT else out.name + ".checkpoint")
+    _check_outputs(*written, kept)
     loaders = data.load()
     loaded = shape.read(networks, loaders[0], data.device)
     with kept_until_done(kept, is_own=checkpoint is not None):
@@ -652,10 +723,13 @@ def compare(
             seed=seed,
             progress=_bars(progress),
         )
-        found.to_json(out)
-        found.to_csv(table)
+        if not written:
+            typer.echo(found.to_json(), nl=False)
+            return
+        found.to_json(written[0])
+        found.to_csv(written[1])
     typer.echo(repr(found))
-    typer.echo(f"Wrote {out}, {table}")
+    typer.echo(f"Wrote {', '.join(map(str, written))}")
 
 
 @app.command(name="plot")
@@ -669,7 +743,10 @@ def draw(
             show_default=False,
         ),
     ] = None,
-    labels: Annotated[str | None, typer.Option(help="Names for the legend, with commas between them.")] = None,
+    labels: Annotated[
+        str | None,
+        typer.Option(help="Names for the legend, with commas between them; one with a comma in it in double quotes."),
+    ] = None,
 ) -> None:
     r"""Draw files of one kind.
 

@@ -67,6 +67,15 @@ def made_by_of(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
+def is_network(path: Path) -> bool:
+    """Whether a file holds one network: one that modeconn wrote, or a state dict of another program."""
+    with path.open("rb") as file:
+        begin = file.read(4096)
+    if not _is_safetensors(begin, path.stat().st_size):
+        return begin.startswith(_PICKLES)
+    return not files.is_ours(path) or files.read(path)[1]["kind"] == "model"
+
+
 def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str | None, ax: Axes) -> None:
     """Draw results along curves, correlations of alignments or training losses, all of one kind, or one comparison."""
     read = [_read(path) for path in paths]

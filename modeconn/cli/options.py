@@ -46,6 +46,16 @@ ModelArguments = Annotated[
     list[str] | None,
     _option("Model", "For its factory; may be repeated.", "--model-arg", metavar="KEY=VALUE"),
 ]
+InputShape = Annotated[
+    list[str] | None,
+    _option(
+        "Model",
+        "Shape of an example input where neither data nor model says it, such as 2,3,224,224 or 2,16:int64; repeat it "
+        "for several inputs.",
+        "--input-shape",
+        metavar="N,C,H,W[:DTYPE]",
+    ),
+]
 Progress = Annotated[bool | None, typer.Option(help="Whether to show progress bars; default: in a terminal.")]
 
 
@@ -105,8 +115,13 @@ def kept_until_done(path: Path, *, is_own: bool) -> Iterator[None]:
 class DataOptions:
     """Which data to load, how much of it, and where to."""
 
-    data: Annotated[str, _option("Data", f"Data set: {', '.join(data.names())}.")]
+    data: Annotated[
+        str, _option("Data", f"Data set: {', '.join(data.names())}; or package.module:factory of two loaders.")
+    ]
     root: Annotated[Path | None, _option("Data", "Folder of its files; digits need none.")] = None
+    data_arg: Annotated[
+        list[str] | None, _option("Data", "For the factory of --data; may be repeated.", metavar="KEY=VALUE")
+    ] = None
     batch_size: Annotated[int | None, _option("Data", "Default 64 for digits, 128 for images.")] = None
     augment: Annotated[bool, _option("Data", "Whether to augment training images.")] = True
     train_examples: Annotated[int | None, _option("Data", "Train on so many, drawn with --data-seed.")] = None
@@ -114,9 +129,25 @@ class DataOptions:
     data_seed: Annotated[int, _option("Data", "Which examples are drawn; the split of digits.")] = 0
     device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu"
 
-    def load(self) -> tuple[TensorLoader, TensorLoader]:
+    def load(self) -> tuple[Any, Any]:
         """Return training and test data."""
-        train, test = data.load(
+        train, test = self._made() if ":" in self.data else self._known()
+        parts = (("train", train, self.train_examples), ("test", test, self.test_examples))
+        return tuple(self._draw(name, loader, count) for name, loader, count in parts)
+
+    def _made(self) -> tuple[Any, Any]:
+        """Return what a factory of the user's own makes."""
+        if self.root is not None or self.batch_size is not None:
+            raise ValueError(
+                f"--root and --batch-size are for the data sets of modeconn; tell {self.data} by --data-arg KEY=VALUE."
+            )
+        loaders = parse.make_data(self.data, parse.settings(self.data_arg))
+        return tuple(one.to(self.device) if isinstance(one, TensorLoader) else one for one in loaders)
+
+    def _known(self) -> tuple[TensorLoader, TensorLoader]:
+        if self.data_arg:
+            raise ValueError("--data-arg is for the factory of --data package.module:factory.")
+        return data.load(
             self.data,
             self.root,
             batch_size=self.batch_size,
@@ -124,16 +155,16 @@ class DataOptions:
             seed=self.data_seed,
             device=self.device,
         )
-        parts = (("train", train, self.train_examples), ("test", test, self.test_examples))
-        return tuple(self._draw(name, loader, count) for name, loader, count in parts)
 
-    def load_if_given(self) -> tuple[TensorLoader | None, TensorLoader | None]:
+    def load_if_given(self) -> tuple[Any, Any]:
         """Return training and test data, or twice None if no data was named."""
         return (None, None) if self.data is None else self.load()
 
-    def _draw(self, name: str, loader: TensorLoader, count: int | None) -> TensorLoader:
+    def _draw(self, name: str, loader: Any, count: int | None) -> Any:
         if count is None:
             return loader
+        if not isinstance(loader, TensorLoader):
+            raise ValueError(f"--{name}-examples is for a modeconn.data.TensorLoader, {self.data} made another loader.")
         if not 1 <= count <= loader.num_examples:
             raise ValueError(f"--{name}-examples must lie in 1..{loader.num_examples}, got {count}.")
         order = torch.randperm(loader.num_examples, generator=torch.Generator().manual_seed(self.data_seed))
@@ -158,8 +189,16 @@ class ModelOptions:
         str | None, _option("Model", "Of files that do not say it: a model of the zoo, or package.module:factory.")
     ] = None
     model_arg: ModelArguments = None
+    entry: Annotated[
+        str | None, _option("Model", "Which state dict of files of torch.save that hold several.", metavar="NAME")
+    ] = None
+    input_shape: InputShape = None
 
-    def template(self, train: TensorLoader | None) -> nn.Module | None:
+    def example(self) -> tuple[torch.Tensor, ...] | None:
+        """Return an example input, if its shape was given."""
+        return None if self.input_shape is None else tuple(map(parse.example_input, self.input_shape))
+
+    def template(self, train: Any) -> nn.Module | None:
         """Return a model of the architecture, if it was given."""
         if self.model is not None:
             return parse.make_model(self.model, parse.settings(self.model_arg), train)
@@ -167,10 +206,17 @@ class ModelOptions:
             raise ValueError("--model-arg is for the factory of --model, which is missing.")
         return None
 
-    def read(self, paths: Iterable[Path], train: TensorLoader | None, device: str) -> list[nn.Module]:
+    def read(self, paths: Iterable[Path], train: Any, device: str) -> list[nn.Module]:
         """Return the networks of files."""
         template = self.template(train)
-        return [models.load(path, template).to(device) for path in paths]
+        return [read_network(path, template, self.entry).to(device) for path in paths]
+
+
+def read_network(path: Path, template: nn.Module | None, entry: str | None = None) -> nn.Module:
+    """Return the network of a file, also of one that a factory of the user's own made, if the file says it."""
+    if template is None:
+        parse.enter_factory(path)
+    return models.load(path, template, entry=entry)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,8 @@ from modeconn.curves import Curve
 from modeconn.data import TensorLoader
 from modeconn.deep_align import WeightAugmentation
 from modeconn.matching import Method
-from modeconn.network import recipe
+from modeconn.network import recipe, registry
+from modeconn.tools import files
 from modeconn.tools.checks import there_are
 from modeconn.tools.door import hints_of
 from modeconn.tools.rng import seeded
@@ -202,7 +203,58 @@ def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     return result
 
 
-def make_model(name: str, arguments: Mapping[str, Any], train: TensorLoader | None, *, seed: int = 0) -> nn.Module:
+def make_data(name: str, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
+    """Call a factory ``package.module:function`` that returns the loaders to train and to measure on."""
+    factory = imported(name)
+    try:
+        inspect.signature(factory).bind(**arguments)
+    except TypeError as error:
+        raise ValueError(f"data {name!r} cannot be made: {error}. Pass --data-arg KEY=VALUE.") from None
+    loaders = _called(name, factory, arguments)
+    if not isinstance(loaders, (tuple, list)) or len(loaders) != 2:
+        raise ValueError(f"{name} must return two loaders, to train and to measure on, got {type(loaders).__name__}.")
+    return loaders[0], loaders[1]
+
+
+def _called(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]) -> Any:
+    """Call a factory; what one of the user's own raises is told with its name."""
+    if ":" not in name:
+        return factory(**arguments)
+    try:
+        return factory(**arguments)
+    except Exception as error:
+        raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
+
+
+def enter_factory(path: Path) -> None:
+    """Let a file be read whose model a factory of the user's own made, by the name that it holds.
+
+    Raises:
+        ValueError: If what the file names cannot be imported, or does not say of itself that it makes models.
+    """
+    try:
+        if not files.is_ours(path):
+            return
+        described = files.read(path)[1].get("model")
+    except ValueError:
+        return  # whoever reads the file says what is wrong with it
+    name = described[0] if isinstance(described, list) and described else None
+    if not isinstance(name, str) or ":" not in name or registry.is_known(name):
+        return
+    module = name.partition(":")[0]
+    found = None if module.partition(".")[0] in sys.stdlib_module_names else imported(name)
+    result = (
+        found if inspect.isclass(found) else getattr(found, "__annotations__", {}) and hints_of(found).get("return")
+    )
+    if not (inspect.isclass(result) and issubclass(result, nn.Module)):
+        raise ValueError(
+            f"{str(path)!r} says that {name} made its model, which is neither a torch.nn.Module nor a function "
+            f"annotated to return one, so it is not called. Say it yourself: --model {name}."
+        )
+    registry.enter(name, found)
+
+
+def make_model(name: str, arguments: Mapping[str, Any], train: Any, *, seed: int = 0) -> nn.Module:
     """Build a model of the zoo, or of a factory ``package.module:function``.
 
     Args:
@@ -215,16 +267,20 @@ def make_model(name: str, arguments: Mapping[str, Any], train: TensorLoader | No
     zoo = {known: getattr(models, known) for known in models.names()}
     factory = imported(name) if ":" in name else _look_up(name, zoo, "model")
     known = inspect.signature(factory).parameters
-    facts = {} if train is None else {key: value for key, value in _facts(train).items() if key in known}
-    if "seed" in known:
-        facts["seed"] = seed
+    facts = {key: value for key, value in _facts(train).items() if key in known}
+    seeds = {"seed": seed} if "seed" in known else {}
     try:
-        inspect.signature(factory).bind(**{**facts, **arguments})
+        inspect.signature(factory).bind(**{**facts, **seeds, **arguments})
     except TypeError as error:
         raise ValueError(f"model {name!r} cannot be made: {error}. Pass --model-arg KEY=VALUE.") from None
     _check_lists(factory, arguments)
     with seeded(seed):
-        return factory(**{**facts, **arguments})
+        model = _called(name, factory, {**facts, **seeds, **arguments})
+    if ":" in name:
+        if not isinstance(model, nn.Module):
+            raise ValueError(f"{name} must return a torch.nn.Module, got {type(model).__name__}.")
+        registry.remember(model, name, {**facts, **arguments})
+    return model
 
 
 def _check_lists(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -238,8 +294,10 @@ def _check_lists(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> N
             )
 
 
-def _facts(train: TensorLoader) -> dict[str, Any]:
-    """Return what data says of a model, under the names that the zoo's factories use."""
+def _facts(train: Any) -> dict[str, Any]:
+    """Return what data says of a model, under the names that the zoo's factories use; nothing of foreign loaders."""
+    if not isinstance(train, TensorLoader):
+        return {}
     shape = train.input_shape
     is_image = len(shape) == 3
     return {

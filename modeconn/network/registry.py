@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 import inspect
+import json
 from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
@@ -17,6 +19,7 @@ from modeconn.tools.rng import seeded
 P = ParamSpec("P")
 M = TypeVar("M", bound=nn.Module)
 
+_TENSORS = ("mean", "std")  # what the command line takes from data, as tensors
 _FACTORIES: dict[str, Callable[..., nn.Module]] = {}
 
 
@@ -46,6 +49,31 @@ def factory(make: Callable[P, M]) -> Callable[P, M]:
     return make_seeded
 
 
+def enter(name: str, make: Callable[..., nn.Module]) -> None:
+    """Let files be read whose model ``make`` made, which they know as ``name``, such as "package.module:factory"."""
+
+    def made(**arguments: Any) -> nn.Module:
+        tensors = {key: torch.tensor(value) for key, value in arguments.items() if key in _TENSORS}
+        model = make(**arguments | tensors)
+        remember(model, name, arguments)
+        return model
+
+    _FACTORIES[name] = made
+
+
+def is_known(name: str) -> bool:
+    """Whether `build` knows a name."""
+    return name in _FACTORIES
+
+
+def remember(model: nn.Module, name: str, arguments: Mapping[str, Any]) -> None:
+    """Let a model know which factory of the user's own made it, if its arguments go through JSON."""
+    plain = {key: _json_value(value) for key, value in arguments.items()}
+    with contextlib.suppress(TypeError, ValueError):
+        if json.loads(json.dumps(plain)) == plain:
+            model.zoo_entry = (name, plain)
+
+
 def _check_counts(name: str, given: int | Sequence[int]) -> None:
     """Raise unless a number of channels, classes or units is at least 1, and so each of several."""
     if any(count < 1 for count in ([given] if isinstance(given, Integral) else given)):
@@ -70,7 +98,7 @@ def names() -> tuple[str, ...]:
         >>> "tinyten" in models.names()
         True
     """
-    return tuple(sorted(_FACTORIES))
+    return tuple(sorted(name for name in _FACTORIES if ":" not in name))
 
 
 def build(name: str, **arguments: Any) -> nn.Module:
@@ -80,6 +108,8 @@ def build(name: str, **arguments: Any) -> nn.Module:
         ValueError: If the zoo has no model of that name, the model no such argument, or an argument makes no sense.
     """
     check("name", name, str)
+    if name not in _FACTORIES and ":" in name:
+        raise ValueError(f"the model was made by {name}, which files do not call. Pass template=, a model made by it.")
     if name not in _FACTORIES:
         raise ValueError(f"the zoo has no model {name!r}; it has {', '.join(names())}.")
     try:

@@ -493,6 +493,143 @@ def test_a_file_whose_header_is_as_long_as_a_brace_is_no_json(tmp_path):
     assert run("info", tmp_path / "m").stdout.startswith(f"{tmp_path / 'm'}: model")
 
 
+OWN = """
+import torch
+from torch import nn
+from torch.utils.data import DataLoader, TensorDataset
+
+
+def data(n: int = 60):
+    x = torch.rand(n, 5, generator=torch.Generator().manual_seed(0))
+    found = TensorDataset(x, (x.sum(1) * 1.2).long() % 3)
+    return DataLoader(found, batch_size=16, shuffle=True), DataLoader(found, batch_size=16)
+
+
+def net(width: int = 8, num_classes: int = 3) -> nn.Module:
+    return nn.Sequential(nn.Linear(5, width), nn.BatchNorm1d(width), nn.ReLU(), nn.Linear(width, num_classes))
+
+
+def quiet(width: int = 8):
+    return net(width)
+
+
+def broken():
+    import nothing_here
+
+
+def one():
+    return [1]
+"""
+
+
+@pytest.fixture(scope="module")
+def own(tmp_path_factory):
+    """A folder with a module of the user's own, and two networks and a connection made with it."""
+    folder = tmp_path_factory.mktemp("own")
+    (folder / "mine_of_the_test.py").write_text(OWN)
+    sys.path.insert(0, str(folder))
+    for seed in (1, 2):
+        made = ("--model", "mine_of_the_test:net", "--model-arg", "width=6", "--seed", seed)
+        run("train", folder / f"{seed}.st", *OWN_DATA, *made, "--epochs", 1)
+    run("fit", folder / "1.st", folder / "2.st", *OWN_DATA, "--out", folder / "c.st", "--epochs", 1)
+    yield folder
+    sys.path.remove(str(folder))
+
+
+OWN_DATA = ("--data", "mine_of_the_test:data", "--data-arg", "n=90")
+
+
+def test_own_data_and_models_need_to_be_said_once(own):
+    assert "mine_of_the_test:net(width=6" in run("info", own / "1.st").stdout
+    assert "Profile(3 points, 90 examples" in run("evaluate", own / "c.st", *OWN_DATA, "--points", 3).stdout
+    shape = ("--input-shape", "2,5")
+    run("align", own / "1.st", own / "2.st", "--method", "weight", "--out", own / "al.st", *shape)
+    run("merge", own / "1.st", own / "2.st", "--method", "weight", "--out", own / "m.st", *OWN_DATA)
+    with pytest.raises(ValueError, match=r"made by mine_of_the_test:never, which files do not call. Pass template="):
+        models.build("mine_of_the_test:never")
+
+
+def test_what_does_not_say_that_it_makes_models_is_not_called_by_a_file(own, tmp_path):
+    for name in ("mine_of_the_test:quiet", "os:system", "subprocess:run"):
+        network = models.load(own / "1.st")
+        network.zoo_entry = (name, {"width": 6})
+        models.save(network, tmp_path / "n.st")
+        result = run("evaluate", tmp_path / "n.st", *OWN_DATA, code=1)
+        assert "so it is not called. Say it yourself: --model" in result.stderr
+    run("evaluate", tmp_path / "n.st", *OWN_DATA, "--model", "mine_of_the_test:net", "--model-arg", "width=6")
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--data", "mine_of_the_test:broken"), "mine_of_the_test:broken fails: ModuleNotFoundError: No module named"),
+        (("--data", "mine_of_the_test:one"), "mine_of_the_test:one must return two loaders"),
+        (("--data", "mine_of_the_test:none"), "cannot import 'mine_of_the_test:none'"),
+        (("--data", "nowhere:data"), "cannot import 'nowhere:data': ModuleNotFoundError: No module named 'nowhere'"),
+        (("--data", "mine_of_the_test:data", "--data-arg", "m=3"), "Pass --data-arg KEY=VALUE"),
+        ((*OWN_DATA, "--batch-size", 3), "--root and --batch-size are for the data sets of modeconn"),
+        (("--data", "digits", "--data-arg", "m=3"), "--data-arg is for the factory of --data package.module:factory"),
+        ((*OWN_DATA, "--test-examples", 3), "--test-examples is for a modeconn.data.TensorLoader"),
+        ((*OWN_DATA, "--device", "nowhere"), "got --device 'nowhere'"),
+        ((*OWN_DATA, "--model", "mine_of_the_test:broken"), "mine_of_the_test:broken fails: ModuleNotFoundError"),
+        (
+            (*OWN_DATA, "--model", "mine_of_the_test:one"),
+            "mine_of_the_test:one must return a torch.nn.Module, got list",
+        ),
+    ],
+)
+def test_errors_of_own_data_and_models_are_one_sentence(own, words, message):
+    result = run("evaluate", own / "c.st", *words, "--out", own / "x", code=1)
+    (line,) = result.stderr.splitlines()
+    assert message in line
+
+
+def test_one_network_is_measured_with_its_own_statistics(own, tmp_path):
+    network = models.load(own / "1.st", mine().net(6))
+    _, test = mine().data(90)
+    inputs, targets = (torch.cat(parts) for parts in zip(*test, strict=True))
+    expected = float(torch.nn.functional.cross_entropy(network(inputs), targets).detach())
+    profile = Profile.from_json(run("evaluate", own / "1.st", *OWN_DATA, "--out", "-").stdout)
+    assert profile.loss.tolist() == pytest.approx([expected], rel=1e-5) and profile.num_examples == 90
+    attack = ("--attack", "pgd1", "--eps", 0.1, "--out", "-")
+    robust = RobustProfile.from_json(run("robustness", own / "1.st", *OWN_DATA, *attack).stdout)
+    assert robust.loss["clean"].tolist() == pytest.approx([expected], rel=1e-5)
+
+
+def mine():
+    import importlib
+
+    return importlib.import_module("mine_of_the_test")
+
+
+def test_a_dash_prints_json_and_writes_nothing(own, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    short = (*OWN_DATA, "--points", 2, "--out", "-")
+    assert len(Profile.from_json(run("evaluate", own / "c.st", *short).stdout).t) == 2
+    assert Curvature.from_json(run("curvature", own / "c.st", *short).stdout).wrt == "weights"
+    robust = run("robustness", own / "c.st", *short, "--attack", "pgd1", "--eps", 0.1).stdout
+    assert RobustProfile.from_json(robust).num_examples == 90
+    both = run("compare", own / "1.st", own / "2.st", *short, "--method", "weight").stdout
+    assert modeconn.Comparison.from_json(both).num_pairs == 1
+    assert not list(tmp_path.iterdir())
+    assert "prints one result" in run("robustness", own / "c.st", own / "c.st", *short, code=1).stderr
+
+
+def test_errors_speak_of_options(own):
+    line = run("robustness", own / "c.st", *OWN_DATA, "--examples", 0, "--out", own, code=1).stderr
+    assert "--examples must be at least 1, got --examples 0" in line
+    line = run("align", own / "1.st", own / "2.st", "--method", "weight", "--out", own / "x", code=1).stderr
+    assert "pass --input-shape" in line and "=" not in line
+
+
+def test_a_label_may_hold_a_comma(own, tmp_path):
+    run("evaluate", own / "c.st", *OWN_DATA, "--points", 2, "--out", tmp_path / "r")
+    both = [tmp_path / "r.json"] * 2
+    run("plot", *both, "--out", tmp_path / "p.svg", "--labels", '"one, two",three')
+    assert "one, two" in (tmp_path / "p.svg").read_text()
+    assert "label" in run("plot", *both, "--out", tmp_path / "p.svg", "--labels", "one, two,three", code=1).stderr
+
+
 def test_info_describes_a_spec(tmp_path):
     spec = modeconn.discover(models.mlp(4, (5,), 3))
     spec.save(tmp_path / "spec")
