@@ -238,7 +238,7 @@ def _under_attack(method: Any, adversary: Any) -> Any:
 
 
 @app.command()
-@grouped("optimizer", "schedule", "weight_decay", "autocast", "compile", data="digits")
+@grouped("optimizer", "schedule", "weight_decay", "autocast", "compile", "entry", "input_shape", data="digits")
 def demo(
     data: DataOptions,
     shape: ModelOptions,
@@ -416,7 +416,7 @@ def merge(
 
 
 @app.command()
-@grouped("test_examples")
+@grouped("test_examples", "input_shape")
 def fit(
     a: options.File,
     b: options.File,
@@ -425,7 +425,7 @@ def fit(
     shape: ModelOptions,
     recipe: RecipeOptions,
     adversary: AdversaryOptions,
-    align: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
+    method: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
     curve: Annotated[str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS.")] = "bezier:2",
     refine: Annotated[
         str,
@@ -454,7 +454,7 @@ def fit(
             --out robust.safetensors --adversary pgd --eps 0.1
     """
     settings = {
-        "align": parse.alignment(align),
+        "align": parse.alignment(method),
         "curve": parse.curve(curve),
         "recipe": recipe.change(),
         "refine": parse.refinement(refine),
@@ -479,7 +479,7 @@ def fit(
 
 
 @app.command()
-@grouped("augment", "train_examples")
+@grouped("augment", "train_examples", "input_shape")
 def evaluate(
     connection: options.File,
     data: DataOptions,
@@ -517,7 +517,7 @@ def evaluate(
 
 
 @app.command()
-@grouped("augment", "train_examples", "test_examples")
+@grouped("augment", "train_examples", "test_examples", "input_shape")
 def robustness(
     connections: options.Files,
     data: DataOptions,
@@ -620,7 +620,7 @@ def _write_robust_profile(found: modeconn.RobustProfile, path: Path, written: li
 
 
 @app.command()
-@grouped("augment", "train_examples", "test_examples")
+@grouped("augment", "train_examples", "test_examples", "input_shape")
 def curvature(
     connection: options.File,
     data: DataOptions,
@@ -667,7 +667,7 @@ def curvature(
 
 
 @app.command()
-@grouped("autocast", "compile")
+@grouped("autocast", "compile", "input_shape")
 def compare(
     networks: options.Files,
     data: DataOptions,

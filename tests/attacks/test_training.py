@@ -427,7 +427,7 @@ def test_the_command_line_trains_aligns_and_fits_under_attack(tmp_path):
     for seed, path in enumerate(ends):
         run("train", path, *common, *short, "--model", "mlp", "--model-arg", "hidden=16,", "--seed", seed)
     run("align", *ends, "--out", tmp_path / "b2", *common)
-    run("fit", *ends, "--out", tmp_path / "c", "--align", "none", *common, *short)
+    run("fit", *ends, "--out", tmp_path / "c", "--method", "none", *common, *short)
 
     train, _ = data.load("digits")
     recipe, attack = Recipe(1, partial(torch.optim.Adam, lr=0.003), weight_decay=0.0), PGD(0.1, 0.025, 2)

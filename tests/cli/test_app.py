@@ -91,7 +91,7 @@ def test_train_and_fit_do_what_the_functions_do(folder):
 def test_a_finished_fit_leaves_only_a_checkpoint_that_was_asked_for(folder, tmp_path):
     assert not (folder / "c.safetensors.checkpoint").exists()
     kept = tmp_path / "kept"
-    common = ("--data", "digits", "--epochs", 1, "--align", "none", "--curve", "polychain:3")
+    common = ("--data", "digits", "--epochs", 1, "--method", "none", "--curve", "polychain:3")
     run("fit", *ends(folder), "--out", tmp_path / "c", "--checkpoint", kept, *common)
     assert kept.exists() and Connection.load(tmp_path / "c").curve == PolyChain(3)
 
@@ -107,7 +107,7 @@ def test_align_relabels_b_and_writes_what_it_is_asked_for(folder, tmp_path):
     assert json.loads(report.read_text())["correlation"] == {k: list(v) for k, v in expected.correlation.items()}
     assert repr(expected) in result.stdout
 
-    run("fit", *ends(folder), "--out", tmp_path / "c", "--data", "digits", "--align", permutation, "--curve", "line")
+    run("fit", *ends(folder), "--out", tmp_path / "c", "--data", "digits", "--method", permutation, "--curve", "line")
     assert same_bits(Connection.load(tmp_path / "c").model_at(1), expected.model_b)
 
 
@@ -241,7 +241,7 @@ def test_a_model_can_come_from_a_module_in_the_current_folder(tmp_path, monkeypa
 
 
 def test_a_fit_stopped_by_ctrl_c_says_how_to_go_on_and_ends_with_the_same_bits(folder, tmp_path, monkeypatch):
-    command = ("fit", *ends(folder), "--data", "digits", "--epochs", 3, "--align", "none", *ADAM)
+    command = ("fit", *ends(folder), "--data", "digits", "--epochs", 3, "--method", "none", *ADAM)
     run(*command, "--out", tmp_path / "whole")
 
     passes, read = [], TensorLoader.__iter__
@@ -703,7 +703,7 @@ def test_the_help_of_every_command_has_an_example(command):
             "no curve 'spline'",
         ),
         (
-            ("fit", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--data", "digits", "--align", "weight:sweeps=3"),
+            ("fit", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--data", "digits", "--method", "weight:sweeps=3"),
             "alignment method 'weight:sweeps=3': got an unexpected keyword argument 'sweeps'; weight takes num_sweeps",
         ),
         (("align", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--model-arg", "width=2"), "--model, which is missing"),
@@ -808,7 +808,7 @@ def test_the_program_turns_warnings_into_lines(tmp_path):
         state = {"weight": torch.zeros(10, 64), "bias": torch.zeros(10), "scale": torch.full((1,), float(name == "a"))}
         torch.save(state, tmp_path / name)
     result = subprocess.run(
-        [*PROGRAM, *"fit a b --out c --data digits --model own_net:Scaled --align none --epochs 1".split()],
+        [*PROGRAM, *"fit a b --out c --data digits --model own_net:Scaled --method none --epochs 1".split()],
         cwd=tmp_path,
         capture_output=True,
         text=True,
