@@ -444,7 +444,7 @@ VERBS: dict[str, tuple[Callable[..., Any], dict[str, Any], dict[str, str]]] = {
         {"theta": "positions", "model": "model"},
     ),
     "top_k": (modeconn.metrics.top_k, {"k": 1}, {"k": "integer", "axis": "integer"}),
-    "disagreement": (modeconn.metrics.disagreement, {"end": "a"}, {"end": "choice", "axis": "integer"}),
+    "disagreement": (modeconn.metrics.disagreement, {"end": "a"}, {"end": "choice"}),
     "cka": (modeconn.metrics.cka, {"end": "a"}, {"end": "choice", "layer": "positions"}),
     "Perplexity": (modeconn.metrics.Perplexity, {}, {"ignore_index": "integer", "axis": "integer"}),
     "Validation": (

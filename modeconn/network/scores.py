@@ -63,9 +63,11 @@ def class_axes(scores: Tensor, targets: Tensor) -> list[int]:
 
 
 def is_integer(targets: Any) -> bool:
-    """Whether targets are whole numbers, as class indices are."""
-    return isinstance(targets, Tensor) and not (
-        targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool
+    """Whether targets are whole numbers in a dense tensor, as class indices are."""
+    return (
+        isinstance(targets, Tensor)
+        and targets.layout is torch.strided
+        and not (targets.is_floating_point() or targets.is_complex() or targets.dtype == torch.bool)
     )
 
 

@@ -707,7 +707,7 @@ def test_the_help_of_every_command_has_an_example(command):
             "alignment method 'weight:sweeps=3': got an unexpected keyword argument 'sweeps'; weight takes num_sweeps",
         ),
         (("align", *2 * ["{}/a.safetensors"], "--out", "{}/x", "--model-arg", "width=2"), "--model, which is missing"),
-        (("evaluate", "{}/a.safetensors", "--data", "digits"), "is a model, not a connection"),
+        (("curvature", "{}/a.safetensors", "--data", "digits"), "is a model, not a connection"),
         (
             ("evaluate", "{}/c.safetensors", "--data", "digits", "--on", "both"),
             "--on must be train or test, got 'both'",
