@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from typing import TypeVar
+from collections.abc import Iterator
+from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
@@ -13,10 +14,41 @@ M = TypeVar("M", bound=nn.Module)
 def copy_of(model: M) -> M:
     """Return a deep copy, also of a model that keeps results of operations as attributes.
 
-    As `torch.nn.utils.weight_norm` does with the weight that it computes; `copy.deepcopy` refuses those.
+    As `torch.nn.utils.weight_norm` does with the weight that it computes; `copy.deepcopy` refuses those. What cannot be
+    copied by its nature, such as a lock or an open file, the copy shares with the model.
     """
-    computed = [tensor for tensor in plain_tensors(model) if tensor.grad_fn is not None]
-    return copy.deepcopy(model, {id(tensor): tensor.detach().clone() for tensor in computed})
+    return copy_with(
+        model, {id(tensor): tensor.detach().clone() for tensor in plain_tensors(model) if tensor.grad_fn is not None}
+    )
+
+
+def copy_with(model: M, known: dict[int, Any]) -> M:
+    """Return a deep copy in which objects, by their ``id``, are replaced; what cannot be copied is shared."""
+    try:
+        return copy.deepcopy(model, dict(known))
+    except TypeError:  # cannot pickle ...
+        shared = [value for value in _attributes(model) if not _can_be_copied(value)]
+        return copy.deepcopy(model, known | {id(value): value for value in shared})
+
+
+def _attributes(model: nn.Module) -> Iterator[Any]:
+    """Yield what modules hold beside parameters, buffers and other modules, and their hooks."""
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if name.endswith("_hooks") and isinstance(value, dict):
+                yield from value.values()
+            elif name not in ("_parameters", "_buffers", "_modules"):
+                yield value
+
+
+def _can_be_copied(value: Any) -> bool:
+    if isinstance(value, (Tensor, nn.Module)):
+        return True
+    try:
+        copy.deepcopy(value)
+    except TypeError:
+        return False
+    return True
 
 
 def plain_tensors(model: nn.Module) -> list[Tensor]:

@@ -23,7 +23,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from modeconn.network.batches import to_device
-from modeconn.network.copies import plain_tensors
+from modeconn.network.copies import copy_with, plain_tensors
 from modeconn.tools.rng import one_thread
 
 if TYPE_CHECKING:
@@ -356,7 +356,7 @@ _WITHOUT_TENSORS = (torch.dtype, torch.device, torch.layout, complex, bytes, ran
 def _shadow(model: nn.Module) -> nn.Module:
     """Copy the modules but not the tensors."""
     tensors = [*model.parameters(), *model.buffers(), *plain_tensors(model)]
-    return copy.deepcopy(model, {id(tensor): tensor for tensor in tensors})
+    return copy_with(model, {id(tensor): tensor for tensor in tensors})
 
 
 def _name_keywords(model: nn.Module, example: Example) -> None:
