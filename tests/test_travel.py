@@ -205,3 +205,16 @@ def test_modules_that_hold_a_lock_or_hooks_work():
         networks.append(network)
     fitted = modeconn.fit_curve(*networks, [(x, y)], recipe=RECIPE)
     assert fitted.evaluate([(x, y)], num_points=3).loss.isfinite().all()
+
+
+def test_compiled_networks_end_as_those_they_were_compiled_from():
+    x, y = torch.rand(12, 6, generator=torch.Generator().manual_seed(0)), torch.arange(12) % 3
+    networks = []
+    for seed in (1, 2):
+        torch.manual_seed(seed)
+        networks.append(nn.Sequential(nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 3)).eval())
+    compiled = [torch.compile(network, backend="eager") for network in networks]
+    compiled[0](x)
+    found, expected = (modeconn.fit_curve(*pair, [(x, y)], recipe=RECIPE) for pair in (compiled, networks))
+    assert torch.equal(found.control_points, expected.control_points)
+    assert torch.equal(found.evaluate([(x, y)], num_points=3).loss, expected.evaluate([(x, y)], num_points=3).loss)
