@@ -7,7 +7,7 @@ import pytest
 from benchmarks import fuzz
 from benchmarks.fuzz_files import TARGETS
 
-EACH = 20
+EACH = 10
 
 
 @pytest.mark.parametrize("target", TARGETS, ids=[target.name for target in TARGETS])

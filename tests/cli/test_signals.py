@@ -33,8 +33,8 @@ def started(*words, folder):
 def test_a_fit_that_is_stopped_is_kept_and_goes_on(tmp_path, number, status):
     for name, seed in (("a", 1), ("b", 2)):
         models.save(models.mlp(64, (8,), 10, seed=seed), tmp_path / name)
-    command = ("fit", "a", "b", "--out", "c", "--data", "digits", "--method", "none", "--save-every", "0.01")
-    process = started(*command, "--epochs", 60, folder=tmp_path)
+    command = ("fit", "a", "b", "--out", "c", "--data", "digits", "--method", "none", "--save-every", "0.2")
+    process = started(*command, "--epochs", 80, folder=tmp_path)
     end = time.monotonic() + 120
     while not (tmp_path / "c.checkpoint").exists() and time.monotonic() < end:
         time.sleep(0.02)
@@ -43,9 +43,9 @@ def test_a_fit_that_is_stopped_is_kept_and_goes_on(tmp_path, number, status):
     assert process.returncode == status
     assert "Traceback" not in errors and "the run is kept in c.checkpoint" in errors and "interrupted" in errors
     assert not (tmp_path / "c").exists() and (tmp_path / "c.checkpoint").exists()
-    again = started(*command, "--epochs", 60, folder=tmp_path)
+    again = started(*command, "--epochs", 80, folder=tmp_path)
     again.communicate(timeout=300)
-    assert again.returncode == 0 and len(Connection.load(tmp_path / "c").history.loss) == 60
+    assert again.returncode == 0 and len(Connection.load(tmp_path / "c").history.loss) == 80
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "c"]
 
 
