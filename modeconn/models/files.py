@@ -85,8 +85,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None, *, ent
         model = _build_like(path, described, states[""])
     else:
         raise ValueError(
-            f"{str(path)!r} does not say how to build its model. Pass template=, a model of the same architecture "
-            f"(--model on the command line)."
+            f"{str(path)!r} does not say how to build its model. Pass template=, a model of the same architecture."
         )
     own = model.state_dict()
     place, names = choose(path, states, own, entry)

@@ -139,8 +139,7 @@ def choose(path: Path, states: Mapping[str, State], expected: State, entry: str 
     fitting = [place for place, found in problems.items() if not found]
     if len(fitting) > 1:
         raise ValueError(
-            f"{str(path)!r} holds several state dicts of this architecture: {_listed(fitting)}. Say which with entry= "
-            f"(--entry on the command line)."
+            f"{str(path)!r} holds several state dicts of this architecture: {_listed(fitting)}. Say which with entry=."
         )
     if not fitting:
         place = min(problems, key=lambda one: len(problems[one]))

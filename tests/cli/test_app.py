@@ -602,6 +602,17 @@ def mine():
     return importlib.import_module("mine_of_the_test")
 
 
+def test_one_of_several_state_dicts_is_chosen_by_name(folder, tmp_path):
+    a, b = (models.load(path) for path in ends(folder))
+    torch.save({"model": a.state_dict(), "ema": b.state_dict(), "epoch": 3}, tmp_path / "kept.pt")
+    command = ("evaluate", tmp_path / "kept.pt", *MLP, "--out", "-")
+    assert "Say which with entry=" not in (refused := run(*command, code=1)).stderr and "--entry" in refused.stderr
+    for name, path in zip(("model", "ema"), ends(folder), strict=True):
+        found = Profile.from_json(run(*command, "--entry", name).stdout)
+        expected = Profile.from_json(run("evaluate", path, "--data", "digits", "--out", "-").stdout)
+        assert torch.equal(found.loss, expected.loss)
+
+
 def test_a_dash_prints_json_and_writes_nothing(own, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     short = (*OWN_DATA, "--points", 2, "--out", "-")
