@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modeconn.curves import Curve
+from modeconn.network.batches import num_examples
 from modeconn.network.loss import Forward, weight_by
 from modeconn.network.modes import backward_in_eval_mode, flags_kept, use_batch_statistics
 from modeconn.network.recipe import autocast
@@ -124,6 +125,8 @@ class CurveLoss:
 
 def _shares(forward: Forward, batches: Sequence[Any]) -> list[float]:
     """Return how much each batch counts, 1 in the mean."""
+    if getattr(forward, "is_sum", False):  # so that the mean is one over examples
+        return [len(batches) / sum(map(num_examples, batches))] * len(batches)
     if len(batches) == 1:
         return [1.0]
     weights = torch.tensor([float(weight_by(forward, batch)) for batch in batches], dtype=torch.float64)

@@ -13,6 +13,7 @@ from modeconn.attacks.training import Adversary, AdversaryLike, FreeAdversarialT
 from modeconn.learning.checkpoint import State
 from modeconn.network.batches import described, inputs_and_targets, is_dense, num_examples
 from modeconn.network.loss import Forward, LossFn, checked, differentiable, loss_alone, supervised, weight_in
+from modeconn.network.scores import is_sum
 
 
 class StepLoss:
@@ -41,10 +42,11 @@ class StepLoss:
         self.num_replays = opponent.num_replays if is_free else 1
         self._opponent = opponent = opponent.start() if is_free else opponent
         self._weight: Callable[[Any], Tensor | float] = num_examples
+        self._is_sum = False
         if forward is not None:
             self._first = self._later = loss_alone(forward)
             return
-        self._weight = partial(weight_in, loss_fn)
+        self._weight, self._is_sum = partial(weight_in, loss_fn), is_sum(loss_fn)
         if opponent is not None:
             self._first, self._later = _against(opponent, checked(loss_fn)), _against(opponent, loss_fn)
         else:
@@ -57,6 +59,8 @@ class StepLoss:
     def weigh(self, batch: Any, loss: Tensor) -> tuple[Tensor, Tensor | float]:
         """Return the loss of a batch for a history, and how much it counts in the mean of an epoch."""
         loss, weight = loss.detach(), self._weight(batch)
+        if self._is_sum:
+            return loss / num_examples(batch), float(num_examples(batch))
         # Of no target that counts the loss is NaN, and its gradient 0.
         return (torch.where(weight > 0, loss, 0.0) if isinstance(weight, Tensor) else loss), weight
 

@@ -153,6 +153,8 @@ class Meter:
     def results(self) -> Measured:
         """Return what was found of all networks measured so far."""
         loss, weight, correct, counted = torch.stack(self._totals).cpu().unbind(1)
+        if not weight.all():
+            raise ValueError("no target of loader counts: the loss ignores them all, or their classes weigh 0.")
         metrics = {name: torch.stack([value.cpu() for value in values]) for name, values in self._values.items()}
         return Measured(loss / weight, correct / counted if self._has_accuracy else None, metrics)
 
@@ -183,9 +185,15 @@ class Meter:
         with preserved(device_of(model)):
             again, *found = (float(self._answers(model, part, {}).loss) for part in (batch, *parts))
         whole, mean = float(loss), (found[0] * half + found[1] * (size - half)) / size
-        rounding = max(_NOT_A_MEAN, 4 * torch.finfo(loss.dtype).eps)
+        if math.isnan(whole):
+            return  # as of a batch without a target that counts
+        eps = torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0
+        if not abs(again - whole) <= 16 * max(eps, 1e-7) * abs(whole):  # it draws random numbers: nothing can be said
+            self._was_told = True
+            return
+        rounding = max(_NOT_A_MEAN, 4 * eps)
         allowed = rounding * max(abs(whole), abs(mean), 1e-6) if math.isfinite(mean) else rounding * abs(whole)
-        if abs(again - whole) <= allowed and not abs(mean - whole) <= allowed:  # else it draws random numbers
+        if not abs(mean - whole) <= allowed:
             self._was_told = True
             warn(
                 f"the loss is no mean over the examples of a batch: it is {whole:.6g} of {size} examples, and "

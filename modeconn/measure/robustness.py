@@ -28,7 +28,7 @@ from modeconn.network.attack import Attack, check_examples, is_attack, under_att
 from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, is_dense, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_classes, cross_entropy, main_output, per_example
-from modeconn.network.scores import IGNORED, classes_of, knows_its_axis, setting_of
+from modeconn.network.scores import IGNORED, classes_of, is_sum, knows_its_axis, setting_of
 from modeconn.network.weights import check_eval_mode, device_of
 from modeconn.tools.door import checked, is_iterable
 from modeconn.tools.fingerprint import digest, identify
@@ -122,7 +122,7 @@ def robustness_along(
     with Records(checkpoint) as known:
         networks = [copy_of(model_at(position)) for position in t] if transfer else []
         first = networks[0] if transfer else model_at(t[0])
-        data = _read(loader, device_of(first), num_examples, setting_of(loss_fn, "ignore_index", IGNORED))
+        data = _read(loader, device_of(first), num_examples, setting_of(loss_fn, "ignore_index", IGNORED), loss_fn)
         trial = _Attacking(data, loss_fn, seed, known, networks)
         # Read before an attack changes its own settings.
         names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}
@@ -182,7 +182,8 @@ class _Attacking:
     @property
     def weights(self) -> Tensor | None:
         """How much each example counts in the mean loss, float32 ``(M,)``; None for all alike."""
-        by_class = setting_of(self._loss_fn, "weight", None) if knows_its_axis(self._loss_fn) else None
+        is_weighted = knows_its_axis(self._loss_fn) and not is_sum(self._loss_fn)
+        by_class = setting_of(self._loss_fn, "weight", None) if is_weighted else None
         return None if by_class is None else by_class.cpu().float()[torch.cat([y.cpu() for _, y in self._data])]
 
     def run(
@@ -264,7 +265,9 @@ def _check_ball(attack: Attack, x_adv: Tensor, x: Tensor, label: str) -> None:
         raise ValueError(f"{label} left its ball: an example moved by {length:g} in the norm {norm}, eps is {eps:g}.")
 
 
-def _read(loader: Iterable[Any], device: torch.device, limit: int | None, ignored: int) -> list[tuple[Tensor, Tensor]]:
+def _read(
+    loader: Iterable[Any], device: torch.device, limit: int | None, ignored: int, loss_fn: LossFn
+) -> list[tuple[Tensor, Tensor]]:
     """Return the first examples whose target counts in batches, once, after a look at their range."""
     if limit is not None and limit < 1:
         raise ValueError(f"num_examples must be at least 1, got num_examples={limit}.")
@@ -279,6 +282,11 @@ def _read(loader: Iterable[Any], device: torch.device, limit: int | None, ignore
                     f"{described((x, y))}."
                 )
             if y.ndim == 1 and len(y) == len(x):
+                if is_sum(loss_fn) and bool((y == ignored).any()):
+                    raise ValueError(
+                        f"targets of {ignored} count as examples for a loss that sums, and are not attacked: pass "
+                        f"loss_fn= with reduction='mean', or leave these examples out of loader."
+                    )
                 x, y = x[y != ignored], y[y != ignored]
             if not len(x):
                 continue

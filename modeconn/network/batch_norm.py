@@ -147,7 +147,7 @@ def _batch_statistics(model: nn.Module, layers: dict[str, _NormBase]) -> Iterato
     for layer, statistics in kept.items():  # which its forward may write to
         layer.running_mean, layer.running_var = (one.clone() for one in statistics)
     collecting = _Collecting(layers.values())
-    hooks = [layer.register_forward_hook(collecting.hear(name), with_kwargs=True) for name, layer in own.items()]
+    hooks = [layer.register_forward_hook(collecting.hear(name), with_kwargs=True) for name, layer in layers.items()]
     try:
         with flags_kept(model), collecting, torch.compiler.set_stance("force_eager"):
             use_batch_statistics(model, _NormBase)

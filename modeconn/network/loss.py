@@ -24,11 +24,14 @@ from modeconn.network.batches import (
 from modeconn.network.scores import (
     Classes,
     auxiliary_scores,
+    axes_of_probabilities,
     class_axes,
     classes_of,
     is_integer,
+    is_sum,
     knows_its_axis,
     scores_of,
+    weighs,
     weight_of,
 )
 from modeconn.tools.warn import is_of_package
@@ -101,7 +104,7 @@ def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
         targets = targets.long()  # torch takes some integers and not others
     if scores.ndim <= 2:
         return F.cross_entropy(scores, targets)
-    axes = class_axes(scores, targets) if is_integer(targets) else _axes_of_probabilities(scores, targets)
+    axes = class_axes(scores, targets) if is_integer(targets) else axes_of_probabilities(tuple(scores.shape), targets)
     if len(axes) != 1:
         raise ValueError(
             f"classes may lie along {'none' if not axes else ' or '.join(map(str, axes))} of the axes of scores of "
@@ -110,20 +113,6 @@ def _cross_entropy(scores: Tensor, targets: Tensor) -> Tensor:
         )
     moved = targets if is_integer(targets) else targets.movedim(axes[0], 1)
     return F.cross_entropy(scores.movedim(axes[0], 1), moved)
-
-
-def _axes_of_probabilities(scores: Tensor, targets: Any) -> list[int]:
-    """Return the axes along which targets in the shape of the scores may be probabilities of classes."""
-    if not isinstance(targets, Tensor) or targets.shape != scores.shape or not targets.is_floating_point():
-        return []
-    is_positive = bool(targets.min() >= 0)
-    return [axis for axis in range(1, scores.ndim) if is_positive and _sums_to_one(targets, axis)]
-
-
-def _sums_to_one(targets: Tensor, axis: int) -> bool:
-    """Whether sums along an axis are 1, as far as the precision tells."""
-    off = (targets.float().sum(axis) - 1).abs().max()
-    return float(off) < 1e-3 + targets.shape[axis] * torch.finfo(targets.dtype).eps
 
 
 def of_many(loss_fn: LossFn) -> LossFn:
@@ -149,7 +138,7 @@ def per_example(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
     classes = classes_of(outputs, targets, loss_fn)
     if classes is None:
         return losses
-    return torch.where(classes.counted.reshape(len(targets), -1).any(1), losses, 0.0)
+    return torch.where(weighs(classes, loss_fn).reshape(len(targets), -1).any(1), losses, 0.0)
 
 
 def _each(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
@@ -195,6 +184,7 @@ def supervised(loss_fn: LossFn, *, check: bool = False) -> Forward:
         return differentiable(compare(run(model, inputs), targets), "loss_fn=")
 
     forward.weight = partial(weight_in, loss_fn)  # type: ignore[attr-defined]
+    forward.is_sum = is_sum(loss_fn)  # type: ignore[attr-defined]
     return forward
 
 
@@ -240,6 +230,8 @@ def one_number(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn= must return the mean loss of a batch, a tensor of one number, got {what}.")
+    if loss.is_complex():
+        raise ValueError("loss_fn= must return the mean loss of a batch, a real number, got a complex one.")
     return loss
 
 
@@ -357,7 +349,7 @@ def _check_for_cross_entropy(scores: Tensor, targets: object, name: str) -> None
                 f"{tuple(scores.shape)}, without one of their axes: cross entropy, the default loss, cannot compare "
                 f"them. {way_out}"
             )
-    elif not _axes_of_probabilities(scores, targets):
+    elif not axes_of_probabilities(tuple(scores.shape), targets):
         raise ValueError(
             f"targets of {name} are real numbers, of shape {tuple(targets.shape)}: neither classes nor probabilities "
             f"of classes, which cross entropy, the default loss, takes. {way_out}"

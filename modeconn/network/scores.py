@@ -150,6 +150,15 @@ def classes_of(outputs: Any, targets: Any, loss_fn: Any = None) -> Classes | Non
     return Classes(scores.movedim(axes[0], 1), targets, setting_of(loss_fn, "ignore_index", IGNORED))
 
 
+def weighs(classes: Classes, loss_fn: Any) -> Tensor:
+    """Return which targets count for anything in a loss: not those it ignores, nor those of a class of weight 0."""
+    by_class = setting_of(loss_fn, "weight", None) if knows_its_axis(loss_fn) else None
+    if by_class is None:
+        return classes.counted
+    targets = torch.where(classes.counted, classes.targets, 0).long()
+    return classes.counted & (by_class.to(targets.device)[targets] != 0)
+
+
 @dataclass(frozen=True)
 class Weighted:
     """The loss of a batch as a sum and what it was divided by, so that batches of any size combine exactly.
@@ -176,12 +185,11 @@ def weighted(loss_fn: Callable[..., Any], loss: Tensor, outputs: Any, targets: A
         num_examples: The batch size.
     """
     loss = loss.double()
-    if setting_of(loss_fn, "reduction", "mean") == "sum" and _is_of_torch(loss_fn):
+    if is_sum(loss_fn):
         return Weighted(loss, float(num_examples), True)
     weight, is_exact = weight_of(loss_fn, targets, num_examples), False
     if _is_mean_over_targets(loss_fn):
-        scores = scores_of(outputs)  # of probabilities of classes every place counts alike
-        is_exact = is_integer(targets) or (scores is not None and scores.ndim == 2)
+        is_exact = True
     elif is_one_of(loss_fn, _OVER_ELEMENTS) and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
         is_exact = outputs.shape == targets.shape  # else one of them is spread out over the other
     return Weighted(loss * weight if isinstance(weight, float) else _product(loss, weight), weight, is_exact)
@@ -193,6 +201,31 @@ def _product(loss: Tensor, weight: Tensor) -> Tensor:
 
 def _is_mean_over_targets(loss_fn: Any) -> bool:
     return knows_its_axis(loss_fn) or getattr(loss_fn, "is_mean_over_targets", False)
+
+
+def is_sum(loss_fn: Any) -> bool:
+    """Whether a loss is one of torch that sums over examples; its mean over batches is one over examples."""
+    return setting_of(loss_fn, "reduction", "mean") == "sum" and _is_of_torch(loss_fn)
+
+
+def axes_of_probabilities(shape: tuple[int, ...], targets: Any) -> list[int]:
+    """Return the axes along which targets in the shape of the scores may be probabilities of classes."""
+    if not isinstance(targets, Tensor) or tuple(targets.shape) != tuple(shape) or not targets.is_floating_point():
+        return []
+    is_positive = bool(targets.min() >= 0)
+    return [axis for axis in range(1, len(shape)) if is_positive and _sums_to_one(targets, axis)]
+
+
+def _sums_to_one(targets: Tensor, axis: int) -> bool:
+    """Whether sums along an axis are 1, as far as the precision tells."""
+    off = (targets.float().sum(axis) - 1).abs().max()
+    return float(off) < 1e-3 + targets.shape[axis] * torch.finfo(targets.dtype).eps
+
+
+def _num_places(loss_fn: Any, targets: Tensor) -> int | None:
+    """Return how many distributions over classes there are; None if it is not known along which axis."""
+    axes = [1] if knows_its_axis(loss_fn) else axes_of_probabilities(tuple(targets.shape), targets)
+    return targets.numel() // targets.shape[axes[0]] if len(axes) == 1 else None
 
 
 def weight_of(loss_fn: Any, targets: Any, num_examples: int) -> Tensor | float:
@@ -208,6 +241,8 @@ def weight_of(loss_fn: Any, targets: Any, num_examples: int) -> Tensor | float:
         if by_class is None:
             return counted.sum().double()
         return by_class.double().to(targets.device)[targets.long()[counted]].sum()
+    if _is_mean_over_targets(loss_fn) and isinstance(targets, Tensor) and targets.ndim > 2:
+        return float(_num_places(loss_fn, targets) or num_examples)
     if is_one_of(loss_fn, _OVER_ELEMENTS) and isinstance(targets, Tensor):
         return float(targets.numel())
     return float(num_examples)

@@ -147,3 +147,16 @@ def test_outputs_of_any_kind_have_a_curvature():
     expected, _ = largest_eigenvalue(net(), [(X, CLASSES)], wrt="inputs")
     found, _ = largest_eigenvalue(Named(net()).eval(), [(X, CLASSES)], wrt="inputs")
     assert found == pytest.approx(expected, rel=1e-9)
+
+
+@pytest.mark.parametrize("scale", [1, 100, 300])
+def test_networks_that_are_sure_have_a_curvature(scale):
+    """The Hessian of an example of which a network is sure is nothing but rounding."""
+    model = net().float()
+    with torch.no_grad():
+        model[2].weight *= scale
+    x, y = X.float(), model(X.float()).argmax(1)
+    y[0] = (y[0] + 1) % 3
+    found, _ = largest_eigenvalue(model, [(x, y)], wrt="inputs", tolerance=1e-6)
+    exact, _ = largest_eigenvalue(model.double(), [(X, y)], wrt="inputs", tolerance=1e-9)
+    assert found == pytest.approx(exact, rel=1e-3)

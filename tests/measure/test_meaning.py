@@ -364,3 +364,76 @@ def test_norm_layers_that_always_use_the_batch_are_told_of():
     line = Connection.straight_between(*two_of(make))
     with pytest.warns(UserWarning, match=r"norm layers '1' use the statistics of each batch.*depend on the batch size"):
         line.evaluate(split(X, Y, 5), t=[0, 1])
+
+
+@pytest.mark.parametrize("size", [12, 5])
+def test_a_class_of_weight_0_counts_for_nothing(size):
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 2.0]))
+    line = Connection.straight_between(*two_of(mlp()))
+    data = split(X, UNEVEN, size)
+    expected = float(loss_fn(at(line, 0.5)(X), UNEVEN).detach())
+    assert float(line.evaluate(data, t=[0.5], loss_fn=loss_fn).loss[0]) == pytest.approx(expected, rel=1e-5)
+    assert float(line.robustness(data, ATTACK, t=[0.5], loss_fn=loss_fn).loss["clean"][0]) == pytest.approx(
+        expected, rel=1e-5
+    )
+    assert line.curvature(data, t=[0.5], wrt="inputs", loss_fn=loss_fn).eigenvalue.isfinite().all()
+    nothing = nn.CrossEntropyLoss(weight=torch.zeros(3))
+    with pytest.raises(ValueError, match="no target of loader counts"):
+        line.evaluate(data, t=[0.5], loss_fn=nothing)
+
+
+@pytest.mark.parametrize("size", [12, 5])
+def test_a_loss_that_sums_is_a_mean_over_examples_everywhere(size):
+    loss_fn = nn.CrossEntropyLoss(weight=WEIGHTS, reduction="sum")
+    a, b = two_of(mlp())
+    line, data = Connection.straight_between(a, b), split(X, UNEVEN, size)
+    expected = float(loss_fn(a(X), UNEVEN).detach()) / 12
+    assert float(line.evaluate(data, t=[0], loss_fn=loss_fn).loss[0]) == pytest.approx(expected, rel=1e-5)
+    assert float(line.robustness(data, ATTACK, t=[0], loss_fn=loss_fn).loss["clean"][0]) == pytest.approx(
+        expected, rel=1e-5
+    )
+    still = modeconn.Recipe(1, functools.partial(torch.optim.SGD, lr=1e-30), modeconn.constant, 0.0)
+    fitted = modeconn.fit_curve(a, a, data, recipe=still, loss_fn=loss_fn, align=modeconn.WeightMatching())
+    assert fitted.history.loss[0] == pytest.approx(expected, rel=1e-5)
+    # Batches come again and again, to be measured at more places, so that not all of them come equally often.
+    assert modeconn.best_swap(fitted, num_batches=None).loss == pytest.approx(expected, rel=2e-2)
+    with pytest.raises(ValueError, match="count as examples for a loss that sums"):
+        line.robustness(split(X, SOME, size), ATTACK, t=[0], loss_fn=loss_fn)
+
+
+def test_probabilities_count_as_places_do():
+    line = Connection.straight_between(*two_of(Tokens))
+    parts = [IDS[:4, :length] for length in (3, 5, 2)]
+    hard = [(ids, ids.roll(1, 1)) for ids in parts]
+    soft = [(ids, F.one_hot(targets, 9).float()) for ids, targets in hard]
+    found, expected = (line.evaluate(data, t=[0, 0.5]).loss.tolist() for data in (soft, hard))
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+class Noisy(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.part = mlp()()
+
+    def forward(self, x):
+        return self.part(x + 0.05 * torch.randn_like(x))
+
+
+def test_networks_that_draw_random_numbers_are_not_told_of():
+    line = Connection.straight_between(*two_of(Noisy))
+    data = split(torch.rand(300, 4), torch.arange(300) % 3, 10)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        line.evaluate(data, t=[0, 1], loss_fn=lambda outputs, targets: F.cross_entropy(outputs, targets))
+
+
+@pytest.mark.parametrize("answer", [lambda wrong: wrong.sum(), lambda wrong: wrong.any()])
+@pytest.mark.filterwarnings("ignore:the loss is no mean")
+def test_a_loss_may_be_an_integer(answer):
+    line = Connection.straight_between(*two_of(mlp()))
+    found = line.evaluate([(X, Y)], t=[0, 1], loss_fn=lambda outputs, targets: answer(outputs.argmax(1) != targets))
+    assert float(found.loss[0]) == float(answer(line.model_at(0)(X).argmax(1) != Y))
+    with pytest.raises(ValueError, match="returns a loss without a gradient"):
+        line.curvature(
+            [(X, Y)], t=[0.5], loss_fn=lambda outputs, targets: (outputs.argmax(1) != targets).float().mean()
+        )
