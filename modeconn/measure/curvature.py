@@ -14,6 +14,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.overrides import TorchFunctionMode
 
 from modeconn.measure.along import AlongCurve, Quantity
+from modeconn.measure.meter import Meter
 from modeconn.network.attack import under_attack
 from modeconn.network.batches import (
     batches,
@@ -29,10 +30,8 @@ from modeconn.network.loss import (
     LossFn,
     answer_of,
     called,
-    check_targets,
     cross_entropy,
     differentiable,
-    one_number,
     per_example,
 )
 from modeconn.network.scores import Weighted, classes_of, weighs, weighted
@@ -167,10 +166,9 @@ def largest_eigenvalue(
     with seeded(seed, device), under_attack(model), torch.enable_grad(), _twice_differentiable():
         check_loader(loader) if forward is None else first_batch(loader)
         data = list(batches(loader, device))
-        for batch in data:
-            if wrt == "inputs":
-                _check_examples(*inputs_and_targets(batch))
-            loss.check(batch)
+        for batch in data if wrt == "inputs" else ():
+            _check_examples(*inputs_and_targets(batch))
+        Meter(data, loss_fn, forward).measure(model)  # which looks at every batch, and whether the loss is a mean
         if wrt == "weights":
             count = sum(num_examples(batch) for batch in data)
             products = [_product_in_weights(loss, space, data)]
@@ -197,15 +195,6 @@ class _Loss(nn.Module):
         super().__init__()
         self.model, self._loss_fn, self._forward = model, loss_fn, forward
         self.training = False
-
-    @torch.no_grad()
-    def check(self, batch: Any) -> None:
-        """Raise unless the loss takes a batch; on an accelerator a target that is no class would end the process."""
-        if self._forward is None:
-            inputs, targets = inputs_and_targets(batch)
-            outputs = run(self.model, inputs)
-            check_targets(outputs, targets, self._loss_fn)
-            one_number(self._loss_fn, outputs, targets)
 
     def forward(self, batch: Any) -> Weighted:
         """Return the loss as a sum and its weight."""

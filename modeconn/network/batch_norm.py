@@ -19,10 +19,10 @@ from torch.nn.modules.batchnorm import SyncBatchNorm, _BatchNorm, _NormBase
 from torch.overrides import TorchFunctionMode
 
 from modeconn.network.attack import AdversarialExamples
-from modeconn.network.batches import batches, first_examples, inputs_of, run, shuffled, without_singles
+from modeconn.network.batches import batches, first_examples, inputs_of, run, shuffled, tensors_of, without_singles
 from modeconn.network.loss import Forward, called
 from modeconn.network.modes import flags_kept, use_batch_statistics
-from modeconn.tools.rng import seeded
+from modeconn.tools.rng import preserved, seeded
 from modeconn.tools.warn import warn
 
 NUM_EXAMPLES = 2048
@@ -124,9 +124,11 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
     if isinstance(data, AdversarialExamples):
         recalibrate(model, data.loader, forward=forward)
         data = data.of(model)
+    first: Any = None
     with _batch_statistics(model, layers) as calls:
         for batch in data:
-            run(model, inputs_of(batch)) if forward is None else called(forward, model, batch)
+            first = batch if first is None else first
+            _run(model, batch, forward)
     for layer, seen in calls.items():
         if seen:
             mean, variance = pool(seen) if isinstance(layer, _BatchNorm) else _average(seen)
@@ -134,6 +136,36 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
                 raise FloatingPointError(
                     "running statistics became NaN or infinite. Look for NaN in the data and in the networks' weights."
                 )
+            layer.running_mean.copy_(mean)
+            layer.running_var.copy_(variance)
+    missed = {name: layer for name, layer in layers.items() if not calls[layer]}
+    if missed and first is not None and _are_used(model, missed, first, forward):
+        warn(
+            f"the statistics of the norm layers {', '.join(map(repr, missed))} are used in a way in which they cannot "
+            f"be estimated, so they stay as they are. Call the layers, or torch.nn.functional.batch_norm with their "
+            f"buffers."
+        )
+
+
+def _run(model: nn.Module, batch: Any, forward: Forward | None) -> Any:
+    return run(model, inputs_of(batch)) if forward is None else called(forward, model, batch)
+
+
+def _are_used(model: nn.Module, layers: dict[str, _NormBase], batch: Any, forward: Forward | None) -> bool:
+    """Whether what a network answers depends on the running statistics of layers that were not seen at work."""
+    kept = [(layer.running_mean.clone(), layer.running_var.clone()) for layer in layers.values()]
+    try:
+        with flags_kept(model), preserved(next(model.parameters(), kept[0][0]).device):
+            model.eval()
+            for layer in layers.values():
+                layer.running_mean.fill_(torch.nan)
+                layer.running_var.fill_(torch.nan)
+            found = tensors_of(_run(model, batch, forward))
+            return any(bool(one.isnan().any()) for one in found if one.is_floating_point())
+    except (ValueError, FloatingPointError):  # a network that looks at what it computes
+        return True
+    finally:
+        for layer, (mean, variance) in zip(layers.values(), kept, strict=True):
             layer.running_mean.copy_(mean)
             layer.running_var.copy_(variance)
 

@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch._decomp import decompositions
+from torch.nn.modules import transformer
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
@@ -387,6 +388,9 @@ def _traceable() -> Iterator[None]:
     torch.backends.mha.set_fastpath_enabled(False)
     lstm = decompositions.one_layer_lstm
     decompositions.one_layer_lstm = _one_layer_lstm
+    detect = getattr(transformer, _DETECT, None)
+    if detect is not None:
+        setattr(transformer, _DETECT, _is_said_to_be_causal)
     for log in logs:
         log.setLevel(logging.CRITICAL)
     try:
@@ -396,8 +400,19 @@ def _traceable() -> Iterator[None]:
     finally:
         torch.backends.mha.set_fastpath_enabled(fast)
         decompositions.one_layer_lstm = lstm
+        if detect is not None:
+            setattr(transformer, _DETECT, detect)
         for log, level in zip(logs, levels, strict=True):
             log.setLevel(level)
+
+
+_DETECT = "_detect_is_causal_mask"
+"""What torch's transformers call to find out, from its values, whether a mask is the causal one."""
+
+
+def _is_said_to_be_causal(mask: Tensor | None, is_causal: bool | None = None, size: int | None = None) -> bool:
+    """Return whether the caller says that a mask is causal: else it is applied as it is, with the same result."""
+    return is_causal is True
 
 
 def _one_layer_lstm(inputs: Tensor, hidden: Any, *args: Any, **kwargs: Any) -> Any:

@@ -160,3 +160,8 @@ def test_networks_that_are_sure_have_a_curvature(scale):
     found, _ = largest_eigenvalue(model, [(x, y)], wrt="inputs", tolerance=1e-6)
     exact, _ = largest_eigenvalue(model.double(), [(X, y)], wrt="inputs", tolerance=1e-9)
     assert found == pytest.approx(exact, rel=1e-3)
+
+
+def test_a_loss_that_is_no_mean_is_told_of():
+    with pytest.warns(UserWarning, match="the loss is no mean over the examples of a batch"):
+        largest_eigenvalue(net(), [(X, CLASSES)], loss_fn=lambda out, y: F.cross_entropy(out, y, reduction="sum"))

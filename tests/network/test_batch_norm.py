@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import concurrent.futures
 from itertools import islice
 
 import pytest
@@ -124,6 +125,37 @@ def test_a_norm_layer_is_reached_however_it_is_called(name):
 def test_a_layer_that_computes_in_its_own_way_is_told_of():
     with pytest.warns(UserWarning, match=r"the norm layer 'norm' \(Own\) computes in a way of its own"):
         recalibrate(Called(*WAYS["own"]).eval(), [(torch.randn(9, 3), None)])
+
+
+UNSEEN = {
+    "detached": lambda norm, x: F.batch_norm(x, norm.running_mean.detach(), norm.running_var.detach()),
+    "a part": lambda norm, x: F.batch_norm(x, norm.running_mean[:4], norm.running_var[:4]),
+    "by hand": lambda norm, x: (x - norm.running_mean) / (norm.running_var + 1e-5).sqrt(),
+    "native": lambda norm, x: torch.native_batch_norm(
+        x, None, None, norm.running_mean, norm.running_var, False, 0.1, 1e-5
+    )[0],
+}
+
+
+@pytest.mark.parametrize("name", UNSEEN)
+def test_statistics_that_are_used_unseen_are_told_of(name):
+    model = Called(UNSEEN[name]).eval()
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    with pytest.warns(UserWarning, match="norm layers 'norm' are used in a way in which they cannot be estimated"):
+        recalibrate(model, [(torch.randn(9, 3), None)])
+    assert all(torch.equal(value, model.state_dict()[name]) for name, value in before.items())
+
+
+def test_a_layer_called_in_another_thread_is_reached():
+    def elsewhere(norm, x):
+        with concurrent.futures.ThreadPoolExecutor(1) as pool, torch.no_grad():
+            return pool.submit(norm, x).result()
+
+    model = Called(elsewhere).eval()
+    x = torch.randn(9, 3)
+    with pytest.warns(UserWarning, match="computes in a way of its own"):
+        recalibrate(model, [(x, None)])
+    torch.testing.assert_close(model.norm.running_mean, model.first(x).mean(0).detach())
 
 
 def test_a_compiled_model_is_reached():

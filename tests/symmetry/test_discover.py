@@ -746,3 +746,39 @@ class DividedByOneNumber(nn.Module):
 def test_rounding_of_a_single_number_is_measured_against_its_own_size() -> None:
     model, x = DividedByOneNumber(), torch.zeros(2, 4)
     assert modeconn.discover(model, x).verify(model, x) < 1e-13
+
+
+class Masked(nn.Module):
+    """An encoder with a causal mask, which torch recognises by its values unless it is told what it is."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        layer = nn.TransformerEncoderLayer(8, 2, 12, batch_first=True, dropout=0.0)
+        self.embed, self.head = nn.Linear(4, 8), nn.Linear(8, 3)
+        self.encoder = nn.TransformerEncoder(layer, 1, enable_nested_tensor=False)
+        self.register_buffer("mask", nn.Transformer.generate_square_subsequent_mask(5))
+
+    def forward(self, x):
+        return self.head(self.encoder(self.embed(x), mask=self.mask.to(x)))
+
+
+class Both(nn.Module):
+    """An encoder and a decoder with a mask that is made on the way."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.both, self.head = nn.Transformer(8, 2, 1, 1, 12, batch_first=True, dropout=0.0), nn.Linear(8, 3)
+
+    def forward(self, x):
+        return self.head(self.both(x, x, tgt_mask=nn.Transformer.generate_square_subsequent_mask(5).to(x)))
+
+
+@pytest.mark.parametrize(("make", "width"), [(Masked, 4), (Both, 8)])
+def test_causal_masks_need_not_be_announced(make, width):
+    torch.manual_seed(0)
+    model = make().double().eval()
+    x = torch.rand(2, 5, width, dtype=torch.float64)
+    spec = discover(model, x)
+    assert spec.verify(model, x) < 1e-9 and spec.num_units > 12
+    moved = spec.random(torch.Generator().manual_seed(0)).apply(model)
+    torch.testing.assert_close(moved(x), model(x))
