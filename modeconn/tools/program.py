@@ -46,6 +46,8 @@ was_terminated = False
 def _terminated(number: int, frame: Any) -> None:
     global was_terminated
     was_terminated = True
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # a job in the background, which Ctrl-C is not for
+        raise KeyboardInterrupt
     signal.raise_signal(signal.SIGINT)
 
 

@@ -17,7 +17,8 @@ PROGRAM = [sys.executable, "-m", "modeconn"]
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are those of POSIX")
 
 
-def started(*words, folder):
+def started(*words, folder, ctrl_c=signal.SIG_DFL):
+    """Start the program as a terminal does, or with Ctrl-C ignored, as a shell starts jobs in the background."""
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(
         [*PROGRAM, *map(str, words)],
@@ -26,15 +27,20 @@ def started(*words, folder):
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, ctrl_c),
     )
 
 
-@pytest.mark.parametrize(("number", "status"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_a_fit_that_is_stopped_is_kept_and_goes_on(tmp_path, number, status):
+@pytest.mark.parametrize(
+    ("number", "ctrl_c", "status"),
+    [(signal.SIGTERM, signal.SIG_IGN, 143), (signal.SIGINT, signal.SIG_DFL, 130)],
+    ids=["terminated in the background", "interrupted"],
+)
+def test_a_fit_that_is_stopped_is_kept_and_goes_on(tmp_path, number, ctrl_c, status):
     for name, seed in (("a", 1), ("b", 2)):
         models.save(models.mlp(64, (8,), 10, seed=seed), tmp_path / name)
     command = ("fit", "a", "b", "--out", "c", "--data", "digits", "--method", "none", "--save-every", "0.2")
-    process = started(*command, "--epochs", 80, folder=tmp_path)
+    process = started(*command, "--epochs", 80, folder=tmp_path, ctrl_c=ctrl_c)
     end = time.monotonic() + 120
     while not (tmp_path / "c.checkpoint").exists() and time.monotonic() < end:
         time.sleep(0.02)
