@@ -30,9 +30,9 @@ from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools import provenance
-from modeconn.tools.door import checked, shortened
+from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
-from modeconn.tools.json_files import KIND, from_json, numbers, to_json
+from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
 from modeconn.tools.memory import peak_memory
@@ -144,15 +144,13 @@ class Comparison:
         record = from_json(text, "comparison")
         if record.get(KIND, "Comparison") != "Comparison":  # files of older versions do not say it
             raise ValueError(f"this is a {record[KIND]}, no comparison.")
-        try:
+        with taken_as("comparison"):
             rows = record["values"].items()
             values = {row: {name: numbers(one) for name, one in columns.items()} for row, columns in rows}
             found = cls(values, record["num_points"], record["num_examples"])
             if len({(*columns, *map(len, columns.values())) for columns in values.values()}) != 1:
                 raise ValueError("its rows have other columns, or other numbers of pairs")
             repr(found)  # a comparison that cannot be shown holds something else than was written
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"this is no comparison ({type(error).__name__}: {shortened(error)}).") from None
         provenance.keep(found, record.get(provenance.ATTRIBUTE))
         return found
 

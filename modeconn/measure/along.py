@@ -16,8 +16,8 @@ from torch import Tensor
 from modeconn import plot
 from modeconn.tools import provenance
 from modeconn.tools.checks import there_are
-from modeconn.tools.door import check, looked_at, shortened
-from modeconn.tools.json_files import KIND, from_json, numbers, to_json
+from modeconn.tools.door import check, looked_at
+from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
 from modeconn.tools.writing import write_text
@@ -195,12 +195,10 @@ class AlongCurve:
         found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
         if not issubclass(found, cls):
             raise ValueError(f"this is a {kind}, not a {cls.__name__}.")
-        try:
+        with taken_as(found.__name__):
             result = found._restored(record)
             result._check()
             repr(result)  # a result that cannot be shown holds something else than was written
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"this is no {found.__name__} ({type(error).__name__}: {shortened(error)}).") from None
         provenance.keep(result, record.get(provenance.ATTRIBUTE))
         return result
 

@@ -14,8 +14,7 @@ from modeconn.symmetry.findings import UnknownOperator
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.kinds import KINDS
 from modeconn.tools import provenance
-from modeconn.tools.door import shortened
-from modeconn.tools.json_files import KIND, from_json, to_json
+from modeconn.tools.json_files import KIND, from_json, taken_as, to_json
 from modeconn.tools.table import html_table
 
 _PLACES_SHOWN = 4
@@ -102,7 +101,7 @@ class SymmetryReport:
             ValueError: If the text is no such report.
         """
         record = from_json(text, "report of symmetries")
-        try:
+        with taken_as("report of symmetries"):
             if record[KIND] != cls.__name__:
                 raise ValueError(f"it is a {record[KIND]}")
             groups = tuple(
@@ -120,8 +119,6 @@ class SymmetryReport:
             unknown = tuple(UnknownOperator(**one) for one in record["unknown"])
             found = cls(groups, record["log10_size"], record["share_moving"], fixed, tuple(record["unread"]), unknown)
             repr(found)  # a report that cannot be shown holds something else than was written
-        except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
-            raise ValueError(f"this is no report of symmetries ({type(error).__name__}: {shortened(error)}).") from None
         provenance.keep(found, record.get(provenance.ATTRIBUTE))
         return found
 

@@ -6,11 +6,13 @@ import hashlib
 import json
 import math
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 from torch import Tensor
 
+from modeconn.tools.door import shortened
 from modeconn.tools.writing import write_text
 
 KIND, DIGEST = "kind", "sha256"
@@ -54,6 +56,19 @@ def from_json(text: str, what: str) -> dict[str, Any]:
             f'"{DIGEST}".'
         )
     return record
+
+
+@contextmanager
+def taken_as(what: str) -> Iterator[None]:
+    """Say what a record is not, if it cannot be made into that.
+
+    Raises:
+        ValueError: In place of whatever shows that a record holds something else than was written.
+    """
+    try:
+        yield
+    except (ValueError, LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
+        raise ValueError(f"this is no {what} ({type(error).__name__}: {shortened(error)}).") from None
 
 
 def _digest(record: Mapping[str, Any]) -> str:
