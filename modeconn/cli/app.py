@@ -34,9 +34,10 @@ from modeconn.cli.options import (
 from modeconn.cli.options import bars as _bars
 from modeconn.measure.along import AlongCurve
 from modeconn.measure.meter import Meter, fetch
-from modeconn.network.batches import in_order
+from modeconn.network.batches import check_loader, in_order
 from modeconn.network.weights import device_of
 from modeconn.tools import program, provenance
+from modeconn.tools.door import checked
 from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.progress import bars as progress_bars
@@ -161,9 +162,11 @@ def _connection(path: Path, template: nn.Module | None, curve_class: str | None,
     return Connection.load(path, template, curve=kind, device=device)
 
 
-def _evaluated(network: nn.Module, measured: Any) -> modeconn.Profile:
+@checked
+def evaluate_network(network: nn.Module, loader: Any) -> modeconn.Profile:
     """Return loss and accuracy of one network, with the statistics it came with."""
-    meter = Meter(fetch(measured, device_of(network)), modeconn.cross_entropy)
+    check_loader(loader)
+    meter = Meter(fetch(loader, device_of(network)), modeconn.cross_entropy)
     meter.measure(network)
     found, here = meter.results(), torch.zeros(1, dtype=torch.float64)
     return modeconn.Profile(here, found.loss, found.accuracy, None, num_examples=meter.num_examples)
@@ -509,7 +512,7 @@ def evaluate(
     template = shape.template(train_loader)
     if is_network(connection):
         network = options.read_network(connection, template, shape.entry).to(data.device)
-        _write_result(_evaluated(network, measured), results)
+        _write_result(evaluate_network(network, measured), results)
         return
     loaded = _connection(connection, template, curve_class, data.device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=train_loader, progress=_bars(progress))
@@ -552,9 +555,9 @@ def robustness(
     curve_class: options.CurveClass = None,
     progress: options.Progress = None,
 ) -> None:
-    r"""Attack the networks along one or several connections.
+    r"""Attack the networks along one or several connections, or networks alone.
 
-    Batch norm is recalibrated at every point on training data. Prints a table, and writes it with the answers to every
+    Batch norm is recalibrated at every point on training data; a network alone keeps its statistics. Prints a table, and writes it with the answers to every
     example as JSON, as CSV and as a figure. Stopped by Ctrl-C or by anything else, it goes on from its checkpoint
     when the same command is given again.
 

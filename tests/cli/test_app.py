@@ -591,6 +591,10 @@ def test_one_network_is_measured_with_its_own_statistics(own, tmp_path):
     expected = float(torch.nn.functional.cross_entropy(network(inputs), targets).detach())
     profile = Profile.from_json(run("evaluate", own / "1.st", *OWN_DATA, "--out", "-").stdout)
     assert profile.loss.tolist() == pytest.approx([expected], rel=1e-5) and profile.num_examples == 90
+    for _ in range(2):  # the second takes the place of the first, which the same command wrote
+        run("evaluate", own / "1.st", *OWN_DATA)
+    told = run("info", own / "1.json").stdout
+    assert "modeconn evaluate" in told and "its loader" in told
     attack = ("--attack", "pgd1", "--eps", 0.1, "--out", "-")
     robust = RobustProfile.from_json(run("robustness", own / "1.st", *OWN_DATA, *attack).stdout)
     assert robust.loss["clean"].tolist() == pytest.approx([expected], rel=1e-5)
