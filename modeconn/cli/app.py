@@ -557,9 +557,9 @@ def robustness(
 ) -> None:
     r"""Attack the networks along one or several connections, or networks alone.
 
-    Batch norm is recalibrated at every point on training data; a network alone keeps its statistics. Prints a table, and writes it with the answers to every
-    example as JSON, as CSV and as a figure. Stopped by Ctrl-C or by anything else, it goes on from its checkpoint
-    when the same command is given again.
+    Batch norm is recalibrated at every point on training data; a network alone keeps its statistics. Prints a table,
+    and writes it with the answers to every example as JSON, as CSV and as a figure. Stopped by Ctrl-C or by anything
+    else, it goes on from its checkpoint when the same command is given again.
 
     Attacks are many small operations. Where other programs keep the cores busy, torch's threads wait for each other at
     each of them: set the environment variable OMP_NUM_THREADS=1, or OMP_WAIT_POLICY=passive to keep several threads.
