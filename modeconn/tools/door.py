@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import difflib
 import functools
 import inspect
 import math
@@ -221,7 +222,7 @@ def checked(function: F) -> F:
 
     @functools.wraps(function)
     def at_the_door(*args: Any, **kwargs: Any) -> Any:
-        bound = signature.bind(*args, **kwargs)
+        bound = _bound(function, signature, args, kwargs)
         check_arguments(function, bound)
         with _ordinary_tensors(), provenance.call_of(function, bound) as facts:
             result = function(*args, **kwargs)
@@ -238,10 +239,27 @@ def looked_at(function: F) -> F:
 
     @functools.wraps(function)
     def at_the_door(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(function, signature.bind(*args, **kwargs))
+        check_arguments(function, _bound(function, signature, args, kwargs))
         return function(*args, **kwargs)
 
     return at_the_door  # type: ignore[return-value]
+
+
+def _bound(
+    function: Callable[..., Any], signature: inspect.Signature, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> inspect.BoundArguments:
+    """Bind the arguments of a call; an error names the function, and an argument that may be meant."""
+    try:
+        return signature.bind(*args, **kwargs)
+    except TypeError as error:
+        meant = [close for name in kwargs for close in _similar(name, signature.parameters)]
+        hint = f"; do you mean {' and '.join(meant)}?" if meant else ""
+        raise TypeError(f"{function.__qualname__}() {error}{hint}") from None
+
+
+def _similar(name: str, known: Iterable[str]) -> list[str]:
+    known = list(known)
+    return [] if name in known else [f"{close}=" for close in difflib.get_close_matches(name, known, n=1)]
 
 
 def check_arguments(function: Callable[..., Any], bound: inspect.BoundArguments) -> None:
