@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -218,21 +218,48 @@ def collect(
     """
     device = device_of(model_a)
     moments: dict[str, Moments] = {}
-    trace, chosen = None, {}
+    plans = _Plans(spec, model_a, before_activation)
     with seeded(0, device):
         for number, batch in enumerate(_first_batches(loader, device, num_examples_at_most)):
             inputs = inputs_of(batch)
-            if trace is None:
-                spec = spec.with_traces(model_a, inputs)
-                trace, chosen = _where_to_read(spec, spec.traces, before_activation)
+            plan = plans.of(inputs)
             own = [inputs, inputs]
             if adversary is not None:
                 pair = inputs_and_targets(batch)
                 own = [attacked_in_eval_mode(adversary, m, *pair, seed=number) for m in (model_a, model_b)]
-            for node, a, b in _in_step(trace, model_a, model_b, *map(Example.of, own)):
-                for group in chosen.get(node, ()):
-                    _add(spec, moments, group, trace.axes[node], a, b)
+            for node, a, b in _in_step(plan.trace, model_a, model_b, *map(Example.of, own)):
+                for group in plan.groups_at.get(node, ()):
+                    _add(plan.spec, moments, group, plan.trace.axes[node], a, b)
     return moments
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where to read which groups, in the graph that runs on inputs of certain shapes."""
+
+    spec: PermutationSpec
+    trace: Trace
+    groups_at: dict[Node, list[Group]]
+
+
+class _Plans:
+    """The plan for each shape of inputs: sequences of another length, or images of another size, have another graph."""
+
+    def __init__(self, spec: PermutationSpec, model: nn.Module, before_activation: bool) -> None:
+        self._spec, self._model, self._before_activation = spec, model, before_activation
+        self._by_spec: dict[int, _Plan] = {}
+        self._by_shapes: dict[Any, _Plan] = {}
+
+    def of(self, inputs: Any) -> _Plan:
+        """Return the plan for such inputs, exporting the model where no graph there is runs on them."""
+        shapes = tuple(tuple(tensor.shape) for tensor in Example.of(inputs).tensors())
+        if shapes not in self._by_shapes:
+            known = (plan.spec for plan in self._by_spec.values() if plan.spec.runs_on(inputs))
+            spec = next(known, None) or self._spec.with_traces(self._model, inputs)
+            if id(spec) not in self._by_spec:
+                self._by_spec[id(spec)] = _where_to_read(spec, self._before_activation)
+            self._by_shapes[shapes] = self._by_spec[id(spec)]
+        return self._by_shapes[shapes]
 
 
 def _first_batches(loader: Iterable[Any], device: torch.device, limit: int | None) -> Iterator[Any]:
@@ -240,23 +267,20 @@ def _first_batches(loader: Iterable[Any], device: torch.device, limit: int | Non
     return first_examples(batches(in_order(loader), device), limit)
 
 
-def _where_to_read(
-    spec: PermutationSpec, traces: Sequence[Trace], before_activation: bool
-) -> tuple[Trace, dict[Node, list[Group]]]:
+def _where_to_read(spec: PermutationSpec, before_activation: bool) -> _Plan:
     """Choose the mode in which the most groups are summed over: auxiliary heads exist in train mode only."""
     plans = []
-    for trace in traces:
+    for trace in spec.traces:
         chosen: dict[Node, list[Group]] = {}
         for reading in readings(spec, trace, before_activation=before_activation):
             chosen.setdefault(reading.node, []).append(reading.group)
-        plans.append((trace, chosen))
-    return max(plans, key=lambda plan: len({group.name for groups in plan[1].values() for group in groups}))
+        plans.append(_Plan(spec, trace, chosen))
+    return max(plans, key=lambda plan: len({group.name for groups in plan.groups_at.values() for group in groups}))
 
 
 def _in_step(
     trace: Trace, model_a: nn.Module, model_b: nn.Module, example_a: Example, example_b: Example
 ) -> Iterator[tuple]:
-    trace.graph.check_inputs(example_a)
     runs = [
         trace.graph.run(_state(model), example, running_statistics=True)
         for model, example in ((model_a, example_a), (model_b, example_b))

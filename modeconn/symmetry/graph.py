@@ -215,19 +215,18 @@ class Graph:
             steps.append(_step(_RESHAPE if node.target in _VIEWS else node.target, arguments))
         return steps
 
-    def check_inputs(self, example: Example) -> None:
-        """Raise a ValueError unless inputs have the shapes that the model was exported for, but for a free batch."""
+    def takes(self, example: Example) -> bool:
+        """Whether inputs have the shapes that the model was exported for, but for a free batch.
+
+        Raises:
+            InputMismatch: If there are others than those that the model was exported with.
+        """
         given_tensors = [leaf for leaf in self._flat_inputs(example) if isinstance(leaf, Tensor)]
-        for given, traced in zip(given_tensors, self._inputs(), strict=False):
-            sizes = tuple("any" if _is_free(n) else int(n) for n in traced.shape)
-            same = len(sizes) == given.dim() and all(n in ("any", m) for n, m in zip(sizes, given.shape, strict=True))
-            if not same:
-                wanted = f"({', '.join(map(str, sizes))})"
-                why = "" if sizes[1:] != tuple(given.shape[1:]) else ": it fixes its batch size"
-                raise ValueError(
-                    f"this model runs only on inputs of shape {wanted}, the shape of the example input, got "
-                    f"{tuple(given.shape)}{why}. Pass an example input of the loader's shape."
-                )
+        return all(
+            given.dim() == traced.dim()
+            and all(_is_free(n) or int(n) == m for n, m in zip(traced.shape, given.shape, strict=True))
+            for given, traced in zip(given_tensors, self._inputs(), strict=False)
+        )
 
     def _inputs(self) -> list[Tensor]:
         """Return the tensors that stand for the inputs."""

@@ -17,6 +17,7 @@ from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.explore import explore, own_rules
 from modeconn.symmetry.findings import Findings, UnknownOperator
+from modeconn.symmetry.graph import Example
 from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_perms
 from modeconn.symmetry.kinds import KINDS
 from modeconn.symmetry.relabelling import Relabelling
@@ -180,32 +181,46 @@ class PermutationSpec(Findings):
         Raises:
             VerificationError: With the first tensor that disagrees and the group behind it; or if the model fails, or
                 makes nothing but NaN, on redrawn weights, so that nothing can be proved.
-            ValueError: If the model, or the shape of the input, is not the one the spec was found for.
+            ValueError: If the model is not the one the spec was found for, or has other groups on inputs of this shape.
         """
         return verify(self, model, example_input, tolerance=tolerance, seed=seed)
 
     def with_traces(self, model: nn.Module, example_input: Any = None) -> PermutationSpec:
-        """Return the same spec with the exported graphs behind it; for a loaded one, ``model`` is exported anew.
+        """Return the same spec with graphs that run on such inputs.
+
+        A graph is of one length of sequences, or one size of images, and mostly of any batch size. A spec that was
+        loaded has none, and one that was found with inputs of another shape has others: ``model`` is exported anew.
 
         Args:
             model: The model that the spec was found in.
             example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword
-                inputs. Default: ``model.example_input()``, where the model has that method.
+                inputs. Default: that of the graphs there are, else ``model.example_input()``, where the model has
+                that method.
 
         Raises:
-            ValueError: If discovery does not find this spec in the model, or needs rules that the file did not hold.
+            ValueError: If discovery does not find the groups of this spec in the model with such inputs, or needs rules
+                that the file did not hold.
         """
-        if self.traces:
+        if (self.traces and example_input is None) or self.runs_on(example_input):
             return self
         rules = RULES if self.rules is None else self.rules
         self._check_rules(rules)
         fresh = PermutationSpec.of(explore(model, example_input, rules, self.freeze))
-        if fresh != self:
+        if fresh != self and not (self.traces and fresh._moves_as(self)):
+            given = "with inputs of this shape" if self.traces else "now (another model or version)"
             raise ValueError(
-                "the saved spec is not what discover finds in this model now (another model or version); run discover "
-                "again."
+                f"the spec is not what discover finds in this {type(model).__name__} {given}; run discover again, with "
+                "an example input as the data have it."
             )
         return fresh
+
+    def runs_on(self, example_input: Any) -> bool:
+        """Whether the spec has graphs, and they run on inputs of these shapes."""
+        return bool(self.traces) and all(trace.graph.takes(Example.of(example_input)) for trace in self.traces)
+
+    def _moves_as(self, other: PermutationSpec) -> bool:
+        """Whether the groups are those of another spec of this model, whatever numbers their atoms have."""
+        return [replace(group, atom=0) for group in self.groups] == [replace(group, atom=0) for group in other.groups]
 
     def _check_rules(self, rules: Mapping[Any, Rule]) -> None:
         """Raise unless ``rules`` have rules of their own for the operators for which those of the discovery had."""

@@ -77,7 +77,7 @@ def verify(
     Raises:
         VerificationError: With the first tensor that disagrees and the group behind it; or if the model fails, or makes
             nothing but NaN, on redrawn weights, so that nothing can be proved.
-        ValueError: If the model, or the shape of the input, is not the one the spec was found for.
+        ValueError: If the model is not the one the spec was found for, or has other groups on inputs of such a shape.
     """
     if not callable(getattr(spec, "with_traces", None)):
         raise ValueError(f"spec must be a modeconn.PermutationSpec, as discover returns, got {shown('spec', spec)}.")
@@ -85,10 +85,8 @@ def verify(
         raise ValueError(f"tolerance must be at least 0, got tolerance={tolerance}.")
     spec.check_model(model)
     given = example_for(model, example_input)
-    spec = spec.with_traces(model, example_input)
+    spec = spec.with_traces(model, given)
     traces = spec.traces
-    for trace in traces:
-        trace.graph.check_inputs(given)
     _check_function(traces, model, given)
     generator = torch.Generator().manual_seed(seed)
     proof = _Proof(spec, redraw_state(model, generator), _float64(given.to("cpu")), seed)
