@@ -30,7 +30,7 @@ from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools import provenance
-from modeconn.tools.door import checked
+from modeconn.tools.door import checked, shortened
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
 from modeconn.tools.measurements import Records
@@ -143,7 +143,7 @@ class Comparison:
         """
         record = from_json(text, "comparison")
         if record.get(KIND, "Comparison") != "Comparison":  # files of older versions do not say it
-            raise ValueError(f"this is a {record[KIND]}, no comparison.")
+            raise ValueError(f"this is a {shortened(record[KIND], 60)}, no comparison.")
         with taken_as("comparison"):
             rows = record["values"].items()
             values = {row: {name: numbers(one) for name, one in columns.items()} for row, columns in rows}

@@ -117,6 +117,12 @@ class PGD:
             ``x_adv``, as ``x``, without a gradient.
         """
         check_pixels(x, self.clip)
+        largest = torch.finfo(x.dtype).max / 4  # so that sums and differences stay finite
+        if not max(self.eps, self.step_size) <= largest:
+            raise ValueError(
+                f"eps and step_size must be at most {largest:.3g} for inputs of {x.dtype}, got eps={self.eps:g} and "
+                f"step_size={self.step_size:g}."
+            )
         if self.eps == 0 or not len(x):
             return x
         x, generator = x.detach(), self._generator(x.device)

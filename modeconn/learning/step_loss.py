@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modeconn.attacks.training import Adversary, AdversaryLike, FreeAdversarialTraining, FreeRun, adversary_of
 from modeconn.learning.checkpoint import State
 from modeconn.network.batches import described, inputs_and_targets, is_dense, num_examples
-from modeconn.network.loss import Forward, LossFn, checked, differentiable, loss_alone, supervised, weight_in
+from modeconn.network.loss import Forward, LossFn, checked, differentiable, loss_alone, loss_of, supervised, weight_in
 from modeconn.network.scores import is_sum
 
 
@@ -48,7 +48,9 @@ class StepLoss:
             return
         self._weight, self._is_sum = partial(weight_in, loss_fn), is_sum(loss_fn)
         if opponent is not None:
-            self._first, self._later = _against(opponent, checked(loss_fn)), _against(opponent, loss_fn)
+            self._first, self._later = (
+                _against(opponent, loss) for loss in (checked(loss_fn), partial(loss_of, loss_fn))
+            )
         else:
             self._first, self._later = supervised(loss_fn, check=True), supervised(loss_fn)
 

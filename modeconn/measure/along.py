@@ -16,7 +16,7 @@ from torch import Tensor
 from modeconn import plot
 from modeconn.tools import provenance
 from modeconn.tools.checks import there_are
-from modeconn.tools.door import check, looked_at
+from modeconn.tools.door import check, looked_at, shortened
 from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
@@ -191,10 +191,10 @@ class AlongCurve:
         record = from_json(text, cls.__name__)
         kind = record.get(KIND, cls.__name__)  # files of older versions do not say it
         if kind != cls.__name__ and kind not in AlongCurve.kinds:
-            raise ValueError(f"this is a {kind}, whose class nobody imported. Import it first.")
+            raise ValueError(f"this is a {shortened(kind, 60)}, whose class nobody imported. Import it first.")
         found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
         if not issubclass(found, cls):
-            raise ValueError(f"this is a {kind}, not a {cls.__name__}.")
+            raise ValueError(f"this is a {shortened(kind, 60)}, not a {cls.__name__}.")
         with taken_as(found.__name__):
             result = found._restored(record)
             result._check()

@@ -22,6 +22,7 @@ from modeconn.network.batches import (
     described,
     first_batch,
     inputs_and_targets,
+    is_dense,
     num_examples,
     run,
 )
@@ -32,6 +33,7 @@ from modeconn.network.loss import (
     called,
     cross_entropy,
     differentiable,
+    loss_of,
     per_example,
 )
 from modeconn.network.scores import Weighted, classes_of, weighs, weighted
@@ -204,7 +206,8 @@ class _Loss(nn.Module):
             return Weighted(loss.double() * size, float(size), False)
         inputs, targets = inputs_and_targets(batch)
         outputs = run(self.model, inputs)
-        return weighted(self._loss_fn, self._loss_fn(outputs, targets).reshape(()), outputs, targets, size)
+        loss = loss_of(self._loss_fn, outputs, targets).reshape(())
+        return weighted(self._loss_fn, loss, outputs, targets, size)
 
 
 @contextmanager
@@ -246,10 +249,11 @@ def _product_in_weights(loss: _Loss, space: WeightSpace, data: list[Any]) -> tup
 
 def _check_examples(x: Any, y: Any) -> None:
     """Raise unless each example of a batch has an input that can be differentiated by, and a target."""
-    if not (isinstance(x, Tensor) and x.is_floating_point()):
-        what = x.dtype if isinstance(x, Tensor) else type(x).__name__
-        raise ValueError(f"inputs of loader must be one floating-point tensor for wrt='inputs', got {what}.")
-    if not (isinstance(y, Tensor) and x.ndim and y.ndim and len(x) == len(y)):
+    if not (is_dense(x) and x.is_floating_point()):
+        raise ValueError(
+            f"inputs of loader must be one dense floating-point tensor for wrt='inputs', got {described(x)}."
+        )
+    if not (is_dense(y) and x.ndim and y.ndim and len(x) == len(y)):
         raise ValueError(
             f"loader must yield a target for each example for wrt='inputs', got inputs {described(x)} and targets "
             f"{described(y)}."

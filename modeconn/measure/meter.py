@@ -187,19 +187,12 @@ class Meter:
         whole, mean = float(loss), (found[0] * half + found[1] * (size - half)) / size
         if math.isnan(whole):
             return  # as of a batch without a target that counts
-        eps = torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0
-        if not abs(again - whole) <= 16 * max(eps, 1e-7) * abs(whole):  # it draws random numbers: nothing can be said
-            self._was_told = True
+        if not abs(again - whole) <= 16 * max(_eps(loss), 1e-7) * abs(whole):  # it draws random numbers
+            self._was_told = True  # nothing can be said
             return
-        rounding = max(_NOT_A_MEAN, 4 * eps)
-        allowed = rounding * max(abs(whole), abs(mean), 1e-6) if math.isfinite(mean) else rounding * abs(whole)
-        if not abs(mean - whole) <= allowed:
+        if not is_mean(whole, mean, _eps(loss)):
             self._was_told = True
-            warn(
-                f"the loss is no mean over the examples of a batch: it is {whole:.6g} of {size} examples, and "
-                f"{found[0]:.6g} and {found[1]:.6g} of their halves. So it depends on the batch size, here and in "
-                f"training. Divide by the number of examples, or use a loss of torch, whose weights are known."
-            )
+            warn_of_no_mean(f"{whole:.6g} of {size} examples, and {found[0]:.6g} and {found[1]:.6g} of their halves")
 
     def _answers(self, model: nn.Module, batch: Any, heard: dict[str, Any]) -> _Answers:
         heard.clear()
@@ -252,6 +245,25 @@ class Meter:
         finally:
             for handle in handles:
                 handle.remove()
+
+
+def _eps(loss: Tensor) -> float:
+    return torch.finfo(loss.dtype).eps if loss.is_floating_point() else 0.0
+
+
+def is_mean(whole: float, mean: float, eps: float = 0.0) -> bool:
+    """Whether the loss of a batch is the mean of those of its parts, up to rounding with a precision of ``eps``."""
+    rounding = max(_NOT_A_MEAN, 4 * eps)
+    size = max(abs(whole), abs(mean), 1e-6) if math.isfinite(mean) else abs(whole)
+    return abs(mean - whole) <= rounding * size
+
+
+def warn_of_no_mean(what: str) -> None:
+    """Warn of a loss that depends on the batch size, of which ``what`` says how large it is of which examples."""
+    warn(
+        f"the loss is no mean over the examples of a batch: it is {what}. So it depends on the batch size, here and in "
+        f"training. Divide by the number of examples, or use a loss of torch, whose weights are known."
+    )
 
 
 class _End:

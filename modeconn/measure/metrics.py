@@ -100,8 +100,19 @@ class Quotient:
             raise ValueError(
                 f"metric {self._name!r} is a function, so it must return (sum, weight) of a batch, got {found!r:.80}."
             )
-        total, weight = (torch.as_tensor(one).double() for one in found)
+        total, weight = (self._number(one) for one in found)
         self._sum, self._weight = self._sum + total, self._weight + weight
+
+    def _number(self, value: Any) -> Tensor:
+        """Return a sum or a weight, which may be on any device, without waiting for it."""
+        found = torch.as_tensor(value)
+        if found.numel() != 1 or found.is_complex():
+            kind = "complex " * found.is_complex()
+            raise ValueError(
+                f"metric {self._name!r} must return (sum, weight), two real numbers, got a {kind}tensor of shape "
+                f"{tuple(found.shape)} among them: sum over the batch."
+            )
+        return found.double().reshape(())
 
     def compute(self) -> Any:
         """Return the quotient over all batches; NaN if their weights have the sum 0."""
@@ -158,7 +169,7 @@ class Perplexity:
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in one batch: scores of classes and targets of as many places."""
-        scores, flat = _classes_last(outputs, targets, self._axis).flatten(0, -2).double(), targets.flatten()
+        scores, flat = _classes_last(outputs, targets, self._axis).flatten(0, -2).double(), targets.flatten().long()
         self._sum = self._sum + F.cross_entropy(scores, flat, ignore_index=self._ignored, reduction="sum")
         self._count = self._count + (flat != self._ignored).sum()
 

@@ -15,6 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from modeconn.measure.meter import is_mean, warn_of_no_mean
 from modeconn.measure.robust_profile import (
     CLEAN,
     WORST,
@@ -27,8 +28,8 @@ from modeconn.measure.robust_profile import (
 from modeconn.network.attack import Attack, check_examples, is_attack, under_attack
 from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, is_dense, run
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import LossFn, check_classes, cross_entropy, main_output, per_example
-from modeconn.network.scores import IGNORED, classes_of, is_sum, knows_its_axis, setting_of
+from modeconn.network.loss import LossFn, check_classes, cross_entropy, main_output, one_number, per_example
+from modeconn.network.scores import IGNORED, classes_of, is_sum, knows_its_axis, setting_of, weighted
 from modeconn.network.weights import check_eval_mode, device_of
 from modeconn.tools.door import checked, is_iterable
 from modeconn.tools.fingerprint import digest, identify
@@ -171,6 +172,7 @@ class _Attacking:
     ) -> None:
         self._data, self._loss_fn, self._seed, self._known, self._networks = data, loss_fn, seed, known, networks
         self._digests = [digest(batch) for batch in data]
+        self._was_tried = False
         self.about = record_key(loss_fn, *map(digest, networks))
 
     @property
@@ -228,7 +230,21 @@ class _Attacking:
                 f"{tuple(y.shape)}, and the model's scores have the shape {tuple(main_output(outputs).shape)}."
             )
         check_classes(classes)
-        return classes.correct, per_example(self._loss_fn, outputs, y)
+        losses = per_example(self._loss_fn, outputs, y)
+        if not self._was_tried:
+            self._was_tried = True
+            self._try_mean(outputs, y, losses)
+        return classes.correct, losses
+
+    def _try_mean(self, outputs: Any, y: Tensor, losses: Tensor) -> None:
+        """Warn if the loss of a batch is not the mean of those of its examples, where it is not known to be one."""
+        loss, again = (one_number(self._loss_fn, outputs, y) for _ in range(2))
+        found = weighted(self._loss_fn, loss, outputs, y, len(y))
+        if found.is_exact or len(y) < 2 or loss != again:  # of one that draws random numbers nothing can be said
+            return
+        whole, mean = float(found.total) / len(y), float(losses.double().mean())
+        if math.isfinite(whole) and not is_mean(whole, mean, torch.finfo(losses.dtype).eps):
+            warn_of_no_mean(f"{whole:.6g} of {len(y)} examples, and {mean:.6g} of one on average")
 
 
 def _attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int, label: str) -> Tensor:

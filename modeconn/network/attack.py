@@ -94,6 +94,8 @@ def check_attackable(x: Any) -> None:
             f"inputs of an attack must be floating point, got {x.dtype}. Divide pixels by 255; integers such as tokens "
             f"cannot be attacked."
         )
+    if x.dtype.itemsize < 2:
+        raise ValueError(f"inputs of an attack must have 16 bits or more, got {x.dtype}, in which torch adds nothing.")
 
 
 def attacked_in_eval_mode(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, *, seed: int) -> Tensor:

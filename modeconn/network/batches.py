@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
 
+from modeconn.network.scores import comparable
 from modeconn.tools import provenance
 from modeconn.tools.door import is_iterable
 from modeconn.tools.fingerprint import bytes_of, dense_parts
@@ -66,6 +67,8 @@ def described(inputs: Any) -> str:
 
 
 def _described_tensor(tensor: Tensor) -> str:
+    if tensor.is_nested:
+        return f"nested {str(tensor.dtype).removeprefix('torch.')}"
     layout = "" if tensor.layout is torch.strided else f"{str(tensor.layout).removeprefix('torch.')} "
     return f"{layout}{str(tensor.dtype).removeprefix('torch.')} {tuple(tensor.shape)}"
 
@@ -76,13 +79,13 @@ def is_dense(value: Any) -> bool:
 
 
 def inputs_and_targets(batch: Any) -> tuple[Any, Any]:
-    """Return both halves of a batch, as losses and attacks read it.
+    """Return both halves of a batch, as losses and attacks read it; targets of uint16 to uint64 as int64.
 
     Raises:
         ValueError: If it is no pair.
     """
     inputs, targets = check_pair(batch, which="one of its batches")
-    return inputs, targets
+    return inputs, comparable(targets)
 
 
 def num_examples(batch: Any) -> int:
@@ -159,8 +162,18 @@ def checksum(batch: Any) -> int:
 
 
 def _check_values(batch: Any) -> None:
-    """Raise a ValueError for tensors on the device "meta"."""
+    """Raise a ValueError for tensors without values, and for those with which torch cannot compute."""
     for tensor in tensors_of(batch):
+        if tensor.is_nested and tensor.layout is torch.strided:
+            raise ValueError(
+                "a batch of the loader holds a nested tensor of the layout torch.strided, which says nothing of its "
+                "sizes. Make it with layout=torch.jagged, or pad it."
+            )
+        if tensor.is_floating_point() and tensor.dtype.itemsize < 2:
+            raise ValueError(
+                f"a batch of the loader holds a tensor of {tensor.dtype}, with which torch does not compute. Let the "
+                f"loader yield it as torch.bfloat16 or torch.float32."
+            )
         if tensor.is_meta:
             raise ValueError(
                 f"a batch of the loader holds a tensor of shape {tuple(tensor.shape)} on the device 'meta', without "

@@ -27,6 +27,7 @@ from modeconn.network.scores import (
     axes_of_probabilities,
     class_axes,
     classes_of,
+    counts_nothing,
     is_integer,
     is_sum,
     knows_its_axis,
@@ -177,7 +178,7 @@ def supervised(loss_fn: LossFn, *, check: bool = False) -> Forward:
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         check: Whether to check that targets are classes of the model.
     """
-    compare = checked(loss_fn) if check else loss_fn
+    compare = checked(loss_fn) if check else partial(loss_of, loss_fn)
 
     def forward(model: nn.Module, batch: Any) -> Tensor:
         inputs, targets = inputs_and_targets(batch)
@@ -219,6 +220,11 @@ def differentiable(loss: Tensor, name: str) -> Tensor:
     return loss
 
 
+def loss_of(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
+    """Return a loss; 0, with a gradient of 0, where all classes of the targets weigh 0 in it."""
+    return 0.0 * main_output(outputs).sum() if counts_nothing(loss_fn, targets) else loss_fn(outputs, targets)
+
+
 def one_number(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
     """Return what a loss makes of outputs and targets.
 
@@ -226,7 +232,7 @@ def one_number(loss_fn: LossFn, outputs: Any, targets: Any) -> Tensor:
         ValueError: If it cannot be called so, or does not return a tensor of one number.
     """
     with refused_by("loss_fn=", outputs, targets):
-        loss = loss_fn(outputs, targets)
+        loss = loss_of(loss_fn, outputs, targets)
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         what = f"a tensor of shape {tuple(loss.shape)}" if isinstance(loss, Tensor) else type(loss).__name__
         raise ValueError(f"loss_fn= must return the mean loss of a batch, a tensor of one number, got {what}.")
@@ -276,7 +282,9 @@ def called(forward: Forward, model: nn.Module, batch: Any) -> Any:
             raise
         lines = str(error).strip().splitlines()
         raise ValueError(
-            f"forward= fails on a batch, {described(batch)}: {type(error).__name__}: {lines[0] if lines else ''}"
+            f"forward= fails on a batch, {described(batch)}: {type(error).__name__}: {lines[0] if lines else ''}. A "
+            f"connection remembers that of its fit; for batches of another kind pass another one, or loss_fn= for "
+            f"(inputs, targets)."
         ) from error
 
 
@@ -350,7 +358,8 @@ def _check_for_cross_entropy(scores: Tensor, targets: object, name: str) -> None
                 f"them. {way_out}"
             )
     elif not axes_of_probabilities(tuple(scores.shape), targets):
+        what = "truth values" if targets.dtype is torch.bool else "real numbers"
         raise ValueError(
-            f"targets of {name} are real numbers, of shape {tuple(targets.shape)}: neither classes nor probabilities "
+            f"targets of {name} are {what}, of shape {tuple(targets.shape)}: neither classes nor probabilities "
             f"of classes, which cross entropy, the default loss, takes. {way_out}"
         )

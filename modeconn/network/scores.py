@@ -24,6 +24,9 @@ from torch import Tensor, nn
 IGNORED = -100
 """The label that torch's cross entropies leave out unless they are told another one."""
 
+_FEW_OPERATIONS = (torch.uint16, torch.uint32, torch.uint64)
+"""Integers that torch can store and index with, and hardly more."""
+
 _ALONG_AXIS_1 = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
 _OVER_ELEMENTS = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),
@@ -60,6 +63,11 @@ def class_axes(scores: Tensor, targets: Tensor) -> list[int]:
     """Return the axes along which classes may lie: those without which scores have the shape of the targets."""
     shape = tuple(scores.shape)
     return [axis for axis in range(1, len(shape)) if (*shape[:axis], *shape[axis + 1 :]) == tuple(targets.shape)]
+
+
+def comparable(targets: Any) -> Any:
+    """Return targets as integers that torch can compare: those of few operations as int64, others as they are."""
+    return targets.long() if isinstance(targets, Tensor) and targets.dtype in _FEW_OPERATIONS else targets
 
 
 def is_integer(targets: Any) -> bool:
@@ -147,7 +155,7 @@ def classes_of(outputs: Any, targets: Any, loss_fn: Any = None) -> Classes | Non
         axes = [1]
     if len(axes) != 1 or scores.shape[axes[0]] < 2:
         return None
-    return Classes(scores.movedim(axes[0], 1), targets, setting_of(loss_fn, "ignore_index", IGNORED))
+    return Classes(scores.movedim(axes[0], 1), comparable(targets), setting_of(loss_fn, "ignore_index", IGNORED))
 
 
 def weighs(classes: Classes, loss_fn: Any) -> Tensor:
@@ -157,6 +165,14 @@ def weighs(classes: Classes, loss_fn: Any) -> Tensor:
         return classes.counted
     targets = torch.where(classes.counted, classes.targets, 0).long()
     return classes.counted & (by_class.to(targets.device)[targets] != 0)
+
+
+def counts_nothing(loss_fn: Any, targets: Any) -> bool:
+    """Whether all targets of a batch are of classes that weigh 0 in a loss of torch, whose gradient is then 0/0."""
+    by_class = setting_of(loss_fn, "weight", None) if knows_its_axis(loss_fn) and is_integer(targets) else None
+    if by_class is None or bool((by_class != 0).all()):
+        return False
+    return not bool(torch.as_tensor(weight_of(loss_fn, targets, len(targets))).any())
 
 
 @dataclass(frozen=True)

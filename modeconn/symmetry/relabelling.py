@@ -138,8 +138,10 @@ class Relabelling(ABC):
         """
         with files.opened(path) as (tensors, about):
             if about["kind"] not in (_FILE, _OLDER_FILE):
-                raise ValueError(f"{os.fspath(path)!r} is a {about['kind']}, not a {getattr(cls, 'kind', _FILE)}.")
+                raise ValueError(f"{os.fspath(path)!r} is a {about['kind'][:60]}, not a {getattr(cls, 'kind', _FILE)}.")
             found = unpack(tensors, about if about["kind"] == _FILE else {"permutation": about["spec"]})
+            if found is None:
+                raise ValueError("it says that there is no relabelling in it, so it is damaged. Write it again.")
         if cls is not Relabelling and found.kind != cls.kind:
             raise ValueError(f"{os.fspath(path)!r} is a {found.kind}, not a {cls.kind}.")
         provenance.keep(found, about.get(provenance.ATTRIBUTE))

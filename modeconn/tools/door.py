@@ -202,7 +202,7 @@ def _entries(value: Any, hint: Any) -> Iterator[tuple[int, Any, Any]]:
 def shown(name: str, value: Any) -> str:
     """Return ``name=value`` as the caller might have written it, short."""
     if isinstance(value, Tensor) and value.ndim:
-        return f"a tensor of shape {tuple(value.shape)}"
+        return "a nested tensor" if value.is_nested else f"a tensor of shape {tuple(value.shape)}"
     if _is_huge(value):
         return f"an integer of {int(value).bit_length()} bits, where 64 are the most"
     text = repr(value)

@@ -133,7 +133,7 @@ def _shown(value: Any) -> str:
     if isinstance(value, nn.Module):
         return f"<{type(value).__name__}, {sum(p.numel() for p in value.parameters()):,} parameters>"
     if isinstance(value, Tensor):
-        return f"<tensor {tuple(value.shape)}>"
+        return f"<tensor {'nested' if value.is_nested else tuple(value.shape)}>"
     if type(value) in (list, tuple) and all(isinstance(one, (bool, int, float, str)) for one in value):
         text = repr(value)
     elif type(value) in (list, tuple) and len(value) <= 4:

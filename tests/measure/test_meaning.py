@@ -201,12 +201,20 @@ def test_robustness_takes_outputs_of_any_kind(kind):
     assert found.loss["worst"].tolist() == pytest.approx(expected.loss["worst"].tolist(), rel=1e-5)
 
 
-@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8])
+@pytest.mark.parametrize("dtype", [torch.int32, torch.int16, torch.uint8, torch.uint16, torch.uint32, torch.uint64])
 def test_classes_are_any_integers(dtype):
     line = Connection.straight_between(*two_of(mlp()))
     found = line.evaluate([(X, Y.to(dtype))], t=[0, 1])
     assert torch.equal(found.loss, line.evaluate([(X, Y)], t=[0, 1]).loss)
     assert float(found.accuracy[0]) == float((line.model_at(0)(X).argmax(1) == Y).double().mean())
+    extra = {"perplexity": metrics.Perplexity(), "top": metrics.top_k(2), "other": metrics.disagreement("a")}
+    measured, expected = (line.evaluate([(X, y)], t=[1], metrics=extra).metrics for y in (Y.to(dtype), Y))
+    assert measured == expected
+    attacked, expected = (line.robustness([(X, y)], ATTACK, t=[0.5]).loss["worst"] for y in (Y.to(dtype), Y))
+    assert torch.equal(attacked, expected)
+    assert torch.equal(*(line.curvature([(X, y)], t=[0.5]).eigenvalue for y in (Y.to(dtype), Y)))
+    fitted = [modeconn.fit_curve(*two_of(mlp()), [(X, y)], recipe=modeconn.Recipe(1)) for y in (Y.to(dtype), Y)]
+    assert torch.equal(*(one.control_points for one in fitted))
 
 
 def test_probabilities_lie_along_the_axis_where_they_are_some():
@@ -437,3 +445,120 @@ def test_a_loss_may_be_an_integer(answer):
         line.curvature(
             [(X, Y)], t=[0.5], loss_fn=lambda outputs, targets: (outputs.argmax(1) != targets).float().mean()
         )
+
+
+@pytest.mark.parametrize("name", NO_MEANS.keys() - {"spread out", "ignored"})
+def test_robustness_tells_of_a_loss_that_is_no_mean(name):
+    loss_fn, y = NO_MEANS[name]
+    a, _ = two_of(mlp())
+    with pytest.warns(UserWarning, match="the loss is no mean over the examples"):
+        modeconn.robustness(a, split(X, y, 6), ATTACK, loss_fn=loss_fn)
+    noisy = lambda outputs, targets: F.cross_entropy(outputs + 0.01 * torch.randn_like(outputs), targets)  # noqa: E731
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        modeconn.robustness(a, split(X, Y, 6), ATTACK, loss_fn=noisy)
+        modeconn.robustness(a, split(X, UNEVEN, 6), ATTACK, loss_fn=nn.CrossEntropyLoss(weight=WEIGHTS))
+
+
+@pytest.mark.parametrize("adversary", [None, ATTACK], ids=["clean", "attacked"])
+def test_a_batch_whose_classes_all_weigh_0_moves_nothing(adversary):
+    loss_fn = nn.CrossEntropyLoss(weight=torch.tensor([0.0, 1.0, 2.0]))
+    a, b = two_of(mlp())
+    data = [(X[:4], torch.zeros(4, dtype=torch.int64)), (X[4:], UNEVEN[4:])]
+
+    def by_hand(outputs, targets):
+        return loss_fn(outputs, targets) if targets.any() else 0.0 * outputs.sum()
+
+    if adversary is not None:
+        adversary = modeconn.PGD(0.1, 0.05, 2, loss_fn=loss_fn, seed=0)
+    settings = {"recipe": modeconn.Recipe(2), "align": False, "adversary": adversary}
+    fitted, expected = (modeconn.fit_curve(a, b, data, loss_fn=fn, **settings) for fn in (loss_fn, by_hand))
+    assert fitted.control_points.isfinite().all()
+    assert torch.equal(fitted.control_points, expected.control_points)
+    at_once = [(X, torch.cat([y for _, y in data]))]
+    found, whole = (fitted.curvature(batches, t=[0.5], loss_fn=loss_fn).eigenvalue for batches in (data, at_once))
+    assert float(found[0]) == pytest.approx(float(whole[0]), rel=1e-3)
+
+
+def nested(x):
+    return torch.nested.nested_tensor(list(x))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "message"),
+    [
+        (
+            lambda x: x.to(torch.float8_e4m3fn),
+            "holds a tensor of torch.float8_e4m3fn, with which torch does not compute",
+        ),
+        (nested, "holds a nested tensor of the layout torch.strided"),
+    ],
+    ids=["float8", "nested"],
+)
+@pytest.mark.filterwarnings("ignore:The PyTorch API of nested tensors")
+def test_tensors_with_which_torch_cannot_compute_are_refused_at_the_door(inputs, message):
+    a, b = two_of(mlp())
+    line = Connection.straight_between(a, b)
+    data = [(X, Y), (inputs(X), Y)]
+    verbs = [
+        lambda: modeconn.fit_curve(a, b, data, recipe=modeconn.Recipe(1), align=False),
+        lambda: modeconn.align(a, b, data[1:]),
+        lambda: line.evaluate(data),
+        lambda: line.robustness(data, ATTACK),
+        lambda: line.curvature(data),
+        lambda: line.curvature(data[1:], wrt="inputs"),
+    ]
+    for verb in verbs:
+        with pytest.raises(ValueError, match=message):
+            verb()
+
+
+def test_sparse_inputs_have_no_curvature():
+    line = Connection.straight_between(*two_of(lambda: nn.Sequential(Dense(), mlp()())))
+    assert line.curvature([(X.to_sparse(), Y)], t=[0.5]).eigenvalue.isfinite().all()
+    with pytest.raises(
+        ValueError, match="must be one dense floating-point tensor for wrt='inputs', got Tensor of sparse"
+    ):
+        line.curvature([(X.to_sparse(), Y)], t=[0.5], wrt="inputs")
+
+
+class Dense(nn.Module):
+    def forward(self, x):
+        return x.to_dense()
+
+
+@pytest.mark.parametrize(
+    ("total", "message"),
+    [
+        (torch.ones(3), r"two real numbers, got a tensor of shape \(3,\)"),
+        (torch.ones((), dtype=torch.complex64), "two real numbers, got a complex tensor"),
+    ],
+)
+def test_what_a_metric_function_sums_is_a_number(total, message):
+    line = Connection.straight_between(*two_of(mlp()))
+    with pytest.raises(ValueError, match=message):
+        line.evaluate([(X, Y)], metrics={"mine": lambda outputs, targets: (total, 1)})
+
+
+@pytest.mark.parametrize("settings", [(1e308, 0.1), (0.1, 1e308)])
+@pytest.mark.parametrize("norm", ["linf", "l2"])
+def test_a_ball_that_no_number_holds_is_refused(settings, norm):
+    a, _ = two_of(mlp())
+    with pytest.raises(ValueError, match=r"eps and step_size must be at most 8.51e\+37 for inputs of torch.float32"):
+        modeconn.PGD(*settings, 2, norm=norm)(a, X, Y)
+
+
+def test_truth_values_are_called_so():
+    line = Connection.straight_between(*two_of(mlp()))
+    with pytest.raises(ValueError, match="targets of loader are truth values"):
+        line.evaluate([(X, torch.ones(12, 3).bool())])
+
+
+def test_the_forward_of_a_fit_is_named_where_batches_are_of_another_kind():
+    a, b = two_of(mlp())
+    data = [{"x": X, "y": Y}]
+    forward = lambda model, batch: F.cross_entropy(model(batch["x"]), batch["y"])  # noqa: E731
+    fitted = modeconn.fit_curve(a, b, data, forward=forward, align=False, recipe=modeconn.Recipe(1))
+    with pytest.raises(ValueError, match=r"A connection remembers that of its fit; .* or loss_fn="):
+        fitted.evaluate([(X, Y)])
+    assert fitted.evaluate([(X, Y)], t=[0], loss_fn=F.cross_entropy).loss == fitted.evaluate(data, t=[0]).loss

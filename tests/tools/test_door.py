@@ -342,9 +342,7 @@ def test_classes_may_be_bytes(verb):
 
 
 def test_an_unknown_argument_is_named_with_the_function_and_the_one_it_may_be():
-    with pytest.raises(
-        TypeError, match=r"^align\(\) got an unexpected keyword argument 'methods'; do you mean method="
-    ):
+    with pytest.raises(TypeError, match=r"^align\(\) got .* argument 'methods'; do you mean method="):
         modeconn.align(nn.Linear(2, 2), nn.Linear(2, 2), methods=None)
     with pytest.raises(TypeError, match=r"^align\(\) missing a required argument: 'model_b'$"):
         modeconn.align(nn.Linear(2, 2))
