@@ -273,9 +273,10 @@ class DeepAlign(Settings):
                 )
             settings = about["settings"]
             aligner = cls(**{**settings, "augmentation": WeightAugmentation(**settings["augmentation"])})
-            layout = {
-                name: Entry(tensor, tuple(shape), role) for name, (tensor, shape, role) in about["layout"].items()
-            }
+            largest = max(aligner.features, aligner.edge_features, aligner.depth)
+            if largest > sum(tensor.numel() for tensor in tensors.values()):
+                raise ValueError("it does not hold the encoder of its settings. Write it again, or take a copy.")
+            layout = {name: Entry.restored(*entry) for name, entry in about["layout"].items()}
             graph = UnitGraph(PermutationSpec.from_json(about["spec"]), layout, device)
             with preserved():  # the encoder draws initial weights, which are replaced below
                 encoder = Encoder(graph, aligner.features, aligner.edge_features, aligner.depth, aligner.scale)

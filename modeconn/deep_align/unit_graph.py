@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.spec import PermutationSpec
+from modeconn.tools.door import check
 
 
 class Entry(NamedTuple):
@@ -26,6 +28,12 @@ class Entry(NamedTuple):
     tensor: str
     shape: tuple[int, ...]
     role: Literal["weight", "norm", "buffer"]
+
+    @classmethod
+    def restored(cls, tensor: str, shape: Sequence[int], role: Literal["weight", "norm", "buffer"]) -> Entry:
+        """Return what a file says of one, if it can be one."""
+        check("layout", [tensor, role], list[str])
+        return cls(tensor, tuple(map(operator.index, shape)), role)
 
 
 @dataclass(frozen=True, eq=False)

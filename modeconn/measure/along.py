@@ -190,7 +190,7 @@ class AlongCurve:
         """
         record = from_json(text, cls.__name__)
         kind = record.get(KIND, cls.__name__)  # files of older versions do not say it
-        if kind != cls.__name__ and kind not in AlongCurve.kinds:
+        if kind != cls.__name__ and str(kind) not in AlongCurve.kinds:
             raise ValueError(f"this is a {shortened(kind, 60)}, whose class nobody imported. Import it first.")
         found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
         if not issubclass(found, cls):

@@ -4,8 +4,10 @@ import os
 
 import pytest
 
+import modeconn
 from benchmarks import fuzz
 from benchmarks.fuzz_files import TARGETS
+from modeconn.tools import files
 
 EACH = 10
 
@@ -41,3 +43,49 @@ def test_the_count_sees_what_must_not_happen(tmp_path):
             endings = list(fuzz.batch(target, range(4)))
         assert {ending.how for ending in endings} <= {how, "accepted"} and any(one.how == how for one in endings)
     assert not path.exists()
+
+
+def changed(target, folder, change):
+    """Write a good file, let its description be changed, and give it a digest as whoever means harm would."""
+    target.make(folder)
+    path = folder / target.file
+    tensors, about = files.read(path)
+    change(about)
+    files.write(path, about.pop("kind"), tensors, about)
+    return path
+
+
+def set_at(*way):
+    *outer, last, value = way
+
+    def change(about):
+        for key in outer:
+            about = about[key]
+        about[last] = value
+
+    return change
+
+
+FOUND = {
+    "an encoder that never ends": ("aligner", set_at("settings", "depth", 10**12), "does not hold the encoder"),
+    "a size that is text": ("aligner", set_at("layout", "layers.0.bias", 1, ["a" * 3000]), "is damaged"),
+    "no relabelling": ("relabelling", set_at("relabelling", None), "says that there is no relabelling in it"),
+    "a kind of 3,000 letters": ("relabelling", set_at("kind", "a" * 3000), "is a a{60}, not a relabelling"),
+}
+
+
+@pytest.mark.parametrize("name", FOUND)
+def test_what_was_found_is_refused(name, tmp_path):
+    kind, change, message = FOUND[name]
+    target = next(target for target in TARGETS if target.name == kind)
+    path = changed(target, tmp_path, change)
+    with pytest.raises(ValueError, match=message) as caught:
+        target.read(path)
+    assert str(path) in str(caught.value) and len(str(caught.value)) < 600
+
+
+@pytest.mark.parametrize("kind", ["[[1]]", '"' + "a" * 3000 + '"', "3"])
+def test_results_of_a_kind_that_is_none_are_refused(kind):
+    with pytest.raises(ValueError, match="whose class nobody imported") as caught:
+        modeconn.Curvature.from_json(f'{{"kind": {kind}, "t": [0]}}')
+    assert len(str(caught.value)) < 200
