@@ -106,6 +106,10 @@ def _in_options(message: str, context: Any) -> str:
         message = re.sub(rf"(?<![\w.-]){name}=", option, message)
         if "_" in name:
             message = re.sub(rf"(?<![\w.'-]){name}(?![\w='])", option, message)
+    in_python = dict.fromkeys(re.findall(r"(?<![\w.'-])[a-z]\w*=(?=[\s,.;:)]|$)", message))
+    if in_python:
+        are = "is an argument" if len(in_python) == 1 else "are arguments"
+        message += f" ({' and '.join(in_python)} {are} in Python, which no option stands for.)"
     return message
 
 

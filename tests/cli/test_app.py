@@ -513,6 +513,11 @@ def quiet(width: int = 8):
     return net(width)
 
 
+def real():
+    found = [(torch.rand(4, 5), torch.rand(4))]
+    return found, found
+
+
 def broken():
     import nothing_here
 
@@ -567,6 +572,7 @@ def test_what_does_not_say_that_it_makes_models_is_not_called_by_a_file(own, tmp
         (("--data", "mine_of_the_test:none"), "cannot import 'mine_of_the_test:none'"),
         (("--data", "nowhere:data"), "cannot import 'nowhere:data': ModuleNotFoundError: No module named 'nowhere'"),
         (("--data", "mine_of_the_test:data", "--data-arg", "m=3"), "Pass --data-arg KEY=VALUE"),
+        (("--data", "mine_of_the_test:real"), "or forward=. (loss_fn= and forward= are arguments in Python, which no"),
         ((*OWN_DATA, "--batch-size", 3), "--root and --batch-size are for the data sets of modeconn"),
         (("--data", "digits", "--data-arg", "m=3"), "--data-arg is for the factory of --data package.module:factory"),
         ((*OWN_DATA, "--test-examples", 3), "--test-examples is for a modeconn.data.TensorLoader"),
