@@ -610,6 +610,8 @@ def _call(
     tensors_in = [env[n] for n in node.all_input_nodes if isinstance(env[n], Tensor)]
     has_precision = any(tensor.is_floating_point() or tensor.is_complex() for tensor in tensors_in)
     target = _grouped_matmul if dtype == torch.float64 and target == _GROUPED_MATMUL else target
+    if dtype is not None and target == torch.ops.aten.view.dtype:
+        args = (args[0], _type_read(node, args[0].dtype))
     value = target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
     if dtype is not None and not has_precision and isinstance(value, Tensor):
         value = value.to(_in_precision(value.dtype, dtype))  # made of nothing or of integers, in torch's default type
@@ -621,6 +623,22 @@ def _in_precision(dtype: torch.dtype, precision: torch.dtype) -> torch.dtype:
     """Return the floating or complex type of a precision, such as float64; other types as they are."""
     return precision.to_complex() if dtype.is_complex else precision if dtype.is_floating_point else dtype
 
+
+def _type_read(node: Node, given: torch.dtype) -> torch.dtype:
+    """Return as what type to read the bytes of numbers of another precision than in the graph: one of as many parts."""
+    source, wanted = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    size = given.itemsize * wanted.itemsize // source.itemsize
+    for dtype in (wanted, _INTEGERS.get(size), torch.float64, torch.complex128):
+        same_kind = dtype is not None and (
+            (dtype.is_floating_point, dtype.is_complex) == (wanted.is_floating_point, wanted.is_complex)
+        )
+        if same_kind and dtype.itemsize == size:
+            return dtype
+    return wanted
+
+
+_INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+"""Integers by their size in bytes."""
 
 _GROUPED_MATMUL = torch.ops.aten._grouped_mm.default
 

@@ -618,6 +618,18 @@ def queries_through_convolutions() -> nn.Module:
     )
 
 
+def bytes_as_numbers() -> nn.Module:
+    """Neighbours are read as one complex number, and by their bits; each pair moves, the parts of a pair do not."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        z = m.pairs(x)
+        h = (z.view(z.dtype.to_complex()) * 2j).view(z.dtype)
+        bits = m.bits(x).view(torch.int64 if x.dtype == torch.float64 else torch.int32)
+        return m.head(m.mid(h).relu() * (bits > 0))
+
+    return Lambda(forward, pairs=nn.Linear(5, 8), mid=nn.Linear(8, 6), bits=nn.Linear(5, 6), head=nn.Linear(6, 2))
+
+
 CASES = [
     Case("plain", plain, lambda: torch.rand(2, 5), [(7,), (6,)]),
     Case("conv flatten", conv_flatten, image(), [(6,)]),
@@ -676,5 +688,6 @@ CASES = [
     Case("glu and maxout", glu_and_maxout, lambda: torch.rand(2, 5), [(6,), (4,), (4, 2)]),
     Case("gram matrix", gram, image(), [(5,), (2,)]),
     Case("written in pieces", written_in_pieces, lambda: torch.rand(2, 5), [(3,), (5,)]),
+    Case("bytes as numbers", bytes_as_numbers, lambda: torch.rand(2, 5), [(4,), (6,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]

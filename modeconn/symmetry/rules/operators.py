@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from typing import Any
 
@@ -13,8 +14,13 @@ aten = torch.ops.aten
 
 
 def table(names: dict[Rule, str]) -> dict[Any, Rule]:
-    """Return the rules by operator, of the operators with these names that this torch has."""
-    return {getattr(aten, name): rule for rule, text in names.items() for name in text.split() if hasattr(aten, name)}
+    """Return the rules by operator, or by one overload of it, of those with these names that this torch has."""
+    found = {}
+    for rule, text in names.items():
+        for name in text.split():
+            with contextlib.suppress(AttributeError):
+                found[operator_of(f"aten.{name}")] = rule
+    return found
 
 
 def operator_of(name: str) -> Any:

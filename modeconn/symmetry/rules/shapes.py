@@ -43,6 +43,19 @@ def _pairwise(walk: Walk, run: list[Axis], wanted: list[int]) -> list[Axis]:
     return run if [walk.size(axis) for axis in run] == wanted else walk.split(walk.product(run), wanted)
 
 
+def view_as_type(walk: Walk, input: Traced, dtype: torch.dtype) -> list[Axis]:
+    """The same bytes as numbers of another type: of another size, neighbours along the last axis are one number."""
+    before, after = walk.size(input.axes[-1]) if input.axes else 1, walk.shape[-1] if walk.shape else 1
+    why = f"its entries are read as {str(dtype).removeprefix('torch.')}"
+    if before == after:
+        return list(input.axes)
+    if before < after:
+        return input.replace({-1: walk.product([input.axes[-1], walk.fixed(after // before, why)])})
+    last, part = walk.split(input.axes[-1], [after, before // after])
+    walk.fix(part, why)
+    return input.replace({-1: last})
+
+
 def permute(walk: Walk, input: Traced, dims: Sequence[int]) -> list[Axis]:
     """Reorder the axes."""
     return [input.axes[dim] for dim in dims]
@@ -204,6 +217,7 @@ RULES = table(
     {
         reshape: "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as squeeze unsqueeze "
         "view_copy atleast_1d ravel",
+        view_as_type: "view.dtype",
         permute: "permute",
         transpose: "transpose t mT swapaxes swapdims transpose_copy",
         movedim: "movedim moveaxis",
