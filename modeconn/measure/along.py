@@ -110,6 +110,9 @@ class AlongCurve:
                     f"{name!r} must have one value for each of {len(self.t)} positions, got a shape of "
                     f"{tuple(value.shape)}."
                 )
+        lengths = self.arc_length
+        if lengths is not None and not (isinstance(lengths, Tensor) and lengths.shape == self.t.shape):
+            raise ValueError(f"arc_length must have one value for each position, got {shortened(lengths, 60)}.")
         if not self.values or "t" in self.values:
             raise ValueError(f"values must hold one quantity or more, none named 't', got {list(self.values)}.")
 

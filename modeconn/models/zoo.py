@@ -45,8 +45,8 @@ class Normalize(nn.Module):
             raise ValueError(f"std must be positive for every channel, got a smallest value of {std.min().item():g}.")
         shape = (num_channels,) + (1,) * spatial_dims
         device = torch.get_default_device()
-        self.register_buffer("mean", mean.reshape(shape).to(device))
-        self.register_buffer("std", std.reshape(shape).to(device))
+        self.register_buffer("mean", mean.to(device).expand(num_channels).reshape(shape).clone())
+        self.register_buffer("std", std.to(device).expand(num_channels).reshape(shape).clone())
 
     def forward(self, x: Tensor) -> Tensor:
         return (x - self.mean) / self.std
@@ -62,7 +62,7 @@ def _statistic(name: str, value: Statistic, num_channels: int) -> Tensor:
         )
     if not values.isfinite().all():
         raise ValueError(f"{name} must be finite, got {value}.")
-    return values.expand(num_channels).clone()
+    return values  # not yet one for each channel: of a file's number of channels no memory is taken on "meta"
 
 
 @dataclass(frozen=True)

@@ -180,8 +180,8 @@ def unpack(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str 
         return None
     if kept["kind"] not in _KINDS:
         raise ValueError(
-            f"this file holds a relabelling of the kind {kept['kind']!r}, which was {kept['class']} and which nobody "
-            f"imported: import {kept['class'].partition(':')[0]} first, on the command line modeconn --import MODULE."
+            f"this file holds a relabelling of the kind {kept['kind']!r:.60}, which was {kept['class']:.60} and which nobody "
+            f"imported: import {kept['class'].partition(':')[0]:.60} first, on the command line modeconn --import MODULE."
         )
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return _KINDS[kept["kind"]].restore(kept["spec"], own)

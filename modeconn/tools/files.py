@@ -15,6 +15,7 @@ import safetensors.torch
 import torch
 from torch import Tensor
 
+from modeconn.tools.door import shortened
 from modeconn.tools.writing import write_bytes
 
 _KEY, _DIGEST = "modeconn", "modeconn.sha256"
@@ -145,7 +146,7 @@ def opened(path: str | os.PathLike[str], kind: str | None = None) -> Iterator[tu
     except ValueError as error:
         if os.fspath(path) in str(error):
             raise
-        raise ValueError(f"{os.fspath(path)!r}: {error}") from error
+        raise ValueError(f"{os.fspath(path)!r}: {shortened(error, 600)}") from error
     except (LookupError, TypeError, AttributeError, ArithmeticError, RuntimeError) as error:
         if isinstance(error, torch.OutOfMemoryError):
             raise

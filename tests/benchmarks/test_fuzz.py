@@ -70,6 +70,12 @@ FOUND = {
     "an encoder that never ends": ("aligner", set_at("settings", "depth", 10**12), "does not hold the encoder"),
     "a size that is text": ("aligner", set_at("layout", "layers.0.bias", 1, ["a" * 3000]), "is damaged"),
     "no relabelling": ("relabelling", set_at("relabelling", None), "says that there is no relabelling in it"),
+    "a relabelling of 3,000 letters": (
+        "relabelling",
+        set_at("relabelling", "kind", "a" * 3000),
+        "of the kind 'a+, which was",
+    ),
+    "2 ** 40 inputs": ("network", set_at("model", 1, "num_inputs", 2**40), "is damaged.*1099511627776"),
     "a kind of 3,000 letters": ("relabelling", set_at("kind", "a" * 3000), "is a a{60}, not a relabelling"),
 }
 
