@@ -116,6 +116,10 @@ class Space:
                 factors.append(inner)
         if factors and isinstance(factors[0], tuple):  # (a + b) x c = a x c + b x c
             return [s for part in factors[0] for s in self._normal_segment((*part, *factors[1:]))]
+        inside = next((i for i, factor in enumerate(factors[:-1]) if isinstance(factor, tuple)), None)
+        if inside is not None:  # a x (b + c) x d = a x (b x d + c x d)
+            parts = tuple(s for part in factors[inside] for s in self._normal_segment((*part, *factors[inside + 1 :])))
+            factors[inside:] = [parts]
         return [tuple(factors)]
 
     def size(self, axis: Axis) -> int:
