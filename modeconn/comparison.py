@@ -18,7 +18,7 @@ from modeconn.connection import Connection
 from modeconn.curves import Bezier, Curve
 from modeconn.fit import fit_curve
 from modeconn.matching import Match, Method, match_units
-from modeconn.matching.alignment import find_spec
+from modeconn.matching.alignment import Symmetry, find_spec
 from modeconn.matching.method import check_method
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.profile import Profile
@@ -28,6 +28,7 @@ from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
+from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools import provenance
 from modeconn.tools.door import checked, shortened
@@ -205,6 +206,7 @@ def compare(
     forward: Forward | None = None,
     spec: PermutationSpec | None = None,
     example_input: Any = None,
+    outputs: Selection = None,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -229,6 +231,7 @@ def compare(
             accuracy too. Methods that learn through the loss are given one of their own.
         spec: Symmetries of the architecture, if known.
         example_input: For discovery; default the first inputs of ``loader``.
+        outputs: Which of the model's outputs have to stay as they are, see `modeconn.discover`; default all of them.
         checkpoint: A file of finished measurements, one line of JSON each. What is in it is not measured again, also
             if pairs or methods have been added meanwhile. Networks, methods, settings, symmetries, all that is measured
             on, and the first batch and the number of batches of ``loader`` tell measurements apart.
@@ -256,7 +259,7 @@ def compare(
     pairs, named = list(pairs), _named(methods)
     space = _check_pairs(pairs)
     with seeded(seed, space.device):
-        spec = find_spec(pairs[0][0], loader, spec, example_input, verify=True)
+        spec = find_spec(pairs[0][0], loader, Symmetry(spec, example_input, outputs))
     # Seeded anew, so that the first batch does not depend on whether the spec is known.
     with seeded(seed, space.device):
         check_loader(test) if forward is None else first_batch(test)

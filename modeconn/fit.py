@@ -23,7 +23,7 @@ from modeconn.learning.epochs import Run
 from modeconn.learning.history import History
 from modeconn.learning.step_loss import StepLoss
 from modeconn.matching import ActivationMatching, Alignment, Method, WeightMatching
-from modeconn.matching.alignment import find_alignment, find_spec
+from modeconn.matching.alignment import Symmetry, find_alignment, find_spec
 from modeconn.matching.method import check_data, check_method, finished
 from modeconn.network.batches import Opened, check_pair
 from modeconn.network.estimates import differing, warn_of
@@ -33,6 +33,7 @@ from modeconn.network.weights import WeightSpace, Workspace, named_buffers
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.pam import PAM, Refinement
 from modeconn.symmetry import Permutation, PermutationSpec
+from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.door import checked
@@ -61,6 +62,7 @@ def fit_curve(
     forward: Forward | None = None,
     spec: PermutationSpec | None = None,
     example_input: Any = None,
+    outputs: Selection = None,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     seed: int = 0,
     callbacks: Sequence[Any] = (),
@@ -93,6 +95,8 @@ def fit_curve(
         forward: ``forward(model, batch) -> loss`` in its place, for batches of any other kind.
         spec: Symmetries of the architecture, if known.
         example_input: An input of the models, for finding their symmetries without a loader.
+        outputs: Which of the model's outputs have to stay as they are when b is relabelled, such as ``"logits"``, see
+            `modeconn.discover`; default all of them.
         checkpoint: A file, or a `Checkpoint` that also says how often to write it. If it exists, the run goes on from
             it and ends with the same bits as one that was never interrupted, on the same machine and versions.
         seed: For t, data order, augmentation, dropout and attacks. The caller's random state is left as it was.
@@ -138,8 +142,9 @@ def fit_curve(
         about = partial(_identified, settings, space, ends)
         file = until_end.enter_context(RunFile(checkpoint, about, space.device, loader=loader))
         how = align if file.saved is None else file.relabelling() or False
+        known = Symmetry(spec, example_input, outputs)
         with bars(progress):
-            permutation, relabelled = _relabel(ends, data, how, spec, example_input, is_refined=refine is not None)
+            permutation, relabelled = _relabel(ends, data, how, known, is_refined=refine is not None)
         file.keep(permutation)
         del data  # ends the pass that was begun, with its worker processes, if nobody went on with it
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
@@ -265,8 +270,7 @@ def _relabel(
     ends: tuple[nn.Module, nn.Module],
     data: Opened | None,
     align: bool | Relabelling | Alignment | Method,
-    spec: PermutationSpec | None,
-    example_input: Any,
+    known: Symmetry,
     *,
     is_refined: bool,
 ) -> tuple[Relabelling | None, nn.Module]:
@@ -277,10 +281,10 @@ def _relabel(
     relabelling, model = finished(align), None
     if relabelling is None and align is not False:
         method = (ActivationMatching() if data is not None else WeightMatching()) if align is True else align
-        found = find_alignment(*ends, data, method, spec=spec, example_input=example_input, verify=True)
+        found = find_alignment(*ends, data, method, known)
         relabelling, model = found.permutation, found.model_b
     elif relabelling is None and is_refined:
-        relabelling = find_spec(ends[0], data, spec, example_input, verify=True).identity()
+        relabelling = find_spec(ends[0], data, known).identity()
     if is_refined and not isinstance(relabelling, Permutation):
         raise ValueError(
             f"refine= moves whole units, and align= gave a relabelling of another kind, {relabelling.kind}. Pass a "

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.curves.path import Path
-from modeconn.matching.alignment import find_spec
+from modeconn.matching.alignment import Symmetry, find_spec
 from modeconn.matching.method import Method, check_data, check_method
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers, recalibrate
@@ -19,6 +19,7 @@ from modeconn.network.estimates import differing, take_mean, warn_of
 from modeconn.network.loss import Forward
 from modeconn.network.repair import repair as repair_model
 from modeconn.network.weights import WeightSpace, named_buffers
+from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.door import checked, looked_at
@@ -106,6 +107,7 @@ def merge_many(
     forward: Forward | None = None,
     spec: PermutationSpec | None = None,
     example_input: Any = None,
+    outputs: Selection = None,
     verify: bool = True,
     seed: int = 0,
 ) -> Merge:
@@ -128,6 +130,7 @@ def merge_many(
             inputs go to the model.
         spec: What `discover` found for this architecture. Default: it is discovered here.
         example_input: For discovery, where there is neither a loader nor ``models[0].example_input()``.
+        outputs: Which of the model's outputs have to stay as they are, see `modeconn.discover`; default all of them.
         verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
         seed: For the order of the networks and of a loader that shuffles; the caller's random state stays.
 
@@ -154,7 +157,8 @@ def merge_many(
             check_method(one, name=name)
             check_data(one, loader)
     with seeded(seed, space.device):
-        names = _CommonNames(space, find_spec(models[0], loader, spec, example_input, verify=verify), models)
+        known = Symmetry(spec, example_input, outputs, verify)
+        names = _CommonNames(space, find_spec(models[0], loader, known), models)
         history = [names.spread()]
         if start is not None:
             names.follow_the_first(start, loader)

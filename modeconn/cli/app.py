@@ -245,7 +245,9 @@ def _under_attack(method: Any, adversary: Any) -> Any:
 
 
 @app.command()
-@grouped("optimizer", "schedule", "weight_decay", "autocast", "compile", "entry", "input_shape", data="digits")
+@grouped(
+    "optimizer", "schedule", "weight_decay", "autocast", "compile", "entry", "input_shape", "outputs", data="digits"
+)
 def demo(
     data: DataOptions,
     shape: ModelOptions,
@@ -375,7 +377,7 @@ def align(
     chosen = _under_attack(None if method is None else parse.method(method), adversary.opponent())
     loader, _ = data.load_if_given()
     networks = shape.read((a, b), loader, data.device)
-    how = {"method": chosen, "example_input": shape.example(), "progress": _bars(progress)}
+    how = {"method": chosen, **shape.how_to_discover(), "progress": _bars(progress)}
     found = modeconn.align(*networks, loader, **how)
     models.save(found.model_b, out)
     if permutation is not None:
@@ -412,7 +414,7 @@ def merge(
     chosen, first = parse.method(method), None if start is None else parse.method(start)
     loader, test = data.load_if_given()
     loaded = shape.read(networks, loader, data.device)
-    how = {"method": chosen, "start": first, "repair": repair, "seed": seed, "example_input": shape.example()}
+    how = {"method": chosen, "start": first, "repair": repair, "seed": seed, **shape.how_to_discover()}
     found = modeconn.merge_many(loaded, loader, **how)
     models.save(found.model, out)
     typer.echo(repr(found))
@@ -478,6 +480,7 @@ def fit(
             **settings,
             checkpoint=modeconn.Checkpoint(kept, every_seconds=save_every),
             seed=seed,
+            outputs=parse.outputs(shape.outputs),
             progress=_bars(progress),
         )
         connection.save(out)
@@ -486,7 +489,7 @@ def fit(
 
 
 @app.command()
-@grouped("augment", "train_examples", "input_shape")
+@grouped("augment", "train_examples", "input_shape", "outputs")
 def evaluate(
     connection: options.File,
     data: DataOptions,
@@ -524,7 +527,7 @@ def evaluate(
 
 
 @app.command()
-@grouped("augment", "train_examples", "test_examples", "input_shape")
+@grouped("augment", "train_examples", "test_examples", "input_shape", "outputs")
 def robustness(
     connections: options.Files,
     data: DataOptions,
@@ -627,7 +630,7 @@ def _write_robust_profile(found: modeconn.RobustProfile, path: Path, written: li
 
 
 @app.command()
-@grouped("augment", "train_examples", "test_examples", "input_shape")
+@grouped("augment", "train_examples", "test_examples", "input_shape", "outputs")
 def curvature(
     connection: options.File,
     data: DataOptions,
@@ -726,6 +729,7 @@ def compare(
             repair=repair,
             recipe=None if recipe.epochs is None else how,
             curve=shape_of_curve,
+            outputs=parse.outputs(shape.outputs),
             checkpoint=kept,
             seed=seed,
             progress=_bars(progress),
@@ -794,6 +798,7 @@ def symmetry(
             show_default=False,
         ),
     ] = None,
+    outputs: options.SelectedOutputs = None,
     freeze: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave parameters of these names fixed.")
     ] = None,
@@ -823,7 +828,7 @@ def symmetry(
         network = parse.make_model(model, parse.settings(model_arg), None)
     example = None if input_shape is None else tuple(map(parse.example_input, input_shape))
     with progress_bars(_bars(progress)):
-        spec = modeconn.discover(network, example, freeze=freeze or ())
+        spec = modeconn.discover(network, example, freeze=freeze or (), outputs=parse.outputs(outputs))
         error = spec.verify(network, example) if verify else None
     typer.echo(repr(spec.report()))
     if error is not None:

@@ -70,7 +70,8 @@ def fit(
         population += trained
     kept = checkpoint or out.with_name(out.name + ".checkpoint")
     with kept_until_done(kept, is_own=checkpoint is not None):
-        fitted = aligner.fit(population, loader, checkpoint=kept, progress=bars(progress))
+        how = {"outputs": parse.outputs(shape.outputs), "checkpoint": kept, "progress": bars(progress)}
+        fitted = aligner.fit(population, loader, **how)
         fitted.save(out)
     step, value = min(fitted.fitted.validation, key=lambda one: one[1])
     what = "loss in the middle" if fitted.connectivity else "squared distance of parameters, as a share,"
@@ -86,7 +87,7 @@ def _keep(networks: list[nn.Module], folder: Path | None) -> None:
 
 
 @app.command()
-@grouped("batch_size", "augment", "train_examples", "test_examples", "input_shape", data="digits")
+@grouped("batch_size", "augment", "train_examples", "test_examples", "input_shape", "outputs", data="digits")
 def evaluate(
     aligner: options.File,
     data: DataOptions,

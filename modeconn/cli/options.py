@@ -56,6 +56,16 @@ InputShape = Annotated[
         metavar="N,C,H,W[:DTYPE]",
     ),
 ]
+SelectedOutputs = Annotated[
+    list[str] | None,
+    _option(
+        "Model",
+        "An output of the model that has to stay as it is: its name, its position, or package.module:function of all "
+        "that the model returns. May be repeated; default: all outputs.",
+        "--outputs",
+        metavar="NAME",
+    ),
+]
 Progress = Annotated[bool | None, typer.Option(help="Whether to show progress bars; default: in a terminal.")]
 
 
@@ -193,6 +203,11 @@ class ModelOptions:
         str | None, _option("Model", "Which state dict of files of torch.save that hold several.", metavar="NAME")
     ] = None
     input_shape: InputShape = None
+    outputs: SelectedOutputs = None
+
+    def how_to_discover(self) -> dict[str, Any]:
+        """Return what discovery is told: an example input, and which outputs count."""
+        return {"example_input": self.example(), "outputs": parse.outputs(self.outputs)}
 
     def example(self) -> tuple[torch.Tensor, ...] | None:
         """Return an example input, if its shape was given."""

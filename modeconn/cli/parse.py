@@ -187,6 +187,19 @@ def example_input(text: str) -> torch.Tensor:
     return torch.rand(shape, dtype=dtype) if dtype.is_floating_point else torch.zeros(shape, dtype=dtype)
 
 
+def outputs(texts: Sequence[str] | None) -> Any:
+    """Read ``logits``, ``0`` or ``package.module:function``, or several of the first two.
+
+    Example:
+        >>> outputs(["logits", "1"])
+        ('logits', 1)
+    """
+    found = [int(text) if text.isdigit() else imported(text) if ":" in text else text for text in texts or ()]
+    if any(map(callable, found)) and len(found) > 1:
+        raise ValueError(f"outputs are names, or one function of all that the model returns, got {', '.join(texts)}.")
+    return found[0] if len(found) == 1 else tuple(found) or None
+
+
 def settings(pairs: Sequence[str] | None) -> dict[str, Any]:
     """Read ``KEY=VALUE`` pairs; values are Python literals or else strings. None is no pair.
 

@@ -19,10 +19,11 @@ from modeconn.deep_align.training import EncoderTraining, PopulationNetwork
 from modeconn.deep_align.unit_graph import Entry, UnitGraph, difference, layout_of, spec_difference
 from modeconn.learning.checkpoint import ALIGNER, Checkpoint, run_file
 from modeconn.matching import Match, match_groups
-from modeconn.matching.alignment import find_spec
+from modeconn.matching.alignment import Symmetry, find_spec
 from modeconn.network.batches import first_batch, inputs_of
 from modeconn.network.loss import LossFn, cross_entropy
 from modeconn.network.weights import WeightSpace
+from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
@@ -123,6 +124,7 @@ class DeepAlign(Settings):
         loss_fn: LossFn = cross_entropy,
         spec: PermutationSpec | None = None,
         example_input: Any = None,
+        outputs: Selection = None,
         checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
         progress: bool = False,
     ) -> DeepAlign:
@@ -141,6 +143,8 @@ class DeepAlign(Settings):
                 networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, unless ``connectivity`` is 0.
             spec: What `discover` found for this architecture. Default: it is discovered and proved here.
             example_input: For discovery, and to check rescaling; default the first inputs of the loader.
+            outputs: Which of the model's outputs have to stay as they are, see `modeconn.discover`; default all of
+                them.
             checkpoint: A file to which the run saves itself as it validates, after every ``validate_every`` steps. If
                 it exists, the run goes on from it and ends with the same bits as one that was never interrupted, on
                 the same machine and versions.
@@ -170,7 +174,7 @@ class DeepAlign(Settings):
         with seeded(self.seed, space.device):
             first = None if loader is None else first_batch(loader)
             example = inputs_of(first) if example_input is None and first is not None else example_input
-            spec = find_spec(models[0], None, spec, example, verify=True)
+            spec = find_spec(models[0], None, Symmetry(spec, example, outputs))
             graph = UnitGraph(spec, layout_of(models[0]), space.device)
             states = _read(graph, models, "population", space.dtype)
             if others is not None:

@@ -18,6 +18,7 @@ from modeconn.network.batches import Opened, check_rereadable, first_batch, inpu
 from modeconn.network.weights import WeightSpace, device_of
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.graph import ExportError, InputMismatch
+from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.door import checked
@@ -25,6 +26,23 @@ from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
 
 _LOGGER = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Symmetry:
+    """What is known of the symmetries of networks, or how to find them; arguments of `align`.
+
+    Args:
+        spec: What was found before, None to discover it.
+        example_input: For discovery, in place of a loader's first batch.
+        outputs: Which outputs have to stay as they are.
+        verify: Whether to prove what is discovered.
+    """
+
+    spec: PermutationSpec | None = None
+    example_input: Any = None
+    outputs: Selection = None
+    verify: bool = True
 
 
 @dataclass(frozen=True)
@@ -73,6 +91,7 @@ def align(
     method: Method | None = None,
     spec: PermutationSpec | None = None,
     example_input: Any = None,
+    outputs: Selection = None,
     verify: bool = True,
     progress: bool = False,
 ) -> Alignment:
@@ -87,6 +106,7 @@ def align(
         method: How to match. Default: `ActivationMatching` with a loader, `WeightMatching` without.
         spec: What `discover` found for this architecture. Default: it is discovered here.
         example_input: For discovery, where there is neither a loader nor ``model_a.example_input()``.
+        outputs: Which of the model's outputs have to stay as they are, see `modeconn.discover`; default all of them.
         verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
         progress: Whether to show progress bars where discovery, proof or matching take more than a second.
 
@@ -112,7 +132,8 @@ def align(
     check_data(method, loader)
     data = None if loader is None else Opened(loader, space.device)
     with bars(progress):
-        return find_alignment(model_a, model_b, data, method, spec=spec, example_input=example_input, verify=verify)
+        known = Symmetry(spec, example_input, outputs, verify)
+        return find_alignment(model_a, model_b, data, method, known)
 
 
 def find_alignment(
@@ -120,14 +141,11 @@ def find_alignment(
     model_b: nn.Module,
     data: Opened | None,
     method: Method,
-    *,
-    spec: PermutationSpec | None,
-    example_input: Any,
-    verify: bool,
+    known: Symmetry,
 ) -> Alignment:
     """Do what `align` does for networks that were checked, with data of which one pass has begun."""
     with seeded(0, device_of(model_a)):
-        spec = find_spec(model_a, data, spec, example_input, verify=verify)
+        spec = find_spec(model_a, data, known)
         match = method.match(spec, model_a, model_b, data)
     correlation = match.correlation
     if not correlation and data is not None:
@@ -143,36 +161,33 @@ def find_alignment(
     )
 
 
-def find_spec(
-    model: nn.Module,
-    loader: Iterable[Any] | None,
-    spec: PermutationSpec | None,
-    example_input: Any,
-    *,
-    verify: bool,
-) -> PermutationSpec:
-    """Return ``spec``, checked, or discover and prove one on the first example at hand; arguments as for `align`.
+def find_spec(model: nn.Module, loader: Iterable[Any] | None, known: Symmetry) -> PermutationSpec:
+    """Return the spec that is known, checked, or discover and prove one on the first example at hand.
 
     The loader is checked in any case. To be used inside one seeded stretch of random numbers, from which it draws.
     """
     if loader is not None and not isinstance(loader, Opened):
         check_rereadable(loader)
+    spec = known.spec
     if spec is None:
         first = None if loader is None else inputs_of(first_batch(loader))
-        example = example_input if example_input is not None else first
-        spec = _discovered(model, example, is_of_loader=example_input is None and first is not None)
-        if verify:
+        example = known.example_input if known.example_input is not None else first
+        is_of_loader = known.example_input is None and first is not None
+        spec = _discovered(model, example, known.outputs, is_of_loader=is_of_loader)
+        if known.verify:
             spec.verify(model, example)
     else:
+        if known.outputs is not None:
+            raise ValueError("outputs= is for discovery, and spec= was discovered. Pass it to modeconn.discover.")
         spec.check_model(model)
     if not spec.groups:
         _LOGGER.warning("%s has no group of units that may be relabelled.", type(model).__name__)
     return spec
 
 
-def _discovered(model: nn.Module, example: Any, *, is_of_loader: bool) -> PermutationSpec:
+def _discovered(model: nn.Module, example: Any, outputs: Selection, *, is_of_loader: bool) -> PermutationSpec:
     try:
-        return discover(model, example)
+        return discover(model, example, outputs=outputs)
     except ExportError:
         raise
     except ValueError as error:

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from modeconn.symmetry.explore import explore
+from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.symmetry.walk import Rule
@@ -27,6 +28,7 @@ def discover(
     *,
     rules: Mapping[Any, Rule] = RULES,
     freeze: Sequence[str] = (),
+    outputs: Selection = None,
     progress: bool = False,
 ) -> PermutationSpec:
     """Find every group of hidden units of a model that may be relabelled without changing its function.
@@ -40,6 +42,9 @@ def discover(
             Default: ``model.example_input()``, where the model has that method. The result holds for any batch size.
         rules: Rule by operator; extend with ``{**RULES, torch.ops.mylib.scan.default: my_rule}``.
         freeze: Names of parameters or buffers, or patterns such as ``"blocks.0.*"``, all of whose axes stay fixed.
+        outputs: Which of the model's outputs have to stay as they are: names (``"logits"``), positions in a tuple, or a
+            function of what the model returns (``lambda o: o.logits``). Default: all of them. What nothing reads, such
+            as a cache or hidden states, often fixes most of a model; what is computed for it alone may then change.
         progress: Whether to show a progress bar where it takes more than a second.
 
     Returns:
@@ -50,7 +55,8 @@ def discover(
             ``freeze`` matches nothing.
 
     Warns:
-        UserWarning: If only eval mode can be exported (layers dropped at random in train mode, say).
+        UserWarning: If only eval mode can be exported (layers dropped at random in train mode, say), or outputs but
+            the first keep hidden units fixed.
         UnknownOperatorWarning: Once for each operator without a rule, with its place and what it costs.
 
     Example:
@@ -61,7 +67,13 @@ def discover(
           0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
     """
     with bars(progress):
-        spec = PermutationSpec.of(explore(model, example_input, rules, freeze))
+        spec = PermutationSpec.of(explore(model, example_input, rules, freeze, outputs))
+    if spec.outputs.are_all and spec.costs_of_outputs:
+        names = ", ".join(map(repr, spec.costs_of_outputs))
+        warn(
+            f"the outputs {names}, which come after the first, keep {sum(spec.costs_of_outputs.values())} hidden units "
+            f"where they are. If nothing reads them, pass outputs=, such as the name of the output that counts."
+        )
     for unknown in spec.unknown:
         warn(f"no symmetry rule for {unknown}. Pass rules={{**RULES, ...}}.", UnknownOperatorWarning)
     return spec

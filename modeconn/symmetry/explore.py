@@ -16,6 +16,7 @@ from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.axes import Axis, atoms_of, expand
 from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
 from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
+from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.structure import Structure, dependencies
@@ -32,7 +33,11 @@ _ABOUT_SIZES = ("sym_", "_assert", "_check", "item", "_local_scalar_dense", "is_
 
 
 def explore(
-    model: nn.Module, example_input: Any = None, rules: Mapping[Any, Rule] = RULES, freeze: Sequence[str] = ()
+    model: nn.Module,
+    example_input: Any = None,
+    rules: Mapping[Any, Rule] = RULES,
+    freeze: Sequence[str] = (),
+    outputs: Selection | Outputs = None,
 ) -> Findings:
     """Export a model in both modes, walk its graphs, and return what was found.
 
@@ -41,6 +46,7 @@ def explore(
         example_input: What ``model(...)`` takes; default ``model.example_input()``.
         rules: Rule by operator.
         freeze: Names of parameters or buffers, or patterns, all of whose axes stay fixed.
+        outputs: Which outputs count, for `Outputs.of`.
 
     Raises:
         ValueError: If the model is none, does not run on the example, cannot be exported, a pattern matches nothing, or
@@ -52,9 +58,10 @@ def explore(
     _check_rules(rules)
     freeze = (freeze,) if isinstance(freeze, str) else tuple(map(str, freeze))
     example = example_for(model, example_input)
-    graphs = [export(model, example, training=False)]
+    outputs = Outputs.of(outputs)
+    graphs = [export(model, example, training=False, outputs=outputs)]
     try:
-        graphs.append(export(model, example, training=True))
+        graphs.append(export(model, example, training=True, outputs=outputs))
     except ExportError as error:
         warn(f"{error} The groups hold for eval mode only.")
     walk = Exploration(model, rules, frozenset().union(*(graph.written_state for graph in graphs)))
@@ -62,7 +69,7 @@ def explore(
     for graph in graphs:
         walk.run(graph)
     found = walk.finish()
-    return replace(found, freeze=freeze, rules=rules, own_rules=own_rules(rules))
+    return replace(found, freeze=freeze, rules=rules, own_rules=own_rules(rules), outputs=outputs)
 
 
 def _check_rules(rules: Mapping[Any, Rule]) -> None:
@@ -120,6 +127,7 @@ class Exploration(Walk):
         self._graphs: list[Graph] = []
         self._values: list[dict[Node, Any]] = []
         self._unknown: list[_Unknown] = []
+        self._asked: list[tuple[str, Axis]] = []  # what outputs but the first fixed
         self.state = self._place_state(model)
 
     # ---------------------------------------------------------------- the walk
@@ -159,10 +167,18 @@ class Exploration(Walk):
                 values[node] = self._placeholder(node, graph)
             else:  # get_attr: the body of a branch or loop
                 values[node] = self._visit(node, values) if node.op == "call_function" else None
-        for node in graph.nodes:
+        first = next(iter(graph.outputs.values()), "")
+        for node in sorted(graph.nodes, key=lambda node: graph.outputs.get(node.name) != first):
             if node.name in graph.outputs and isinstance(values.get(node), Traced):
-                self._fix_all([values[node]], "output")
-                self._fix_positions([values[node]], "output")
+                self._fix_output(values[node], graph.outputs[node.name], first)
+
+    def _fix_output(self, output: Traced, name: str, first: str) -> None:
+        """Fix an output; units that the first one leaves free and that a later layer reads are told of."""
+        if name != first:
+            self._asked.extend((name, axis) for axis in output.axes if not self.is_fixed(axis))
+        why = "output" if name == first else f"output {name!r}"
+        self._fix_all([output], why)
+        self._fix_positions([output], why)
 
     def _placeholder(self, node: Node, graph: Graph) -> Any:
         value = node.meta.get("val")
@@ -301,6 +317,7 @@ class Exploration(Walk):
             unread=tuple(sorted(self._unread(read))),
             unknown=tuple(self._costs()),
             traces=tuple(self._trace(i) for i in range(len(self._graphs))),
+            costs_of_outputs=self._costs_of_outputs(),
         )
 
     def _fix_unread(self, read: set[str]) -> None:
@@ -342,6 +359,18 @@ class Exploration(Walk):
         atoms = range(self.num_atoms)
         kinds = {atom: self.atom_kind(atom) for atom in parents}
         return Structure({a: self.atom_size(a) for a in atoms}, parents, families, self.batch_atoms, kinds)
+
+    def _costs_of_outputs(self) -> dict[str, int]:
+        """Return how many hidden units, which some layer reads, outputs but the first fixed, by output."""
+        hidden = {atom for axis in self._seen for atom in atoms_of(self.normal(axis))}
+        costs: dict[str, int] = {}
+        counted: set[int] = set()
+        for name, axis in self._asked:
+            lost = set(atoms_of(self.normal(axis))) & hidden - counted - self.batch_atoms
+            counted |= lost
+            if lost:
+                costs[name] = costs.get(name, 0) + sum(map(self.atom_size, lost))
+        return costs
 
     def _costs(self) -> Iterable[UnknownOperator]:
         """Sum up the units that each unknown operator fixed, by operator."""

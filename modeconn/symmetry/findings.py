@@ -10,7 +10,8 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modeconn.symmetry.axes import Axis
-from modeconn.symmetry.graph import Graph
+from modeconn.symmetry.graph import ALL, Graph
+from modeconn.symmetry.outputs import Outputs
 from modeconn.symmetry.structure import Structure
 
 if TYPE_CHECKING:
@@ -75,6 +76,8 @@ class Findings:
         traces: The exported graphs, eval mode first.
         freeze: Patterns of names whose axes were to stay fixed.
         rules: The rules of the walk, None for those of modeconn.
+        outputs: Which outputs of the model count; what is computed for others alone may change.
+        costs_of_outputs: How many hidden units outputs but the first keep fixed, by output.
         own_rules: What these have in place of modeconn's, ``module:name`` by operator.
     """
 
@@ -87,3 +90,5 @@ class Findings:
     freeze: tuple[str, ...] = ()
     rules: Mapping[Any, Any] | None = None
     own_rules: Mapping[str, str] = field(default_factory=dict)
+    outputs: Outputs = ALL
+    costs_of_outputs: Mapping[str, int] = field(default_factory=dict)

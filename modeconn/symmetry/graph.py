@@ -25,7 +25,9 @@ from torch.utils import _pytree as pytree
 
 from modeconn.network.batches import to_device
 from modeconn.network.copies import copy_with, plain_tensors
+from modeconn.symmetry.outputs import Outputs, leaf_names
 from modeconn.tools.rng import one_thread
+from modeconn.tools.warn import is_of_package
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -36,6 +38,9 @@ _UNINITIALISED = {
     for name in ("empty", "empty_like", "new_empty", "empty_permuted", "empty_strided", "new_empty_strided")
 }
 """Operators whose values mean nothing until something is written there."""
+ALL = Outputs()
+"""Every output counts."""
+
 _RESHAPE, _VIEW = torch.ops.aten.reshape.default, torch.ops.aten.view.default
 _VIEWS = (_VIEW, torch.ops.aten._unsafe_view.default)
 """Reshapes that ask for one layout in memory, in which another device or memory format may not put tensors."""
@@ -123,6 +128,7 @@ class Graph:
         training: The mode.
         nodes: Live nodes in order of execution, placeholders first.
         state: Parameters, buffers and constants by the name of their placeholder.
+        outputs: What the model calls each output, by the name of the node that makes it; "" for a lone one.
         used_state: Names of what some operator reads.
         written_state: Names of what some operator writes to.
         free_batch: Whether it runs for any batch size, or only for that of the example.
@@ -132,7 +138,9 @@ class Graph:
         self.training = training
         self._program = program
         self.state = dict(_read_state(program))
-        self.outputs = [spec.arg.name for spec in program.graph_signature.output_specs if _is_user_output(spec)]
+        self.outputs: dict[str, str] = {}
+        for node, name in _named_outputs(program):
+            self.outputs.setdefault(node, name)
         self.nodes = _live_nodes(_inline_regions(program.graph_module))
         read = {source for node in self.nodes for source in node.all_input_nodes}
         self.used_state = {self.state[node.name].name for node in read if node.name in self.state}
@@ -278,10 +286,11 @@ def _listed(num_positional: int, names: Iterable[str]) -> str:
     return f"inputs: {' and '.join(parts) or 'none'}"
 
 
-def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
+def export(model: nn.Module, example: Example, *, training: bool, outputs: Outputs = ALL) -> Graph:
     """Export a model in one mode, with a free batch size where it allows one.
 
-    The model is not changed: a copy that shares its tensors is traced, and fake tensors stand in for them.
+    The model is not changed: a copy that shares its tensors is traced, and fake tensors stand in for them. What it
+    computes for other ``outputs`` than those that count is not in the graph.
 
     Raises:
         ValueError: If the model cannot run on the example, or cannot be exported.
@@ -290,16 +299,20 @@ def export(model: nn.Module, example: Example, *, training: bool) -> Graph:
     for module in shadow.modules():
         if isinstance(module, _NormBase) and module.momentum is None:
             module.momentum = 0.1  # else its average reads the number of batches, which export cannot follow
-    shadow.register_forward_hook(lambda module, inputs, outputs: _plain(outputs))
+    shadow.register_forward_hook(lambda module, inputs, returned: _plain(outputs(returned)))
     _name_keywords(shadow, example)
     with one_thread(), _traceable():
         graph = _with_free_batch(shadow, example, training)
-        if graph is not None:
-            return graph
         try:
-            return Graph(_export(shadow, example, None), training)
+            graph = graph or Graph(_export(shadow, example, None), training)
         except Exception as error:
-            raise _export_error(model, example, training, error) from error
+            raise _export_error(model, example, training, outputs, error) from error
+    if not (outputs.are_all or graph.outputs):
+        raise ValueError(
+            f"outputs= selects no tensor of what {type(model).__name__} returns in {graph.mode} mode, so nothing would "
+            f"have to stay as it is. Select the output that a loss reads."
+        )
+    return graph
 
 
 def _with_free_batch(model: nn.Module, example: Example, training: bool) -> Graph | None:
@@ -423,16 +436,20 @@ def _one_layer_lstm(inputs: Tensor, hidden: Any, *args: Any, **kwargs: Any) -> A
 _TORCH_ONE_LAYER_LSTM = decompositions.one_layer_lstm
 
 
-def _export_error(model: nn.Module, example: Example, training: bool, error: Exception) -> ValueError:
+def _export_error(model: nn.Module, example: Example, training: bool, outputs: Outputs, error: Exception) -> ValueError:
     """Tell a wrong example input from a model that export cannot follow, by running the model itself."""
     name = type(model).__name__
     shapes = ", ".join(str(tuple(t.shape)) for t in example.tensors())
     shapes = f"of shape {shapes}" if shapes else f"{(*example.args, example.kwargs)}, which holds no tensor"
     try:
         with torch.no_grad():
-            _shadow(model).train(training)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
+            found = _shadow(model).train(training)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     except Exception as own:
         return ValueError(f"{name} does not run on example_input {shapes}: {first_line(own)}")
+    try:
+        outputs(found)
+    except Exception as own:
+        return own if is_of_package(own) else ValueError(f"outputs= fails on what {name} returns: {first_line(own)}")
     return ExportError(
         f"torch.export cannot follow {name} in {'train' if training else 'eval'} mode: {first_line(error)} "
         "What usually helps: no branches on tensor values, no .item() or numpy inside forward."
@@ -462,10 +479,14 @@ def _read_state(program: Any) -> Iterator[tuple[str, State]]:
             yield spec.arg.name, State("constant", spec.target)
 
 
-def _is_user_output(spec: Any) -> bool:
+def _named_outputs(program: Any) -> Iterator[tuple[str, str]]:
+    """Yield the node that makes each output that is a tensor, and what the model calls it."""
     from torch.export.graph_signature import OutputKind
 
-    return spec.kind is OutputKind.USER_OUTPUT and hasattr(spec.arg, "name")
+    made = [spec.arg for spec in program.graph_signature.output_specs if spec.kind is OutputKind.USER_OUTPUT]
+    for argument, name in zip(made, leaf_names(program.call_spec.out_spec), strict=True):
+        if hasattr(argument, "name"):
+            yield argument.name, name
 
 
 def decompose(node: Node) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any, ClassVar
@@ -17,9 +17,10 @@ from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.explore import explore, own_rules
 from modeconn.symmetry.findings import Findings, UnknownOperator
-from modeconn.symmetry.graph import Example
+from modeconn.symmetry.graph import ALL, Example
 from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_perms
 from modeconn.symmetry.kinds import KINDS
+from modeconn.symmetry.outputs import Outputs
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.report import SymmetryReport
 from modeconn.symmetry.rules import RULES
@@ -47,6 +48,8 @@ class PermutationSpec(Findings):
         unread: Parameters and buffers in neither graph; they stay as they are.
         unknown: Operators without a rule.
         traces: The exported graphs, eval mode first; empty for a loaded spec.
+        outputs: Which outputs of the model count.
+        costs_of_outputs: How many hidden units outputs but the first keep fixed, by output; empty for a loaded spec.
         freeze: What `modeconn.discover` was told to leave fixed.
         rules: The rules it was given; a loaded spec has those of modeconn, unless `load` was given others.
         own_rules: The operators for which these are not modeconn's, and the rules as ``module:name``.
@@ -99,7 +102,7 @@ class PermutationSpec(Findings):
         """Let a spec be pickled as it is saved, without its graphs; its own rules go by reference, as functions do."""
         rules = RULES if self.rules is None else self.rules
         own = {str(key): rule for key, rule in rules.items() if str(key) in self.own_rules}
-        return _unpickled, (self.to_json(), own), provenance.entry(self)
+        return _unpickled, (self.to_json(), own, self.outputs), provenance.entry(self)
 
     def __fingerprint__(self) -> str:
         """Return what tells one spec from another, as `modeconn.tools.fingerprint` asks: all but the graphs."""
@@ -205,7 +208,8 @@ class PermutationSpec(Findings):
             return self
         rules = RULES if self.rules is None else self.rules
         self._check_rules(rules)
-        fresh = PermutationSpec.of(explore(model, example_input, rules, self.freeze))
+        self.outputs.check_known()
+        fresh = PermutationSpec.of(explore(model, example_input, rules, self.freeze, self.outputs))
         if fresh != self and not (self.traces and fresh._moves_as(self)):
             given = "with inputs of this shape" if self.traces else "now (another model or version)"
             raise ValueError(
@@ -241,23 +245,40 @@ class PermutationSpec(Findings):
 
     @classmethod
     @checked
-    def load(cls, path: str | os.PathLike[str], *, rules: Mapping[Any, Rule] | None = None) -> PermutationSpec:
+    def load(
+        cls,
+        path: str | os.PathLike[str],
+        *,
+        rules: Mapping[Any, Rule] | None = None,
+        outputs: Callable[[Any], Any] | None = None,
+    ) -> PermutationSpec:
         """Read what `save` wrote. Every use checks it against the names and shapes of the model.
 
         Args:
             path: The file.
             rules: What `modeconn.discover` was given, which files do not hold; needed by methods that run the model.
+            outputs: The function that `modeconn.discover` was given; files hold names of outputs, and no functions.
 
         Raises:
-            ValueError: If the file is no spec that modeconn wrote, or the rules are for other operators.
+            ValueError: If the file is no spec that modeconn wrote, the rules are for other operators, or it was found
+                with another function.
         """
         with files.opened(path, "spec") as (_, about):
             spec = cls.from_json(about["spec"])
         if rules is not None:
             spec._check_rules(rules)
             spec = replace(spec, rules=rules)
+        if outputs is not None:
+            spec = spec._with_outputs(outputs)
         provenance.keep(spec, about.get(provenance.ATTRIBUTE))
         return spec
+
+    def _with_outputs(self, outputs: Callable[[Any], Any]) -> PermutationSpec:
+        given = Outputs.of(outputs)
+        if given.place != self.outputs.place:
+            known = self.outputs.place or list(self.outputs.names) or "all of them"
+            raise ValueError(f"the saved spec was found with the outputs {known}, not those of {given.place}.")
+        return replace(self, outputs=given)
 
     def to_json(self) -> str:
         """Return everything but the graphs as JSON."""
@@ -275,6 +296,7 @@ class PermutationSpec(Findings):
                 "unread": self.unread,
                 "freeze": self.freeze,
                 "rules": dict(self.own_rules),
+                "outputs": self.outputs.to_plain(),
                 "unknown": [[u.operator, u.module, u.num_axes, u.num_units] for u in self.unknown],
             }
         )
@@ -296,7 +318,8 @@ class PermutationSpec(Findings):
             fixed = {name: tuple(why) for name, why in data["fixed"].items()}
             unknown = tuple(UnknownOperator(*u) for u in data["unknown"])
             freeze, rules = tuple(data.get("freeze", ())), data.get("rules", {})  # older files do not say it
-            found = cls(structure, state, fixed, tuple(data["unread"]), unknown, freeze=freeze, own_rules=rules)
+            more = {"freeze": freeze, "own_rules": rules, "outputs": Outputs.from_plain(data.get("outputs"))}
+            found = cls(structure, state, fixed, tuple(data["unread"]), unknown, **more)
             found._check_consistency()
             return found
         except (LookupError, TypeError, AttributeError, ArithmeticError, RecursionError, ValueError) as error:
@@ -320,8 +343,8 @@ class PermutationSpec(Findings):
         repr(self.report())  # a spec that cannot be shown holds something else than was written
 
 
-def _unpickled(text: str, own: Mapping[str, Rule]) -> PermutationSpec:
-    spec = PermutationSpec.from_json(text)
+def _unpickled(text: str, own: Mapping[str, Rule], outputs: Outputs = ALL) -> PermutationSpec:
+    spec = replace(PermutationSpec.from_json(text), outputs=outputs)
     if not own:  # modeconn's rules; or a spec from a file, which knows but the names of the rules it was found with
         return spec
     kept = {key: rule for key, rule in RULES.items() if str(key) not in spec.own_rules}

@@ -18,6 +18,7 @@ from modeconn.symmetry.explore import example_for
 from modeconn.symmetry.findings import Trace
 from modeconn.symmetry.graph import Example, export, first_line
 from modeconn.symmetry.groups import Group, NamedPerms, identity_perms, random_perms
+from modeconn.symmetry.outputs import Outputs
 from modeconn.symmetry.structure import Structure
 from modeconn.tools.door import checked, shown
 from modeconn.tools.progress import passing_bar
@@ -87,7 +88,7 @@ def verify(
     given = example_for(model, example_input)
     spec = spec.with_traces(model, given)
     traces = spec.traces
-    _check_function(traces, model, given)
+    _check_function(traces, model, given, spec.outputs)
     generator = torch.Generator().manual_seed(seed)
     proof = _Proof(spec, redraw_state(model, generator), _float64(given.to("cpu")), seed)
     worst = 0.0
@@ -101,12 +102,12 @@ def verify(
     return worst
 
 
-def _check_function(traces: Sequence[Trace], model: nn.Module, example: Example) -> None:
+def _check_function(traces: Sequence[Trace], model: nn.Module, example: Example, outputs: Outputs) -> None:
     """Raise a ValueError unless the graphs are those of this model: found in it, or the same as its own."""
     graphs = [trace.graph for trace in traces if trace.model() is not model]
     written = {name for graph in graphs for name in graph.written_state}
     for graph in graphs:
-        if not export(model, example, training=graph.training).is_like(graph, written):
+        if not export(model, example, training=graph.training, outputs=outputs).is_like(graph, written):
             raise ValueError(
                 f"this spec is of another model: {type(model).__name__} does not compute what the model does in which "
                 f"the spec was found. Call discover on it."

@@ -333,7 +333,13 @@ def test_tensors_inside_returned_objects_are_outputs_too() -> None:
             return _Output(self.b(h), _Cache(h) if self.keep else _Cache())
 
     assert [group.shape for group in discover(Remembers(keep=False), torch.rand(2, 3)).groups] == [(5,)]
-    assert discover(Remembers(keep=True), torch.rand(2, 3)).groups == ()
+    with pytest.warns(
+        UserWarning, match=r"the outputs \"cache\['kept'\]\[0\]\", which come after the first, keep 5 hidden"
+    ):
+        assert discover(Remembers(keep=True), torch.rand(2, 3)).groups == ()
+    for outputs in ("logits", lambda returned: returned.logits):
+        found = discover(Remembers(keep=True), torch.rand(2, 3), outputs=outputs)
+        assert [group.shape for group in found.groups] == [(5,)]
 
 
 def test_positions_found_by_argmax_fix_the_axis_only_where_they_are_read() -> None:

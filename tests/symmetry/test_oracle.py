@@ -136,7 +136,7 @@ MISLEADING: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
 }
 
 
-@pytest.mark.filterwarnings("ignore::modeconn.symmetry.UnknownOperatorWarning")
+@pytest.mark.filterwarnings("ignore::modeconn.symmetry.UnknownOperatorWarning", "ignore:the outputs .* come after")
 @pytest.mark.parametrize("name", MISLEADING)
 def test_what_may_mislead_is_read_right(name: str) -> None:
     torch.manual_seed(0)
@@ -337,5 +337,5 @@ def test_a_wrong_input_is_named() -> None:
     model = nn.Linear(5, 2)
     with pytest.raises(ValueError, match=r"does not run on example_input \('abc', \{\}\), which holds no tensor"):
         discover(model, "abc")
-    with pytest.raises(ValueError, match=r"only on inputs of shape \(any, 5\).*got \(2, 4\)"):
+    with pytest.raises(ValueError, match=r"Linear does not run on example_input of shape \(2, 4\)"):
         discover(model, torch.randn(2, 5)).verify(model, torch.randn(2, 4))
