@@ -188,7 +188,7 @@ class Comparison:
             raise ValueError(f"there is no row {row!r}; there are {', '.join(self.values)}.")
         if column not in self.columns:
             raise ValueError(f"there is no column {column!r}; there are {', '.join(self.columns)}.")
-        return torch.tensor(self.values[row][column], dtype=torch.float64)
+        return torch.tensor(self.values[row][column], dtype=torch.float64, device="cpu")
 
 
 @checked

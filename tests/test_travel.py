@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import concurrent.futures
 import copy
+import functools
 import io
 import multiprocessing
 import pickle
@@ -218,3 +219,21 @@ def test_compiled_networks_end_as_those_they_were_compiled_from():
     found, expected = (modeconn.fit_curve(*pair, [(x, y)], recipe=RECIPE) for pair in (compiled, networks))
     assert torch.equal(found.control_points, expected.control_points)
     assert torch.equal(found.evaluate([(x, y)], num_points=3).loss, expected.evaluate([(x, y)], num_points=3).loss)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_default_device_changes_nothing_of_what_results_say(kind, made):
+    """Properties are computed when they are read, outside of the call that made the result."""
+    one = pickle.loads(pickle.dumps(made.objects[kind]))  # without what was computed before
+    public = [name for name in dir(type(one)) if not name.startswith("_")]
+    names = (
+        []
+        if kind == "model"
+        else [n for n in public if isinstance(getattr(type(one), n), (property, functools.cached_property))]
+    )
+    expected = {name: repr(getattr(made.objects[kind], name)) for name in names}
+    with torch.device("meta"):
+        assert repr(one) == repr(made.objects[kind])
+        assert {name: repr(getattr(one, name)) for name in names} == expected
+        if hasattr(one, "to_json") and hasattr(type(one), "from_json"):
+            assert repr(type(one).from_json(one.to_json())) == repr(one)

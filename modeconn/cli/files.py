@@ -20,6 +20,7 @@ from modeconn.measure.along import AlongCurve
 from modeconn.models.states import states_of_pickle, states_of_safetensors
 from modeconn.symmetry.report import SymmetryReport
 from modeconn.tools import files, provenance
+from modeconn.tools.door import shortened
 from modeconn.tools.json_files import KIND, from_json
 from modeconn.tools.measurements import read_records
 from modeconn.tools.table import table
@@ -152,7 +153,7 @@ def _read_text(path: Path, text: str) -> _File:
             return _File("finished measurements", _lines({"measurements": len(read_records(path))}))
         return _read_json(text)
     except ValueError as error:
-        raise ValueError(f"{str(path)!r}: {error}") from None
+        raise ValueError(f"{str(path)!r}: {shortened(error, 600)}") from None
 
 
 def _is_records(text: str) -> bool:
@@ -217,7 +218,7 @@ def _about_figure(path: Path, name: str) -> dict[str, Any]:
             made_by = getattr(image, "text", {}).get("Description")
             return {"pixels": "x".join(map(str, image.size)), **({"made by": made_by} if made_by else {})}
     except (OSError, SyntaxError, ValueError) as error:
-        raise ValueError(f"{str(path)!r} is damaged ({error}).") from None
+        raise ValueError(f"{str(path)!r} is damaged ({shortened(error, 600)}).") from None
 
 
 def _about_states(states: Mapping[str, Mapping[str, Any]]) -> str:
@@ -268,7 +269,7 @@ def _correlations(content: Mapping[str, Any]) -> dict[str, list[float]]:
     try:
         return {name: [float(before), float(after)] for name, (before, after) in content["correlation"].items()}
     except (LookupError, TypeError, ValueError, AttributeError) as error:
-        raise ValueError(f"it is no {CORRELATIONS} ({type(error).__name__}: {error}).") from None
+        raise ValueError(f"it is no {CORRELATIONS} ({type(error).__name__}: {shortened(error, 600)}).") from None
 
 
 def _correlation_table(correlation: dict[str, list[float]]) -> str:
@@ -281,7 +282,7 @@ def _demo_table(content: Mapping[str, Any]) -> str:
         rows = [[name, *(f"{value:.4g}" for value in row.values())] for name, row in content["table"].items()]
         return table(["", *next(iter(content["table"].values()))], rows)
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
-        raise ValueError(f"it is no {DEMO} ({type(error).__name__}: {error}).") from None
+        raise ValueError(f"it is no {DEMO} ({type(error).__name__}: {shortened(error, 600)}).") from None
 
 
 def _about_connection(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:

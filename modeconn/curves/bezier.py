@@ -57,6 +57,6 @@ class Bezier(Curve):
 
 
 def _bernstein(t: Tensor, degree: int) -> Tensor:
-    k = torch.arange(degree + 1)
-    binomial = torch.tensor([math.comb(degree, i) for i in range(degree + 1)], dtype=t.dtype)
+    k = torch.arange(degree + 1, device=t.device)
+    binomial = torch.tensor([math.comb(degree, i) for i in range(degree + 1)], dtype=t.dtype, device=t.device)
     return binomial * t[..., None] ** k * (1 - t[..., None]) ** (degree - k)

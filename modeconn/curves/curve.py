@@ -105,8 +105,10 @@ class Curve(ABC):
             float64 on the CPU, shaped like ``t``.
         """
         positions = check_positions(t)
-        edges = torch.cat([torch.linspace(0, 1, _PANELS + 1, dtype=torch.float64), positions.flatten()])
-        edges = torch.cat([edges, torch.tensor(self.knots, dtype=torch.float64)]).unique()
+        edges = torch.cat(
+            [torch.linspace(0, 1, _PANELS + 1, dtype=torch.float64, device=positions.device), positions.flatten()]
+        )
+        edges = torch.cat([edges, torch.tensor(self.knots, dtype=torch.float64, device=positions.device)]).unique()
         half = edges.diff() / 2
         nodes = edges[:-1, None] + half[:, None] * (1 + _NODES)
 
@@ -160,7 +162,7 @@ def check_positions(t: float | Tensor) -> Tensor:
 def _gram(control_points: Tensor) -> Tensor:
     """Return the inner products of ``control_points[1:] - control_points[0]``, float64 ``(K - 1, K - 1)``."""
     size = len(control_points) - 1
-    gram = torch.zeros(size, size, dtype=torch.float64)
+    gram = torch.zeros(size, size, dtype=torch.float64, device="cpu")
     for chunk in control_points.detach().split(_CHUNK, dim=1):
         difference = (chunk[1:] - chunk[:1]).double()
         gram += (difference @ difference.t()).cpu()

@@ -105,7 +105,7 @@ class Path:
 
     def arc_length(self, t: Sequence[float]) -> Tensor:
         """Return the length of the curve from 0 to each position, float64 ``(N,)``, in the Euclidean norm."""
-        return self.curve.arc_length(self.control_points, torch.tensor(t, dtype=torch.float64))
+        return self.curve.arc_length(self.control_points, torch.tensor(t, dtype=torch.float64, device="cpu"))
 
     def networks(
         self,

@@ -53,7 +53,7 @@ class PolyChain(Curve):
         return tuple(k / self.num_segments for k in range(1, self.num_segments))
 
     def _basis(self, t: Tensor) -> Tensor:
-        k = torch.arange(self.num_segments + 1)
+        k = torch.arange(self.num_segments + 1, device=t.device)
         return (1 - (self.num_segments * t[..., None] - k).abs()).clamp(min=0)
 
     def _derivative(self, t: Tensor) -> Tensor:

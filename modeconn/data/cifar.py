@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from modeconn.data.files import check_part, find_file
+from modeconn.tools.door import shortened
 
 Part = tuple[Tensor, Tensor]
 _IMAGE_SHAPE = (3, 32, 32)
@@ -86,10 +87,12 @@ def read_pickle(path: str | os.PathLike[str]) -> dict[str, Any]:
             return {_text(key): _array(value) for key, value in content.items()}
         except _ForbiddenNameError as error:
             raise ValueError(
-                f"{path} asks for {error}, which no CIFAR file holds; it was not read any further."
+                f"{path} asks for {shortened(error, 600)}, which no CIFAR file holds; it was not read any further."
             ) from None
         except Exception as error:  # a damaged pickle fails in any way whatever
-            raise ValueError(f"{path} is damaged or no CIFAR file ({type(error).__name__}: {error}).") from None
+            raise ValueError(
+                f"{path} is damaged or no CIFAR file ({type(error).__name__}: {shortened(error, 600)})."
+            ) from None
 
 
 def _check_numbers(file: BinaryIO) -> None:

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from modeconn.data.files import LARGEST, check_part, find_file
+from modeconn.tools.door import shortened
 
 Part = tuple[Tensor, Tensor]
 _UNSIGNED_BYTES = 8
@@ -76,7 +77,7 @@ def read_idx(path: str | os.PathLike[str], num_dims: int) -> Tensor:
                 raise ValueError(f"{path} is damaged: an array of shape {shape} would take {expected} bytes.")
             content = file.read(expected + 1)  # one more, to notice that there is more
     except (OSError, EOFError, zlib.error, struct.error) as error:
-        raise ValueError(f"{path} is damaged or no IDX file ({error}).") from None
+        raise ValueError(f"{path} is damaged or no IDX file ({shortened(error, 600)}).") from None
     if len(content) != expected:
         held = f"{len(content)} bytes" if len(content) < expected else "more bytes than that"
         raise ValueError(f"{path} is damaged: an array of shape {shape} takes {expected} bytes, it holds {held}.")

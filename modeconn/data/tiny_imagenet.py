@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from modeconn.data.files import find_file
+from modeconn.tools.door import shortened
 
 Part = tuple[Tensor, Tensor]
 _SIDE, _LONGEST = 64, 200
@@ -80,7 +81,7 @@ def _lines(base: Path, name: str) -> list[str]:
     try:
         lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
     except UnicodeDecodeError as error:
-        raise ValueError(f"{path} is no text ({error}).") from None
+        raise ValueError(f"{path} is no text ({shortened(error, 600)}).") from None
     if not lines:
         raise ValueError(f"{path} is empty.")
     return lines
@@ -114,4 +115,4 @@ def _pixels(pillow: ModuleType, path: Path) -> np.ndarray:
                     raise ValueError(f"{path} must have {_SIDE}x{_SIDE} pixels, it has {width}x{height}.")
                 return np.array(image.convert("RGB"))  # some images are grey
     except (OSError, SyntaxError, struct.error, pillow.DecompressionBombError) as error:
-        raise ValueError(f"{path} is damaged or no JPEG image ({error}).") from None
+        raise ValueError(f"{path} is damaged or no JPEG image ({shortened(error, 600)}).") from None

@@ -272,7 +272,7 @@ class DeepAlign(Settings):
         with files.opened(path, _KIND) as (tensors, about):
             if about["format"] != _FORMAT:
                 raise ValueError(
-                    f"{os.fspath(path)!r} has format {about['format']}; this version of modeconn reads {_FORMAT}. Fit "
+                    f"{os.fspath(path)!r} has format {about['format']!r:.60}; this version of modeconn reads {_FORMAT}. Fit "
                     f"the aligner anew, or use the version that wrote it."
                 )
             settings = about["settings"]

@@ -307,7 +307,9 @@ def environment(device: torch.device) -> dict[str, Any]:
 def _warn_about_environment(saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
     """Warn if a run goes on elsewhere than where it began: it will not end with the same bits."""
     changes = [
-        f"{name} was {saved.get(name)} and is {value}" for name, value in current.items() if saved.get(name) != value
+        f"{name} was {shortened(saved.get(name))} and is {value}"
+        for name, value in current.items()
+        if saved.get(name) != value
     ]
     if changes:
         warn(

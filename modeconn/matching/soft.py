@@ -131,7 +131,7 @@ class SoftPermutation:
             atom, origin = labels[dim]
             parents = self._parent_dims(atom, labels, origin) if atom in groups else []
             size = self.spec.structure.sizes[atom]
-            matrix = self.matrices[groups[atom]] if atom in groups else torch.eye(size)
+            matrix = self.matrices[groups[atom]] if atom in groups else torch.eye(size, device="cpu")
             sources = [len(labels) + d for d in (*parents, dim)]
             factors += [matrix.to(like), [*parents, *sources[:-1], dim, sources[-1]]]
         return factors

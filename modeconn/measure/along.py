@@ -281,7 +281,7 @@ def _from_plain(value: Any) -> Any:
     """Invert `to_plain`, for tensors and mappings of tensors."""
     if isinstance(value, dict):
         return {name: _from_plain(one) for name, one in value.items()}
-    return torch.tensor(numbers(value), dtype=torch.float64) if isinstance(value, list) else value
+    return torch.tensor(numbers(value), dtype=torch.float64, device="cpu") if isinstance(value, list) else value
 
 
 def chosen_positions(t: Sequence[float] | None, num_points: int) -> list[float]:
@@ -297,7 +297,7 @@ def chosen_positions(t: Sequence[float] | None, num_points: int) -> list[float]:
     if num_points < 2:
         raise ValueError(f"num_points must be at least 2, to hold both ends, got num_points={num_points}.")
     if t is None:
-        return torch.linspace(0, 1, num_points, dtype=torch.float64).tolist()
+        return torch.linspace(0, 1, num_points, dtype=torch.float64, device="cpu").tolist()
     chosen = [float(position) for position in t]
     if not chosen or any(not 0 <= position <= 1 for position in chosen) or chosen != sorted(set(chosen)):
         raise ValueError(f"t must hold rising positions in [0, 1], got t={chosen}.")

@@ -170,7 +170,9 @@ def largest_eigenvalue(
         data = list(batches(loader, device))
         for batch in data if wrt == "inputs" else ():
             _check_examples(*inputs_and_targets(batch))
-        Meter(data, loss_fn, forward).measure(model)  # which looks at every batch, and whether the loss is a mean
+        meter = Meter(data, loss_fn, forward)
+        meter.measure(model)  # which looks at every batch, and whether the loss is a mean
+        meter.results()  # raises where no target counts
         if wrt == "weights":
             count = sum(num_examples(batch) for batch in data)
             products = [_product_in_weights(loss, space, data)]

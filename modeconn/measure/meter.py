@@ -14,10 +14,19 @@ from torch.utils import _pytree as pytree
 
 from modeconn.measure.metrics import Against, AnyMetric, choices, inner_of, on_device, value_of
 from modeconn.network.batch_norm import warn_of_batch_statistics
-from modeconn.network.batches import batches, inputs_and_targets, num_bytes, num_examples, part_of, run
+from modeconn.network.batches import (
+    batches,
+    inputs_and_targets,
+    joined,
+    num_bytes,
+    num_examples,
+    part_of,
+    run,
+    tensors_of,
+)
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, answer_of, called, check_targets, one_number, refused_by
-from modeconn.network.scores import classes_of, weighted
+from modeconn.network.scores import classes_of, is_integer, weighted
 from modeconn.network.weights import device_of
 from modeconn.tools.rng import preserved
 from modeconn.tools.warn import warn
@@ -81,7 +90,7 @@ class Meter:
     """Measures networks on the same data: mean loss, where it is certain accuracy, and other metrics.
 
     What is certain, and what each batch weighs, `modeconn.network.scores` decides. A loss of which that is not known is
-    taken for a mean over examples; whether it is one is tried out on the halves of all batches, for the first network
+    taken for a mean over examples; whether it is one is tried out on two parts of all batches, for the first network
     and until one says no. Results stay on the
     device until they are read, so that measuring many networks does not wait for each.
 
@@ -102,6 +111,7 @@ class Meter:
     ) -> None:
         self._data, self._loss_fn, self._forward, self.metrics = data, loss_fn, forward, metrics or {}
         self._checked = self._was_told = False
+        self._number, self._places, self._single = -1, None, None  # of batches tried, targets of an example, a batch
         self._has_accuracy = True
         self._ends: dict[str, _End] = {}
         self._totals: list[Tensor] = []
@@ -165,8 +175,8 @@ class Meter:
             total, weight, is_exact = found.total, found.weight, found.is_exact
         else:
             total, weight, is_exact = answers.loss.double() * size, float(size), False
-        if not is_exact and not self._checked and not self._was_told and size > 1:
-            self._try_halves(model, batch, answers.loss, size)
+        if not (is_exact or self._checked or self._was_told):
+            self._try(model, batch, answers, size)
         loss_fn = None if self._forward is not None else self._loss_fn
         classes = classes_of(answers.outputs, answers.targets, loss_fn) if self._has_accuracy else None
         if classes is not None and not self._checked and classes.outside().numel():
@@ -176,15 +186,45 @@ class Meter:
         parts = (x if isinstance(x, Tensor) else total.new_full((), x) for x in (total, weight, *right))
         return torch.stack([part.double() for part in parts])
 
-    def _try_halves(self, model: nn.Module, batch: Any, loss: Tensor, size: int) -> None:
-        """Warn if the loss of a batch is not the mean of those of its halves: it then depends on the batch size."""
-        half = size // 2
-        parts = [part_of(batch, slice(half)), part_of(batch, slice(half, None))]
-        if [num_examples(part) for part in parts] != [half, size - half]:
+    def _try(self, model: nn.Module, batch: Any, answers: _Answers, size: int) -> None:
+        """Warn if a loss of which nothing is known is no mean over examples, as far as this batch shows it."""
+        self._number += 1
+        self._compare_places(batch, answers)
+        before, self._single = self._single, batch if size == 1 else None
+        if size > 1:
+            # At another place in each batch: sorted examples may be as many of each class on both sides of one place.
+            self._try_parts(model, batch, answers.loss, size, max(1, size * (1 + self._number % 3) // 4))
+        elif before is not None and len(pair := joined(before, batch)) == 1:
+            with preserved(device_of(model)):
+                loss = self._answers(model, pair[0], {}).loss
+            self._try_parts(model, pair[0], loss, 2, 1)
+
+    def _compare_places(self, batch: Any, answers: _Answers) -> None:
+        """Warn if examples have more targets in one batch than in another: the loss may be a mean over targets."""
+        told = answers.targets if isinstance(answers.targets, Tensor) else None
+        tensors = (
+            [told]
+            if told is not None
+            else [x for x in tensors_of(batch) if is_integer(x) and x.ndim > 1 and x.dtype != torch.uint8]
+        )
+        places = max((x[0].numel() for x in tensors if x.ndim and len(x)), default=1)
+        self._places = places if self._places is None else self._places
+        if places != self._places and not self._was_told:
+            self._was_told = True
+            warn(
+                f"examples have {self._places} targets in one batch and {places} in another, and it is not known "
+                f"whether the loss is a mean over examples or over targets: batches are weighed by their examples. Use "
+                f"modeconn.cross_entropy or a loss of torch, whose weights are known, or batches of one length."
+            )
+
+    def _try_parts(self, model: nn.Module, batch: Any, loss: Tensor, size: int, cut: int) -> None:
+        """Warn if the loss of a batch is not the mean of those of its parts: it then depends on the batch size."""
+        parts = [part_of(batch, slice(cut)), part_of(batch, slice(cut, None))]
+        if self._was_told or [num_examples(part) for part in parts] != [cut, size - cut]:
             return  # a batch of objects that cannot be cut
         with preserved(device_of(model)):
             again, *found = (float(self._answers(model, part, {}).loss) for part in (batch, *parts))
-        whole, mean = float(loss), (found[0] * half + found[1] * (size - half)) / size
+        whole, mean = float(loss), (found[0] * cut + found[1] * (size - cut)) / size
         if math.isnan(whole):
             return  # as of a batch without a target that counts
         if not abs(again - whole) <= 16 * max(_eps(loss), 1e-7) * abs(whole):  # it draws random numbers
@@ -192,7 +232,9 @@ class Meter:
             return
         if not is_mean(whole, mean, _eps(loss)):
             self._was_told = True
-            warn_of_no_mean(f"{whole:.6g} of {size} examples, and {found[0]:.6g} and {found[1]:.6g} of their halves")
+            warn_of_no_mean(
+                f"{whole:.6g} of {size} examples, {found[0]:.6g} of the first {cut} and {found[1]:.6g} of the others"
+            )
 
     def _answers(self, model: nn.Module, batch: Any, heard: dict[str, Any]) -> _Answers:
         heard.clear()

@@ -98,7 +98,7 @@ class RobustProfile(AlongCurve):
     def loss(self) -> dict[str, Tensor]:
         """Mean loss by row, float64 ``(N,)``."""
         worst = torch.stack(list(self.losses.values())).amax(0)
-        weights = torch.ones(self.num_examples) if self.weights is None else self.weights
+        weights = worst.new_ones(self.num_examples) if self.weights is None else self.weights
         share = weights.double() / weights.double().sum()
         return {row: losses.double() @ share for row, losses in {**self.losses, WORST: worst}.items()}
 
@@ -225,10 +225,10 @@ class RobustProfile(AlongCurve):
 
     @classmethod
     def _restored(cls, record: Mapping[str, Any]) -> RobustProfile:
-        t, transfer = torch.tensor(record["t"], dtype=torch.float64), record["transfer"]
+        t, transfer = torch.tensor(record["t"], dtype=torch.float64, device="cpu"), record["transfer"]
         shape = (len(t), record["num_examples"])
         if transfer is not None:
-            transfer = {row: torch.tensor(cells, dtype=torch.float64) for row, cells in transfer.items()}
+            transfer = {row: torch.tensor(cells, dtype=torch.float64, device="cpu") for row, cells in transfer.items()}
         return cls(
             t,
             {row: unpack_bits(bits, shape) for row, bits in record["correct"].items()},

@@ -29,7 +29,15 @@ from modeconn.network.attack import Attack, check_examples, is_attack, under_att
 from modeconn.network.batches import batches, check_loader, described, inputs_and_targets, is_dense, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_classes, cross_entropy, main_output, one_number, per_example
-from modeconn.network.scores import IGNORED, classes_of, is_sum, knows_its_axis, setting_of, weighted
+from modeconn.network.scores import (
+    IGNORED,
+    classes_of,
+    is_sum,
+    knows_its_axis,
+    setting_of,
+    smooths_weightless,
+    weighted,
+)
 from modeconn.network.weights import check_eval_mode, device_of
 from modeconn.tools.door import checked, is_iterable
 from modeconn.tools.fingerprint import digest, identify
@@ -120,6 +128,11 @@ def robustness_along(
     ``model_at`` may return one module that it moves.
     """
     start, named = time.perf_counter(), _named(attacks)
+    if smooths_weightless(loss_fn):
+        raise ValueError(
+            "loss_fn= smooths labels and has classes of weight 0, so that their examples have no loss of their own. "
+            "Pass one without label_smoothing, or with positive weights."
+        )
     with Records(checkpoint) as known:
         networks = [copy_of(model_at(position)) for position in t] if transfer else []
         first = networks[0] if transfer else model_at(t[0])

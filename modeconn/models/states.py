@@ -14,6 +14,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from modeconn.tools.door import shortened
 from modeconn.tools.warn import warn
 
 State = Mapping[str, Any]
@@ -98,7 +99,7 @@ def states_of_safetensors(path: Path) -> dict[str, State]:
                 part = file.get_slice(name)
                 found[name] = torch.empty(part.get_shape(), dtype=_dtype(part.get_dtype()), device="meta")
     except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError) as error:
-        raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({error}).") from error
+        raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({shortened(error, 600)}).") from error
     return {"": found} if found else {}
 
 

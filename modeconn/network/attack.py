@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
 
 from modeconn.network.batches import inputs_and_targets
+from modeconn.network.copies import check_no_inference
 from modeconn.network.modes import backward_in_eval_mode, flags_kept
 from modeconn.tools.door import check_settings, shown
 from modeconn.tools.rng import seeded
@@ -69,6 +70,7 @@ def under_attack(model: nn.Module) -> Iterator[None]:
     hand. But no running statistic moves, dropout is off, and so are heads that exist for training alone. A network in
     eval mode stays as it is. Gradients are on, and all flags are as before at the end, also after an exception.
     """
+    check_no_inference(model)
     training = [module for module in model.modules() if module.training]
     counting = [module for module in training if isinstance(module, _BatchNorm) and module.track_running_stats]
     with flags_kept(model):

@@ -422,7 +422,7 @@ def endless_batches(loader: Iterable[Any], device: torch.device) -> Iterator[Any
     waiting: list[Any] = []
     while True:
         for batch in batches(loader, device):
-            waiting = _joined(*waiting, batch) if waiting else [batch]
+            waiting = joined(*waiting, batch) if waiting else [batch]
             while len(waiting) > 1 or (waiting and num_examples(waiting[0]) > 1):
                 yield waiting.pop(0)
 
@@ -450,13 +450,13 @@ def without_singles(data: Iterable[Any]) -> Iterator[Any]:
     waiting: list[Any] = []  # a batch that may have to take in a last one, and a single one behind it
     for batch in data:
         is_joined = bool(waiting) and num_examples(waiting[-1]) == 1
-        waiting[-1:] = _joined(waiting[-1], batch) if is_joined else [*waiting[-1:], batch]
+        waiting[-1:] = joined(waiting[-1], batch) if is_joined else [*waiting[-1:], batch]
         while len(waiting) > 1 + (num_examples(waiting[-1]) == 1):
             yield waiting.pop(0)
-    yield from _joined(*waiting) if len(waiting) == 2 else waiting
+    yield from joined(*waiting) if len(waiting) == 2 else waiting
 
 
-def _joined(first: Any, second: Any) -> list[Any]:
+def joined(first: Any, second: Any) -> list[Any]:
     """Return one batch of two, or both as they are where their shapes do not fit."""
     try:
         return [_map(_concatenated, first, second)]

@@ -51,6 +51,15 @@ def _can_be_copied(value: Any) -> bool:
     return True
 
 
+def check_no_inference(model: nn.Module) -> None:
+    """Raise a ValueError if a model holds tensors of `torch.inference_mode`, of which there are no gradients."""
+    if any(tensor.is_inference() for tensor in (*model.parameters(), *model.buffers())):
+        raise ValueError(
+            "the network was made inside of torch.inference_mode(), so that torch refuses gradients through it. Pass "
+            "copy.deepcopy(network), made outside of it."
+        )
+
+
 def plain_tensors(model: nn.Module) -> list[Tensor]:
     """Return the tensors that modules hold as ordinary attributes."""
     return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]

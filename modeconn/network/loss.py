@@ -31,11 +31,12 @@ from modeconn.network.scores import (
     is_integer,
     is_sum,
     knows_its_axis,
+    no_heads,
     scores_of,
     weighs,
     weight_of,
 )
-from modeconn.tools.warn import is_of_package
+from modeconn.tools.warn import is_of_package, warn
 
 LossFn = Callable[[Any, Any], Tensor]
 """``loss_fn(outputs, targets) -> loss``, a mean over the examples of the batch."""
@@ -80,8 +81,8 @@ def cross_entropy(outputs: Any, targets: Tensor) -> Tensor:
 
     Args:
         outputs: Scores ``(N, C)``, ``(N, C, ...)`` or ``(N, ..., C)``; or a named tuple, data class or mapping with
-            ``logits``, whose parts named ``aux...`` are auxiliary heads, as those of GoogLeNet in train mode (Szegedy
-            et al., 2015, https://arxiv.org/abs/1409.4842, section 5).
+            ``logits``, whose parts named ``aux...`` in the same shape are auxiliary heads, as those of GoogLeNet in
+            train mode (Szegedy et al., 2015, https://arxiv.org/abs/1409.4842, section 5).
         targets: Classes, integers in ``[0, C)``, ``(N,)`` or ``(N, ...)``, of which -100 counts for nothing; or
             probabilities of classes in the shape of the scores.
 
@@ -321,6 +322,12 @@ def check_targets(outputs: Any, targets: Any, loss_fn: LossFn, *, name: str = "l
         raise ValueError(f"targets of {name} must be a dense tensor, got {described(targets)}: call .to_dense() on it.")
     if is_default:
         _check_for_cross_entropy(main_output(outputs), targets, name)
+        for part, tensor in no_heads(outputs).items():
+            warn(
+                f"the model's output {part!r}, of shape {tuple(tensor.shape)}, is left out of the loss: it is no "
+                f"auxiliary head, whose scores have the shape of the logits. Pass a loss_fn=, which gets all that the "
+                f"model returns, to count it."
+            )
     classes = classes_of(outputs, targets, loss_fn) if is_default or knows_its_axis(loss_fn) else None
     if classes is not None:
         check_classes(classes, name=name)
@@ -346,11 +353,17 @@ def _check_for_cross_entropy(scores: Tensor, targets: object, name: str) -> None
         return
     way_out = "Pass loss_fn=, such as torch.nn.functional.mse_loss, or forward=."
     if scores.ndim < 2 or scores.shape[1] == 1:
+        way_out = way_out.replace("mse_loss", "binary_cross_entropy_with_logits")
         raise ValueError(
             f"the model's outputs of shape {tuple(scores.shape)} are no scores of two or more classes, which cross "
             f"entropy, the default loss, compares. {way_out}"
         )
     if is_integer(targets):
+        if scores.shape == targets.shape:
+            raise ValueError(
+                f"targets of {name} are integers in the shape of the model's outputs, {tuple(scores.shape)}. If they "
+                f"are one-hot, pass targets.argmax(1), or targets.float(), which are probabilities of classes."
+            )
         if not class_axes(scores, targets):
             raise ValueError(
                 f"targets of {name} have the shape {tuple(targets.shape)}, which is not that of the model's outputs, "

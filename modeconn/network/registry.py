@@ -13,7 +13,7 @@ from typing import Any, ParamSpec, TypeVar
 import torch
 from torch import Tensor, nn
 
-from modeconn.tools.door import check, check_arguments, hints_of
+from modeconn.tools.door import check, check_arguments, hints_of, shortened
 from modeconn.tools.rng import seeded
 
 P = ParamSpec("P")
@@ -115,7 +115,7 @@ def build(name: str, **arguments: Any) -> nn.Module:
     try:
         inspect.signature(_FACTORIES[name]).bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"model {name!r} cannot be made from {arguments}: {error}.") from None
+        raise ValueError(f"model {name!r} cannot be made from {arguments}: {shortened(error, 600)}.") from None
     return _FACTORIES[name](**arguments)
 
 

@@ -122,7 +122,10 @@ def measure(
     found = {name: pool(seen) for name, seen in calls.items()}
     for name, (mean, variance) in found.items():
         if not bool((mean + variance).isfinite().all()):
-            raise ValueError(f"pre-activations of {name!r} have no finite mean and variance on this data.")
+            raise ValueError(
+                f"pre-activations of {name!r} have no finite mean and variance on this data: look for NaN or "
+                f"infinite values in it and in the networks' weights."
+            )
     return {name: (mean, variance.sqrt()) for name, (mean, variance) in found.items()}
 
 
@@ -154,7 +157,7 @@ def _note(calls: dict[str, list[tuple[int, Tensor]]], name: str) -> Callable[...
     def hook(layer: nn.Linear | _ConvNd, args: Any, output: Tensor) -> None:
         channel = -1 if isinstance(layer, nn.Linear) else -1 - len(layer.kernel_size)
         values = output.movedim(channel, 0).flatten(1)
-        variance, mean = torch.var_mean(values, 1)
+        variance, mean = torch.var_mean(values, 1, correction=1 if values.shape[1] > 1 else 0)
         calls.setdefault(name, []).append((values.shape[1], torch.stack([mean, variance])))
 
     return hook

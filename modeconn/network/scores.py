@@ -3,7 +3,7 @@
 Everything that computes a loss or an accuracy asks this module, and nothing else guesses. The rules:
 
 - *Scores.* A tensor is the scores. Of a named tuple, data class or mapping it is what the model calls ``logits``; what
-  it calls ``aux...`` are auxiliary heads. Several outputs without names say nothing.
+  it calls ``aux...`` and gives the same shape are auxiliary heads. Several outputs without names say nothing.
 - *Classes* lie along axis 1 for torch's own cross entropies, which say so. Otherwise they lie along the one axis
   without which scores have the shape of the targets; where two axes would do, nobody knows.
 - *Counted* are all targets but those of the loss's ``ignore_index``, by torch's default -100.
@@ -28,6 +28,8 @@ _FEW_OPERATIONS = (torch.uint16, torch.uint32, torch.uint64)
 """Integers that torch can store and index with, and hardly more."""
 
 _ALONG_AXIS_1 = (nn.CrossEntropyLoss, nn.NLLLoss, F.cross_entropy, F.nll_loss)
+_CROSS_ENTROPIES = (nn.CrossEntropyLoss, F.cross_entropy)
+_SETTINGS: dict[str, Any] = {"weight": None, "ignore_index": IGNORED, "label_smoothing": 0.0}
 _OVER_ELEMENTS = (
     *(nn.MSELoss, nn.L1Loss, nn.SmoothL1Loss, nn.HuberLoss, nn.BCELoss, nn.BCEWithLogitsLoss, nn.PoissonNLLLoss),
     *(nn.GaussianNLLLoss, nn.SoftMarginLoss, F.mse_loss, F.l1_loss, F.smooth_l1_loss, F.huber_loss),
@@ -51,12 +53,23 @@ def scores_of(outputs: Any) -> Tensor | None:
 
 
 def auxiliary_scores(outputs: Any) -> list[Tensor]:
-    """Return the scores of auxiliary heads: outputs that the model calls ``aux...``."""
+    """Return the scores of auxiliary heads: outputs that the model calls ``aux...``, in the shape of its scores."""
+    scores = scores_of(outputs)
+    return [part for part in _auxiliaries(outputs).values() if scores is not None and part.shape == scores.shape]
+
+
+def no_heads(outputs: Any) -> dict[str, Tensor]:
+    """Return what the model calls ``aux...`` and what is no head, since it has another shape than the scores."""
+    scores = scores_of(outputs)
+    return {name: x for name, x in _auxiliaries(outputs).items() if scores is None or x.shape != scores.shape}
+
+
+def _auxiliaries(outputs: Any) -> dict[str, Tensor]:
     names = outputs if isinstance(outputs, Mapping) else getattr(outputs, "_fields", ())
     if hasattr(outputs, "__dataclass_fields__") and not isinstance(outputs, Mapping):
         names = outputs.__dataclass_fields__
-    parts = [named_part(outputs, name) for name in names if str(name).startswith("aux")]
-    return [part for part in parts if isinstance(part, Tensor)]
+    parts = {str(name): named_part(outputs, name) for name in names if str(name).startswith("aux")}
+    return {name: part for name, part in parts.items() if isinstance(part, Tensor)}
 
 
 def class_axes(scores: Tensor, targets: Tensor) -> list[int]:
@@ -203,12 +216,31 @@ def weighted(loss_fn: Callable[..., Any], loss: Tensor, outputs: Any, targets: A
     loss = loss.double()
     if is_sum(loss_fn):
         return Weighted(loss, float(num_examples), True)
+    if smooths_weightless(loss_fn) and is_integer(targets):
+        return Weighted(_summed(loss_fn, outputs, targets), weight_of(loss_fn, targets, num_examples), True)
     weight, is_exact = weight_of(loss_fn, targets, num_examples), False
     if _is_mean_over_targets(loss_fn):
         is_exact = True
     elif is_one_of(loss_fn, _OVER_ELEMENTS) and isinstance(outputs, Tensor) and isinstance(targets, Tensor):
         is_exact = outputs.shape == targets.shape  # else one of them is spread out over the other
     return Weighted(loss * weight if isinstance(weight, float) else _product(loss, weight), weight, is_exact)
+
+
+def smooths_weightless(loss_fn: Any) -> bool:
+    """Whether a loss of torch has classes of weight 0 and smooths labels: their targets then add to it all the same."""
+    by_class = setting_of(loss_fn, "weight", None) if is_one_of(loss_fn, _CROSS_ENTROPIES) else None
+    smoothing = setting_of(loss_fn, "label_smoothing", 0.0)
+    return by_class is not None and bool(smoothing) and not bool((by_class != 0).all())
+
+
+def _summed(loss_fn: Any, outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return what a cross entropy of torch divides by the weights of the targets."""
+    settings = {name: setting_of(loss_fn, name, default) for name, default in _SETTINGS.items()}
+    return F.cross_entropy(outputs.double(), targets, reduction="sum", **_in_double(settings))
+
+
+def _in_double(settings: dict[str, Any]) -> dict[str, Any]:
+    return {name: value.double() if isinstance(value, Tensor) else value for name, value in settings.items()}
 
 
 def _product(loss: Tensor, weight: Tensor) -> Tensor:

@@ -24,7 +24,7 @@ from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
 from modeconn.network.batches import to_device
-from modeconn.network.copies import copy_with, plain_tensors
+from modeconn.network.copies import check_no_inference, copy_with, plain_tensors
 from modeconn.symmetry.outputs import Outputs, leaf_names
 from modeconn.tools.rng import one_thread
 from modeconn.tools.warn import is_of_package
@@ -248,7 +248,8 @@ class Graph:
     def _state_value(self, node: Node, state: Mapping[str, Tensor], device: torch.device) -> Tensor:
         source = self.state[node.name]
         if source.kind == "parameter":
-            return state[source.name]
+            value = state[source.name]  # an embedding with max_norm writes to its table
+            return value.clone() if source.name in self.written_state else value
         if source.name in state:
             return state[source.name].clone()
         value = self._program.constants[source.name]
@@ -295,6 +296,7 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
     Raises:
         ValueError: If the model cannot run on the example, or cannot be exported.
     """
+    check_no_inference(model)
     shadow = _shadow(model).train(training)
     for module in shadow.modules():
         if isinstance(module, _NormBase) and module.momentum is None:

@@ -179,9 +179,10 @@ def unpack(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str 
     if kept is None:
         return None
     if kept["kind"] not in _KINDS:
+        owner = f"{kept['class']:.60}"
         raise ValueError(
-            f"this file holds a relabelling of the kind {kept['kind']!r:.60}, which was {kept['class']:.60} and which nobody "
-            f"imported: import {kept['class'].partition(':')[0]:.60} first, on the command line modeconn --import MODULE."
+            f"this file holds a relabelling of the kind {kept['kind']!r:.60}, which was {owner} and which nobody "
+            f"imported: import {owner.partition(':')[0]} first, on the command line modeconn --import MODULE."
         )
     own = {name.removeprefix(prefix): tensor for name, tensor in tensors.items() if name.startswith(prefix)}
     return _KINDS[kept["kind"]].restore(kept["spec"], own)

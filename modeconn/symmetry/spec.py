@@ -307,7 +307,9 @@ class PermutationSpec(Findings):
         try:
             data = json.loads(text)
             if data["format"] != FORMAT:
-                raise ValueError(f"the permutation spec has format {data['format']}; this version reads {FORMAT}.")
+                raise ValueError(
+                    f"the permutation spec has format {data['format']!r:.60}; this version reads {FORMAT}."
+                )
             structure = Structure(
                 {int(a): n for a, n in data["sizes"].items()},
                 {int(a): tuple(p) for a, p in data["parents"].items()},
@@ -393,7 +395,7 @@ class Permutation(Relabelling):
     def sources(self, name: str) -> Tensor:
         """Return the source of every unit of a group, blocks and units inside them numbered row-major, ``(N,)``."""
         group = self.spec[name]
-        flat = torch.zeros(group.shape, dtype=torch.int64)
+        flat = torch.zeros(group.shape, dtype=torch.int64, device="cpu")
         for source, size in zip([*self._parent_sources(group), self.perms[name]], group.shape, strict=True):
             flat = flat * size + source
         return flat.flatten()
@@ -420,7 +422,7 @@ class Permutation(Relabelling):
         structure, by_atom = self.spec.structure, self.by_atom()
         parents = structure.parents[group.atom]
         here = [
-            torch.arange(structure.sizes[p]).view([-1 if d == i else 1 for d in range(len(parents) + 1)])
+            torch.arange(structure.sizes[p], device="cpu").view([-1 if d == i else 1 for d in range(len(parents) + 1)])
             for i, p in enumerate(parents)
         ]
         sources = []
@@ -444,7 +446,7 @@ class Permutation(Relabelling):
     @property
     def num_moved(self) -> int:
         """The number of units that are not in their own place."""
-        return sum(int((perm != torch.arange(perm.shape[-1])).sum()) for perm in self.perms.values())
+        return sum(int((perm != torch.arange(perm.shape[-1], device="cpu")).sum()) for perm in self.perms.values())
 
     def __repr__(self) -> str:
         return f"Permutation({len(self.perms)} groups, {self.num_moved:,} of {self.spec.num_units:,} units moved)"

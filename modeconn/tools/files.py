@@ -102,7 +102,7 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
                 f"{str(path)!r} is a pickle (a file of torch.save), which could run code when it is read. "
                 f"Only safetensors files that modeconn wrote are read."
             ) from None
-        raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({error}).") from error
+        raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({shortened(error, 600)}).") from error
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:

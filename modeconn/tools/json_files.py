@@ -46,7 +46,7 @@ def from_json(text: str, what: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"this is no {what}: it cannot be read as JSON ({error}).") from None
+        raise ValueError(f"this is no {what}: it cannot be read as JSON ({shortened(error, 600)}).") from None
     if not isinstance(record, dict):
         raise ValueError(f"this is no {what}: it is no JSON object.")
     digest = record.pop(DIGEST, None)

@@ -562,3 +562,130 @@ def test_the_forward_of_a_fit_is_named_where_batches_are_of_another_kind():
     with pytest.raises(ValueError, match=r"A connection remembers that of its fit; .* or loss_fn="):
         fitted.evaluate([(X, Y)])
     assert fitted.evaluate([(X, Y)], t=[0], loss_fn=F.cross_entropy).loss == fitted.evaluate(data, t=[0]).loss
+
+
+SMOOTH = nn.CrossEntropyLoss(weight=torch.tensor([1.0, 0.0, 3.0]), label_smoothing=0.2)
+
+
+@pytest.mark.parametrize("size", [12, 11, 5, 1])
+def test_smoothed_labels_of_classes_of_weight_0_count_at_any_batch_size(size):
+    line = Connection.straight_between(*two_of(mlp()))
+    expected = [float(SMOOTH(at(line, t)(X), UNEVEN).detach()) for t in (0, 0.5, 1)]
+    found = line.evaluate(split(X, UNEVEN, size), t=[0, 0.5, 1], loss_fn=SMOOTH)
+    assert found.loss.tolist() == pytest.approx(expected, rel=1e-5)
+    with pytest.raises(ValueError, match="smooths labels and has classes of weight 0"):
+        line.robustness(split(X, UNEVEN, size), ATTACK, loss_fn=SMOOTH)
+
+
+def test_examples_with_unequally_many_targets_are_told_of_where_a_loss_is_not_known():
+    line = Connection.straight_between(*two_of(Tokens))
+    data = [(ids := IDS[:4, :length], ids.roll(1, 1)) for length in (3, 5)]
+
+    def flat(outputs, targets):
+        return F.cross_entropy(outputs.flatten(0, 1), targets.flatten())
+
+    def forward(model, batch):
+        return flat(model(batch[0]), batch[1])
+
+    for settings in ({"loss_fn": flat}, {"forward": forward}):
+        with pytest.warns(UserWarning, match="examples have 3 targets in one batch and 5 in another"):
+            line.evaluate(data, t=[0, 1], **settings)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        line.evaluate(data, t=[0, 1])
+        line.evaluate([data[0], data[0]], t=[0, 1], forward=forward)
+        images = [(torch.rand(4, 3, n, n), Y[:4]) for n in (5, 8)]
+        pooled = Connection.straight_between(*two_of(lambda: nn.Sequential(Pool(), nn.Linear(3, 3))))
+        pooled.evaluate(images, t=[0, 1], loss_fn=lambda outputs, targets: F.cross_entropy(outputs, targets))
+
+
+class Pool(nn.Module):
+    def forward(self, x):
+        return x.mean((2, 3))
+
+
+def test_a_loss_that_is_no_mean_is_told_of_in_batches_of_one_and_in_sorted_ones():
+    line = Connection.straight_between(*two_of(mlp()))
+
+    def root(outputs, targets):
+        return F.cross_entropy(outputs, targets, reduction="none").square().mean().sqrt()
+
+    with pytest.warns(UserWarning, match="the loss is no mean over the examples"):
+        line.evaluate(split(X, Y, 1), t=[0, 1], loss_fn=root)
+    weighted = NO_MEANS["weights"][0]
+    sorted_targets = torch.tensor([0, 0, 1, 2, 0, 0, 1, 2, 0, 0, 1, 2])
+    with pytest.warns(UserWarning, match="the loss is no mean over the examples"):
+        line.evaluate(split(X, sorted_targets, 8), t=[0, 1], loss_fn=weighted)
+
+
+class WithAuxiliary(nn.Module):
+    def __init__(self, kind):
+        super().__init__()
+        self.part, self.kind = mlp()(), kind
+
+    def forward(self, x):
+        scores = self.part(x)
+        parts = {"loss": scores.square().mean(), "features": x.repeat(1, 2), "head": 2 * scores}
+        return {"logits": scores, f"aux_{self.kind}": parts[self.kind]}
+
+
+@pytest.mark.parametrize("kind", ["loss", "features"])
+def test_what_is_called_auxiliary_and_has_another_shape_is_no_head(kind):
+    line = Connection.straight_between(*two_of(lambda: WithAuxiliary(kind)))
+    with pytest.warns(UserWarning, match=f"output 'aux_{kind}', of shape .*, is left out of the loss"):
+        found = line.evaluate([(X, Y)], t=[0])
+    assert float(found.loss[0]) == pytest.approx(float(F.cross_entropy(line.model_at(0).part(X), Y).detach()), rel=1e-5)
+    head = Connection.straight_between(*two_of(lambda: WithAuxiliary("head"))).evaluate([(X, Y)], t=[0])
+    scores = line.model_at(0).part(X).detach()
+    expected = F.cross_entropy(scores, Y) + 0.3 * F.cross_entropy(2 * scores, Y)
+    assert float(head.loss[0]) == pytest.approx(float(expected), rel=1e-5)
+
+
+def test_one_hot_integers_one_logit_and_nothing_that_counts_are_said_plainly():
+    line, one = (Connection.straight_between(*two_of(mlp(n))) for n in (3, 1))
+    with pytest.raises(ValueError, match=r"If they are one-hot, pass targets.argmax\(1\), or targets.float\(\)"):
+        line.evaluate([(X, F.one_hot(Y, 3))])
+    with pytest.raises(ValueError, match=r"such as torch.nn.functional.binary_cross_entropy_with_logits"):
+        one.evaluate([(X, Y % 2)])
+    with pytest.raises(ValueError, match="no target of loader counts"):
+        line.curvature([(X, torch.full((12,), -100))], t=[0.5])
+
+
+def test_networks_made_in_inference_mode_are_refused_where_gradients_are_needed():
+    with torch.inference_mode():
+        a, b = two_of(mlp())
+    for verb in (
+        lambda: modeconn.robustness(a, [(X, Y)], ATTACK),
+        lambda: modeconn.align(a, b, [(X, Y)]),
+        lambda: modeconn.discover(a, X),
+    ):
+        with pytest.raises(ValueError, match=r"made inside of torch.inference_mode\(\).*Pass copy.deepcopy\(network\)"):
+            verb()
+    assert all(parameter.requires_grad for parameter in a.parameters())
+    assert modeconn.robustness(copy.deepcopy(a), [(X, Y)], ATTACK).num_examples == 12
+
+
+@pytest.mark.filterwarnings("ignore::modeconn.symmetry.UnknownOperatorWarning")
+def test_tables_of_limited_norm_are_not_written_to():
+    def make():
+        return nn.Sequential(nn.Embedding(9, 6, max_norm=0.5), nn.Flatten(), nn.Linear(30, 3))
+
+    a, b = two_of(make)
+    before = copy.deepcopy((a.state_dict(), b.state_dict()))
+    data = [(IDS, Y[:10])]
+    modeconn.align(a, b, data)
+    line = modeconn.fit_curve(a, b, data, recipe=modeconn.Recipe(1))
+    line.evaluate(data, num_points=3)
+    for model, state in zip((a, b), before, strict=True):
+        assert all(torch.equal(tensor, state[name]) for name, tensor in model.state_dict().items())
+
+
+def test_a_batch_of_one_that_fits_no_other_is_repaired_with():
+    make = lambda: nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))  # noqa: E731
+    a, b = two_of(make)
+    data = [(torch.rand(4, 3, 4), None), (torch.rand(1, 1, 4), None)]
+    merged = modeconn.repair(modeconn.interpolate(a, b), [a, b], data)
+    every = torch.cat([x.flatten(0, -2) for x, _ in data])
+    outputs = [model(every).detach() for model in (a, b, merged)]
+    torch.testing.assert_close(outputs[2].mean(0), (outputs[0].mean(0) + outputs[1].mean(0)) / 2)
+    torch.testing.assert_close(outputs[2].std(0), (outputs[0].std(0) + outputs[1].std(0)) / 2)
