@@ -22,6 +22,7 @@ from modeconn.curves.step import BLOCK, stratified_positions
 from modeconn.data import TensorLoader
 from modeconn.fit import fit_curve
 from modeconn.learning.checkpoint import Checkpoint
+from modeconn.matching.alignment import Symmetry
 from modeconn.network.loss import cross_entropy
 from modeconn.network.recipe import Recipe, constant, one_cycle
 from modeconn.network.weights import WeightSpace
@@ -262,9 +263,9 @@ def test_alignment_is_asked_for_with_what_the_caller_gave(monkeypatch, align, me
     monkeypatch.setattr(modeconn.fit, "find_alignment", fake)
     data = batches()
     connection = fit_curve(a, b, data, align=align, recipe=SHORT, spec=permutation.spec, example_input="x")
-    ((first, second, opened, used), given) = calls.pop()
+    ((first, second, opened, used, known), given) = calls.pop()
     assert first is a and second is b and opened.first is data[0] and used == method and not calls
-    assert given == {"spec": permutation.spec, "example_input": "x", "verify": True}
+    assert known == Symmetry(permutation.spec, "x", outputs=None, verify=True) and not given
     assert same_bits(connection.model_at(1), permutation.apply(b))
 
 

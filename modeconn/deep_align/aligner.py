@@ -271,9 +271,10 @@ class DeepAlign(Settings):
         """
         with files.opened(path, _KIND) as (tensors, about):
             if about["format"] != _FORMAT:
+                kept = f"{about['format']!r:.60}"
                 raise ValueError(
-                    f"{os.fspath(path)!r} has format {about['format']!r:.60}; this version of modeconn reads {_FORMAT}. Fit "
-                    f"the aligner anew, or use the version that wrote it."
+                    f"{os.fspath(path)!r} has format {kept}; this version of modeconn reads {_FORMAT}. Fit the aligner "
+                    f"anew, or use the version that wrote it."
                 )
             settings = about["settings"]
             aligner = cls(**{**settings, "augmentation": WeightAugmentation(**settings["augmentation"])})

@@ -353,7 +353,7 @@ def _check_for_cross_entropy(scores: Tensor, targets: object, name: str) -> None
         return
     way_out = "Pass loss_fn=, such as torch.nn.functional.mse_loss, or forward=."
     if scores.ndim < 2 or scores.shape[1] == 1:
-        way_out = way_out.replace("mse_loss", "binary_cross_entropy_with_logits")
+        way_out = way_out.replace("mse_loss", "mse_loss or binary_cross_entropy_with_logits")
         raise ValueError(
             f"the model's outputs of shape {tuple(scores.shape)} are no scores of two or more classes, which cross "
             f"entropy, the default loss, compares. {way_out}"

@@ -368,7 +368,9 @@ def test_a_wrong_spec_is_caught_before_it_is_used(monkeypatch: pytest.MonkeyPatc
         return [input.axes[0], weight.axes[0]]
 
     rules = {**modeconn.RULES, torch.ops.aten.linear: skip}
-    monkeypatch.setattr("modeconn.matching.alignment.discover", lambda model, x: discover(model, x, rules=rules))
+    monkeypatch.setattr(
+        "modeconn.matching.alignment.discover", lambda model, x, **how: discover(model, x, rules=rules, **how)
+    )
     a, b = models.mlp(8, (5,), 2), models.mlp(8, (5,), 2, seed=1)
     with pytest.raises(modeconn.VerificationError, match="changes the function"):
         align(a, b)
