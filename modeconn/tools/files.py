@@ -76,8 +76,9 @@ def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[st
     about = _description(path, metadata[_KEY])
     if kind is not None and about["kind"] != kind:
         raise ValueError(f"{str(path)!r} is a {about['kind'][:60]}, not a {kind}.")
-    digest = metadata.get(_DIGEST)  # files of older versions have none
-    if digest is not None and digest != digest_of(tensors, metadata[_KEY]):
+    # Files of older versions have no digest, but nothing else either: another name is that of a digest, damaged.
+    is_as_written = set(metadata) == {_KEY} or metadata.get(_DIGEST) == digest_of(tensors, metadata[_KEY])
+    if not is_as_written:
         raise ValueError(f"{str(path)!r} is damaged: its content is not what was written. {_WAY_OUT}")
     return tensors, about
 

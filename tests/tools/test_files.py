@@ -8,6 +8,7 @@ import torch
 
 import modeconn
 from modeconn.tools import files
+from modeconn.tools.json_files import from_json, to_json
 from modeconn.tools.writing import check_writable
 
 TENSORS = {"x": torch.arange(6.0).reshape(2, 3), "empty": torch.empty(0), "n": torch.tensor(3)}
@@ -100,3 +101,16 @@ def test_a_device_is_no_file():
     for read in (modeconn.Connection.load, modeconn.models.load, modeconn.PermutationSpec.load):
         with pytest.raises(ValueError, match="'/dev/null' is a device or pipe, of which no file can be read"):
             read("/dev/null")
+
+
+def test_a_damaged_name_of_the_digest_is_no_older_file(tmp_path):
+    """Two flipped bits, one of them in the name of the digest, must not pass for a file that never had one."""
+    path = tmp_path / "file"
+    files.write(path, "kind", {"x": torch.ones(3)}, {"number": 12345})
+    content = path.read_bytes()
+    path.write_bytes(content.replace(b"modeconn.sha256", b"modeconn.sha25v").replace(b"12345", b"12346"))
+    with pytest.raises(ValueError, match="is damaged: its content is not what was written"):
+        files.read(path)
+    text = to_json({"number": 12345}).replace('"sha256"', '"sha25v"').replace("12345", "12346")
+    with pytest.raises(ValueError, match="is damaged: it is not what was written"):
+        from_json(text, "record")
