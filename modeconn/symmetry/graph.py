@@ -396,7 +396,8 @@ def _traceable() -> Iterator[None]:
     """Keep attention in separate operators, and export's own warnings to itself."""
     fast = torch.backends.mha.get_fastpath_enabled()
     logs = [
-        logging.getLogger(f"torch.{name}") for name in ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor")
+        logging.getLogger(f"torch.{name}")
+        for name in ("fx.experimental.symbolic_shapes", "_subclasses.fake_tensor", "_export.non_strict_utils")
     ]
     levels = [log.level for log in logs]
     torch.backends.mha.set_fastpath_enabled(False)
