@@ -18,7 +18,9 @@ from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
 from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
 from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
-from modeconn.symmetry.rules.elementwise import pointwise
+from modeconn.symmetry.rules.elementwise import constant, fill, pointwise
+from modeconn.symmetry.rules.shapes import expand as expand_to
+from modeconn.symmetry.rules.shapes import reshape
 from modeconn.symmetry.structure import Structure, dependencies
 from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
 from modeconn.tools.progress import passing_bar
@@ -27,6 +29,9 @@ from modeconn.tools.warn import warn
 if TYPE_CHECKING:
     from torch.fx import Node
 
+
+_READ_SHAPES = (pointwise, reshape, expand_to, fill, constant)
+"""Rules that take sizes from the shapes of outputs, so that numbers among their arguments may be unknown."""
 
 _ABOUT_SIZES = ("sym_", "_assert", "_check", "item", "_local_scalar_dense", "is_nonzero", "_linalg_check")
 """Beginnings of the names of operators without tensors among their outputs, which say nothing of units."""
@@ -221,7 +226,7 @@ class Exploration(Walk):
         rule, result = self._rule_for(node.target), None
         if not any((*(t.axes for t in given), *self.shapes)):
             result = [[] for _ in outputs] if len(outputs) > 1 else []  # numbers have no axes
-        elif rule is not None and (rule is pointwise or not _unknown_numbers((args, kwargs))):
+        elif rule is not None and (rule in _READ_SHAPES or not _unknown_numbers((args, kwargs))):
             self.arguments = _bind(node.target, args, kwargs)
             result = rule(self, *args, **kwargs)
         if result is None:
@@ -291,6 +296,8 @@ class Exploration(Walk):
         given = result if result and isinstance(result[0], (list, Traced)) else [result]
         traced = [t if isinstance(t, Traced) else Traced(tuple(t)) for t in given]
         traced = [Traced(t.axes, node if single else None, t.points_into) for t in traced]
+        for out, tensor in zip(_leaves(node.meta["val"]), traced, strict=False):
+            self._fix_sizes_of_values(out, tensor)
         for tensor, shape in zip(traced, self.shapes, strict=True):
             if tuple(map(self.size, tensor.axes)) != shape:
                 raise ValueError(
@@ -299,6 +306,15 @@ class Exploration(Walk):
                 )
             self.show(tensor.axes)
         return traced[0] if single else traced
+
+    def _fix_sizes_of_values(self, out: Any, tensor: Traced) -> None:
+        """Fix axes whose size depends on values; each part of that size stands for any other, as the batch does."""
+        for size, axis in zip(getattr(out, "shape", ()), tensor.axes, strict=False):
+            if is_unknown(size):
+                self.fix(axis, "as many as values say")
+                unknown = {_hint(size)} if len(size.node.expr.free_symbols) == 1 else set()
+                unknown |= {int(_number_for(symbol, size.node.shape_env)) for symbol in size.node.expr.free_symbols}
+                self._batch.update(a for a in atoms_of(self.normal(axis)) if self.atom_size(a) in unknown)
 
     # ---------------------------------------------------------------- the result
 
@@ -401,18 +417,31 @@ def _without_node(value: Any) -> Any:
 
 
 def _hint(size: Any) -> int:
-    """Return a size as a number, also where export keeps it symbolic; no guard is set."""
+    """Return a size as a number, also where export keeps it symbolic; no guard is set.
+
+    Of one that depends on values, as what a mask chooses, any number is as good as another. It is a prime that no other
+    size has, so that sizes which are multiples of it are seen to be that.
+    """
     if isinstance(size, int):
         return size
     known = size.node.maybe_as_int()
     if known is not None:
         return int(known)
-    if size.node.hint is None:
-        raise ValueError(
-            f"the model makes a tensor whose size ({size}) depends on values, such as those of nonzero or a boolean "
-            "mask; its symmetries cannot be read from a graph."
-        )
-    return int(size.node.hint)
+    if size.node.hint is not None:
+        return int(size.node.hint)
+    numbers = {symbol: _number_for(symbol, size.node.shape_env) for symbol in size.node.expr.free_symbols}
+    return int(size.node.expr.xreplace(numbers))
+
+
+def _number_for(symbol: Any, environment: Any) -> Any:
+    import sympy
+
+    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    return known[symbol] if symbol in known else sympy.Integer(sympy.prime(_FIRST_PRIME + int(symbol.name.lstrip("u"))))
+
+
+_FIRST_PRIME = 26
+"""Sizes that depend on values are primes from this one on, 101."""
 
 
 def _leaves(value: Any) -> list[Any]:
@@ -425,16 +454,16 @@ def _concrete(value: Any) -> Any:
         return type(value)([_concrete(v) for v in value])
     if isinstance(value, dict):
         return {key: _concrete(v) for key, v in value.items()}
-    return _hint(value) if isinstance(value, torch.SymInt) and not _is_unknown(value) else value
+    return _hint(value) if isinstance(value, torch.SymInt) and not is_unknown(value) else value
 
 
-def _is_unknown(value: Any) -> bool:
+def is_unknown(value: Any) -> bool:
     """Whether a number depends on values, as that of ``item()`` does."""
     return isinstance(value, torch.SymInt) and value.node.maybe_as_int() is None and value.node.hint is None
 
 
 def _unknown_numbers(arguments: Any) -> bool:
-    return any(map(_is_unknown, pytree.tree_leaves(arguments)))
+    return any(map(is_unknown, pytree.tree_leaves(arguments)))
 
 
 def _bind(target: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:

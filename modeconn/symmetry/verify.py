@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from itertools import count
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -14,7 +14,7 @@ from torch.utils import _pytree as pytree
 
 from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis
-from modeconn.symmetry.explore import example_for
+from modeconn.symmetry.explore import example_for, is_unknown
 from modeconn.symmetry.findings import Trace
 from modeconn.symmetry.graph import Example, export, first_line
 from modeconn.symmetry.groups import Group, NamedPerms, identity_perms, random_perms
@@ -23,6 +23,7 @@ from modeconn.symmetry.structure import Structure
 from modeconn.tools.door import checked, shown
 from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
+from modeconn.tools.warn import warn
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -34,6 +35,7 @@ class Provable(Protocol):
     structure: Structure
     state: dict[str, tuple[Axis, ...]]
     traces: tuple[Trace, ...]
+    outputs: Outputs
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -47,6 +49,10 @@ class Provable(Protocol):
     def with_traces(self, model: nn.Module, example_input: Any = None) -> Provable:
         """Return the same spec with the exported graphs behind it."""
         ...
+
+
+_REDRAWN = 8
+"""How many other weights are drawn where a tensor holds nothing, since values choose no entry for it."""
 
 
 class VerificationError(ValueError):
@@ -93,12 +99,20 @@ def verify(
     proof = _Proof(spec, redraw_state(model, generator), _float64(given.to("cpu")), seed)
     worst = 0.0
     for number, perms in enumerate(telling_relabellings(spec.groups, generator), 1):
-        for trace in traces:
-            told = {"desc": f"verify, {trace.graph.mode} mode, relabelling {number}", "unit": "operator"}
-            for name, error in passing_bar(proof.differences(trace, perms), total=len(trace.graph.nodes), **told):
-                if not error <= tolerance:
-                    raise VerificationError(proof.blame(trace, perms, name, error, tolerance))
-                worst = max(worst, error)
+        worst = max(worst, *(proof.worst(trace, perms, tolerance, f"relabelling {number}") for trace in traces))
+    empty = proof.empty
+    for number in range(1, _REDRAWN + 1):  # other weights choose other entries
+        if not empty:
+            break
+        again = replace(proof, state=redraw_state(model, generator), empty=set())
+        perms = random_perms(spec.groups, generator)
+        worst = max(worst, *(again.worst(trace, perms, tolerance, f"other weights {number}") for trace in traces))
+        empty &= again.empty
+    if empty:
+        warn(
+            f"{len(empty)} tensors hold nothing on this example, such as {min(empty)!r}, so that nothing of "
+            f"them was compared: values choose no entry for them. Pass an example_input of more examples."
+        )
     return worst
 
 
@@ -199,6 +213,20 @@ class _Proof:
     state: dict[str, Tensor]
     example: Example
     seed: int
+    empty: set[str] = field(default_factory=set)
+
+    def worst(self, trace: Trace, perms: NamedPerms, tolerance: float, label: str) -> float:
+        """Return the largest difference in one mode.
+
+        Raises:
+            VerificationError: If it is above the tolerance.
+        """
+        worst, told = 0.0, {"desc": f"verify, {trace.graph.mode} mode, {label}", "unit": "operator"}
+        for name, error in passing_bar(self.differences(trace, perms), total=len(trace.graph.nodes), **told):
+            if not error <= tolerance:
+                raise VerificationError(self.blame(trace, perms, name, error, tolerance))
+            worst = max(worst, error)
+        return worst
 
     def differences(self, trace: Trace, perms: NamedPerms) -> Iterator[tuple[str, float]]:
         """Run the model and its relabelled twin node by node; yield each node's name and relative difference.
@@ -219,7 +247,12 @@ class _Proof:
             largest[node] = 0.0
             scale = max((largest[source] for source in node.all_input_nodes), default=0.0)
             for x, y, axes in _tensors(value, twin, trace.axes.get(node)):
+                if x.shape != y.shape:  # as many as values say, which have changed
+                    yield node.name, math.inf
+                    return
                 if not x.numel():
+                    if any(is_unknown(size) for size in getattr(node.meta.get("val"), "shape", ())):
+                        self.empty.add(node.name)
                     continue
                 expected, is_inexact = structure.relabel(x, axes, by_atom), x.is_floating_point() or x.is_complex()
                 if is_inexact:

@@ -630,6 +630,22 @@ def bytes_as_numbers() -> nn.Module:
     return Lambda(forward, pairs=nn.Linear(5, 8), mid=nn.Linear(8, 6), bits=nn.Linear(5, 6), head=nn.Linear(6, 2))
 
 
+def chosen_by_values() -> nn.Module:
+    """Rows that a mask chooses, changed and put back; units that one chooses stay where they are."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h, rows = m.free(x), x[:, 0] > 0.3
+        out = torch.zeros_like(h)
+        out[rows] = h[rows].tanh()
+        fixed, places = m.fixed(x), m.fixed.bias > 0
+        counted = fixed[:, places].sum(1, keepdim=True) + fixed[:, places.nonzero()[:, 0]].cumsum(1).mean(
+            1, keepdim=True
+        )
+        return m.head(out) * counted
+
+    return Lambda(forward, free=nn.Linear(5, 8), fixed=nn.Linear(5, 6), head=nn.Linear(8, 2))
+
+
 CASES = [
     Case("plain", plain, lambda: torch.rand(2, 5), [(7,), (6,)]),
     Case("conv flatten", conv_flatten, image(), [(6,)]),
@@ -688,6 +704,7 @@ CASES = [
     Case("glu and maxout", glu_and_maxout, lambda: torch.rand(2, 5), [(6,), (4,), (4, 2)]),
     Case("gram matrix", gram, image(), [(5,), (2,)]),
     Case("written in pieces", written_in_pieces, lambda: torch.rand(2, 5), [(3,), (5,)]),
+    Case("chosen by values", chosen_by_values, lambda: torch.rand(6, 5), [(8,)]),
     Case("bytes as numbers", bytes_as_numbers, lambda: torch.rand(2, 5), [(4,), (6,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]

@@ -19,7 +19,8 @@ from modeconn.symmetry.explore import Exploration, example_for
 from modeconn.symmetry.graph import _grouped_matmul, export
 from modeconn.symmetry.rules.contractions import contraction
 from modeconn.symmetry.walk import Traced, Walk
-from tests.symmetry.cases import CASES, SPELLINGS, Case, attention
+from tests.symmetry.cases import CASES, SPELLINGS, Case, Lambda, attention
+from tests.symmetry.oracle import largest_change
 
 ZOO = {
     "mlp": lambda: models.mlp(64, (16, 12), 10),
@@ -605,19 +606,6 @@ def test_a_state_made_in_forward_is_proved_in_float64_too() -> None:
     assert spec.verify(MakesState(), torch.rand(2, 3)) < 1e-10
 
 
-def test_sizes_that_depend_on_values_are_refused() -> None:
-    class Masks(nn.Module):
-        def __init__(self) -> None:
-            super().__init__()
-            self.a = nn.Linear(3, 5)
-
-        def forward(self, x: Tensor) -> Tensor:
-            return self.a(x[x.sum(1) > 1])
-
-    with pytest.raises(ValueError, match=r"a tensor whose size .* depends on values"):
-        discover(Masks(), torch.rand(2, 3))
-
-
 def test_the_spec_prints_as_a_table() -> None:
     model = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3))
     assert repr(discover(model, torch.zeros(2, 4))) == (
@@ -788,3 +776,100 @@ def test_causal_masks_need_not_be_announced(make, width):
     assert spec.verify(model, x) < 1e-9 and spec.num_units > 12
     moved = spec.random(torch.Generator().manual_seed(0)).apply(model)
     torch.testing.assert_close(moved(x), model(x))
+
+
+# ---------------------------------------------------------------- sizes that depend on values
+
+
+class Experts(nn.Module):
+    """The textbook loop over experts: each takes the rows that chose it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.gate, self.out = nn.Linear(4, 3), nn.Linear(8, 2)
+        self.experts = nn.ModuleList(nn.Sequential(nn.Linear(4, 16), nn.GELU(), nn.Linear(16, 8)) for _ in range(3))
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight, choice = self.gate(x).softmax(-1).max(-1)
+        y = x.new_zeros(x.shape[0], 8)
+        for k, expert in enumerate(self.experts):
+            rows = torch.where(choice == k)[0]
+            y.index_add_(0, rows, expert(x[rows]) * weight[rows, None])
+        return self.out(y.relu())
+
+
+def test_experts_that_take_the_rows_that_choose_them_are_free() -> None:
+    torch.manual_seed(0)
+    model, x = Experts(), torch.randn(12, 4)
+    spec = discover(model, x)
+    assert sorted(group.shape for group in spec.groups) == [(8,), (16,), (16,), (16,)]
+    assert spec.verify(model, x) < 1e-12
+    assert largest_change(spec, model, x) < 1e-12
+    planted = spec.random(torch.Generator().manual_seed(1))
+    data = [(torch.randn(200, 4), None) for _ in range(3)]
+    found = modeconn.align(model, planted.apply(model), data)
+    assert all(torch.equal(x, y) for x, y in zip(found.model_b.parameters(), model.parameters(), strict=True))
+
+
+def rows_of_a_mask(h: Tensor, x: Tensor) -> Tensor:
+    return h[x[:, 0] > 0]
+
+
+def rows_put_back(h: Tensor, x: Tensor) -> Tensor:
+    chosen, out = x[:, 0] > 0, torch.zeros_like(h)
+    out[chosen] = h[chosen].tanh()
+    return out
+
+
+def rows_in_another_order(h: Tensor, x: Tensor) -> Tensor:
+    return torch.cat([h[x[:, 0] > 0], h[x[:, 0] <= 0]])
+
+
+def rows_by_number(h: Tensor, x: Tensor) -> Tensor:
+    return h.index_select(0, (x[:, 0] > 0).nonzero().squeeze(1))
+
+
+def rows_in_blocks(h: Tensor, x: Tensor) -> Tensor:
+    return h[x[:, 0] > 0].view(-1, 2, 4).transpose(1, 2).reshape(-1, 8)
+
+
+def rows_without_doubles(h: Tensor, x: Tensor) -> Tensor:
+    places, back = (2 * x[:, 0]).long().unique(return_inverse=True)
+    return h * (places.to(h)[back])[:, None]
+
+
+def units_of_a_mask(h: Tensor, x: Tensor) -> Tensor:
+    return h + h[:, h[0] > 0].sum(1, keepdim=True)
+
+
+def values_of_a_mask(h: Tensor, x: Tensor) -> Tensor:
+    return h + h.masked_select(h > 0).mean()
+
+
+@pytest.mark.parametrize(
+    ("choose", "groups"),
+    [
+        *((one, [(8,)]) for one in (rows_of_a_mask, rows_put_back, rows_in_another_order, rows_by_number)),
+        (rows_in_blocks, [(2,), (2, 4)]),
+        (rows_without_doubles, [(8,)]),
+        (units_of_a_mask, []),
+        (values_of_a_mask, []),
+    ],
+)
+def test_sizes_that_depend_on_values_fix_their_own_axis_alone(choose, groups) -> None:
+    torch.manual_seed(0)
+    model = Lambda(lambda m, x: m.head(choose(m.stem(x), x)), stem=nn.Linear(5, 8), head=nn.Linear(8, 2))
+    x = torch.randn(12, 5)
+    spec = discover(model, x)
+    assert sorted(group.shape for group in spec.groups) == groups
+    assert spec.verify(model, x) < 1e-12
+    assert largest_change(spec, model, x) < 1e-12
+
+
+def test_what_values_leave_empty_is_not_said_to_be_proved() -> None:
+    model = Lambda(lambda m, x: m.b(m.a(x)[x[:, 0] > 2]), a=nn.Linear(3, 4), b=nn.Linear(4, 2))
+    x = torch.rand(6, 3)
+    with pytest.warns(UserWarning, match=r"tensors hold nothing on this example, such as 'index'"):
+        discover(model, x).verify(model, x)
+    x[:, 0] = 3
+    assert discover(model, x).verify(model, x) < 1e-12

@@ -68,9 +68,9 @@ def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) ->
 
 
 def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[Axis] | None:
-    """Advanced indexing by integers; boolean masks depend on values and are left to the unknown."""
+    """Advanced indexing by integers, or by one mask."""
     if any(i is not None and walk.dtype(i) in (torch.bool, torch.uint8) for i in indices):
-        return None
+        return _masked(walk, input, indices)
     used = [d for d, i in enumerate(indices) if i is not None]
     for dim in used:
         walk.fix(input.axes[dim], "looked up by number")
@@ -81,6 +81,28 @@ def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[A
     together = used[-1] - used[0] + 1 == len(used)
     at = used[0] if together else 0
     return [*rest[:at], *picked, *rest[at:]]
+
+
+def _masked(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[Axis] | None:
+    """What a mask chooses comes along one new axis, as many as its values say."""
+    given = [(dim, i) for dim, i in enumerate(indices) if i is not None]
+    if len(given) != 1:
+        return None
+    ((at, mask),) = given
+    masked = range(at, at + len(mask.axes))
+    for axis in (*mask.axes, *(input.axes[dim] for dim in masked)):
+        walk.fix(axis, "chosen by a mask")
+    rest = input.without(*masked)
+    walk.show(rest)
+    return [*rest[:at], walk.fixed(walk.shape[at], "chosen by a mask"), *rest[at:]]
+
+
+def chosen(walk: Walk, *tensors: Any, **settings: Any) -> list[list[Axis]]:
+    """Positions or values of some entries, in their order, as many as values say."""
+    for tensor in traced_in((tensors, settings)):
+        for axis in tensor.axes:
+            walk.fix(axis, "chosen by values")
+    return [[walk.fixed(size, "chosen by values") for size in shape] for shape in walk.shapes]
 
 
 def one_hot(walk: Walk, input: Traced, num_classes: int = -1) -> list[Axis]:
@@ -161,13 +183,20 @@ def index_put(
 
 
 def _put_where(walk: Walk, input: Traced, indices: Sequence[Traced | None], values: Traced) -> list[Axis] | None:
-    """One value for all places of a mask; other values are counted off along it, and left to the unknown."""
+    """One value for all places of a mask, or values that are counted off along it."""
     mask = next(i for i in indices if i is not None)
     behind = len(input.axes) - indices.index(mask) - len(mask.axes)
     first = max(len(values.axes) - behind, 0)
     before, after = values.axes[:first], values.axes[first:]
-    if walk.dtype(mask) is None or before[-1:] not in ((), (UNIT,)):
+    if walk.dtype(mask) is None:
         return None
+    if before[-1:] not in ((), (UNIT,)):
+        at = indices.index(mask)
+        for axis in (*mask.axes, *input.axes[at : at + len(mask.axes)], before[-1]):
+            walk.fix(axis, "written in order")
+        place = (*input.axes[:at], before[-1], *input.axes[at + len(mask.axes) :])
+        broadcast(walk, [Traced(place), values], len(place))
+        return list(input.axes)
     where = Traced((*mask.axes, *[UNIT] * behind))
     what = Traced((*before[:-1], *[UNIT] * len(mask.axes), *after))
     return broadcast(walk, [input, where, what], len(input.axes))
@@ -221,6 +250,8 @@ RULES = table(
         index_select: "index_select",
         gather: "gather",
         index: "index _unsafe_index",
+        chosen: "nonzero nonzero_numpy argwhere where.default masked_select _unique _unique2 unique_dim "
+        "unique_consecutive",
         one_hot: "one_hot",
         histogram: "histc",
         searchsorted: "searchsorted",
