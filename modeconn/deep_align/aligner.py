@@ -26,7 +26,7 @@ from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools import files, provenance
-from modeconn.tools.door import checked
+from modeconn.tools.door import checked, shortened
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.rng import preserved, seeded
 from modeconn.tools.warn import warn
@@ -230,7 +230,9 @@ class DeepAlign(Settings):
         for end, model in (("a", model_a), ("b", model_b)):
             found = difference(encoder.graph, model)
             if found:
-                raise ValueError(f"{end} is of another architecture than this DeepAlign was fitted on: {found}.")
+                raise ValueError(
+                    f"{end} is of another architecture than this DeepAlign was fitted on: {shortened(found)}."
+                )
         states = encoder.graph.read([model_a, model_b], encoder.mean.dtype)
         a, b = zip(*(x.split(1) for x in encoder(states)), strict=True)
         groups = encoder.graph.spec.groups
@@ -305,7 +307,7 @@ def _read(graph: UnitGraph, models: Sequence[nn.Module], what: str, dtype: torch
     for number, model in enumerate(models):
         found = difference(graph, model)
         if found:
-            raise ValueError(f"{what}[{number}] is of another architecture than population[0]: {found}.")
+            raise ValueError(f"{what}[{number}] is of another architecture than population[0]: {shortened(found)}.")
     states = graph.read(models, dtype)
     constant = torch.zeros_like(graph.is_buffer)
     constant[graph.fixed] = (states[:, graph.fixed] == states[0, graph.fixed]).all(0)

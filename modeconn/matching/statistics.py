@@ -18,6 +18,7 @@ from modeconn.symmetry.graph import Example
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.rng import seeded
+from modeconn.tools.warn import warn
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -218,7 +219,7 @@ def collect(
     """
     device = device_of(model_a)
     moments: dict[str, Moments] = {}
-    plans = _Plans(spec, model_a, before_activation)
+    plans, num_left_out = _Plans(spec, model_a, before_activation), 0
     with seeded(0, device):
         for number, batch in enumerate(_first_batches(loader, device, num_examples_at_most)):
             inputs = inputs_of(batch)
@@ -227,10 +228,32 @@ def collect(
             if adversary is not None:
                 pair = inputs_and_targets(batch)
                 own = [attacked_in_eval_mode(adversary, m, *pair, seed=number) for m in (model_a, model_b)]
-            for node, a, b in _in_step(plan.trace, model_a, model_b, *map(Example.of, own)):
+            steps = _in_step(plan.trace, model_a, model_b, *map(Example.of, own))
+            if plan.spec.one_path and (steps := _whole(steps, plan)) is None:
+                num_left_out += 1
+                continue
+            for node, a, b in steps:
                 for group in plan.groups_at.get(node, ()):
                     _add(plan.spec, moments, group, plan.trace.axes[node], a, b)
+    if num_left_out:
+        warn(
+            f"{num_left_out} batches are left out of the statistics: the run of the model that was recorded cannot be "
+            f"repeated on them, since values take another path. Batches of one size often help."
+        )
     return moments
+
+
+def _whole(steps: Iterator[tuple], plan: _Plan) -> Iterator[tuple] | None:
+    """Return what is read of a recorded run on a batch, None if the batch takes another path, on which it fails."""
+    kept = []
+    try:
+        for node, a, b in steps:
+            if node in plan.groups_at:
+                same_shape = a.shape == b.shape  # else values choose other entries in both networks
+                kept.append((node, a.clone(), b.clone())) if same_shape else None
+    except ValueError:
+        return None
+    return iter(kept)
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,11 @@ def discover(
     """Find every group of hidden units of a model that may be relabelled without changing its function.
 
     The model is exported in eval and in train mode (`torch.export`; nothing is computed, no weights are copied) and
-    both graphs are walked with one rule per operator. No rule looks at a module's class or name.
+    both graphs are walked with one rule per operator. No rule looks at a module's class or name. Where export cannot
+    follow values, the model is run once on the example and what it does is recorded.
 
     Args:
-        model: Any module that `torch.export` can export; it is not changed. Its weights may be on the meta device.
+        model: Any module; it is not changed. One that `torch.export` can follow may be on the meta device.
         example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
             Default: ``model.example_input()``, where the model has that method. The result holds for any batch size.
         rules: Rule by operator; extend with ``{**RULES, torch.ops.mylib.scan.default: my_rule}``.
@@ -55,8 +56,9 @@ def discover(
             ``freeze`` matches nothing.
 
     Warns:
-        UserWarning: If only eval mode can be exported (layers dropped at random in train mode, say), or outputs but
-            the first keep hidden units fixed.
+        UserWarning: If `torch.export` cannot follow the model, because its values steer what it does: one run on the
+            example is then recorded in its place, and the groups hold for the path that it takes. If only eval mode can
+            be followed, or outputs but the first keep hidden units fixed.
         UnknownOperatorWarning: Once for each operator without a rule, with its place and what it costs.
 
     Example:

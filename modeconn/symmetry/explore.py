@@ -69,12 +69,21 @@ def explore(
         graphs.append(export(model, example, training=True, outputs=outputs))
     except ExportError as error:
         warn(f"{error} The groups hold for eval mode only.")
+    is_of_one_path = any(graph.is_recorded for graph in graphs)
+    if is_of_one_path:
+        warn(
+            f"torch.export cannot follow {type(model).__name__}, so one run on the example input was recorded, and the "
+            f"groups hold for the path that it takes. They hold on other paths too, as long as these read the same "
+            f"units as numbers and treat the others alike."
+        )
     walk = Exploration(model, rules, frozenset().union(*(graph.written_state for graph in graphs)))
     walk.freeze(freeze)
     for graph in graphs:
         walk.run(graph)
     found = walk.finish()
-    return replace(found, freeze=freeze, rules=rules, own_rules=own_rules(rules), outputs=outputs)
+    return replace(
+        found, freeze=freeze, rules=rules, own_rules=own_rules(rules), outputs=outputs, one_path=is_of_one_path
+    )
 
 
 def _check_rules(rules: Mapping[Any, Rule]) -> None:

@@ -77,6 +77,7 @@ class Findings:
         freeze: Patterns of names whose axes were to stay fixed.
         rules: The rules of the walk, None for those of modeconn.
         outputs: Which outputs of the model count; what is computed for others alone may change.
+        one_path: Whether they were found on one run of the model, and so hold for the path that it took.
         costs_of_outputs: How many hidden units outputs but the first keep fixed, by output.
         own_rules: What these have in place of modeconn's, ``module:name`` by operator.
     """
@@ -91,4 +92,5 @@ class Findings:
     rules: Mapping[Any, Any] | None = None
     own_rules: Mapping[str, str] = field(default_factory=dict)
     outputs: Outputs = ALL
+    one_path: bool = False
     costs_of_outputs: Mapping[str, int] = field(default_factory=dict)

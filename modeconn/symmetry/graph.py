@@ -26,7 +26,8 @@ from torch.utils import _pytree as pytree
 from modeconn.network.batches import to_device
 from modeconn.network.copies import check_no_inference, copy_with, plain_tensors
 from modeconn.symmetry.outputs import Outputs, leaf_names
-from modeconn.tools.rng import one_thread
+from modeconn.symmetry.record import Recording, record
+from modeconn.tools.rng import one_thread, seeded
 from modeconn.tools.warn import is_of_package
 
 if TYPE_CHECKING:
@@ -121,8 +122,53 @@ class InputMismatch(ValueError):
     """Inputs that are not those of the example with which a model was exported."""
 
 
+@dataclass(frozen=True)
+class Program:
+    """The operators of one mode of a model, however they were found.
+
+    Args:
+        module: The graph, and what it calls.
+        state: Where placeholders take their tensors from, by their names.
+        constants: Tensors that are neither parameters nor saved buffers, by the names that ``state`` gives them.
+        outputs: The node that makes each output, and what the model calls it.
+        structure: Of the inputs.
+        is_recorded: Whether it was recorded on one run.
+        others: Of a recorded one, the inputs that are no tensors; no placeholder stands for them.
+    """
+
+    module: Any
+    state: dict[str, State]
+    constants: Mapping[str, Any]
+    outputs: list[tuple[str, str]]
+    structure: Any
+    is_recorded: bool = False
+    others: tuple[Any, ...] = ()
+
+    @classmethod
+    def exported(cls, program: Any) -> Program:
+        """Return what `torch.export` found."""
+        state, outputs = dict(_read_state(program)), list(_named_outputs(program))
+        return cls(program.graph_module, state, program.constants, outputs, program.call_spec.in_spec)
+
+    @classmethod
+    def recorded(cls, model: nn.Module, found: Recording) -> Program:
+        """Return what one run did."""
+        saved, parameters, buffers = (
+            set(model.state_dict()),
+            dict(model.named_parameters()),
+            dict(model.named_buffers()),
+        )
+        state = {
+            node: State("parameter" if name in parameters else "buffer" if name in saved else "constant", name)
+            for node, name in found.state.items()
+        }
+        state |= {node: State("constant", node) for node in found.constants}
+        constants = {name: buffer for name, buffer in buffers.items() if name not in saved} | found.constants
+        return cls(found.module, state, constants, found.outputs, found.structure, True, found.others)
+
+
 class Graph:
-    """One mode of a model, exported.
+    """One mode of a model, exported or recorded.
 
     Attributes:
         training: The mode.
@@ -132,16 +178,18 @@ class Graph:
         used_state: Names of what some operator reads.
         written_state: Names of what some operator writes to.
         free_batch: Whether it runs for any batch size, or only for that of the example.
+        is_recorded: Whether it is of one run, and so of one path through the model.
     """
 
-    def __init__(self, program: Any, training: bool) -> None:
+    def __init__(self, program: Program, training: bool) -> None:
         self.training = training
+        self.is_recorded = program.is_recorded
         self._program = program
-        self.state = dict(_read_state(program))
+        self.state = program.state
         self.outputs: dict[str, str] = {}
-        for node, name in _named_outputs(program):
+        for node, name in program.outputs:
             self.outputs.setdefault(node, name)
-        self.nodes = _live_nodes(_inline_regions(program.graph_module))
+        self.nodes = _live_nodes(_inline_regions(program.module), with_readings=program.is_recorded)
         read = {source for node in self.nodes for source in node.all_input_nodes}
         self.used_state = {self.state[node.name].name for node in read if node.name in self.state}
         self._last_use = _last_uses(self.nodes)
@@ -187,7 +235,7 @@ class Graph:
                 if dtype and isinstance(value, Tensor):
                     value = value.to(_in_precision(value.dtype, dtype))
             elif node.op == "get_attr":
-                value = getattr(self._program.graph_module, node.target)
+                value = getattr(self._program.module, node.target)
                 value = value.to(device) if isinstance(value, Tensor) else value
             else:
                 target = _RESHAPE if node.target == _VIEW and node in self._safe_to_copy else node.target
@@ -230,6 +278,9 @@ class Graph:
             InputMismatch: If there are others than those that the model was exported with.
         """
         given_tensors = [leaf for leaf in self._flat_inputs(example) if isinstance(leaf, Tensor)]
+        others = [leaf for leaf in pytree.tree_leaves((example.args, example.kwargs)) if not isinstance(leaf, Tensor)]
+        if self.is_recorded and tuple(others) != self._program.others:
+            return False
         return all(
             given.dim() == traced.dim()
             and all(_is_free(n) or int(n) == m for n, m in zip(traced.shape, given.shape, strict=True))
@@ -266,7 +317,7 @@ class Graph:
         Raises:
             InputMismatch: If there are others than those that the model was exported with.
         """
-        spec = self._program.call_spec.in_spec
+        spec = self._program.structure
         positional, keywords = spec.children() if hasattr(spec, "children") else spec.children_specs
         named = {name: example.kwargs[name] for name in keywords.context if name in example.kwargs}
         leaves = [pytree.tree_leaves(part) for part in (example.args, named)]
@@ -277,7 +328,8 @@ class Graph:
                 f"Pass a loader whose batches are the model's inputs, or a method that reads no data, such as "
                 f"WeightMatching()."
             )
-        return [leaf for part in leaves for leaf in part]
+        flat = [leaf for part in leaves for leaf in part]
+        return [leaf for leaf in flat if isinstance(leaf, Tensor)] if self.is_recorded else flat
 
 
 def _listed(num_positional: int, names: Iterable[str]) -> str:
@@ -308,7 +360,12 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
         try:
             graph = graph or Graph(_export(shadow, example, None), training)
         except Exception as error:
-            raise _export_error(model, example, training, outputs, error) from error
+            failed = _export_error(model, example, training, outputs, error)
+            if not isinstance(failed, ExportError):
+                raise failed from error
+            graph = _recorded(shadow, example, training)
+            if graph is None:
+                raise failed from error
     if not (outputs.are_all or graph.outputs):
         raise ValueError(
             f"outputs= selects no tensor of what {type(model).__name__} returns in {graph.mode} mode, so nothing would "
@@ -330,10 +387,25 @@ def _with_free_batch(model: nn.Module, example: Example, training: bool) -> Grap
     return graph if graph.free_batch else None
 
 
-def _export(model: nn.Module, example: Example, shapes: Any) -> Any:
+def _export(model: nn.Module, example: Example, shapes: Any) -> Program:
     from torch.export import export
 
-    return export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False)
+    return Program.exported(export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False))
+
+
+def _recorded(model: nn.Module, example: Example, training: bool) -> Graph | None:
+    """Return the graph of one run of a model that export cannot follow, None if it cannot be recorded either."""
+    device = next((t.device for t in (*model.parameters(), *model.buffers(), *example.tensors())), None)
+    if device is not None and device.type == "meta":
+        return None
+    try:
+        with seeded(0, device or torch.device("cpu")):
+            return Graph(
+                Program.recorded(model, record(model, example.args, example.kwargs, lambda found: found)), training
+            )
+    except Exception as error:  # tracing raises errors of many types
+        _LOGGER.debug("%s cannot be recorded: %s", type(model).__name__, first_line(error))
+        return None
 
 
 def _free_first_dims(model: nn.Module, example: Example) -> Any:
@@ -551,14 +623,23 @@ def _inline_regions(module: Any) -> Any:
     return graph
 
 
-def _live_nodes(graph: Any) -> list[Node]:
-    """Drop nodes that nothing depends on: what is computed and thrown away must not constrain a symmetry."""
+def _live_nodes(graph: Any, *, with_readings: bool = False) -> list[Node]:
+    """Drop nodes that nothing depends on: what is computed and thrown away must not constrain a symmetry.
+
+    In a recorded graph numbers that were read have decided what follows, though no node depends on them.
+    """
     live: set[Node] = set()
     for node in reversed(graph.nodes):
-        if node.op in ("placeholder", "output") or node in live or _mutates(node):
+        is_read = with_readings and _is_reading(node)
+        if node.op in ("placeholder", "output") or node in live or _mutates(node) or is_read:
             live.add(node)
             live.update(node.all_input_nodes)
     return [node for node in graph.nodes if node in live]
+
+
+def _is_reading(node: Node) -> bool:
+    """Whether a node makes a number of a tensor."""
+    return node.op == "call_function" and not isinstance(node.meta.get("val"), (Tensor, list, tuple))
 
 
 def _mutates(node: Node) -> bool:

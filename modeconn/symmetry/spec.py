@@ -49,6 +49,7 @@ class PermutationSpec(Findings):
         unknown: Operators without a rule.
         traces: The exported graphs, eval mode first; empty for a loaded spec.
         outputs: Which outputs of the model count.
+        one_path: Whether they were found on one run of the model, and so hold for the path that it took.
         costs_of_outputs: How many hidden units outputs but the first keep fixed, by output; empty for a loaded spec.
         freeze: What `modeconn.discover` was told to leave fixed.
         rules: The rules it was given; a loaded spec has those of modeconn, unless `load` was given others.
@@ -110,7 +111,7 @@ class PermutationSpec(Findings):
 
     def __repr__(self) -> str:
         count, units = len(self.groups), self.num_units
-        head = f"PermutationSpec({count} group{'s' * (count != 1)}, {units:,} units)"
+        head = f"PermutationSpec({count} group{'s' * (count != 1)}, {units:,} units{', of one path' * self.one_path})"
         width = max((len(g.name) for g in self.groups), default=0)
         sizes = max((len(str(g)) for g in self.groups), default=0)
         rows = [
@@ -204,7 +205,8 @@ class PermutationSpec(Findings):
             ValueError: If discovery does not find the groups of this spec in the model with such inputs, or needs rules
                 that the file did not hold.
         """
-        if (self.traces and example_input is None) or self.runs_on(example_input):
+        is_of_another = self.one_path and any(trace.model() is not model for trace in self.traces)  # has its own path
+        if not is_of_another and ((self.traces and example_input is None) or self.runs_on(example_input)):
             return self
         rules = RULES if self.rules is None else self.rules
         self._check_rules(rules)
@@ -297,6 +299,7 @@ class PermutationSpec(Findings):
                 "freeze": self.freeze,
                 "rules": dict(self.own_rules),
                 "outputs": self.outputs.to_plain(),
+                "one_path": self.one_path,
                 "unknown": [[u.operator, u.module, u.num_axes, u.num_units] for u in self.unknown],
             }
         )
@@ -321,6 +324,7 @@ class PermutationSpec(Findings):
             unknown = tuple(UnknownOperator(*u) for u in data["unknown"])
             freeze, rules = tuple(data.get("freeze", ())), data.get("rules", {})  # older files do not say it
             more = {"freeze": freeze, "own_rules": rules, "outputs": Outputs.from_plain(data.get("outputs"))}
+            more["one_path"] = bool(data.get("one_path", False))
             found = cls(structure, state, fixed, tuple(data["unread"]), unknown, **more)
             found._check_consistency()
             return found
