@@ -122,7 +122,7 @@ def test_a_list_of_methods_is_named_by_their_classes(pairs):
 
 def test_symmetries_are_discovered_once(pairs, monkeypatch):
     calls, discover = [], alignment.discover
-    monkeypatch.setattr(alignment, "discover", lambda *args: calls.append(args) or discover(*args))
+    monkeypatch.setattr(alignment, "discover", lambda *args, **how: calls.append(args) or discover(*args, **how))
     found = compare(pairs, METHODS, *digits(), num_points=3, repair=False)
     assert len(calls) == 1
     again = compare(pairs, METHODS, *digits(), num_points=3, repair=False, spec=discover(pairs[0][0]))
