@@ -223,8 +223,10 @@ class Exploration(Walk):
         if getattr(node.target, "__name__", "") == "getitem":
             item = args[0][args[1]]
             return Traced(item.axes, node, item.points_into) if isinstance(item, Traced) else item
-        given = traced_in((args, kwargs))
-        self._fix_positions(given, "its positions are read as numbers")
+        given, rule = traced_in((args, kwargs)), self._rule_for(node.target)
+        self.arguments = _bind(node.target, args, kwargs)
+        own = self.arguments.get(getattr(rule, "reads_positions", ""))
+        self._fix_positions([t for t in given if t is not own], "its positions are read as numbers")
         self.shapes = [tuple(map(_hint, out.shape)) for out in outputs]
         if not outputs:
             packet = getattr(node.target, "overloadpacket", None)  # None for sums and products of sizes
@@ -232,13 +234,13 @@ class Exploration(Walk):
             if not says_nothing and not all(self.is_fixed(axis) for tensor in given for axis in tensor.axes):
                 self._unknown_operator(node, (args, kwargs))
             return _concrete(node.meta.get("val"))
-        rule, result = self._rule_for(node.target), None
+        result = None
         if not any((*(t.axes for t in given), *self.shapes)):
             result = [[] for _ in outputs] if len(outputs) > 1 else []  # numbers have no axes
         elif rule is not None and (rule in _READ_SHAPES or not _unknown_numbers((args, kwargs))):
-            self.arguments = _bind(node.target, args, kwargs)
             result = rule(self, *args, **kwargs)
         if result is None:
+            self._fix_positions(given, "its positions are read as numbers")
             result = self._visit_parts(node, args, kwargs)
         if result is None:
             result = self._unknown_operator(node, (args, kwargs))
@@ -445,7 +447,8 @@ def _hint(size: Any) -> int:
 def _number_for(symbol: Any, environment: Any) -> Any:
     import sympy
 
-    known = getattr(environment, "backed_var_to_val", None) or environment.var_to_val
+    name = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"  # before torch 2.12
+    known = getattr(environment, name)
     return known[symbol] if symbol in known else sympy.Integer(sympy.prime(_FIRST_PRIME + int(symbol.name.lstrip("u"))))
 
 

@@ -13,6 +13,7 @@ import warnings
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from contextlib import contextmanager, redirect_stderr
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
 
@@ -717,6 +718,8 @@ def _call(
     target = _grouped_matmul if dtype == torch.float64 and target == _GROUPED_MATMUL else target
     if dtype is not None and target == torch.ops.aten.view.dtype:
         args = (args[0], _type_read(node, args[0].dtype))
+    if dtype == torch.float64 and "fake_quantize" in str(target):
+        target = partial(_in_single, target)
     value = target(*args, **{name: settings.get(name, value) for name, value in kwargs.items()})
     if dtype is not None and not has_precision and isinstance(value, Tensor):
         value = value.to(_in_precision(value.dtype, dtype))  # made of nothing or of integers, in torch's default type
@@ -744,6 +747,17 @@ def _type_read(node: Node, given: torch.dtype) -> torch.dtype:
 
 _INTEGERS = {1: torch.int8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
 """Integers by their size in bytes."""
+
+
+def _in_single(target: Any, *args: Any, **kwargs: Any) -> Any:
+    """Call an operator that torch has in single precision alone, which does not matter to what is rounded anyway."""
+
+    def cast(before: torch.dtype, after: torch.dtype, values: Any) -> Any:
+        return pytree.tree_map(lambda x: x.to(after) if isinstance(x, Tensor) and x.dtype == before else x, values)
+
+    single = cast(torch.float64, torch.float32, (args, kwargs))
+    return cast(torch.float32, torch.float64, target(*single[0], **single[1]))
+
 
 _GROUPED_MATMUL = torch.ops.aten._grouped_mm.default
 

@@ -6,6 +6,7 @@ blocks that can be exchanged themselves (which are then a group ``(h,)`` too).
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import Any
@@ -646,6 +647,38 @@ def chosen_by_values() -> nn.Module:
     return Lambda(forward, free=nn.Linear(5, 8), fixed=nn.Linear(5, 6), head=nn.Linear(8, 2))
 
 
+def sparse_codes() -> nn.Module:
+    """A sparse autoencoder: the largest units are found, and written back to their places."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.encode(x).relu()
+        values, places = h.topk(3, -1)
+        best = h.argmax(1, keepdim=True)
+        return m.decode(torch.zeros_like(h).scatter(-1, places, values)) + h.gather(1, best)
+
+    return Lambda(forward, encode=nn.Linear(5, 8), decode=nn.Linear(8, 2))
+
+
+def rare_operators() -> nn.Module:
+    """Conjugates, distances of rows, extremes by number, memory read as it lies."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x)
+        spectrum = torch.fft.fft(h, dim=0).conj().abs()
+        seen = torch.bincount((4 * x[:, 0]).long(), minlength=4).to(h).sum()
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # of torch: it may change
+            largest = torch.zeros_like(h).index_reduce(0, torch.arange(len(h), device=h.device) // 2, h, "amax")
+        y = m.b(h.contiguous().as_strided(h.shape, (h.shape[1], 1))) + m.b(largest) + m.b(spectrum)
+        return y + F.pdist(h).mean() + seen
+
+    return Lambda(forward, a=nn.Linear(5, 8), b=nn.Linear(8, 2))
+
+
+def tables_of_limited_norm() -> nn.Module:
+    return nn.Sequential(nn.Embedding(11, 6, max_norm=0.5), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
+
+
 CASES = [
     Case("plain", plain, lambda: torch.rand(2, 5), [(7,), (6,)]),
     Case("conv flatten", conv_flatten, image(), [(6,)]),
@@ -705,6 +738,9 @@ CASES = [
     Case("gram matrix", gram, image(), [(5,), (2,)]),
     Case("written in pieces", written_in_pieces, lambda: torch.rand(2, 5), [(3,), (5,)]),
     Case("chosen by values", chosen_by_values, lambda: torch.rand(6, 5), [(8,)]),
+    Case("sparse codes", sparse_codes, lambda: torch.rand(6, 5), [(8,)]),
+    Case("rare operators", rare_operators, lambda: torch.rand(6, 5), [(8,)]),
+    Case("tables of limited norm", tables_of_limited_norm, tokens(), [(6,), (7,)]),
     Case("bytes as numbers", bytes_as_numbers, lambda: torch.rand(2, 5), [(4,), (6,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]

@@ -878,3 +878,16 @@ def test_what_values_leave_empty_is_not_said_to_be_proved() -> None:
         discover(model, x).verify(model, x)
     x[:, 0] = 3
     assert discover(model, x).verify(model, x) < 1e-12
+
+
+def test_fake_quantised_units_are_free() -> None:
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        scale, zero = torch.full((8,), 0.1), torch.zeros(8, dtype=torch.int32)
+        return m.head(torch.fake_quantize_per_channel_affine(m.stem(x), scale, zero, 1, -128, 127).relu())
+
+    model, x = Lambda(forward, stem=nn.Linear(5, 8), head=nn.Linear(8, 2)), torch.randn(12, 5)
+    spec = discover(model, x)
+    assert [group.shape for group in spec.groups] == [(8,)]
+    assert spec.verify(model, x) < 1e-9
+    moved = spec.random(torch.Generator().manual_seed(0)).apply(model)
+    torch.testing.assert_close(moved(x), model(x))

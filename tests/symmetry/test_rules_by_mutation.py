@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import random
 import warnings
@@ -55,7 +56,14 @@ def discover_with(wrap: Wrap, model: nn.Module, graphs: list[Graph]) -> Permutat
 
 
 def forgetting_a_call(count: list[int], dropped: int | None) -> Wrap:
-    return lambda op, rule: lambda walk, *args, **kwargs: rule(Forgetful(walk, count, dropped), *args, **kwargs)
+    def wrap(op: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(rule)  # with what it says of itself
+        def forgetful(walk: Walk, *args: Any, **kwargs: Any) -> Any:
+            return rule(Forgetful(walk, count, dropped), *args, **kwargs)
+
+        return forgetful
+
+    return wrap
 
 
 def forgetting_a_rule(forgotten: Any) -> Wrap:
@@ -72,6 +80,7 @@ def noting(met: dict[Any, None]) -> Wrap:
     """Every rule as it is, and a note of those that were asked."""
 
     def wrap(op: Any, rule: Callable[..., Any]) -> Callable[..., Any]:
+        @functools.wraps(rule)
         def noted(walk: Walk, *args: Any, **kwargs: Any) -> Any:
             met[rule] = None
             return rule(walk, *args, **kwargs)

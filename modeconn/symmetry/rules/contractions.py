@@ -109,6 +109,13 @@ def distances(walk: Walk, left: Traced, right: Traced, *settings: Any) -> list[A
     return matmul(walk, left, Traced(tuple(transpose(walk, right)), right.node))
 
 
+def pairwise_distances(walk: Walk, input: Traced, p: float = 2) -> list[Axis]:
+    """``pdist``: a sum over one axis for every pair of different rows, in their order."""
+    walk.fix(input.axes[0], "ordered")
+    walk.contract(input, input.axes[1])
+    return [walk.fixed(walk.shape[0], "ordered")]
+
+
 def distance(walk: Walk, input: Traced, other: Traced, p: Any = 2) -> list[Axis]:
     """The norm of a difference."""
     for axis in broadcast(walk, [input, other], max(len(input.axes), len(other.axes))):
@@ -272,6 +279,7 @@ RULES = table(
         bilinear: "bilinear",
         distances: "_cdist_forward",
         distance: "dist",
+        pairwise_distances: "_pdist_forward",
         of_last_dims(1): "stft",
         of_last_dims(2): "istft linalg_inv_ex linalg_cholesky_ex _linalg_solve_ex linalg_solve_triangular _linalg_det "
         "_linalg_slogdet _linalg_eigh linalg_eig linalg_qr _linalg_svd linalg_matrix_exp linalg_pinv cholesky_solve",

@@ -95,12 +95,21 @@ def prelu(walk: Walk, input: Traced, weight: Traced) -> list[Axis]:
     return list(input.axes)
 
 
+def fake_quantize_per_channel(
+    walk: Walk, input: Traced, scale: Traced, zero_point: Traced, axis: int, *limits: int
+) -> Any:
+    """Rounding to steps that are told for each index of one axis."""
+    for vector in (scale, zero_point):
+        walk.unify(input.axes[axis], vector.axes[0])
+    return [list(input.axes) for _ in walk.shapes] if len(walk.shapes) > 1 else list(input.axes)
+
+
 RULES = table(
     {
         same: "clone contiguous detach alias to _to_copy type_as dropout feature_dropout alpha_dropout "
-        "feature_alpha_dropout lift_fresh lift_fresh_copy positive resolve_conj resolve_neg",
+        "feature_alpha_dropout lift_fresh lift_fresh_copy positive resolve_conj resolve_neg _conj _neg_view",
         pointwise: "where masked_fill copy rsub pow complex polar _prelu_kernel rrelu hardtanh celu softplus threshold "
-        "isclose fake_quantize_per_tensor_affine "
+        "isclose fake_quantize_per_tensor_affine fake_quantize_per_tensor_affine_cachemask "
         "__and__ __or__ __xor__ __lshift__ __rshift__ floor_divide "
         "hardswish log_sigmoid multiply subtract divide negative absolute greater less greater_equal less_equal "
         "not_equal fix arctan2 conj",
@@ -113,5 +122,6 @@ RULES = table(
         view_as_complex: "view_as_complex",
         view_as_real: "view_as_real",
         prelu: "prelu",
+        fake_quantize_per_channel: "fake_quantize_per_channel_affine fake_quantize_per_channel_affine_cachemask",
     }
 )

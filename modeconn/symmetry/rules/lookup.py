@@ -54,7 +54,7 @@ def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) ->
     if not input.axes or len(index.axes) != len(input.axes):
         return None
     dim %= len(input.axes)
-    walk.fix(input.axes[dim], "looked up by number")
+    _by_number(walk, input.axes[dim], index, "looked up by number")
     walk.show(input.without(dim))
     for d, (x, i) in enumerate(zip(input.axes, index.axes, strict=True)):
         if d == dim:
@@ -65,6 +65,16 @@ def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) ->
             walk.fix(x, "looked up by number")
             walk.fix(i, "looked up by number")
     return list(index.axes)
+
+
+def _by_number(walk: Walk, axis: Axis, index: Traced, why: str) -> None:
+    """Learn that an axis is read or written by number; positions that were found along one like it move with it."""
+    if index.points_into is not None and walk.size(index.points_into) == walk.size(axis):
+        walk.unify(axis, index.points_into)
+        return
+    walk.fix(axis, why)
+    if index.points_into is not None:
+        walk.fix(index.points_into, why)
 
 
 def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[Axis] | None:
@@ -111,7 +121,10 @@ def one_hot(walk: Walk, input: Traced, num_classes: int = -1) -> list[Axis]:
 
 
 def histogram(walk: Walk, input: Traced, *settings: Any) -> list[Axis]:
-    """How often each value occurs, wherever it does."""
+    """How often each value occurs, wherever it does, or how much it weighs."""
+    for weights in traced_in(settings)[:1]:
+        for x, y in zip(input.axes, weights.axes, strict=True):
+            walk.unify(x, y)
     for axis in input.axes:
         walk.contract(input, axis)
     return [walk.fixed(walk.shape[0], "counted by number")]
@@ -142,7 +155,7 @@ def scatter_reduce(
     if not input.axes or len(index.axes) != len(input.axes):
         return None
     dim %= len(input.axes)
-    walk.fix(input.axes[dim], "written to by number")
+    _by_number(walk, input.axes[dim], index, "written to by number")
     walk.show(input.without(dim))
     written = [index, src] if isinstance(src, Traced) else [index]
     for d, axis in enumerate(input.axes):
@@ -207,6 +220,20 @@ def index_add(walk: Walk, input: Traced, dim: int, index: Traced, source: Traced
     return _put_slices(walk, input, dim, index, source, accumulate=True)
 
 
+def index_reduce(
+    walk: Walk, input: Traced, dim: int, index: Traced, source: Traced, reduce: str, **settings: Any
+) -> list[Axis] | None:
+    """Slices along one axis multiplied, averaged or compared with its positions by number."""
+    return _put_slices(walk, input, dim, index, source, accumulate=True)
+
+
+def renormed(walk: Walk, weight: Traced, indices: Traced, max_norm: float, norm_type: float) -> list[Axis]:
+    """Rows of a table by number, shortened to a largest norm."""
+    walk.fix(weight.axes[0], "looked up by number")
+    walk.contract(weight, weight.axes[1])
+    return list(weight.axes)
+
+
 def index_copy(walk: Walk, input: Traced, dim: int, index: Traced, source: Traced) -> list[Axis] | None:
     """Slices along one axis written to its positions by number."""
     return _put_slices(walk, input, dim, index, source, accumulate=False)
@@ -243,6 +270,9 @@ def masked_scatter(walk: Walk, input: Traced, mask: Traced, source: Traced) -> l
     return list(input.axes)
 
 
+for _rule in (gather, scatter, scatter_reduce):
+    _rule.reads_positions = "index"  # type: ignore[attr-defined]  # the rule itself says what becomes of what they count
+
 RULES = table(
     {
         embedding: "embedding",
@@ -253,13 +283,15 @@ RULES = table(
         chosen: "nonzero nonzero_numpy argwhere where.default masked_select _unique _unique2 unique_dim "
         "unique_consecutive",
         one_hot: "one_hot",
-        histogram: "histc",
+        histogram: "histc bincount",
         searchsorted: "searchsorted",
         bucketize: "bucketize",
         scatter: "scatter",
         scatter_reduce: "scatter_add scatter_reduce",
         index_put: "index_put _unsafe_index_put",
         index_add: "index_add",
+        index_reduce: "index_reduce",
+        renormed: "embedding_renorm embedding_renorm_",
         index_copy: "index_copy",
         index_fill: "index_fill",
         masked_scatter: "masked_scatter",

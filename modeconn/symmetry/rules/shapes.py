@@ -56,6 +56,16 @@ def view_as_type(walk: Walk, input: Traced, dtype: torch.dtype) -> list[Axis]:
     return input.replace({-1: last})
 
 
+def strided(
+    walk: Walk, input: Traced, size: Sequence[int], stride: Sequence[int], offset: int | None = None
+) -> list[Axis] | None:
+    """Another reading of the memory of a tensor; known only where it is the one that the tensor has."""
+    given = None if input.node is None else input.node.meta["val"]
+    if given is None or tuple(stride) != tuple(given.stride()) or offset not in (None, given.storage_offset()):
+        return None
+    return list(input.axes) if tuple(map(walk.size, input.axes)) == walk.shape else None
+
+
 def permute(walk: Walk, input: Traced, dims: Sequence[int]) -> list[Axis]:
     """Reorder the axes."""
     return [input.axes[dim] for dim in dims]
@@ -218,6 +228,7 @@ RULES = table(
         reshape: "view reshape flatten unflatten _unsafe_view _reshape_alias view_as reshape_as squeeze unsqueeze "
         "view_copy atleast_1d ravel",
         view_as_type: "view.dtype",
+        strided: "as_strided",
         permute: "permute",
         transpose: "transpose t mT swapaxes swapdims transpose_copy",
         movedim: "movedim moveaxis",
