@@ -139,6 +139,9 @@ ORDER = torch.tensor([1, 2, 3, 0])
 OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "random numbers in place": lambda h, w: h * torch.zeros_like(h).bernoulli_(0.5),
     "constant margins": lambda h, w: torch.ops.aten.constant_pad_nd(h, [0, 0, 1, -1]) * w,
+    "fake quantised": lambda h, w: torch.fake_quantize_per_channel_affine(
+        8 * h.flatten(0, 1), w[0], torch.zeros(6, dtype=torch.int32), 1, -128, 127
+    ),
     "filled in place": lambda h, w: h.exp().fill_(0.5) * h * w,
     "convolution": lambda h, w: torch.ops.aten.convolution(
         h, w[:, :4, None], None, [1], [0], [1], False, [0], 1
