@@ -99,7 +99,8 @@ def _warn_of_unread(spec: PermutationSpec, read: Collection[str]) -> None:
     if unread:
         warn(
             f"activations say nothing of {', '.join(unread)}, which no operator of the graph reads by itself, as a "
-            f"lower layer of a stacked recurrent network; they stay as they are. "
+            f"lower layer of a stacked recurrent network, or only for entries that values choose, others in each "
+            f"network; they stay as they are. "
             f"WeightMatching(start=ActivationMatching()) matches them by their weights."
         )
 

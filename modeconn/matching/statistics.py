@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from modeconn.network.attack import Attack, attacked_in_eval_mode
 from modeconn.network.batches import batches, first_examples, in_order, inputs_and_targets, inputs_of, refused
 from modeconn.network.weights import device_of, named_state
+from modeconn.symmetry.explore import is_unknown
 from modeconn.symmetry.findings import Tap, Trace
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.groups import Group
@@ -156,9 +157,15 @@ def readings(spec: PermutationSpec, trace: Trace, *, before_activation: bool) ->
             node = _before_pooling(trace, tap, atom, spec)
             if before_activation:
                 node = _before_activation(trace, node, atom, spec)
-            if node.op != "placeholder":
+            if node.op != "placeholder" and not _is_chosen_by_values(node):
                 found.setdefault((node, atom), Reading(node, groups[atom]))
     return list(found.values())
+
+
+def _is_chosen_by_values(node: Node) -> bool:
+    """Whether a tensor holds as many entries as values say: those of two networks are of different examples."""
+    value = node.meta.get("val")
+    return isinstance(value, Tensor) and any(map(is_unknown, value.shape))
 
 
 def _before_pooling(trace: Trace, tap: Tap, atom: int, spec: PermutationSpec) -> Node:

@@ -12,7 +12,7 @@ from torch import Tensor, library, nn
 from torch.torch_version import TorchVersion
 
 import modeconn
-from modeconn import RULES, PermutationSpec, discover, models
+from modeconn import RULES, ActivationMatching, PermutationSpec, WeightMatching, discover, models
 from modeconn.symmetry import UnknownOperatorWarning, VerificationError
 from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.explore import Exploration, example_for
@@ -812,8 +812,20 @@ def test_experts_that_take_the_rows_that_choose_them_are_free() -> None:
     assert largest_change(spec, model, x) < 1e-12
     planted = spec.random(torch.Generator().manual_seed(1))
     data = [(torch.randn(200, 4), None) for _ in range(3)]
-    found = modeconn.align(model, planted.apply(model), data)
+    method = WeightMatching(start=ActivationMatching())
+    with pytest.warns(UserWarning, match="or only for entries that values choose"):
+        found = modeconn.align(model, planted.apply(model), data, method=method)
     assert all(torch.equal(x, y) for x, y in zip(found.model_b.parameters(), model.parameters(), strict=True))
+
+
+@pytest.mark.filterwarnings("ignore:activations say nothing of")
+def test_networks_whose_experts_take_other_rows_are_aligned() -> None:
+    torch.manual_seed(0)
+    a, b = Experts(), Experts()
+    data = [(torch.randn(50, 4), None) for _ in range(3)]
+    found = modeconn.align(a, b, data)
+    torch.testing.assert_close(found.model_b(data[0][0]), b(data[0][0]))
+    assert found.permutation.num_moved > 0
 
 
 def rows_of_a_mask(h: Tensor, x: Tensor) -> Tensor:
