@@ -141,7 +141,7 @@ def fit_curve(
         data = None if loader is None else _opened(loader, space, forward)
         about = partial(_identified, settings, space, ends)
         file = until_end.enter_context(RunFile(checkpoint, about, space.device, loader=loader))
-        how = align if file.saved is None else file.relabelling() or False
+        how = align if file.saved is None else file.relabelling(model_b) or False
         known = Symmetry(spec, example_input, outputs)
         with bars(progress):
             permutation, relabelled = _relabel(ends, data, how, known, is_refined=refine is not None)

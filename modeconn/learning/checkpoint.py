@@ -13,7 +13,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from modeconn.network.batches import checksum, described, first_batch
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
@@ -147,12 +147,19 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
                     f"with it."
                 )
 
-    def relabelling(self) -> Relabelling | None:
-        """Return how b was relabelled when the run was saved; None if it was not, or nothing is saved."""
+    def relabelling(self, model: nn.Module) -> Relabelling | None:
+        """Return how b was relabelled when the run was saved; None if it was not, or nothing is saved.
+
+        Raises:
+            ValueError: If the file is damaged: what it holds is no relabelling of ``model``.
+        """
         if self.saved is None or self._checkpoint is None:
             return None
         with files.taken_from(self._checkpoint.path):
-            return unpack(*self.saved, MOVED)
+            found = unpack(*self.saved, MOVED)
+            if found is not None:
+                found.spec.check_model(model)
+        return found
 
     def keep(self, relabelling: Relabelling | None) -> None:
         """Let every checkpoint hold how b was relabelled at the start."""

@@ -112,7 +112,13 @@ class Recipe:
 
     def make_optimizer(self, parameters: Iterable[Tensor], *, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         """Build the optimizer; its groups remember their full learning rate as ``initial_lr``."""
-        optimizer = self.optimizer(parameters, weight_decay=weight_decay)
+        try:
+            optimizer = self.optimizer(parameters, weight_decay=weight_decay)
+        except TypeError as error:
+            raise ValueError(
+                f"the recipe's optimizer cannot be made: {error}. It is called with the parameters and weight_decay=, "
+                f"such as functools.partial(torch.optim.Adam, lr=1e-3)."
+            ) from error
         for group in optimizer.param_groups:
             group["initial_lr"] = group["lr"]
         return optimizer

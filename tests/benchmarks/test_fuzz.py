@@ -66,9 +66,15 @@ def set_at(*way):
     return change
 
 
+SPEC_OF_ANOTHER = modeconn.discover(modeconn.models.mlp(5, (6,), 3)).to_json()
 FOUND = {
     "an encoder that never ends": ("aligner", set_at("settings", "depth", 10**12), "does not hold the encoder"),
     "a size that is text": ("aligner", set_at("layout", "layers.0.bias", 1, ["a" * 3000]), "is damaged"),
+    "a relabelling of another network": (
+        "checkpoint of refine",
+        set_at("relabelling", "spec", SPEC_OF_ANOTHER),
+        "this spec is of another model",
+    ),
     "no relabelling": ("relabelling", set_at("relabelling", None), "says that there is no relabelling in it"),
     "a relabelling of 3,000 letters": (
         "relabelling",

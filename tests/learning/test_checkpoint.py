@@ -37,7 +37,7 @@ def test_all_parts_are_taken_to_where_they_were_saved(tmp_path):
     path = tmp_path / "run"
     one, two = Part("one", 1.0), Part("two", 2.0)
     with RunFile(Checkpoint(path), settings(), CPU) as file:
-        assert file.saved is None and file.relabelling() is None and file.is_kept
+        assert file.saved is None and file.relabelling(models.mlp(4, (5,), 3)) is None and file.is_kept
         file.save(one, two)
         one.value = 5.0
         file.save(one, two)
@@ -62,12 +62,15 @@ def test_a_run_that_is_not_kept_asks_for_no_settings_and_writes_nothing(tmp_path
 
 
 def test_the_relabelling_at_the_start_is_in_every_checkpoint(tmp_path):
-    spec = discover(models.mlp(4, (5,), 3))
+    model = models.mlp(4, (5,), 3)
+    spec = discover(model)
     permutation = spec.random(torch.Generator().manual_seed(0))
     with RunFile(Checkpoint(tmp_path / "run"), settings(), CPU) as file:
         file.keep(permutation)
         file.save(Part("one", 1.0))
-    assert RunFile(Checkpoint(tmp_path / "run"), settings(), CPU).relabelling() == permutation
+    assert RunFile(Checkpoint(tmp_path / "run"), settings(), CPU).relabelling(model) == permutation
+    with pytest.raises(ValueError, match="run' is damaged"):
+        RunFile(Checkpoint(tmp_path / "run"), settings(), CPU).relabelling(models.mlp(4, (6,), 3))
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,11 @@ def test_any_optimizer_of_torch_will_do():
 def test_settings_out_of_range_are_refused(setting, message):
     with pytest.raises(ValueError, match=message):
         Recipe(**setting)
+
+
+def test_an_optimizer_that_takes_no_weight_decay_is_refused_in_one_sentence():
+    recipe = Recipe(optimizer=lambda parameters: torch.optim.SGD(parameters, lr=0.1))
+    with pytest.raises(
+        ValueError, match=r"It is called with the parameters and weight_decay=, such as functools.partial"
+    ):
+        recipe.make_optimizer([torch.zeros(1, requires_grad=True)])
