@@ -154,13 +154,9 @@ class Program:
     @classmethod
     def recorded(cls, model: nn.Module, found: Recording) -> Program:
         """Return what one run did."""
-        saved, parameters, buffers = (
-            set(model.state_dict()),
-            dict(model.named_parameters()),
-            dict(model.named_buffers()),
-        )
+        saved, buffers = set(model.state_dict()), dict(model.named_buffers())
         state = {
-            node: State("parameter" if name in parameters else "buffer" if name in saved else "constant", name)
+            node: State("parameter" if name not in buffers else "buffer" if name in saved else "constant", name)
             for node, name in found.state.items()
         }
         state |= {node: State("constant", node) for node in found.constants}
@@ -401,9 +397,7 @@ def _recorded(model: nn.Module, example: Example, training: bool) -> Graph | Non
         return None
     try:
         with seeded(0, device or torch.device("cpu")):
-            return Graph(
-                Program.recorded(model, record(model, example.args, example.kwargs, lambda found: found)), training
-            )
+            return Graph(Program.recorded(model, record(model, example.args, example.kwargs)), training)
     except Exception as error:  # tracing raises errors of many types
         _LOGGER.debug("%s cannot be recorded: %s", type(model).__name__, first_line(error))
         return None

@@ -7,7 +7,7 @@ the graph is that of one path. What is read stays in the graph, so that whoever 
 from __future__ import annotations
 
 import operator
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -41,14 +41,13 @@ class Recording:
     others: tuple[Any, ...]
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plain: Callable[[Any], Any]) -> Recording:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
     """Run a model once and return what it did.
 
     Args:
-        model: Any module; buffers that it writes to are copies.
+        model: A module that returns nested lists and dicts of tensors; buffers that it writes to are copies.
         args: Positional inputs.
         kwargs: Keyword inputs.
-        plain: Turns what the model returns into nested lists and dicts of tensors.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -63,7 +62,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], plai
         positional, keywords = pytree.tree_unflatten(again, structure)
         with _Readings():
             returned = torch.func.functional_call(model, dict(zip(state, values, strict=True)), positional, keywords)
-        found, made = pytree.tree_flatten(plain(returned))
+        found, made = pytree.tree_flatten(returned)
         pairs = [(x, name) for x, name in zip(found, leaf_names(made), strict=True) if isinstance(x, Tensor)]
         names[:] = [name for _, name in pairs]
         return [x for x, _ in pairs]
