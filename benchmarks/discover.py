@@ -22,7 +22,7 @@ from torch import Tensor, nn
 import modeconn
 from modeconn import PermutationSpec, models
 from modeconn.symmetry.explore import Exploration, example_for
-from modeconn.symmetry.graph import export
+from modeconn.symmetry.export import export
 from modeconn.symmetry.rules import RULES
 
 

@@ -17,7 +17,8 @@ from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.batches import Opened, check_rereadable, first_batch, inputs_of
 from modeconn.network.weights import WeightSpace, device_of
 from modeconn.symmetry.discover import discover
-from modeconn.symmetry.graph import ExportError, InputMismatch
+from modeconn.symmetry.export import ExportError
+from modeconn.symmetry.graph import InputMismatch
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec

@@ -14,8 +14,10 @@ from torch.utils import _pytree as pytree
 
 from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.axes import Axis, atoms_of, expand
+from modeconn.symmetry.export import ExportError, export
 from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
-from modeconn.symmetry.graph import Example, ExportError, Graph, decompose, export
+from modeconn.symmetry.graph import Example, Graph
+from modeconn.symmetry.lower import decompose
 from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import constant, fill, pointwise
@@ -282,7 +284,7 @@ class Exploration(Walk):
 
     def _unknown_operator(self, node: Node, arguments: Any) -> list[list[Axis]]:
         module = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1][0]
-        known = _Unknown(str(node.target), module)
+        known = _Unknown(_name_of(node.target), module)
         for tensor in traced_in(arguments):
             known.axes += [axis for axis in tensor.axes if not self.is_fixed(axis)]
         why = f"read by {known.operator}, which has no rule"
@@ -418,6 +420,13 @@ class Exploration(Walk):
             Tap(node, self.normal(axis)) for node, axis in self._contracted[number] if not self.is_fixed(axis)
         )
         return Trace(self._graphs[number], axes, tuple(taps), self._model)
+
+
+def _name_of(target: Any) -> str:
+    """Return the name of an operator, the same in every process."""
+    if isinstance(target, torch._ops.OperatorBase):
+        return str(target)
+    return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', type(target).__qualname__)}"
 
 
 def _without_node(value: Any) -> Any:

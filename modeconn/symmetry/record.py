@@ -28,7 +28,7 @@ class Recording:
         module: The graph, with placeholders for the state, for tensors made on the way, and for inputs, in this order.
         state: The parameter or buffer that a placeholder stands for, by the placeholder's name.
         constants: Tensors that the model makes of nothing or holds as attributes, by the name of their placeholder.
-        outputs: The node that makes each output, and its name.
+        outputs: The name of each output, by its place among what the graph returns.
         structure: That of the inputs.
         others: The inputs that are no tensors.
     """
@@ -36,18 +36,20 @@ class Recording:
     module: Any
     state: dict[str, str]
     constants: dict[str, Tensor]
-    outputs: list[tuple[str, str]]
+    outputs: dict[int, str]
     structure: pytree.TreeSpec
     others: tuple[Any, ...]
 
 
-def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Recording:
+def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_called: bool = True) -> Recording:
     """Run a model once and return what it did.
 
     Args:
         model: A module that returns nested lists and dicts of tensors; buffers that it writes to are copies.
         args: Positional inputs.
         kwargs: Keyword inputs.
+        as_called: Whether to keep operators as models call them; else those that they consist of, which can also be
+            recorded where derivatives are taken inside ``torch.vmap``.
     """
     from torch.fx.experimental.proxy_tensor import make_fx
 
@@ -68,7 +70,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         return [x for x, _ in pairs]
 
     copies = [tensor.detach().clone() for tensor in state.values()]
-    traced = make_fx(run, pre_dispatch=True, _error_on_data_dependent_ops=False)
+    traced = make_fx(run, pre_dispatch=as_called, _error_on_data_dependent_ops=False)
     module = traced(copies, [tensor.detach().clone() for tensor in tensors])
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     constants = dict(_as_placeholders(module))
@@ -78,7 +80,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> R
         module=module,
         state={node.name: name for node, name in zip(places, state, strict=False)},
         constants=constants,
-        outputs=[(node.name, name) for node, name in zip(returned, names, strict=True) if node is not None],
+        outputs={at: name for at, (node, name) in enumerate(zip(returned, names, strict=True)) if node is not None},
         structure=structure,
         others=tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
     )
@@ -118,9 +120,14 @@ def _as_placeholders(module: Any) -> Iterator[tuple[str, Tensor]]:
         yield place.name, value.detach()
 
 
+_MAPS = "torch._functorch.predispatch"
+"""Where the functions come from between which ``torch.vmap`` maps; `modeconn.symmetry.lower` writes them out."""
+
+
 def _drop_modes(module: Any) -> None:
     """Leave out nodes that only change the mode of what follows, such as whether gradients are recorded."""
     for node in reversed(list(module.graph.nodes)):
         is_operator = isinstance(node.target, torch._ops.OperatorBase) or node.target is operator.getitem
+        is_operator |= getattr(node.target, "__module__", None) == _MAPS
         if node.op == "call_function" and not is_operator and not node.users:
             module.graph.erase_node(node)

@@ -15,8 +15,9 @@ from torch.utils import _pytree as pytree
 from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.explore import example_for, is_unknown
+from modeconn.symmetry.export import export, first_line
 from modeconn.symmetry.findings import Trace
-from modeconn.symmetry.graph import Example, export, first_line
+from modeconn.symmetry.graph import Example
 from modeconn.symmetry.groups import Group, NamedPerms, identity_perms, random_perms
 from modeconn.symmetry.outputs import Outputs
 from modeconn.symmetry.structure import Structure
@@ -103,6 +104,7 @@ def verify(
     spec = spec.with_traces(model, given)
     traces = spec.traces
     _check_function(traces, model, given, spec.outputs)
+    _check_outputs(spec)
     generator = torch.Generator().manual_seed(seed)
     if spec.one_path:
         return _worst_of_one_path(spec, model, _as_given(given.to("cpu")), tolerance, seed)
@@ -177,6 +179,22 @@ def _check_function(traces: Sequence[Trace], model: nn.Module, example: Example,
                 f"this spec is of another model: {type(model).__name__} does not compute what the model does in which "
                 f"the spec was found. Call discover on it."
             )
+
+
+def _check_outputs(spec: Provable) -> None:
+    """Raise a VerificationError if an output that counts moves: then all may be as predicted, and the function not."""
+    for trace in spec.traces:
+        for node in trace.graph.nodes:
+            axes = trace.axes.get(node)
+            if node.name in trace.graph.outputs and isinstance(axes, tuple):
+                moving = {atom for axis in axes for atom in spec.structure.moving_atoms(axis)}
+                names = ", ".join(f"'{group.name}'" for group in spec.groups if group.atom in moving)
+                if moving:
+                    name = trace.graph.outputs[node.name]
+                    what = f"the output {name!r}" if name else "the output"
+                    raise VerificationError(
+                        f"relabelling group {names} changes the function: in {trace.graph.mode} mode it moves {what}."
+                    )
 
 
 def telling_relabellings(groups: Sequence[Group], generator: torch.Generator) -> Iterator[NamedPerms]:

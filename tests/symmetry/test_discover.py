@@ -15,8 +15,9 @@ import modeconn
 from modeconn import RULES, ActivationMatching, PermutationSpec, WeightMatching, discover, models
 from modeconn.symmetry import UnknownOperatorWarning, VerificationError
 from modeconn.symmetry.axes import Axis
+from modeconn.symmetry.execute import _grouped_matmul
 from modeconn.symmetry.explore import Exploration, example_for
-from modeconn.symmetry.graph import _grouped_matmul, export
+from modeconn.symmetry.export import export
 from modeconn.symmetry.rules.contractions import contraction
 from modeconn.symmetry.walk import Traced, Walk
 from tests.symmetry.cases import CASES, SPELLINGS, Case, Lambda, attention
@@ -397,7 +398,7 @@ def test_a_model_that_cannot_be_exported_says_why_and_what_helps(monkeypatch) ->
             return x if x.sum() > 0 else -x
 
     # Such a model is recorded in one run, unless even that fails, as it does without values.
-    monkeypatch.setattr("modeconn.symmetry.graph.record", None)
+    monkeypatch.setattr("modeconn.symmetry.export.record", None)
     with pytest.raises(ValueError, match=r"torch.export cannot follow Branch in eval mode: .*What usually helps"):
         discover(Branch(), torch.rand(2, 4))
 
@@ -414,7 +415,7 @@ def test_a_model_that_exports_in_eval_mode_only_is_analysed_with_a_warning(monke
 
     with pytest.warns(UserWarning, match=r"cannot follow DropsLayers, so one run on the example input was recorded"):
         assert [group.shape for group in discover(DropsLayers(), torch.rand(2, 3)).groups] == [(5,)]
-    monkeypatch.setattr("modeconn.symmetry.graph.record", None)
+    monkeypatch.setattr("modeconn.symmetry.export.record", None)
     with pytest.warns(UserWarning, match=r"cannot follow DropsLayers in train mode: .* hold for eval mode only"):
         spec = discover(DropsLayers(), torch.rand(2, 3))
     assert [group.shape for group in spec.groups] == [(5,)]

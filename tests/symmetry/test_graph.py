@@ -7,7 +7,8 @@ import torch
 from torch import Tensor, nn
 
 import modeconn
-from modeconn.symmetry.graph import Example, ExportError, export
+from modeconn.symmetry.export import ExportError, export
+from modeconn.symmetry.graph import Example
 
 
 class Net(nn.Module):
@@ -87,7 +88,7 @@ def test_a_model_that_fixes_its_batch_size_is_exported_for_that_one(model, batch
 
 
 def test_a_model_that_cannot_be_exported_prints_nothing(capfd, monkeypatch):
-    monkeypatch.setattr("modeconn.symmetry.graph.record", None)
+    monkeypatch.setattr("modeconn.symmetry.export.record", None)
     with pytest.raises(ExportError, match="no branches on tensor values"):
         modeconn.discover(Branches(), inputs())
     assert capfd.readouterr() == ("", "")

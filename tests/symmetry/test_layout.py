@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 import modeconn
 from modeconn import ActivationMatching, discover
-from modeconn.symmetry.graph import Example, export
+from modeconn.symmetry.export import export
+from modeconn.symmetry.graph import Example
 
 CONTIGUOUS, LAST = torch.contiguous_format, torch.channels_last
 

@@ -115,7 +115,7 @@ MISLEADING: dict[str, tuple[Callable[[], nn.Module], list[tuple[int, ...]]]] = {
     "random slopes": (lambda: nn.Sequential(nn.Linear(5, 8), nn.RReLU(), nn.Linear(8, 3)), MOVES),
     "a branch": (
         lambda: Net(lambda m, h, x: m.b(torch.cond(x.sum() > 0, lambda h: h.sin(), lambda h: h.cos(), (h,)))),
-        STAYS,
+        MOVES,
     ),
     "a mask": (lambda: Net(lambda m, h, x: m.b(F.pad(h[:, m.mask], (0, 4))), mask=torch.arange(8) < 4), STAYS),
     "a value as number": (lambda: Net(lambda m, h, x: m.b(h) * h.argmax().item()), STAYS),

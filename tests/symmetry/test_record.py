@@ -12,7 +12,7 @@ from torch import Tensor, nn
 import modeconn
 from modeconn import PermutationSpec, discover
 from modeconn.symmetry import VerificationError
-from modeconn.symmetry.graph import ExportError
+from modeconn.symmetry.export import ExportError
 from tests.symmetry.cases import Lambda
 from tests.symmetry.oracle import largest_change
 
@@ -153,7 +153,7 @@ def test_what_can_be_neither_exported_nor_recorded_is_refused(monkeypatch) -> No
     def fail(*_: object) -> None:
         raise RuntimeError
 
-    monkeypatch.setattr("modeconn.symmetry.graph.record", fail)
+    monkeypatch.setattr("modeconn.symmetry.export.record", fail)
     with pytest.raises(ExportError, match=r"torch\.export cannot follow Lambda in eval mode"):
         discover(model_of(branched), torch.randn(12, 5))
 

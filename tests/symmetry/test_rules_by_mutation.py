@@ -20,7 +20,8 @@ from torch.torch_version import TorchVersion
 
 from modeconn import RULES, PermutationSpec, VerificationError
 from modeconn.symmetry.explore import Exploration, example_for
-from modeconn.symmetry.graph import Graph, export
+from modeconn.symmetry.export import export
+from modeconn.symmetry.graph import Graph
 from modeconn.symmetry.walk import Walk
 from tests.symmetry.cases import CASES, Case
 
