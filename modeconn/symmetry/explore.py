@@ -264,6 +264,10 @@ class Exploration(Walk):
         self.shapes = [tuple(map(_hint, out.shape)) for out in _leaves(node.meta["val"])]
         return [values[out] for out in _leaves(parts.output_node().args[0])]
 
+    def values(self, tensor: Traced) -> torch.Tensor | None:
+        """Return the entries of a small tensor that no weight and no input decides, None of all others."""
+        return None if tensor.node is None else self._graphs[-1].known(tensor.node)
+
     def _rule_for(self, target: Any) -> Rule | None:
         packet = getattr(target, "overloadpacket", None)
         for key in (target, packet, getattr(packet, "_qualified_op_name", None)):

@@ -27,6 +27,8 @@ ALL = Outputs()
 _RESHAPE, _VIEW = torch.ops.aten.reshape.default, torch.ops.aten.view.default
 _VIEWS = (_VIEW, torch.ops.aten._unsafe_view.default)
 """Reshapes that ask for one layout in memory, in which another device or memory format may not put tensors."""
+_SMALL = 4096
+"""Entries of the largest tensor whose values are looked at before any run."""
 _COPIES = (torch.ops.aten.clone.default, torch.ops.aten.contiguous.default)
 """Copies that exports hold or leave out, according to the layout."""
 
@@ -253,6 +255,25 @@ class Graph:
         """Return the value of a constant, None for what the model's state holds."""
         return self._program.constants.get(source.name) if source.kind == "constant" else None
 
+    def known(self, node: Node) -> Tensor | None:
+        """Return the value of a node that is small, and made of constants alone; None for all others."""
+        size = node.meta.get("val")
+        if node not in self._safe_to_copy or not isinstance(size, Tensor) or any(map(_is_free, size.shape)):
+            return None
+        if size.numel() > _SMALL:
+            return None
+        if node.op == "placeholder":
+            source = self.state.get(node.name)
+            return None if source is None else self.constant(source)
+        tags = getattr(node.target, "tags", ())
+        if node.op != "call_function" or _schema(node) is None or torch.Tag.nondeterministic_seeded in tags:
+            return None
+        given = {source: self.known(source) for source in node.all_input_nodes}
+        if any(value is None or value.is_meta for value in given.values()):
+            return None
+        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
+        return node.target(*args, **kwargs)
+
     def _state_value(self, node: Node, state: Mapping[str, Tensor], device: torch.device) -> Tensor:
         source = self.state[node.name]
         if source.kind == "parameter":
@@ -316,8 +337,12 @@ def _is_reading(node: Node) -> bool:
 
 
 def _mutates(node: Node) -> bool:
-    schema = getattr(node.target, "_schema", None)
-    return schema is not None and schema.is_mutable
+    schema = _schema(node)
+    return schema is not None and schema.is_mutable and node.target is not torch.ops.aten.detach_.default
+
+
+def _schema(node: Node) -> Any:
+    return getattr(node.target, "_schema", None)
 
 
 def _step(target: Any, arguments: Any) -> str:
@@ -345,7 +370,7 @@ def _storage_of(node: Node) -> Node:
 
 
 def _returns(node: Node) -> list[Any]:
-    schema = getattr(node.target, "_schema", None)
+    schema = _schema(node)
     return [] if schema is None else schema.returns
 
 

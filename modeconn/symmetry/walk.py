@@ -86,6 +86,10 @@ class Walk(Space):
         if tensor.node is not None:
             self._contracted[-1].append((tensor.node, axis))
 
+    def values(self, tensor: Traced) -> torch.Tensor | None:
+        """Return the entries of a small tensor that no weight and no input decides, None of all others."""
+        return None
+
     def dtype(self, tensor: Traced) -> torch.dtype | None:
         """Return the type of a tensor of the graph."""
         return None if tensor.node is None else tensor.node.meta["val"].dtype

@@ -15,6 +15,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import tests.symmetry.vision_operators  # noqa: F401  (deform_conv2d and roi_align)
+
 
 @dataclass(frozen=True)
 class Case:
@@ -679,6 +681,56 @@ def tables_of_limited_norm() -> nn.Module:
     return nn.Sequential(nn.Embedding(11, 6, max_norm=0.5), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
 
 
+def deformed(use_mask: bool) -> nn.Module:
+    """Six channels whose halves are moved by offsets of their own: halves x channels, which are made of eight."""
+
+    def act(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).relu()
+        offset, mask = m.offset(h).tanh(), m.mask(h).sigmoid()
+        h = torch.ops.torchvision.deform_conv2d(
+            m.mid(h), m.weight, offset, mask, m.bias, 1, 1, 1, 1, 1, 1, 1, 2, use_mask
+        )
+        return m.head(h.relu().mean((2, 3)))
+
+    model = Lambda(act, stem=conv(3, 8), offset=conv(8, 36), mask=conv(8, 18), mid=conv(8, 6), head=nn.Linear(5, 3))
+    model.weight, model.bias = nn.Parameter(torch.randn(5, 6, 3, 3) / 7), nn.Parameter(torch.randn(5))
+    return model
+
+
+def cut_out() -> nn.Module:
+    """Boxes of each image, flattened as channels x places."""
+
+    def act(m: nn.Module, x: Tensor) -> Tensor:
+        boxes = torch.tensor([[0.0, 1, 1, 5, 6], [1, 0, 2, 4, 5], [1, 2, 2, 6, 6]], dtype=x.dtype)
+        return m.head(torch.ops.torchvision.roi_align(m.stem(x), boxes, 1.0, 2, 2, 1, False).flatten(1))
+
+    return Lambda(act, stem=conv(3, 8), head=nn.Linear(32, 3))
+
+
+def multi_query(way: str) -> nn.Module:
+    """Four query heads, one key and one value head, all of one matrix as Falcon has them: what cuts them apart."""
+
+    def act(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.embed(x)
+        heads = m.qkv(h).unflatten(-1, (6, 4)).transpose(1, 2)
+        if way == "positions":
+            query, key, value = heads[:, :-2], heads[:, [-2]], heads[:, [-1]]
+        else:
+            query, key, value = heads.split([4, 1, 1], 1)
+        key, value = key.expand_as(query), value.expand_as(query)
+        return m.head(h + m.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)))
+
+    return Lambda(act, embed=nn.Linear(5, 8), qkv=nn.Linear(8, 24), out=nn.Linear(16, 8), head=nn.Linear(8, 3))
+
+
+def some_of_eight() -> nn.Module:
+    """Units 0, 2 and 3 once more, by number; 1 stays alone between them, and 4 to 7 are the rest."""
+    return Lambda(
+        lambda m, x: m.head(h := m.stem(x).relu()) + m.side(h[:, [0, 2, 3]]),
+        stem=nn.Linear(5, 8), head=nn.Linear(8, 3), side=nn.Linear(3, 3),
+    )  # fmt: skip
+
+
 CASES = [
     Case("plain", plain, lambda: torch.rand(2, 5), [(7,), (6,)]),
     Case("conv flatten", conv_flatten, image(), [(6,)]),
@@ -742,5 +794,14 @@ CASES = [
     Case("rare operators", rare_operators, lambda: torch.rand(6, 5), [(8,)]),
     Case("tables of limited norm", tables_of_limited_norm, tokens(), [(6,), (7,)]),
     Case("bytes as numbers", bytes_as_numbers, lambda: torch.rand(2, 5), [(4,), (6,)]),
+    Case("deformed", lambda: deformed(False), image(), [(8,), (2,), (2, 3), (5,)]),
+    Case("deformed and masked", lambda: deformed(True), image(), [(8,), (2,), (2, 3), (5,)]),
+    Case("regions", cut_out, image(), [(8,)]),
+    # heads, key and value are places of one axis, which stays: the units inside a head are then one group for all six
+    *(
+        Case(f"multi-query by {way}", lambda way=way: multi_query(way), lambda: torch.rand(2, 6, 5), [(8,), (4,)])
+        for way in ("positions", "split")
+    ),
+    Case("some of eight", some_of_eight, lambda: torch.rand(2, 5), [(2,), (4,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]

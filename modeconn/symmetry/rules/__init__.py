@@ -18,12 +18,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from modeconn.symmetry.rules import contractions, elementwise, lookup, recurrent, reductions, shapes, space
+from modeconn.symmetry.rules import contractions, elementwise, lookup, recurrent, reductions, shapes, space, vision
 from modeconn.symmetry.walk import Rule
 
 RULES: dict[Any, Rule] = {
     operator: rule
-    for module in (elementwise, contractions, reductions, space, shapes, lookup, recurrent)
+    for module in (elementwise, contractions, reductions, space, shapes, lookup, recurrent, vision)
     for operator, rule in module.RULES.items()
 }
 """The rules by operator (``aten.linear``), by one overload of it (``aten.max.dim``), which goes first, or by the name

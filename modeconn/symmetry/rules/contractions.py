@@ -140,6 +140,15 @@ def of_last_dims(num_dims: int) -> Rule:
     return rule
 
 
+def householder(walk: Walk, input: Traced, tau: Traced) -> list[Axis]:
+    """A product of reflections, whose vectors are columns below a diagonal."""
+    batch = broadcast(walk, [Traced(input.axes[:-2]), Traced(tau.axes[:-1])], len(input.axes) - 2)
+    for axis in (*input.axes[-2:], tau.axes[-1]):
+        walk.fix(axis, "ordered")
+    walk.show(batch)
+    return [*batch, *(walk.fixed(n, "ordered") for n in walk.shape[-2:])]
+
+
 def outer(walk: Walk, left: Traced, right: Traced) -> list[Axis]:
     """Every product of an entry of one vector with one of another."""
     return [left.axes[0], right.axes[0]]
@@ -283,6 +292,7 @@ RULES = table(
         of_last_dims(1): "stft",
         of_last_dims(2): "istft linalg_inv_ex linalg_cholesky_ex _linalg_solve_ex linalg_solve_triangular _linalg_det "
         "_linalg_slogdet _linalg_eigh linalg_eig linalg_qr _linalg_svd linalg_matrix_exp linalg_pinv cholesky_solve",
+        householder: "linalg_householder_product",
         outer: "outer ger",
         grouped_matmul: "_grouped_mm",
         conv: "conv1d conv2d conv3d",

@@ -11,6 +11,7 @@ import torch
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.rules.elementwise import broadcast
 from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.rules.shapes import cat, piece
 from modeconn.symmetry.walk import Traced, Walk, traced_in
 
 
@@ -31,22 +32,41 @@ def embedding_bag(
     sparse: bool = False,
     per_sample_weights: Traced | None = None,
     *settings: Any,
-) -> list[list[Axis]] | None:
-    """Rows of a table by number, summed or averaged over bags; for maxima, positions too are returned."""
-    if mode == 2:
-        return None
+) -> list[list[Axis]]:
+    """Rows of a table by number, summed over bags, averaged or compared; for maxima, their rows are returned too."""
     for tensor in traced_in([indices, offsets, per_sample_weights]):
         for axis in tensor.axes:
             walk.fix(axis, "counted off into bags")
-    bags, *rest = [[walk.fixed(n, "counted off into bags") for n in shape] for shape in walk.shapes]
-    return [[bags[0], embedding(walk, weight, indices)[-1]], *rest]
+    units = embedding(walk, weight, indices)[-1]
+    axes = [[walk.fixed(n, "counted off into bags") for n in shape] for shape in walk.shapes]
+    return [[bags[0], units] if len(bags) == 2 else bags for bags in axes]
 
 
 def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis]:
     """Positions of one axis by number."""
+    parts = _in_parts(walk, input, dim, index)
+    if parts is not None:
+        return parts
     walk.fix(input.axes[dim], "looked up by number")
     walk.show(input.without(dim))
     return input.replace({dim: index.axes[0] if index.axes else UNIT})
+
+
+def _in_parts(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis] | None:
+    """Return what positions choose that are written in the model, if these are a few ranges: some slices, in a row."""
+    chosen = walk.values(index) if len(index.axes) == 1 else None
+    if chosen is None or not chosen.numel():
+        return None
+    positions = [position % walk.size(input.axes[dim]) for position in chosen.tolist()]
+    begins = [0, *(at for at in range(1, len(positions)) if positions[at] != positions[at - 1] + 1)]
+    if len(begins) > _RANGES:
+        return None
+    ranges = [(positions[begin], positions[end - 1] + 1) for begin, end in pairwise([*begins, len(positions)])]
+    return cat(walk, [Traced(tuple(piece(walk, input, dim, start, stop))) for start, stop in ranges], dim)
+
+
+_RANGES = 8
+"""How many ranges of an axis are told apart where positions choose; more of them leave its units in place."""
 
 
 def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) -> list[Axis] | None:
@@ -82,6 +102,10 @@ def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[A
     if any(i is not None and walk.dtype(i) in (torch.bool, torch.uint8) for i in indices):
         return _masked(walk, input, indices)
     used = [d for d, i in enumerate(indices) if i is not None]
+    if len(used) == 1:
+        parts = _in_parts(walk, input, used[0], indices[used[0]])
+        if parts is not None:
+            return parts
     for dim in used:
         walk.fix(input.axes[dim], "looked up by number")
     looked_up = [i for i in indices if i is not None]

@@ -140,14 +140,15 @@ def stack(walk: Walk, tensors: Sequence[Traced], dim: int = 0) -> list[Axis]:
 def split(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[list[Axis]]:
     """``split``, ``chunk``, ``tensor_split``: consecutive pieces of one axis."""
     dim = walk.arguments.get("dim", 0) % len(input.axes)
-    return [_piece(walk, input, dim, start, stop) for start, stop in _bounds(s[dim] for s in walk.shapes)]
+    return [piece(walk, input, dim, start, stop) for start, stop in _bounds(s[dim] for s in walk.shapes)]
 
 
 def _bounds(sizes: Iterable[int]) -> Iterable[tuple[int, int]]:
     return pairwise(accumulate(sizes, initial=0))
 
 
-def _piece(walk: Walk, input: Traced, dim: int, start: int, stop: int) -> list[Axis]:
+def piece(walk: Walk, input: Traced, dim: int, start: int, stop: int) -> list[Axis]:
+    """Return the axes of a range of one of them."""
     axis, size = input.axes[dim], walk.size(input.axes[dim])
     if (start, stop) == (0, size):
         return list(input.axes)
@@ -174,7 +175,7 @@ def slice_(
     axis, size = input.axes[dim], walk.size(input.axes[dim])
     first, stop, _ = slice(start, end, step).indices(size)
     if step == 1:
-        return _piece(walk, input, dim, first, max(first, stop))
+        return piece(walk, input, dim, first, max(first, stop))
     if size % step == 0 and first < step and walk.shape[dim] == size // step:
         blocks, offset = walk.split(axis, (size // step, step))
         return input.replace({dim: walk.member(blocks, offset, first)})
@@ -201,7 +202,7 @@ def slice_scatter(
 ) -> list[Axis] | None:
     """A range of one axis written."""
     first, stop, _ = slice(start, end, step).indices(walk.size(input.axes[dim]))
-    return _written(walk, input, src, _piece(walk, input, dim, first, stop)) if step == 1 else None
+    return _written(walk, input, src, piece(walk, input, dim, first, stop)) if step == 1 else None
 
 
 def _written(walk: Walk, input: Traced, src: Traced, place: Sequence[Axis]) -> list[Axis]:
