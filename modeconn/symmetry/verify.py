@@ -206,14 +206,17 @@ def telling_relabellings(groups: Sequence[Group], generator: torch.Generator) ->
     # By size: for each group or block and each place, a number that encodes all units it has had.
     seen: dict[int, Tensor] = {}
     by_size = {size: [group for group in groups if group.size == size] for size in {group.size for group in groups}}
+    open_sizes = set(by_size)
     perms = random_perms(groups, generator)
     for digit in count():
         yield perms
-        for size, alike in by_size.items():
-            rows = torch.cat([perms[group.name].view(-1, size) for group in alike])
+        for size in sorted(open_sizes):
+            rows = torch.cat([perms[group.name].view(-1, size) for group in by_size[size]])
             rows = torch.cat([rows, torch.arange(size)[None]])  # the identity, from which all must differ
             seen[size] = seen.get(size, 0) * size + rows
-        if all(bool((codes.sort(0).values.diff(dim=0) != 0).all()) for codes in seen.values()):
+            if bool((seen[size].sort(0).values.diff(dim=0) != 0).all()):
+                open_sizes.remove(size)  # a number that went on growing would no longer fit
+        if not open_sizes:
             return
         perms = _turned_apart(by_size, generator, digit)
 
@@ -221,12 +224,14 @@ def telling_relabellings(groups: Sequence[Group], generator: torch.Generator) ->
 def _turned_apart(by_size: Mapping[int, Sequence[Group]], generator: torch.Generator, digit: int) -> NamedPerms:
     """Return a relabelling that turns all groups and blocks of one size along one random circle.
 
-    The k-th is turned by that digit of k = 1, 2, ... in the number system of its size. No two have all digits alike.
+    The k-th is turned by that digit of k = 1, 2, ... in the number system of its size. No two have all digits alike;
+    after the last one, the first comes again.
     """
     perms: NamedPerms = {}
     for size, groups in by_size.items():
         counts = [math.prod(group.shape[:-1]) for group in groups]
-        turns = torch.arange(1, sum(counts) + 1) // size**digit % size
+        num_digits = next(n for n in count(1) if size**n > sum(counts))
+        turns = torch.arange(1, sum(counts) + 1) // size ** (digit % num_digits) % size
         circle = torch.randperm(size, generator=generator)
         rows = circle[(circle.argsort() + turns[:, None]) % size]
         perms |= {g.name: part.view(g.shape) for g, part in zip(groups, rows.split(counts), strict=True)}

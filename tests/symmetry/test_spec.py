@@ -8,6 +8,8 @@ import pytest
 import torch
 
 from modeconn import Connection, Line, Permutation, PermutationSpec, Relabelling, discover, fit_curve, models
+from modeconn.symmetry.groups import Group
+from modeconn.symmetry.verify import telling_relabellings
 from modeconn.tools import files
 from tests.symmetry.cases import CASES, Case
 
@@ -154,3 +156,12 @@ def test_a_file_of_another_kind_is_no_permutation(tmp_path: Path) -> None:
     torch.save({}, tmp_path / "pickle.pt")
     with pytest.raises(ValueError, match="pickle"):
         Permutation.load(tmp_path / "pickle.pt")
+
+
+def test_relabellings_tell_many_small_blocks_apart_beside_a_large_group() -> None:
+    """Six hundred pairs take ten digits, and ten of a number system of 2,048 fit in no integer."""
+    groups = (Group("pairs", 0, 2, (("", 600),), ()), Group("many", 1, 2048, (), ()))
+    drawn = list(telling_relabellings(groups, torch.Generator().manual_seed(0)))
+    assert len(drawn) < 20
+    rows = torch.stack([torch.cat([perms["pairs"], torch.arange(2)[None]]) for perms in drawn], -1)
+    assert all(len(place.unique(dim=0)) == 601 for place in rows.unbind(1))
