@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
-from torch import Tensor, nn
+from torch import Tensor, nn, strided
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -17,9 +17,34 @@ def copy_of(model: M) -> M:
     As `torch.nn.utils.weight_norm` does with the weight that it computes; `copy.deepcopy` refuses those. What cannot be
     copied by its nature, such as a lock or an open file, the copy shares with the model.
     """
-    return copy_with(
-        model, {id(tensor): tensor.detach().clone() for tensor in plain_tensors(model) if tensor.grad_fn is not None}
-    )
+    computed = {id(tensor): tensor.detach().clone() for tensor in plain_tensors(model) if tensor.grad_fn is not None}
+    return copy_with(model, computed | _copies_in_one_storage(model))
+
+
+def in_one_storage(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
+    """Return the sets of two or more different tensors that lie in the same memory, as weights tied by ``.data`` do."""
+    by_storage: dict[int, dict[int, Tensor]] = {}
+    for tensor in tensors:
+        if not tensor.is_meta and tensor.layout is strided and tensor.numel():
+            by_storage.setdefault(tensor.untyped_storage().data_ptr(), {})[id(tensor)] = tensor
+    return [list(tied.values()) for tied in by_storage.values() if len(tied) > 1]
+
+
+def _copies_in_one_storage(model: nn.Module) -> dict[int, Any]:
+    """Return copies of the tensors that lie in the same memory, which again do, by the ``id`` of the tensor.
+
+    `copy.deepcopy` gives each parameter memory of its own.
+    """
+    copies: dict[int, Any] = {}
+    for tied in in_one_storage([*model.parameters(), *model.buffers()]):
+        storage = tied[0].untyped_storage().clone()
+        for tensor in tied:
+            twin = tensor.detach().new_empty(0).set_(storage, tensor.storage_offset(), tensor.shape, tensor.stride())
+            is_plain = type(tensor) in (Tensor, nn.Parameter)
+            if is_plain:
+                is_parameter = isinstance(tensor, nn.Parameter)
+                copies[id(tensor)] = nn.Parameter(twin, tensor.requires_grad) if is_parameter else twin
+    return copies
 
 
 def copy_with(model: M, known: dict[int, Any]) -> M:

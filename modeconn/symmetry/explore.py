@@ -6,12 +6,14 @@ import fnmatch
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
+from modeconn.network.copies import in_one_storage
 from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.axes import Axis, atoms_of, expand
 from modeconn.symmetry.export import ExportError, export
@@ -152,13 +154,37 @@ class Exploration(Walk):
         """Give each axis of each parameter and saved floating buffer its own atom; tied tensors share theirs."""
         saved = set(model.state_dict(keep_vars=True))
         by_tensor: dict[int, tuple[Axis, ...]] = {}
-        state = {}
+        state, tensors = {}, {}
         for name, tensor in named_state(model):
             if name in saved and (tensor.is_floating_point() or tensor.is_complex()):
                 if id(tensor) not in by_tensor:
                     by_tensor[id(tensor)] = tuple(self.free(n) for n in tensor.shape)
+                    tensors[id(tensor)] = tensor
                 state[name] = by_tensor[id(tensor)]
+        for tied in in_one_storage(tensors.values()):
+            self._tie(tied, by_tensor)
         return state
+
+    def _tie(self, tensors: Sequence[torch.Tensor], axes: Mapping[int, tuple[Axis, ...]]) -> None:
+        """Let tensors in one memory move alike: a matrix and its transpose too; those that overlap otherwise stay."""
+        for one, other in combinations(tensors, 2):
+            if not _overlap(one, other):
+                continue
+            places = [
+                {step: axis for step, axis, n in zip(t.stride(), axes[id(t)], t.shape, strict=True) if n > 1}
+                for t in (one, other)
+            ]
+            is_one = one.storage_offset() == other.storage_offset() and one.numel() == other.numel()
+            if is_one and places[0].keys() == places[1].keys() and 0 not in places[0]:
+                for step, axis in places[0].items():
+                    if self.size(axis) == self.size(places[1][step]):
+                        self.unify(axis, places[1][step])
+                        continue
+                    self.fix(axis, _OVERLAP)
+                    self.fix(places[1][step], _OVERLAP)
+                continue
+            for axis in (*axes[id(one)], *axes[id(other)]):
+                self.fix(axis, _OVERLAP)
 
     def freeze(self, patterns: Sequence[str]) -> None:
         """Fix the parameters and buffers that match a name or pattern."""
@@ -270,7 +296,10 @@ class Exploration(Walk):
 
     def _rule_for(self, target: Any) -> Rule | None:
         packet = getattr(target, "overloadpacket", None)
-        for key in (target, packet, getattr(packet, "_qualified_op_name", None)):
+        name = getattr(packet, "_qualified_op_name", None)
+        if isinstance(target, torch._ops.HigherOrderOperator):
+            name = f"higher_order::{target.name()}"
+        for key in (target, packet, name):
             if key in self._rules:
                 return self._rules[key]
         tags = getattr(target, "tags", ())
@@ -438,6 +467,20 @@ def _without_node(value: Any) -> Any:
     if isinstance(value, Traced):
         return Traced(value.axes, None, value.points_into)
     return [_without_node(v) for v in value] if isinstance(value, list) else value
+
+
+_OVERLAP = "in one memory with another tensor"
+
+
+def _overlap(one: torch.Tensor, other: torch.Tensor) -> bool:
+    """Whether two tensors of one storage may have an entry in common."""
+    ranges = []
+    for tensor in (one, other):
+        last = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+        begin = tensor.storage_offset() * tensor.itemsize
+        ranges.append((begin, begin + (last + 1) * tensor.itemsize))
+    (begin, end), (start, stop) = ranges
+    return begin < stop and start < end
 
 
 def _hint(size: Any) -> int:

@@ -33,6 +33,10 @@ class ExportError(ValueError):
     """A model that runs, but that ``torch.export`` cannot follow."""
 
 
+class UnreadableOutput(TypeError):
+    """Something among the outputs in which no tensors can be found, such as a function."""
+
+
 def export(model: nn.Module, example: Example, *, training: bool, outputs: Outputs = ALL) -> Graph:
     """Export a model in one mode, with a free batch size where it allows one.
 
@@ -50,14 +54,13 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
     shadow.register_forward_hook(lambda module, inputs, returned: _plain(outputs(returned)))
     _name_keywords(shadow, example)
     with one_thread(), _traceable():
-        graph = _with_free_batch(shadow, example, training)
         try:
-            graph = graph or Graph(_export(shadow, example, None), training)
+            graph = _exported(shadow, example, training)
         except Exception as error:
             failed = _export_error(model, example, training, outputs, error)
             if not isinstance(failed, ExportError):
                 raise failed from error
-            graph = _recorded(shadow, example, training)
+            graph = _without_gradients(shadow, example, training) or _recorded(shadow, example, training)
             if graph is None:
                 raise failed from error
     if not (outputs.are_all or graph.outputs):
@@ -66,6 +69,20 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
             f"have to stay as it is. Select the output that a loss reads."
         )
     return graph
+
+
+def _exported(model: nn.Module, example: Example, training: bool) -> Graph:
+    return _with_free_batch(model, example, training) or Graph(_export(model, example, None), training)
+
+
+def _without_gradients(model: nn.Module, example: Example, training: bool) -> Graph | None:
+    """Export a model of operators that have no gradients here, as flex_attention on the CPU; None if it is not that."""
+    try:
+        with torch.no_grad():
+            return _exported(model, example, training)
+    except Exception as error:
+        _LOGGER.debug("%s cannot be exported without gradients: %s", type(model).__name__, first_line(error))
+        return None
 
 
 def _with_free_batch(model: nn.Module, example: Example, training: bool) -> Graph | None:
@@ -127,7 +144,7 @@ def _plain(value: Any, seen: tuple[int, ...] = ()) -> Any:
     slots = [name for kind in type(value).__mro__ for name in getattr(kind, "__slots__", ())]
     fields = {name: getattr(value, name) for name in slots if hasattr(value, name)} | getattr(value, "__dict__", {})
     if not fields and not isinstance(value, _WITHOUT_TENSORS):
-        raise TypeError(f"the outputs hold a {type(value).__name__}, in which tensors cannot be found.")
+        raise UnreadableOutput(f"a {type(value).__name__}")
     return _plain(fields, seen)
 
 
@@ -214,11 +231,19 @@ def _export_error(model: nn.Module, example: Example, training: bool, outputs: O
         with torch.no_grad():
             found = _shadow(model).train(training)(*copy.deepcopy(example.args), **copy.deepcopy(example.kwargs))
     except Exception as own:
-        return ValueError(f"{name} does not run on example_input {shapes}: {first_line(own)}")
+        way_out = ""
+        if isinstance(own, TypeError) and "argument" in str(own):
+            way_out = ". Pass example_input=, a tuple of all positional inputs or a dict of keyword inputs."
+        return ValueError(f"{name} does not run on example_input {shapes}: {first_line(own)}{way_out}")
     try:
         outputs(found)
     except Exception as own:
         return own if is_of_package(own) else ValueError(f"outputs= fails on what {name} returns: {first_line(own)}")
+    if isinstance(error, UnreadableOutput):
+        return ValueError(
+            f"{name} returns {error}, in which tensors cannot be found, so that it is not known what has to stay as it "
+            f"is. Pass outputs=, the names of the outputs that count or a function that returns them."
+        )
     return ExportError(
         f"torch.export cannot follow {name} in {'train' if training else 'eval'} mode: {first_line(error)} "
         "What usually helps: no branches on tensor values, no .item() or numpy inside forward."

@@ -723,6 +723,22 @@ def multi_query(way: str) -> nn.Module:
     return Lambda(act, embed=nn.Linear(5, 8), qkv=nn.Linear(8, 24), out=nn.Linear(16, 8), head=nn.Linear(8, 3))
 
 
+def flexible(num_heads: int) -> nn.Module:
+    """Scores that fall with distance, by a number for each of four heads, which stay; two or four heads of keys."""
+    from torch.nn.attention.flex_attention import flex_attention
+
+    def act(m: nn.Module, x: Tensor) -> Tensor:
+        query = m.query(x).unflatten(-1, (4, 3)).transpose(1, 2)
+        key, value = (part(x).unflatten(-1, (num_heads, 3)).transpose(1, 2) for part in (m.key, m.value))
+        attended = flex_attention(
+            query, key, value, lambda s, b, h, i, j: s - 0.1 * (h + 1) * (i - j).abs(), enable_gqa=num_heads < 4
+        )
+        return m.out(attended.transpose(1, 2).flatten(2))
+
+    sizes = {"query": 12, "key": 3 * num_heads, "value": 3 * num_heads}
+    return Lambda(act, **{name: nn.Linear(5, size) for name, size in sizes.items()}, out=nn.Linear(12, 3))
+
+
 def some_of_eight() -> nn.Module:
     """Units 0, 2 and 3 once more, by number; 1 stays alone between them, and 4 to 7 are the rest."""
     return Lambda(
@@ -802,6 +818,8 @@ CASES = [
         Case(f"multi-query by {way}", lambda way=way: multi_query(way), lambda: torch.rand(2, 6, 5), [(8,), (4,)])
         for way in ("positions", "split")
     ),
+    Case("flexible attention", lambda: flexible(4), lambda: torch.rand(2, 6, 5), [(4, 3), (4, 3)]),
+    Case("flexible, grouped", lambda: flexible(2), lambda: torch.rand(2, 6, 5), [(2, 3), (2, 3)]),
     Case("some of eight", some_of_eight, lambda: torch.rand(2, 5), [(2,), (4,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]

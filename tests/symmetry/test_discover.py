@@ -8,6 +8,7 @@ from dataclasses import dataclass
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, library, nn
 from torch.torch_version import TorchVersion
 
@@ -904,3 +905,52 @@ def test_fake_quantised_units_are_free() -> None:
     assert spec.verify(model, x) < 1e-9
     moved = spec.random(torch.Generator().manual_seed(0)).apply(model)
     torch.testing.assert_close(moved(x), model(x))
+
+
+def test_an_output_that_holds_no_tensors_is_named_with_the_way_out() -> None:
+    model = Lambda(
+        lambda m, x: {"y": (y := m.b(m.a(x).relu())), "again": lambda: y}, a=nn.Linear(5, 8), b=nn.Linear(8, 3)
+    )
+    with pytest.raises(ValueError, match=r"returns a function, in which tensors cannot be found.* Pass outputs="):
+        discover(model, torch.rand(2, 5))
+    assert discover(model, torch.rand(2, 5), outputs="y").num_units == 8
+
+
+def test_an_input_that_is_missing_is_asked_for() -> None:
+    model = Lambda(lambda m, x, mask: m.b((m.a(x) * mask).relu()), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+    with pytest.raises(ValueError, match=r"missing 1 required .*'mask'\. Pass example_input=, a tuple of all"):
+        discover(model, torch.rand(2, 5))
+
+
+class Tied(nn.Module):
+    """A decoder that reads the encoder's memory, turned round or as it is, or overlapping with it."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.first, self.encoder, self.bias = nn.Linear(5, 8), nn.Linear(8, 6), nn.Parameter(torch.rand(8))
+        memory = self.encoder.weight.data
+        self.decoder = nn.Parameter({"turned": memory.T, "same": memory, "shifted": memory.flatten()[8:32]}[way])
+        self.last, self.way = nn.Linear(8, 3), way
+
+    def forward(self, x: Tensor) -> Tensor:
+        code = self.encoder(self.first(x).relu()).relu()
+        weight = {"turned": Tensor.clone, "same": Tensor.t, "shifted": lambda w: w.view(4, 6)}[self.way](self.decoder)
+        decoded = F.linear(code, weight)
+        return self.last(F.pad(decoded, (0, 8 - decoded.shape[-1])) + self.bias)
+
+
+@pytest.mark.parametrize(("way", "groups"), [("turned", [6, 8]), ("same", [6, 8]), ("shifted", [])])
+def test_weights_in_one_memory_move_alike_and_stay_in_one(way: str, groups: list[int]) -> None:
+    torch.manual_seed(0)
+    model, x = Tied(way), torch.rand(3, 5)
+    spec = discover(model, x)
+    assert sorted(group.size for group in spec.groups) == groups
+    moved = spec.random(torch.Generator().manual_seed(1)).apply(model)
+    assert moved.decoder.data_ptr() - moved.encoder.weight.data_ptr() == (32 if way == "shifted" else 0)
+    assert model.decoder.data_ptr() - model.encoder.weight.data_ptr() == (32 if way == "shifted" else 0)
+    torch.testing.assert_close(moved(x), model(x))
+    if groups:
+        assert not torch.equal(moved.decoder, model.decoder)
+        with torch.no_grad():
+            moved.encoder.weight.add_(1.0)
+        assert torch.equal(moved.decoder.T if way == "turned" else moved.decoder, moved.encoder.weight)

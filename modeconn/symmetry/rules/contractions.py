@@ -279,6 +279,36 @@ def attention(
     return contraction(walk, [Traced(tuple(scores)), value], [batch + "TS", of_value + "SE"], letters + "TE")
 
 
+def flexible_attention(
+    walk: Walk, query: Traced, key: Traced, value: Traced, score: Any, mask: Any, *settings: Any
+) -> list[list[Axis]]:
+    """Attention whose scores are changed by a function of the numbers of example, head, query and key."""
+    for tensor in (query, key, value):
+        for axis in tensor.axes[:-1]:
+            walk.fix(axis, "its positions are numbers for a function of scores")
+    for tensor in traced_in((mask, settings)):
+        for axis in tensor.axes:
+            walk.fix(axis, "read by a function of scores")
+    of_query, of_key, of_value = "BHTD", "BHSD", "BHSE"
+    if walk.size(query.axes[1]) != walk.size(key.axes[1]):  # each key and value head serves several query heads
+        query = Traced(
+            (query.axes[0], *walk.split(query.axes[1], _heads(walk, query, key)), *query.axes[2:]), query.node
+        )
+        of_query = "BHGTD"
+    scores = contraction(walk, [query, key], [of_query, of_key], of_query.replace("D", "S"))
+    walk.show(scores[:-1])
+    out = contraction(walk, [Traced(tuple(scores)), value], [of_query.replace("D", "S"), of_value], of_query[:-1] + "E")
+    if len(out) > 4:
+        out = [out[0], walk.product(out[1:3]), *out[3:]]
+    sums = [out[:-1] if len(shape) == 3 else [walk.fixed(n, "no entries") for n in shape] for shape in walk.shapes[1:]]
+    return [out, *sums]
+
+
+def _heads(walk: Walk, query: Traced, key: Traced) -> tuple[int, int]:
+    heads = walk.size(key.axes[1])
+    return heads, walk.size(query.axes[1]) // heads
+
+
 RULES = table(
     {
         linear: "linear",
@@ -301,4 +331,5 @@ RULES = table(
         attention: "scaled_dot_product_attention",
     }
 )
+RULES["higher_order::flex_attention"] = flexible_attention
 RULES["transformers::grouped_mm_fallback"] = grouped_matmul  # the experts of all mixtures of experts in that library
