@@ -72,7 +72,19 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
 
 
 def _exported(model: nn.Module, example: Example, training: bool) -> Graph:
-    return _with_free_batch(model, example, training) or Graph(_export(model, example, None), training)
+    batched = example.with_batch_of_two()
+    if batched is None:
+        return Graph(_export(model, example, None), training)
+    why = "it becomes a number on the way, as len(x) and .view(4, -1) make it; x.shape[0] stays free"
+    try:
+        graph = Graph(_export(model, batched, _free_first_dims(model, batched)), training)
+        if graph.free_batch:
+            return graph
+    except Exception as error:  # what is wrong with one of any size shows without it too
+        why = first_line(error)
+    graph = Graph(_export(model, example, None), training)
+    graph.why_batch_is_fixed = why
+    return graph
 
 
 def _without_gradients(model: nn.Module, example: Example, training: bool) -> Graph | None:
@@ -83,19 +95,6 @@ def _without_gradients(model: nn.Module, example: Example, training: bool) -> Gr
     except Exception as error:
         _LOGGER.debug("%s cannot be exported without gradients: %s", type(model).__name__, first_line(error))
         return None
-
-
-def _with_free_batch(model: nn.Module, example: Example, training: bool) -> Graph | None:
-    """Return None for a model that fixes its batch size: what is wrong with one of any size shows without it too."""
-    batched = example.with_batch_of_two()
-    if batched is None:
-        return None
-    try:
-        graph = Graph(_export(model, batched, _free_first_dims(model, batched)), training)
-    except Exception as error:
-        _LOGGER.debug("%s cannot be exported for any batch size: %s", type(model).__name__, first_line(error))
-        return None
-    return graph if graph.free_batch else None
 
 
 def _export(model: nn.Module, example: Example, shapes: Any) -> Program:

@@ -137,10 +137,12 @@ class Graph:
         written_state: Names of what some operator writes to.
         free_batch: Whether it runs for any batch size, or only for that of the example.
         is_recorded: Whether it is of one run, and so of one path through the model.
+        why_batch_is_fixed: Why the batch size is that of the example, where that could have been another.
     """
 
     def __init__(self, program: Program, training: bool) -> None:
         self.training = training
+        self.why_batch_is_fixed: str | None = None
         self.is_recorded = program.is_recorded
         self._program = program
         self.state = program.state
