@@ -191,9 +191,13 @@ _CLASSES = ("CAUSAL_LM", "SEQ_TO_SEQ_CAUSAL_LM", "IMAGE_CLASSIFICATION", "")
 
 
 def _transformers_names() -> list[str]:
-    from transformers import CONFIG_MAPPING
+    from transformers.models.auto import modeling_auto
 
-    return [name for name, config in CONFIG_MAPPING.items() if _class_of(config) is not None]
+    mappings = [
+        getattr(modeling_auto, f"MODEL_FOR_{kind}_MAPPING_NAMES" if kind else "MODEL_MAPPING_NAMES")
+        for kind in _CLASSES
+    ]
+    return list(dict.fromkeys(name for mapping in mappings for name in mapping))
 
 
 def _transformers(name: str) -> _Variants:

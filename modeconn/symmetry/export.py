@@ -57,12 +57,10 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
         try:
             graph = _exported(shadow, example, training)
         except Exception as error:
-            failed = _export_error(model, example, training, outputs, error)
-            if not isinstance(failed, ExportError):
-                raise failed from error
-            graph = _without_gradients(shadow, example, training) or _recorded(shadow, example, training)
+            graph = None if _is_about_values(error) else _without_gradients(shadow, example, training)
+            graph = graph or _recorded(shadow, example, training)
             if graph is None:
-                raise failed from error
+                raise _export_error(model, example, training, outputs, error) from error
     if not (outputs.are_all or graph.outputs):
         raise ValueError(
             f"outputs= selects no tensor of what {type(model).__name__} returns in {graph.mode} mode, so nothing would "
@@ -85,6 +83,11 @@ def _exported(model: nn.Module, example: Example, training: bool) -> Graph:
     graph = Graph(_export(model, example, None), training)
     graph.why_batch_is_fixed = why
     return graph
+
+
+def _is_about_values(error: Exception) -> bool:
+    """Whether export failed because a tensor's values decide, which no other way of exporting changes."""
+    return "DataDependent" in type(error).__name__
 
 
 def _without_gradients(model: nn.Module, example: Example, training: bool) -> Graph | None:
