@@ -378,13 +378,14 @@ class Exploration(Walk):
         self._fix_unseen()
         tensors = {tuple(map(self.normal, tensor)) for tensor in tensors}
         state = {name: tuple(map(self.normal, axes)) for name, axes in self.state.items()}
+        structure = self._structure(state, tensors)
         return Findings(
-            structure=self._structure(state, tensors),
+            structure=structure,
             state=state,
             fixed={name: tuple(self.why_fixed(axis) for axis in axes) for name, axes in state.items()},
             unread=tuple(sorted(self._unread(read))),
             unknown=tuple(self._costs()),
-            traces=tuple(self._trace(i) for i in range(len(self._graphs))),
+            traces=tuple(self._trace(i, structure) for i in range(len(self._graphs))),
             costs_of_outputs=self._costs_of_outputs(),
         )
 
@@ -417,7 +418,7 @@ class Exploration(Walk):
         families = self.families()
         parts = [part for axes in dict.fromkeys(state.values()) for part in expand(axes, families)]
         free = {a for part in parts for axis in part for a in atoms_of(axis) if self.is_free_atom(a)}
-        possible = dependencies(tensors, families, free)
+        possible = dependencies(tensors, families, free, self._rows_of_groups())
         order = sorted(free, key=lambda a: (len(possible[a] & free), self.atom_size(a), a))
         parents: dict[int, tuple[int, ...]] = {}
         for atom in order:  # earlier atoms only, so that no two depend on each other
@@ -427,6 +428,21 @@ class Exploration(Walk):
         atoms = range(self.num_atoms)
         kinds = {atom: self.atom_kind(atom) for atom in parents}
         return Structure({a: self.atom_size(a) for a in atoms}, parents, families, self.batch_atoms, kinds)
+
+    def _rows_of_groups(self) -> list[tuple[frozenset[int], int]]:
+        """Return which atoms say together the index of another: those of groups that one tensor alone counts off."""
+        found: dict[int, dict[Node, set[frozenset[int]]]] = {}
+        for rows, groups, by in self._told:
+            rows, groups = self.normal(rows), self.normal(groups)
+            is_plain = len(rows) == len(groups) == len(groups[0]) == 1 and all(isinstance(a, int) for a in rows[0])
+            if is_plain:
+                found.setdefault(groups[0][0], {}).setdefault(by, set()).add(frozenset(rows[0]))
+        told = []
+        for group, by_node in found.items():
+            graphs = [node.graph for node in by_node]
+            if len(set(graphs)) == len(graphs):  # else rows may be of one group here, and of another there
+                told += [(rows, group) for all_rows in by_node.values() for rows in all_rows]
+        return told
 
     def _costs_of_outputs(self) -> dict[str, int]:
         """Return how many hidden units, which some layer reads, outputs but the first fixed, by output."""
@@ -447,16 +463,19 @@ class Exploration(Walk):
             lost = {axis for u in met for axis in map(self.normal, u.axes)}
             yield UnknownOperator(operator, met[0].module, len(lost), sum(map(self.size, lost)))
 
-    def _trace(self, number: int) -> Trace:
+    def _trace(self, number: int, structure: Structure) -> Trace:
         def final(value: Any) -> Any:
             if isinstance(value, Traced):
                 unread = value.points_into is not None and not self.is_fixed(value.points_into)
-                return None if unread else tuple(map(self.normal, value.axes))
+                axes = tuple(map(self.normal, value.axes))
+                return None if unread or not structure.can_place(axes) else axes
             return [final(v) for v in value] if isinstance(value, list) else None
 
         axes = {node: final(value) for node, value in self._values[number].items()}
         taps = dict.fromkeys(
-            Tap(node, self.normal(axis)) for node, axis in self._contracted[number] if not self.is_fixed(axis)
+            Tap(node, self.normal(axis))
+            for node, axis in self._contracted[number]
+            if not self.is_fixed(axis) and axes.get(node) is not None
         )
         return Trace(self._graphs[number], axes, tuple(taps), self._model)
 

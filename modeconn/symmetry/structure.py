@@ -120,6 +120,13 @@ class Structure:
             for name, tensor in tensors.items()
         }
 
+    def can_place(self, axes: Sequence[Axis]) -> bool:
+        """Whether a tensor says itself at which index of their parents its units are."""
+        moving = {atom for axis in axes for atom in self.moving_atoms(axis)}
+        return {parent for atom in moving for parent in self.parents[atom]} <= {
+            atom for axis in axes for atom in self._reachable(axis)
+        }
+
     def _coupled(self, axes: Sequence[Axis], perms: Perms) -> list[tuple[int, ...]]:
         """Return the dimensions that move, those together where one tells how another one moves."""
         moving = [self.moving_atoms(axis) & perms.keys() for axis in axes]
@@ -199,13 +206,26 @@ def find_label(atom: int, labels: Labels, origin: int) -> int:
     return dims[0] if dims else next(dim for dim, label in enumerate(labels) if label[0] == atom)
 
 
-def dependencies(tensors: Iterable[algebra.Tensor], families: Families, free: Iterable[int]) -> dict[int, set[int]]:
-    """Return, for each free atom, the atoms whose index every tensor that holds it also determines."""
+def dependencies(
+    tensors: Iterable[algebra.Tensor],
+    families: Families,
+    free: Iterable[int],
+    told: Sequence[tuple[frozenset[int], int]] = (),
+) -> dict[int, set[int]]:
+    """Return, for each free atom, the atoms whose index every tensor that holds it also determines.
+
+    Args:
+        tensors: All that there are.
+        families: Atoms that stand for different axes at different indices.
+        free: The atoms that are asked for.
+        told: Fixed atoms, and another one whose index they say together, as rows do of the group that they are in.
+    """
     free = set(free)
     found: dict[int, set[int]] = {}
     for tensor in tensors:
         for part in expand(tensor, families):
             for atom, determined in algebra.co_occurrences(part):
                 if atom in free:
+                    determined = determined | {group for rows, group in told if rows <= determined}
                     found[atom] = found[atom] & determined if atom in found else set(determined)
     return found

@@ -68,6 +68,7 @@ class Walk(Space):
         self._shown: set[tuple[Axis, ...]] = set()
         self._seen: list[Axis] = []  # contracted, so they matter though no output has them
         self._contracted: list[list[tuple[Node, Axis]]] = []  # one list for each graph
+        self._told: list[tuple[Axis, Axis, Node]] = []  # rows, the groups that they belong to, and what says to which
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -85,6 +86,14 @@ class Walk(Space):
         self._seen.append(axis)
         if tensor.node is not None:
             self._contracted[-1].append((tensor.node, axis))
+
+    def tell(self, rows: Axis, groups: Axis, by: Traced) -> None:
+        """Record that the values of a tensor say which index of the fixed axis ``groups`` each of fixed rows is of.
+
+        So what belongs to a group may be relabelled on its own though a tensor has rows in its place.
+        """
+        if by.node is not None and UNIT not in (rows, groups):
+            self._told.append((rows, groups, by.node))
 
     def values(self, tensor: Traced) -> torch.Tensor | None:
         """Return the entries of a small tensor that no weight and no input decides, None of all others."""

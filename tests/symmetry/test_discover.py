@@ -511,14 +511,59 @@ class _GroupedExperts(nn.Module):
         order = expert.argsort()
         ends = torch.histc(expert.float(), 3, 0, 2).cumsum(0).to(torch.int32)
         inside = torch._grouped_mm(h[order], self.w1, offs=ends).relu()
+        inside, ends = self.between(inside, ends)
         return self.head(h.index_add(0, order, torch._grouped_mm(inside, self.w2, offs=ends)))
 
+    def between(self, inside: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        return inside, ends
 
-def test_experts_whose_tokens_are_sorted_share_one_relabelling_of_their_hidden_units() -> None:
-    model, x = _GroupedExperts().bfloat16(), torch.rand(6, 5).bfloat16()
+
+class _InReverse(_GroupedExperts):
+    """The second product takes the rows of the first one from the last to the first, so that experts mix."""
+
+    def between(self, inside: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        return inside.flip(0), ends
+
+
+class _CountedAnew(_GroupedExperts):
+    """The second product counts the rows off in another way than the first one."""
+
+    def between(self, inside: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        return inside, torch.tensor([1, 9, 24], dtype=torch.int32) + 0 * ends
+
+
+class _Averaged(_GroupedExperts):
+    """All rows are shifted by their mean, over experts too."""
+
+    def between(self, inside: Tensor, ends: Tensor) -> tuple[Tensor, Tensor]:
+        return inside - inside.mean(0), ends
+
+
+@pytest.mark.parametrize(
+    ("kind", "shape"),
+    [(_GroupedExperts, (3, 16)), (_InReverse, (16,)), (_CountedAnew, (16,)), (_Averaged, (16,))],
+    ids=lambda value: getattr(value, "__name__", ""),
+)
+def test_sorted_rows_have_the_units_of_their_expert_until_rows_mix(kind: type, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = kind().bfloat16(), torch.randn(24, 5).bfloat16()
     spec = discover(model, x)
-    assert [(group.size, group.places[-1][0]) for group in spec.groups] == [(8, "head.weight"), (16, "w2")]
+    assert [(group.shape, group.places[-1][0]) for group in spec.groups] == [((8,), "head.weight"), (shape, "w2")]
     assert spec.verify(model, x) < 1e-10
+    moved = spec.random(torch.Generator().manual_seed(1)).apply(model)
+    torch.testing.assert_close(moved(x), model(x), rtol=0.02, atol=0.02)
+    assert PermutationSpec.from_json(spec.to_json()) == spec
+
+
+def test_experts_are_aligned_by_their_weights_and_activations_say_that_they_cannot() -> None:
+    torch.manual_seed(0)
+    model, x = _GroupedExperts(), torch.randn(64, 5)
+    spec = discover(model.bfloat16(), x.bfloat16())
+    planted = spec.random(torch.Generator().manual_seed(1)).apply(model)
+    found = modeconn.align(model, planted, method=WeightMatching(), spec=spec)
+    assert all(torch.equal(a, b) for a, b in zip(found.model_b.parameters(), model.parameters(), strict=True))
+    with pytest.warns(UserWarning, match=r"activations say nothing of 'w1' \(16 units"):
+        modeconn.align(model, planted, [x.bfloat16()], method=ActivationMatching(), spec=spec)
 
 
 @pytest.mark.parametrize(("left", "right"), [((8, 16), (3, 16, 8)), ((3, 8, 16), (16, 8)), ((8, 8), (8, 16))])

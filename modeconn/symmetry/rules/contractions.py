@@ -100,6 +100,9 @@ def grouped_matmul(
         for axis, letter in zip(tensor.axes, letters, strict=True):
             if letter in grouped:
                 walk.fix(axis, "grouped by number")
+    if grouped == "TG" and offsets is not None:
+        walk.unify(offsets.axes[0], other.axes[0])
+        walk.tell(input.axes[0], other.axes[0], offsets)
     out = contraction(walk, [input, other], [left, right], "GTJ" if left[0] == right[0] == "G" else "TJ")
     return [walk.fixed(walk.shape[0], "grouped by number"), *out] if grouped == "K" else out
 
