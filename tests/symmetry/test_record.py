@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import modeconn
 from modeconn import PermutationSpec, discover
@@ -21,7 +22,8 @@ def model_of(act) -> nn.Module:
     torch.manual_seed(0)
     experts = nn.ModuleList(nn.Sequential(nn.Linear(8, 6), nn.ReLU(), nn.Linear(6, 8)) for _ in range(2))
     parts = {"stem": nn.Linear(5, 8), "mid": nn.Linear(8, 8), "head": nn.Linear(8, 2), "gate": nn.Linear(5, 2)}
-    return Lambda(lambda m, x: act(m, m.stem(x).relu(), x), **parts, experts=experts)
+    gru = nn.GRU(8, 4, batch_first=True, bidirectional=True)
+    return Lambda(lambda m, x: act(m, m.stem(x).relu(), x), **parts, experts=experts, gru=gru)
 
 
 def parted(m: nn.Module, h: Tensor, x: Tensor) -> Tensor:
@@ -92,8 +94,16 @@ def forces(m: nn.Module, h: Tensor, x: Tensor) -> Tensor:
     return force
 
 
+def packed(m: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+    lengths = (x[:, 0] > 0).view(3, 4).sum(1).clamp(min=1)
+    rows = pack_padded_sequence(h.view(3, 4, 8), lengths, batch_first=True, enforce_sorted=False)
+    out, _ = pad_packed_sequence(m.gru(rows)[0], batch_first=True)
+    return m.head(m.mid(out.sum(1)).relu())
+
+
 CASES = [
     *((one, [(8,)]) for one in (parted, scaled, branched, repeated, early_exit, as_many_as_said)),
+    (packed, [(4,), (4,), (8,), (8,)]),  # forwards, backwards, what is read, what reads
     (forces, [(2,), (8,)]),  # the sum of both outputs alone has a gradient
     (skipped_experts, [(6,), (6,), (8,), (8,)]),
     (read_one, [(7,)]),

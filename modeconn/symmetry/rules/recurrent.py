@@ -59,9 +59,43 @@ def recurrent(
 ) -> list[list[Axis]]:
     """``lstm``, ``gru``, ``rnn_*`` over a sequence; states are stacks over layers and directions."""
     states = [hx] if isinstance(hx, Traced) else list(hx)
-    directions = 2 if bidirectional else 1
-    per_cell = len(params) // (num_layers * directions)
     walk.fix(input.axes[1 if batch_first else 0], "order in time")
+    batch = [input.axes[0 if batch_first else 1]] if len(input.axes) == 3 else []
+    x, stacks = _layers(walk, input, states, batch, params, num_layers, 2 if bidirectional else 1)
+    return [[*input.axes[:-1], x], *stacks[: len(walk.shapes) - 1]]
+
+
+def packed_recurrent(
+    walk: Walk,
+    data: Traced,
+    batch_sizes: Traced,
+    hx: Any,
+    params: Sequence[Traced],
+    has_biases: bool,
+    num_layers: int,
+    dropout: float,
+    train: bool,
+    bidirectional: bool,
+) -> list[list[Axis]]:
+    """``lstm``, ``gru``, ``rnn_*`` over packed sequences: rows in order of time, as many at each as are not over."""
+    states = [hx] if isinstance(hx, Traced) else list(hx)
+    for axis in (data.axes[0], batch_sizes.axes[0], *(s.axes[1] for s in states)):
+        walk.fix(axis, "order in time")
+    x, stacks = _layers(walk, data, states, [states[0].axes[1]], params, num_layers, 2 if bidirectional else 1)
+    return [[walk.fixed(walk.shape[0], "order in time"), x], *stacks[: len(walk.shapes) - 1]]
+
+
+def _layers(
+    walk: Walk,
+    input: Traced,
+    states: Sequence[Traced],
+    batch: Sequence[Axis],
+    params: Sequence[Traced],
+    num_layers: int,
+    directions: int,
+) -> tuple[Axis, list[list[Axis]]]:
+    """Return the units of the last layer, and the axes of the final states."""
+    per_cell = len(params) // (num_layers * directions)
     x, finals, cells = input.axes[-1], [], []
     for layer in range(num_layers):
         outs = []
@@ -80,19 +114,43 @@ def recurrent(
         x = walk.concatenate(outs)
     walk.contract(input, input.axes[-1])
     over = walk.fixed(num_layers * directions, "layers")
-    batch = [input.axes[0 if batch_first else 1]] if len(input.axes) == 3 else []
     for s in states:
         for axis, entries in zip(batch, s.axes[1:], strict=False):
             walk.unify(axis, entries)
     walk.show(batch)
-    stacks = [[over, *batch, walk.family(over, axes)] for axes in (finals, cells)]
-    return [[*input.axes[:-1], x], *stacks[: len(walk.shapes) - 1]]
+    return x, [[over, *batch, walk.family(over, axes)] for axes in (finals, cells)]
+
+
+def pack(walk: Walk, input: Traced, lengths: Traced, batch_first: bool) -> list[list[Axis]]:
+    """Sequences of several lengths as one row for each of their entries, in order of time."""
+    for axis in (*input.axes[:2], *lengths.axes):
+        walk.fix(axis, "order in time")
+    walk.show(input.axes[2:])
+    rows, sizes = walk.shapes
+    return [[walk.fixed(rows[0], "order in time"), *input.axes[2:]], [walk.fixed(sizes[0], "order in time")]]
+
+
+def unpack(
+    walk: Walk, data: Traced, batch_sizes: Traced, batch_first: bool, padding_value: float, total_length: int
+) -> list[list[Axis]]:
+    """Rows of packed sequences back to one sequence for each example, and their lengths."""
+    for axis in (data.axes[0], *batch_sizes.axes):
+        walk.fix(axis, "order in time")
+    walk.show(data.axes[1:])
+    padded, lengths = walk.shapes
+    return [
+        [*(walk.fixed(n, "order in time") for n in padded[:2]), *data.axes[1:]],
+        [walk.fixed(lengths[0], "order in time")],
+    ]
 
 
 RULES = table(
     {
         recurrent_cell: "lstm_cell gru_cell rnn_tanh_cell rnn_relu_cell",
+        pack: "_pack_padded_sequence",
+        unpack: "_pad_packed_sequence",
     }
 )
-for _packet in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu):  # their overloads for packed sequences differ
+for _packet in (aten.lstm, aten.gru, aten.rnn_tanh, aten.rnn_relu):
     RULES[_packet.input] = recurrent
+    RULES[_packet.data] = packed_recurrent
