@@ -7,6 +7,7 @@ from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
 from torch import Tensor, nn, strided
+from torch.nn.parameter import is_lazy
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -25,7 +26,7 @@ def in_one_storage(tensors: Iterable[Tensor]) -> list[list[Tensor]]:
     """Return the sets of two or more different tensors that lie in the same memory, as weights tied by ``.data`` do."""
     by_storage: dict[int, dict[int, Tensor]] = {}
     for tensor in tensors:
-        if not tensor.is_meta and tensor.layout is strided and tensor.numel():
+        if not is_lazy(tensor) and not tensor.is_meta and tensor.layout is strided and tensor.numel():
             by_storage.setdefault(tensor.untyped_storage().data_ptr(), {})[id(tensor)] = tensor
     return [list(tied.values()) for tied in by_storage.values() if len(tied) > 1]
 

@@ -41,7 +41,7 @@ def discover(
         model: Any module; it is not changed. One that `torch.export` can follow may be on the meta device.
         example_input: What ``model(...)`` takes: a tensor, a tuple of positional inputs or a dict of keyword inputs.
             Default: ``model.example_input()``, where the model has that method. The result holds for any batch size,
-            but for models of which a warning says otherwise.
+            unless `PermutationSpec.fixed_batch` says why it is for those of the example's size.
         rules: Rule by operator; extend with ``{**RULES, torch.ops.mylib.scan.default: my_rule}``.
         freeze: Names of parameters or buffers, or patterns such as ``"blocks.0.*"``, all of whose axes stay fixed.
         outputs: Which of the model's outputs have to stay as they are: names (``"logits"``), positions in a tuple, or a
@@ -59,7 +59,7 @@ def discover(
     Warns:
         UserWarning: If `torch.export` cannot follow the model, because its values steer what it does: one run on the
             example is then recorded in its place, and the groups hold for the path that it takes. If only eval mode can
-            be followed, the batch size cannot be left free, or outputs but the first keep hidden units fixed.
+            be followed, or outputs but the first keep hidden units fixed.
         UnknownOperatorWarning: Once for each operator without a rule, with its place and what it costs.
 
     Example:

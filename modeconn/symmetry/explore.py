@@ -80,12 +80,6 @@ def explore(
             f"groups hold for the path that it takes. They hold on other paths too, as long as these read the same "
             f"units as numbers and treat the others alike."
         )
-    fixed = next((graph for graph in graphs if graph.why_batch_is_fixed and not is_of_one_path), None)
-    if fixed is not None:
-        warn(
-            f"torch.export cannot leave the batch size of {type(model).__name__} free ({fixed.why_batch_is_fixed}), so "
-            f"the groups are found for batches of the example's size; others are looked at anew where they are needed."
-        )
     walk = Exploration(model, rules, frozenset().union(*(graph.written_state for graph in graphs)))
     walk.freeze(freeze)
     for graph in graphs:

@@ -73,7 +73,7 @@ def _exported(model: nn.Module, example: Example, training: bool) -> Graph:
     batched = example.with_batch_of_two()
     if batched is None:
         return Graph(_export(model, example, None), training)
-    why = "it becomes a number on the way, as len(x) and .view(4, -1) make it; x.shape[0] stays free"
+    why = "it becomes a number on the way"
     try:
         graph = Graph(_export(model, batched, _free_first_dims(model, batched)), training)
         if graph.free_batch:
@@ -82,6 +82,7 @@ def _exported(model: nn.Module, example: Example, training: bool) -> Graph:
         why = first_line(error)
     graph = Graph(_export(model, example, None), training)
     graph.why_batch_is_fixed = why
+    _LOGGER.info("the batch size of %s is that of the example: %s", type(model).__name__, why)
     return graph
 
 

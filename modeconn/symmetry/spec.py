@@ -76,6 +76,15 @@ class PermutationSpec(Findings):
         return {name: tuple(map(self.structure.size, axes)) for name, axes in self.state.items()}
 
     @property
+    def fixed_batch(self) -> str | None:
+        """Why the groups were found for batches of the example's size alone; None if they hold for any.
+
+        Where a batch size becomes a number on the way, as ``len(x)`` and ``.view(4, -1)`` make it (``x.shape[0]`` stays
+        free), other sizes are looked at anew where they are needed. A spec that was loaded does not say it.
+        """
+        return next((trace.graph.why_batch_is_fixed for trace in self.traces if trace.graph.why_batch_is_fixed), None)
+
+    @property
     def num_units(self) -> int:
         """The number of units that can move, each head's counted."""
         return sum(math.prod(group.shape) for group in self.groups)

@@ -24,8 +24,6 @@ from modeconn.symmetry.walk import Traced, Walk
 from tests.symmetry.cases import CASES, SPELLINGS, Case, Lambda, attention
 from tests.symmetry.oracle import largest_change
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.export cannot leave the batch size")
-
 ZOO = {
     "mlp": lambda: models.mlp(64, (16, 12), 10),
     **{name: getattr(models, name) for name in models.names() if name != "mlp"},

@@ -79,9 +79,9 @@ def test_the_batch_size_is_free_however_inputs_are_passed(model, example):
 def test_a_model_that_fixes_its_batch_size_is_exported_for_that_one(model, batch):
     graph = export(model, Example.of(inputs(batch)), training=False)
     assert not graph.free_batch
-    with pytest.warns(UserWarning, match="cannot leave the batch size of .* free"):
-        spec = modeconn.discover(model, inputs(batch))
+    spec = modeconn.discover(model, inputs(batch))
     assert spec.num_units == 8
+    assert spec.fixed_batch and modeconn.discover(Net(), inputs()).fixed_batch is None
     assert spec.verify(model, inputs(batch)) < 1e-12
     assert graph.takes(Example.of(inputs(batch))) and not graph.takes(Example.of(inputs(batch + 1)))
     with pytest.raises(ValueError, match=rf"does not run on example_input of shape \({batch + 1}, 4\)"):

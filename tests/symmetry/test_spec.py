@@ -13,8 +13,6 @@ from modeconn.symmetry.verify import telling_relabellings
 from modeconn.tools import files
 from tests.symmetry.cases import CASES, Case
 
-pytestmark = pytest.mark.filterwarnings("ignore:torch.export cannot leave the batch size")
-
 SOME = [
     case
     for case in CASES
