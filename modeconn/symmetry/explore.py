@@ -524,7 +524,24 @@ def _number_for(symbol: Any, environment: Any) -> Any:
 
     name = "backed_var_to_val" if hasattr(environment, "backed_var_to_val") else "var_to_val"  # before torch 2.12
     known = getattr(environment, name)
-    return known[symbol] if symbol in known else sympy.Integer(sympy.prime(_FIRST_PRIME + int(symbol.name.lstrip("u"))))
+    if symbol in known:
+        return known[symbol]
+    same = _equal_to(symbol, environment)
+    number = min((int(name) for s in same if (name := s.name.lstrip("u")).isdecimal()), default=0)
+    return sympy.Integer(sympy.prime(_FIRST_PRIME + number))
+
+
+def _equal_to(symbol: Any, environment: Any) -> set[Any]:
+    """Return the symbols that export has found to be the same number as one, which it checks at each run."""
+    import sympy
+
+    claims = [claim.expr for claims in environment.deferred_runtime_asserts.values() for claim in claims]
+    pairs = [set(claim.args) for claim in claims if isinstance(claim, sympy.Eq)]
+    pairs = [pair for pair in pairs if all(side.is_Symbol for side in pair)]
+    same = {symbol}
+    while any(pair & same and not pair <= same for pair in pairs):
+        same |= {side for pair in pairs if pair & same for side in pair}
+    return same
 
 
 _FIRST_PRIME = 26

@@ -138,6 +138,8 @@ def _plain(value: Any, seen: tuple[int, ...] = ()) -> Any:
     if id(value) in seen:
         return None
     seen = (*seen, id(value))
+    if isinstance(value, type):
+        return None
     if isinstance(value, Mapping):
         return {str(key): _plain(item, seen) for key, item in value.items()}
     if isinstance(value, (list, tuple, set, frozenset)):
@@ -151,7 +153,7 @@ def _plain(value: Any, seen: tuple[int, ...] = ()) -> Any:
     return _plain(fields, seen)
 
 
-_WITHOUT_TENSORS = (torch.dtype, torch.device, torch.layout, complex, bytes, range, enum.Enum, type)
+_WITHOUT_TENSORS = (torch.dtype, torch.device, torch.layout, complex, bytes, range, enum.Enum)
 
 
 def _shadow(model: nn.Module) -> nn.Module:

@@ -999,3 +999,35 @@ def test_weights_in_one_memory_move_alike_and_stay_in_one(way: str, groups: list
         with torch.no_grad():
             moved.encoder.weight.add_(1.0)
         assert torch.equal(moved.decoder.T if way == "turned" else moved.decoder, moved.encoder.weight)
+
+
+def test_sizes_that_export_only_checks_to_be_equal_are_one_size() -> None:
+    """Two masks of equal entries choose as many rows, which is known at a run alone."""
+
+    def act(m: nn.Module, x: Tensor) -> Tensor:
+        h, mask = m.a(x).relu(), x[:, 0] > 0.5
+        chosen = h[mask]
+        return m.b(chosen + m.c(x[x[:, 0] > 0.5]).tanh()).sum(0)
+
+    model = Lambda(act, a=nn.Linear(5, 8), b=nn.Linear(8, 3), c=nn.Linear(5, 8))
+    x = torch.rand(12, 5)
+    spec = discover(model, x)
+    assert [group.size for group in spec.groups] == [8] and not spec.one_path
+    assert spec.verify(model, x) < 1e-12 and largest_change(spec, model, x) < 1e-12
+
+
+class _Cache:
+    """What some language models return: tensors in an object that knows its class."""
+
+    def __init__(self, keys: Tensor) -> None:
+        self.keys, self.kind = keys, _Cache
+
+    def longest(self) -> int:
+        return self.keys.shape[0]
+
+
+def test_classes_among_the_outputs_hold_no_tensors() -> None:
+    model = Lambda(lambda m, x: (m.b(h := m.a(x).relu()), _Cache(h)), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+    with pytest.warns(UserWarning, match="keep 8 hidden units"):
+        assert discover(model, torch.rand(2, 5)).num_units == 0
+    assert discover(model, torch.rand(2, 5), outputs=0).num_units == 8
