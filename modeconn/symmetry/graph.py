@@ -156,6 +156,7 @@ class Graph:
         self._last_use = _last_uses(self.nodes)
         written = {_storage_of(source) for node in self.nodes for source in _written_by(node)}
         self.written_state = {self.state[node.name].name for node in written if node.name in self.state}
+        self._known: dict[Node, Tensor | None] = {}
         self._safe_to_copy = {node for node in self.nodes if _storage_of(node) not in written}
         self.free_batch = any(_is_free(n) for input in self._inputs() for n in input.shape)
 
@@ -259,10 +260,16 @@ class Graph:
 
     def known(self, node: Node) -> Tensor | None:
         """Return the value of a node that is small, and made of constants alone; None for all others."""
-        size = node.meta.get("val")
-        if node not in self._safe_to_copy or not isinstance(size, Tensor) or any(map(_is_free, size.shape)):
+        if node not in self._known:
+            value = self._value_of_constants(node)
+            self._known[node] = None if value is None or value.is_meta else value
+        return self._known[node]
+
+    def _value_of_constants(self, node: Node) -> Tensor | None:
+        made = node.meta.get("val")
+        if node not in self._safe_to_copy or not isinstance(made, Tensor) or any(map(_is_free, made.shape)):
             return None
-        if size.numel() > _SMALL:
+        if made.numel() > _SMALL:
             return None
         if node.op == "placeholder":
             source = self.state.get(node.name)
@@ -271,7 +278,7 @@ class Graph:
         if node.op != "call_function" or _schema(node) is None or torch.Tag.nondeterministic_seeded in tags:
             return None
         given = {source: self.known(source) for source in node.all_input_nodes}
-        if any(value is None or value.is_meta for value in given.values()):
+        if any(value is None for value in given.values()):
             return None
         args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
         return node.target(*args, **kwargs)
