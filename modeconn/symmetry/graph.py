@@ -262,7 +262,7 @@ class Graph:
         """Return the value of a node that is small, and made of constants alone; None for all others."""
         if node not in self._known:
             value = self._value_of_constants(node)
-            self._known[node] = None if value is None or value.is_meta else value
+            self._known[node] = None if value is None or value.is_meta else value.cpu()
         return self._known[node]
 
     def _value_of_constants(self, node: Node) -> Tensor | None:
@@ -280,8 +280,12 @@ class Graph:
         given = {source: self.known(source) for source in node.all_input_nodes}
         if any(value is None for value in given.values()):
             return None
-        args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), given.__getitem__)
-        return node.target(*args, **kwargs)
+        on_cpu = torch.fx.node.map_aggregate(
+            (node.args, node.kwargs), lambda leaf: torch.device("cpu") if isinstance(leaf, torch.device) else leaf
+        )  # so that a model on the meta device has the groups that it has elsewhere
+        args, kwargs = torch.fx.node.map_arg(on_cpu, given.__getitem__)
+        with torch.device("cpu"):
+            return node.target(*args, **kwargs)
 
     def _state_value(self, node: Node, state: Mapping[str, Tensor], device: torch.device) -> Tensor:
         source = self.state[node.name]

@@ -1031,3 +1031,16 @@ def test_classes_among_the_outputs_hold_no_tensors() -> None:
     with pytest.warns(UserWarning, match="keep 8 hidden units"):
         assert discover(model, torch.rand(2, 5)).num_units == 0
     assert discover(model, torch.rand(2, 5), outputs=0).num_units == 8
+
+
+def test_positions_made_on_the_way_choose_on_the_meta_device_too() -> None:
+    def first_four(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.a(x).relu()
+        return m.b(h) + m.c(h[:, torch.arange(4, device=x.device)])
+
+    with torch.device("meta"):
+        model, x = Lambda(first_four, a=nn.Linear(5, 8), b=nn.Linear(8, 3), c=nn.Linear(4, 3)), torch.empty(2, 5)
+    spec = discover(model, x)
+    assert [group.size for group in spec.groups] == [4, 4]
+    real = Lambda(first_four, a=nn.Linear(5, 8), b=nn.Linear(8, 3), c=nn.Linear(4, 3))
+    assert PermutationSpec.from_json(spec.to_json()).verify(real, torch.rand(2, 5)) < 1e-12
