@@ -52,6 +52,11 @@ def worst_change(model: nn.Module, spec: Any, inputs: Any, run: Any) -> float:
             if training:
                 continue  # random numbers by position decide, which no relabelling moves
             raise CannotJudgeError("other outputs with another seed")
+        shaken = _returned(network, _shaken(network.state_dict()), inputs, run, training, seed=0)
+        if not _difference(before, shaken) < TOLERANCE:
+            if training:
+                continue
+            raise CannotJudgeError("rounding decides: weights that differ by 1e-14 return something else")
         for state in _relabelled(network.state_dict(), spec):
             worst = max(worst, _difference(before, _returned(network, state, inputs, run, training, seed=0)))
     return worst
@@ -78,6 +83,15 @@ def _relabelled(state: Mapping[str, Tensor], spec: Any) -> Iterator[dict[str, Te
         yield moved
 
 
+def _shaken(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Return the state with noise at the level of rounding."""
+    generator = torch.Generator().manual_seed(0)
+    noise = {
+        name: 1 + 1e-14 * torch.randn(x.shape, generator=generator, dtype=torch.float64) for name, x in state.items()
+    }
+    return {name: x * noise[name] if x.is_floating_point() else x for name, x in state.items()}
+
+
 def _is_identity(perm: Tensor) -> bool:
     return torch.equal(perm, torch.arange(perm.shape[-1]).expand(perm.shape))
 
@@ -94,7 +108,9 @@ def _returned(
     network: nn.Module, state: Mapping[str, Tensor], inputs: Any, run: Any, training: bool, seed: int
 ) -> list[Tensor]:
     twin = copy.deepcopy(network).train(training)
-    twin.load_state_dict(state)
+    with torch.no_grad():
+        for name, tensor in twin.state_dict(keep_vars=True).items():
+            tensor.copy_(state[name])
     torch.manual_seed(seed)
     default = torch.get_default_dtype()
     torch.set_default_dtype(torch.float64)
