@@ -1044,3 +1044,20 @@ def test_positions_made_on_the_way_choose_on_the_meta_device_too() -> None:
     assert [group.size for group in spec.groups] == [4, 4]
     real = Lambda(first_four, a=nn.Linear(5, 8), b=nn.Linear(8, 3), c=nn.Linear(4, 3))
     assert PermutationSpec.from_json(spec.to_json()).verify(real, torch.rand(2, 5)) < 1e-12
+
+
+def test_keys_and_values_may_serve_different_numbers_of_query_heads() -> None:
+    def act(m: nn.Module, x: Tensor) -> Tensor:
+        query, key, value = (
+            part(x).unflatten(-1, (heads, 3)).transpose(1, 2)
+            for part, heads in ((m.query, 4), (m.key, 2), (m.value, 4))
+        )
+        attended = F.scaled_dot_product_attention(query, key, value, enable_gqa=True)
+        return m.out(attended.transpose(1, 2).flatten(2))
+
+    sizes = {"query": 12, "key": 6, "value": 12}
+    model = Lambda(act, **{name: nn.Linear(5, size) for name, size in sizes.items()}, out=nn.Linear(12, 3))
+    x = torch.rand(2, 6, 5)
+    spec = discover(model, x)
+    assert sorted(group.shape for group in spec.groups) == [(2,), (2, 2), (2, 2, 3), (2, 3)]
+    assert spec.verify(model, x) < 1e-12 and largest_change(spec, model, x) < 1e-12

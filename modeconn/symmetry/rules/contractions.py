@@ -264,9 +264,11 @@ def attention(
 ) -> list[Axis]:
     """``softmax(q k^T) v``; with ``enable_gqa`` each key and value head serves several query heads."""
     if enable_gqa:
-        heads = walk.size(key.axes[-3])
-        repeats = walk.free(walk.size(query.axes[-3]) // heads)
-        key, value = (Traced(tuple(t.replace({-3: walk.product([t.axes[-3], repeats])})), t.node) for t in (key, value))
+        repeats = [walk.free(walk.size(query.axes[-3]) // walk.size(t.axes[-3])) for t in (key, value)]
+        key, value = (
+            Traced(tuple(t.replace({-3: walk.product([t.axes[-3], times])})), t.node)
+            for t, times in zip((key, value), repeats, strict=True)
+        )
     rank = max(len(t.axes) for t in (query, key, value))
     letters = _letters(rank - 2)
     of_query, of_key, of_value = (letters[rank - len(t.axes) :] for t in (query, key, value))
