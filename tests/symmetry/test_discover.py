@@ -1016,18 +1016,18 @@ def test_sizes_that_export_only_checks_to_be_equal_are_one_size() -> None:
     assert spec.verify(model, x) < 1e-12 and largest_change(spec, model, x) < 1e-12
 
 
-class _Cache:
+class _KnowsItsClass:
     """What some language models return: tensors in an object that knows its class."""
 
     def __init__(self, keys: Tensor) -> None:
-        self.keys, self.kind = keys, _Cache
+        self.keys, self.kind = keys, _KnowsItsClass
 
     def longest(self) -> int:
         return self.keys.shape[0]
 
 
 def test_classes_among_the_outputs_hold_no_tensors() -> None:
-    model = Lambda(lambda m, x: (m.b(h := m.a(x).relu()), _Cache(h)), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
+    model = Lambda(lambda m, x: (m.b(h := m.a(x).relu()), _KnowsItsClass(h)), a=nn.Linear(5, 8), b=nn.Linear(8, 3))
     with pytest.warns(UserWarning, match="keep 8 hidden units"):
         assert discover(model, torch.rand(2, 5)).num_units == 0
     assert discover(model, torch.rand(2, 5), outputs=0).num_units == 8

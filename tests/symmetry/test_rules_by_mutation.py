@@ -25,7 +25,7 @@ from modeconn.symmetry.graph import Graph
 from modeconn.symmetry.walk import Walk
 from tests.symmetry.cases import CASES, Case
 
-SAMPLE = None if os.environ.get("MODECONN_MUTATIONS") == "all" else 8
+SAMPLE = None if os.environ.get("MODECONN_MUTATIONS") == "all" else 6
 
 Wrap = Callable[[Any, Callable[..., Any]], Callable[..., Any]]
 
