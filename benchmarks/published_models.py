@@ -29,15 +29,15 @@ class Subject:
     """One published model.
 
     Args:
-        library: Where it is from.
+        origin: The library that it is from.
         name: What the library calls it.
     """
 
-    library: str
+    origin: str
     name: str
 
     def __str__(self) -> str:
-        return f"{self.library}/{self.name}"
+        return f"{self.origin}/{self.name}"
 
     def build(self) -> tuple[nn.Module, Any]:
         """Return the model with weights as its library draws them, and inputs that it runs on.
@@ -47,7 +47,7 @@ class Subject:
         """
         torch.manual_seed(0)
         failures: list[str] = []
-        variants = _BUILDERS[self.library](self.name)
+        variants = _BUILDERS[self.origin](self.name)
         while True:
             try:
                 model, candidates = next(variants)

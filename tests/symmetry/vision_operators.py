@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, library
 
 
 def deform_conv2d(
@@ -58,4 +58,4 @@ def _of_aligned(input: Tensor, rois: Tensor, scale: float, height: int, width: i
 
 if not hasattr(torch.ops.torchvision, "deform_conv2d"):
     for operator, shape in ((deform_conv2d, _of_deformed), (roi_align, _of_aligned)):
-        torch.library.custom_op(f"torchvision::{operator.__name__}", operator, mutates_args=()).register_fake(shape)
+        library.custom_op(f"torchvision::{operator.__name__}", operator, mutates_args=()).register_fake(shape)
