@@ -788,6 +788,10 @@ def symmetry(
     model: Annotated[
         str, typer.Argument(help="A model file, a model of the zoo, or package.module:factory.", show_default=False)
     ],
+    made_by: Annotated[
+        str | None,
+        typer.Option("--model", help="What made the model of a file that does not say it.", show_default=False),
+    ] = None,
     model_arg: options.ModelArguments = None,
     input_shape: Annotated[
         list[str] | None,
@@ -822,10 +826,16 @@ def symmetry(
         modeconn symmetry torchvision.models:resnet18 --input-shape 2,3,224,224
     """
     _check_outputs(out, save_spec)
+    arguments = parse.settings(model_arg)
     if Path(model).is_file():
-        network = models.load(model)
+        if arguments and made_by is None:
+            raise ValueError("--model-arg is for the factory of --model, which is missing.")
+        template = None if made_by is None else parse.make_model(made_by, arguments, None)
+        network = options.read_network(Path(model), template)
+    elif made_by is not None or Path(model).suffix in (".safetensors", ".pt", ".pth"):
+        raise ValueError(f"there is no file {model!r}.")
     else:
-        network = parse.make_model(model, parse.settings(model_arg), None)
+        network = parse.make_model(model, arguments, None)
     example = None if input_shape is None else tuple(map(parse.example_input, input_shape))
     with progress_bars(_bars(progress)):
         spec = modeconn.discover(network, example, freeze=freeze or (), outputs=parse.outputs(outputs))

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.tools.door import check, check_arguments, hints_of, shortened
+from modeconn.tools.files import NeedsModelError
 from modeconn.tools.rng import seeded
 
 P = ParamSpec("P")
@@ -109,7 +110,7 @@ def build(name: str, **arguments: Any) -> nn.Module:
     """
     check("name", name, str)
     if name not in _FACTORIES and ":" in name:
-        raise ValueError(f"the model was made by {name}, which files do not call. Pass template=, a model made by it.")
+        raise NeedsModelError(f"{name} made it, which files do not call. Pass template=, a model made by it.")
     if name not in _FACTORIES:
         raise ValueError(f"the zoo has no model {name!r}; it has {', '.join(names())}.")
     try:

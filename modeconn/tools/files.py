@@ -169,8 +169,14 @@ def taken_from(path: str | os.PathLike[str]) -> Iterator[None]:
         raise damaged(path, error) from error
 
 
+class NeedsModelError(ValueError):
+    """A file is whole, but does not say enough to build its model."""
+
+
 def damaged(path: str | os.PathLike[str], error: Exception) -> ValueError:
-    """Return the error that says of a file that its content does not fit together."""
+    """Return the error that says of a file that its content does not fit together, or what it needs to be read."""
+    if isinstance(error, NeedsModelError):
+        return ValueError(f"{os.fspath(path)!r} does not say how to build its model: {error}")
     lines = str(error).strip().splitlines()
     what = f"{type(error).__name__}: {lines[0][:200]}" if lines else type(error).__name__
     return ValueError(f"{os.fspath(path)!r} is damaged: what it says of itself does not fit ({what}). {_WAY_OUT}")

@@ -550,8 +550,25 @@ def test_own_data_and_models_need_to_be_said_once(own):
     shape = ("--input-shape", "2,5")
     run("align", own / "1.st", own / "2.st", "--method", "weight", "--out", own / "al.st", *shape)
     run("merge", own / "1.st", own / "2.st", "--method", "weight", "--out", own / "m.st", *OWN_DATA)
-    with pytest.raises(ValueError, match=r"made by mine_of_the_test:never, which files do not call. Pass template="):
+    assert "proved" in run("symmetry", own / "1.st", *shape).stdout
+    with pytest.raises(ValueError, match=r"mine_of_the_test:never made it, which files do not call. Pass template="):
         models.build("mine_of_the_test:never")
+
+
+def test_a_file_that_needs_its_model_is_not_called_damaged(own, tmp_path):
+    network = models.load(own / "1.st")
+    network.zoo_entry = ("mine_of_the_test:quiet", {"width": 6})
+    models.save(network, tmp_path / "n.st")
+    with pytest.raises(
+        ValueError, match=r"n.st' does not say how to build its model: mine_of.*quiet made it, .* templ"
+    ):
+        models.load(tmp_path / "n.st")
+    shape = ("--input-shape", "2,5")
+    assert "Say it yourself: --model" in run("symmetry", tmp_path / "n.st", *shape, code=1).stderr
+    given = ("--model", "mine_of_the_test:net", "--model-arg", "width=6")
+    assert "proved" in run("symmetry", tmp_path / "n.st", *shape, *given).stdout
+    missing = run("symmetry", tmp_path / "gone.safetensors", *shape, code=1)
+    assert "there is no file" in missing.stderr and "gone.safetensors" in missing.stderr
 
 
 def test_what_does_not_say_that_it_makes_models_is_not_called_by_a_file(own, tmp_path):
