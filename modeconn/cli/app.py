@@ -177,13 +177,13 @@ def evaluate_network(network: nn.Module, loader: Any) -> modeconn.Profile:
 
 
 def _result_files(base: Path, out: Path | None, *, overwrite: bool) -> list[Path]:
-    """Return the JSON and the CSV file whose names begin with ``out``, or by default with ``base``.
+    """Return the JSON and the CSV file whose names begin with ``out``, or by default with ``base``; one of them will do.
 
     They can be written, and under a default name there is no result of another command yet. ``-`` means no files.
     """
     if out == _STDOUT:
         return []
-    base = base if out is None else out
+    base = base if out is None else out.with_suffix("") if out.suffix in (".json", ".csv") else out
     results = [base.with_name(base.name + ending) for ending in (".json", ".csv")]
     _check_outputs(*results)
     if out is None and not overwrite:

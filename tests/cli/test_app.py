@@ -547,6 +547,8 @@ OWN_DATA = ("--data", "mine_of_the_test:data", "--data-arg", "n=90")
 def test_own_data_and_models_need_to_be_said_once(own):
     assert "mine_of_the_test:net(width=6" in run("info", own / "1.st").stdout
     assert "Profile(3 points, 90 examples" in run("evaluate", own / "c.st", *OWN_DATA, "--points", 3).stdout
+    run("evaluate", own / "c.st", *OWN_DATA, "--points", 3, "--out", own / "named.json")
+    assert (own / "named.json").is_file() and (own / "named.csv").is_file()
     shape = ("--input-shape", "2,5")
     run("align", own / "1.st", own / "2.st", "--method", "weight", "--out", own / "al.st", *shape)
     run("merge", own / "1.st", own / "2.st", "--method", "weight", "--out", own / "m.st", *OWN_DATA)
