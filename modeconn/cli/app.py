@@ -177,7 +177,7 @@ def evaluate_network(network: nn.Module, loader: Any) -> modeconn.Profile:
 
 
 def _result_files(base: Path, out: Path | None, *, overwrite: bool) -> list[Path]:
-    """Return the JSON and the CSV file whose names begin with ``out``, or by default with ``base``; one of them will do.
+    """Return the JSON and CSV files whose names begin with ``out`` (or are one of these), by default with ``base``.
 
     They can be written, and under a default name there is no result of another command yet. ``-`` means no files.
     """
