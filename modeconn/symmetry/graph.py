@@ -13,6 +13,7 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from modeconn.network.batches import to_device
+from modeconn.symmetry.cuts import cut_before_views
 from modeconn.symmetry.execute import call, in_precision
 from modeconn.symmetry.lower import inlined
 from modeconn.symmetry.outputs import Outputs
@@ -146,19 +147,26 @@ class Graph:
         self.is_recorded = program.is_recorded
         self._program = program
         self.state = program.state
-        self.nodes = _live_nodes(inlined(program.module), with_readings=program.is_recorded)
+        self._known: dict[Node, Tensor | None] = {}
+        graph = inlined(program.module)
+        self._read(graph)
+        if cut_before_views(graph, self.nodes, self.known):
+            self._read(graph)
         (returned,) = self.nodes[-1].args
         self.outputs: dict[str, str] = {}
         for place, name in program.outputs.items():
             self.outputs.setdefault(returned[place].name, name)
+        self.free_batch = any(_is_free(n) for input in self._inputs() for n in input.shape)
+
+    def _read(self, graph: Any) -> None:
+        """Take the live nodes of a graph, and find out what they read and write."""
+        self.nodes = _live_nodes(graph, with_readings=self.is_recorded)
         read = {source for node in self.nodes for source in node.all_input_nodes}
         self.used_state = {self.state[node.name].name for node in read if node.name in self.state}
         self._last_use = _last_uses(self.nodes)
         written = {_storage_of(source) for node in self.nodes for source in _written_by(node)}
         self.written_state = {self.state[node.name].name for node in written if node.name in self.state}
-        self._known: dict[Node, Tensor | None] = {}
         self._safe_to_copy = {node for node in self.nodes if _storage_of(node) not in written}
-        self.free_batch = any(_is_free(n) for input in self._inputs() for n in input.shape)
 
     @property
     def mode(self) -> str:

@@ -715,12 +715,28 @@ def multi_query(way: str) -> nn.Module:
         heads = m.qkv(h).unflatten(-1, (6, 4)).transpose(1, 2)
         if way == "positions":
             query, key, value = heads[:, :-2], heads[:, [-2]], heads[:, [-1]]
+        elif way == "selection":
+            query, key, value = heads[:, :-2], heads[:, -2].unsqueeze(1), heads[:, -1].unsqueeze(1)
         else:
             query, key, value = heads.split([4, 1, 1], 1)
         key, value = key.expand_as(query), value.expand_as(query)
         return m.head(h + m.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)))
 
     return Lambda(act, embed=nn.Linear(5, 8), qkv=nn.Linear(8, 24), out=nn.Linear(16, 8), head=nn.Linear(8, 3))
+
+
+def grouped_query() -> nn.Module:
+    """Two groups of three query heads with one key and one value head, all of one matrix."""
+
+    def act(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.embed(x)
+        heads = m.qkv(h).view(*x.shape[:2], 2, 5, 4)
+        query, key, value = heads[..., :3, :], heads[..., -2, :], heads[..., -1, :]
+        query = query.flatten(2, 3).transpose(1, 2)
+        key, value = (part.transpose(1, 2).repeat_interleave(3, 1) for part in (key, value))
+        return m.head(h + m.out(F.scaled_dot_product_attention(query, key, value).transpose(1, 2).flatten(2)))
+
+    return Lambda(act, embed=nn.Linear(5, 8), qkv=nn.Linear(8, 40), out=nn.Linear(24, 8), head=nn.Linear(8, 3))
 
 
 def flexible(num_heads: int) -> nn.Module:
@@ -813,11 +829,14 @@ CASES = [
     Case("deformed", lambda: deformed(False), image(), [(8,), (2,), (2, 3), (5,)]),
     Case("deformed and masked", lambda: deformed(True), image(), [(8,), (2,), (2, 3), (5,)]),
     Case("regions", cut_out, image(), [(8,)]),
-    # heads, key and value are places of one axis, which stays: the units inside a head are then one group for all six
+    # the stream, the query heads, units of queries with keys, units of values
     *(
-        Case(f"multi-query by {way}", lambda way=way: multi_query(way), lambda: torch.rand(2, 6, 5), [(8,), (4,)])
-        for way in ("positions", "split")
+        Case(
+            f"multi-query by {way}", lambda way=way: multi_query(way), lambda: torch.rand(2, 6, 5), [(8,), *[(4,)] * 3]
+        )
+        for way in ("positions", "selection", "split")
     ),
+    Case("grouped query", grouped_query, lambda: torch.rand(2, 6, 5), [(8,), (2,), (2, 3), (2, 4), (2, 4)]),
     Case("flexible attention", lambda: flexible(4), lambda: torch.rand(2, 6, 5), [(4, 3), (4, 3)]),
     Case("flexible, grouped", lambda: flexible(2), lambda: torch.rand(2, 6, 5), [(2, 3), (2, 3)]),
     Case("some of eight", some_of_eight, lambda: torch.rand(2, 5), [(2,), (4,)]),

@@ -1,6 +1,6 @@
 """Discovery on networks that nobody wrote: random graphs of operators, each proved at every tensor.
 
-``MODECONN_EXAMPLES=5000 pytest tests/test_generated_networks.py`` tries more of them.
+``MODECONN_EXAMPLES=5000 pytest tests/symmetry/test_generated_networks.py`` tries more of them.
 """
 
 from __future__ import annotations
