@@ -87,13 +87,24 @@ class Walk(Space):
         if tensor.node is not None:
             self._contracted[-1].append((tensor.node, axis))
 
-    def tell(self, rows: Axis, groups: Axis, by: Traced) -> None:
-        """Record that the values of a tensor say which index of the fixed axis ``groups`` each of fixed rows is of.
+    def tell(self, rows: Axis, groups: Axis, by: Node) -> None:
+        """Learn that the values of a node say which index of the axis ``groups`` each of some rows is of: both stay.
 
         So what belongs to a group may be relabelled on its own though a tensor has rows in its place.
         """
-        if by.node is not None and UNIT not in (rows, groups):
-            self._told.append((rows, groups, by.node))
+        if UNIT in (rows, groups):
+            return
+        for axis in (rows, groups):
+            self.fix(axis, "grouped by number")
+        for other_rows, other_groups, other in self._told:  # what the same values say is of the same rows and groups
+            if (
+                other is by
+                and self.size(other_groups) == self.size(groups)
+                and self.size(other_rows) == self.size(rows)
+            ):
+                self.unify(rows, other_rows)
+                self.unify(groups, other_groups)
+        self._told.append((rows, groups, by))
 
     def values(self, tensor: Traced) -> torch.Tensor | None:
         """Return the entries of a small tensor that no weight and no input decides, None of all others."""

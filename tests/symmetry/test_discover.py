@@ -553,6 +553,56 @@ def test_sorted_rows_have_the_units_of_their_expert_until_rows_mix(kind: type, s
     assert PermutationSpec.from_json(spec.to_json()) == spec
 
 
+class _BiasedExperts(nn.Module):
+    """Experts with biases, which each row looks up by the number of its expert: what ``way`` says."""
+
+    def __init__(self, way: str) -> None:
+        super().__init__()
+        self.way = way
+        self.stem, self.router, self.head = nn.Linear(5, 8), nn.Linear(8, 3), nn.Linear(8, 2)
+        self.w1, self.w2 = nn.Parameter(torch.rand(3, 8, 16)), nn.Parameter(torch.rand(3, 16, 8))
+        self.b1, self.b2 = nn.Parameter(torch.rand(3, 16)), nn.Parameter(torch.rand(3, 8))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        expert = self.router(h).argmax(-1)
+        numbers, order = expert.sort()
+        if self.way == "indexed":
+            order = expert.argsort()
+            numbers = expert[order]
+        counts = torch.bincount(expert, minlength=3) if self.way == "counted" else torch.histc(numbers.float(), 3, 0, 2)
+        ends = counts.cumsum(0).to(torch.int32)
+        if self.way == "unsorted":
+            numbers = expert
+        if self.way == "from the largest":
+            numbers = expert.sort(descending=True)[0]
+        if self.way == "written":
+            numbers.clamp_(max=1)
+        inside = (torch._grouped_mm(h[order], self.w1, offs=ends) + self.b1[numbers]).relu()
+        return self.head(h.index_add(0, order, torch._grouped_mm(inside, self.w2, offs=ends) + self.b2[numbers]))
+
+
+@pytest.mark.parametrize(
+    ("way", "shape"),
+    [
+        ("sorted", (3, 16)),
+        ("indexed", (3, 16)),
+        ("counted", (3, 16)),
+        ("unsorted", (16,)),
+        ("from the largest", (16,)),
+        ("written", (16,)),
+    ],
+)
+def test_biases_by_number_move_with_their_expert_where_rows_are_sorted(way: str, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    model, x = _BiasedExperts(way).bfloat16(), torch.randn(24, 5).bfloat16()
+    spec = discover(model, x)
+    assert sorted(group.shape for group in spec.groups) == sorted([(8,), shape])
+    assert spec.verify(model, x) < 1e-10
+    moved = spec.random(torch.Generator().manual_seed(1)).apply(model)
+    torch.testing.assert_close(moved(x), model(x), rtol=0.02, atol=0.02)
+
+
 def test_experts_are_aligned_by_their_weights_and_activations_say_that_they_cannot() -> None:
     torch.manual_seed(0)
     model, x = _GroupedExperts(), torch.randn(64, 5)

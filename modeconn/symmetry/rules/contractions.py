@@ -7,6 +7,7 @@ from typing import Any
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.rules.elementwise import broadcast
+from modeconn.symmetry.rules.grouping import counted
 from modeconn.symmetry.rules.operators import table
 from modeconn.symmetry.rules.shapes import transpose
 from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
@@ -102,7 +103,8 @@ def grouped_matmul(
                 walk.fix(axis, "grouped by number")
     if grouped == "TG" and offsets is not None:
         walk.unify(offsets.axes[0], other.axes[0])
-        walk.tell(input.axes[0], other.axes[0], offsets)
+        if offsets.node is not None:
+            walk.tell(input.axes[0], other.axes[0], counted(offsets.node, walk.size(other.axes[0])))
     out = contraction(walk, [input, other], [left, right], "GTJ" if left[0] == right[0] == "G" else "TJ")
     return [walk.fixed(walk.shape[0], "grouped by number"), *out] if grouped == "K" else out
 

@@ -10,6 +10,7 @@ import torch
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.rules.elementwise import broadcast
+from modeconn.symmetry.rules.grouping import sorted_numbers
 from modeconn.symmetry.rules.operators import table
 from modeconn.symmetry.rules.shapes import cat, piece
 from modeconn.symmetry.walk import Traced, Walk, traced_in
@@ -106,15 +107,26 @@ def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[A
         parts = _in_parts(walk, input, used[0], indices[used[0]])
         if parts is not None:
             return parts
+    rest = input.without(*used)
+    if not _tell_rows(walk, input, used, indices):
+        walk.show(rest)
     for dim in used:
         walk.fix(input.axes[dim], "looked up by number")
     looked_up = [i for i in indices if i is not None]
     picked = broadcast(walk, looked_up, max(len(i.axes) for i in looked_up))
-    rest = input.without(*used)
-    walk.show(rest)
     together = used[-1] - used[0] + 1 == len(used)
     at = used[0] if together else 0
     return [*rest[:at], *picked, *rest[at:]]
+
+
+def _tell_rows(walk: Walk, input: Traced, used: Sequence[int], indices: Sequence[Traced | None]) -> bool:
+    """Record of which group each row is, if it is looked up by sorted numbers: the bias of the expert that has it."""
+    given = indices[used[0]] if len(used) == 1 else None
+    numbers = None if given is None else sorted_numbers(given.node)
+    if given is None or numbers is None or walk.size(given.axes[0]) == walk.size(input.axes[used[0]]):
+        return False
+    walk.tell(given.axes[0], input.axes[used[0]], numbers)
+    return True
 
 
 def _masked(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[Axis] | None:
