@@ -316,7 +316,8 @@ class Exploration(Walk):
         return None
 
     def _unknown_operator(self, node: Node, arguments: Any) -> list[list[Axis]]:
-        module = list(node.meta.get("nn_module_stack", {"": ("", "")}).values())[-1][0]
+        stack = node.meta.get("nn_module_stack") or {"": ("", "")}
+        module = list(stack.values())[-1][0]
         known = _Unknown(_name_of(node.target), module)
         for tensor in traced_in(arguments):
             known.axes += [axis for axis in tensor.axes if not self.is_fixed(axis)]

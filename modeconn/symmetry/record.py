@@ -14,6 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -75,6 +76,7 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, a
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     constants = dict(_as_placeholders(module))
     _drop_modes(module)
+    _share_mode(module)
     (returned,) = next(node for node in module.graph.nodes if node.op == "output").args
     return Recording(
         module=module,
@@ -118,6 +120,21 @@ def _as_placeholders(module: Any) -> Iterator[tuple[str, Tensor]]:
         node.replace_all_uses_with(place)
         graph.erase_node(node)
         yield place.name, value.detach()
+
+
+def _share_mode(module: Any) -> None:
+    """Let the stand-ins for all values be of one mode, as in exported graphs: operators take none of several."""
+    mode = FakeTensorMode(allow_non_fake_inputs=True)  # decompositions hold numbers as tensors
+
+    def stand_in(value: Any) -> Any:
+        if not isinstance(value, Tensor) or value.layout != torch.strided:
+            return value
+        with mode:
+            return torch.empty_strided(value.shape, value.stride(), dtype=value.dtype, device=value.device)
+
+    for node in module.graph.nodes:
+        if "val" in node.meta:
+            node.meta["val"] = pytree.tree_map(stand_in, node.meta["val"])
 
 
 _MAPS = "torch._functorch.predispatch"

@@ -7,14 +7,16 @@ import warnings
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.utils.rnn import pack_padded_sequence, pad_packed_sequence
 
 import modeconn
 from modeconn import PermutationSpec, discover
-from modeconn.symmetry import VerificationError
+from modeconn.symmetry import RULES, VerificationError
 from modeconn.symmetry.export import ExportError
-from tests.symmetry.cases import Lambda
+from tests.symmetry.cases import CASES as SYMMETRIES
+from tests.symmetry.cases import Case, Lambda
 from tests.symmetry.oracle import largest_change
 
 
@@ -120,6 +122,45 @@ def test_what_values_steer_is_recorded_and_what_is_read_stays(act, groups) -> No
     assert sorted(group.shape for group in spec.groups) == groups
     assert spec.verify(model, x) < 1e-12
     assert largest_change(spec, model, x) < 1e-12
+
+
+LOSSES = {
+    "mse": F.mse_loss,
+    "smooth_l1": F.smooth_l1_loss,
+    "binary_cross_entropy": lambda y, z: F.binary_cross_entropy(y.sigmoid(), z.sigmoid()),
+    "cross_entropy": lambda y, z: F.cross_entropy(y, z.softmax(-1)),
+    "of_classes": lambda y, z: F.cross_entropy(y, torch.arange(12) % 8),
+    "kl_div": lambda y, z: F.kl_div(y.log_softmax(-1), z.softmax(-1), reduction="batchmean"),
+}
+
+
+@pytest.mark.parametrize("loss", LOSSES.values(), ids=LOSSES.keys())
+def test_operators_that_consist_of_others_have_the_same_groups_exported_and_recorded(loss) -> None:
+    def exported(m: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+        return m.head(h) + loss(m.mid(h), h)
+
+    x = torch.randn(12, 5)
+    wanted = discover(model_of(exported), x)
+    with pytest.warns(UserWarning, match="one run on the example input was recorded") as told:
+        spec = discover(model_of(lambda m, h, x: exported(m, h * (1 + 0 * float(x.sum())), x)), x)
+    assert len(told) == 1 and not wanted.one_path and spec.one_path
+    assert spec.groups == wanted.groups and len(spec.groups) == 1
+
+
+@pytest.mark.filterwarnings("ignore:torch.export cannot follow")
+@pytest.mark.parametrize("case", SYMMETRIES[::4], ids=str)
+def test_a_recorded_network_has_the_groups_of_the_exported_one(case: Case, monkeypatch) -> None:
+    def refuse(*args: object) -> None:
+        raise DataDependentError
+
+    monkeypatch.setattr(modeconn.symmetry.export, "_exported", refuse)
+    torch.manual_seed(0)
+    spec = discover(case.build(), case.inputs(), rules={**RULES, **case.rules})
+    assert spec.one_path and sorted(group.shape for group in spec.groups) == sorted(case.groups)
+
+
+class DataDependentError(Exception):
+    """In place of what export raises where values decide."""
 
 
 @pytest.mark.filterwarnings("ignore:torch.export cannot follow")
