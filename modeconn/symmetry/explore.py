@@ -37,7 +37,16 @@ if TYPE_CHECKING:
 _READ_SHAPES = (pointwise, reshape, expand_to, fill, constant)
 """Rules that take sizes from the shapes of outputs, so that numbers among their arguments may be unknown."""
 
-_ABOUT_SIZES = ("sym_", "_assert", "_check", "item", "_local_scalar_dense", "is_nonzero", "_linalg_check")
+_ABOUT_SIZES = (
+    "sym_",
+    "_assert",
+    "_check",
+    "item",
+    "_local_scalar_dense",
+    "is_nonzero",
+    "_linalg_check",
+    "_has_compatible_shallow_copy",
+)
 """Beginnings of the names of operators without tensors among their outputs, which say nothing of units."""
 
 

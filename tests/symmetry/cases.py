@@ -677,6 +677,24 @@ def rare_operators() -> nn.Module:
     return Lambda(forward, a=nn.Linear(5, 8), b=nn.Linear(8, 2))
 
 
+def windows_of_memory() -> nn.Module:
+    """Windows of four of eight steps, two apart, as views of one memory: units move as long as they are read whole."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x).contiguous()
+        windows = h.as_strided((len(x), 3, 4, 6), (48, 12, 6, 1))
+        overlapping = m.overlapping(x).contiguous().as_strided((len(x), 7, 4, 2), (32, 4, 1, 2))
+        return m.head(m.mid(windows).relu().sum((1, 2))) + overlapping.relu().cumsum(2).mean((1, 2, 3)).unsqueeze(1)
+
+    return Lambda(
+        forward,
+        stem=nn.Linear(5, 6),
+        mid=nn.Linear(6, 7),
+        head=nn.Linear(7, 3),
+        overlapping=nn.Linear(5, 4),
+    )
+
+
 def tables_of_limited_norm() -> nn.Module:
     return nn.Sequential(nn.Embedding(11, 6, max_norm=0.5), nn.Linear(6, 7), nn.ReLU(), nn.Linear(7, 3))
 
@@ -824,6 +842,7 @@ CASES = [
     Case("chosen by values", chosen_by_values, lambda: torch.rand(6, 5), [(8,)]),
     Case("sparse codes", sparse_codes, lambda: torch.rand(6, 5), [(8,)]),
     Case("rare operators", rare_operators, lambda: torch.rand(6, 5), [(8,)]),
+    Case("windows of memory", windows_of_memory, lambda: torch.rand(2, 8, 5), [(6,), (7,)]),
     Case("tables of limited norm", tables_of_limited_norm, tokens(), [(6,), (7,)]),
     Case("bytes as numbers", bytes_as_numbers, lambda: torch.rand(2, 5), [(4,), (6,)]),
     Case("deformed", lambda: deformed(False), image(), [(8,), (2,), (2, 3), (5,)]),

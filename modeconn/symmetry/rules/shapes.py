@@ -59,11 +59,37 @@ def view_as_type(walk: Walk, input: Traced, dtype: torch.dtype) -> list[Axis]:
 def strided(
     walk: Walk, input: Traced, size: Sequence[int], stride: Sequence[int], offset: int | None = None
 ) -> list[Axis] | None:
-    """Another reading of the memory of a tensor; known only where it is the one that the tensor has."""
+    """Another reading of the memory of a tensor, such as windows that overlap: axes that are read whole are kept."""
     given = None if input.node is None else input.node.meta["val"]
-    if given is None or tuple(stride) != tuple(given.stride()) or offset not in (None, given.storage_offset()):
+    sizes, steps = list(map(walk.size, input.axes)), [] if given is None else [_number(n) for n in given.stride()]
+    start = 0 if offset is None or given is None else offset - given.storage_offset()
+    places = sorted((step, n) for step, n in zip(steps, sizes, strict=False) if n > 1 and step is not None)
+    is_dense = all(step == prod(n for _, n in places[:i]) for i, (step, _) in enumerate(places))
+    if given is None or None in steps or not is_dense:
         return None
-    return list(input.axes) if tuple(map(walk.size, input.axes)) == walk.shape else None
+    read = [(n, step) for n, step in zip(size, stride, strict=True)]
+    if start < 0 or start + sum((n - 1) * step for n, step in read) >= prod(sizes):
+        return None
+    out = [UNIT if n == 1 else walk.fixed(n, _REREAD) for n in size]
+    for axis, n, step in zip(input.axes, sizes, steps, strict=True):
+        if n == 1:
+            continue
+        dim = read.index((n, step)) if (n, step) in read else None
+        others = [pair for d, pair in enumerate(read) if d != dim and pair[0] > 1]
+        below = start % step + sum((m - 1) * s for m, s in others if s < step)
+        is_whole = below < step and not any(s % (n * step) for _, s in others if s >= step) and not start // step % n
+        if dim is not None and is_whole:
+            out[dim] = axis
+        else:
+            walk.fix(axis, _REREAD)
+    return out
+
+
+_REREAD = "its memory is read in another way"
+
+
+def _number(size: Any) -> int | None:
+    return size if isinstance(size, int) else size.node.hint
 
 
 def permute(walk: Walk, input: Traced, dims: Sequence[int]) -> list[Axis]:
