@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 
 from modeconn.network.copies import check_no_inference, copy_with, plain_tensors
 from modeconn.symmetry.graph import ALL, Example, Graph, Program, State
+from modeconn.symmetry.lower import levels_kept
 from modeconn.symmetry.outputs import Outputs, leaf_names
 from modeconn.symmetry.record import Recording, record
 from modeconn.tools.rng import one_thread, seeded
@@ -197,7 +198,7 @@ def _traceable() -> Iterator[None]:
     for log in logs:
         log.setLevel(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), torch.enable_grad(), redirect_stderr(io.StringIO()):
+        with warnings.catch_warnings(), torch.enable_grad(), redirect_stderr(io.StringIO()), levels_kept():
             warnings.simplefilter("ignore")
             yield
     finally:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -19,7 +20,7 @@ def inlined(module: Any) -> Any:
     The bodies of regions (no_grad, autocast) take the place of the regions, both branches of ``torch.cond`` that of the
     condition, with one ``where`` for each output; and what ``torch.vmap`` maps is written out for whole batches.
     """
-    return _without_vmap(_without_bodies(module))
+    return _without_vmap(module, _without_bodies(module))
 
 
 def _without_bodies(module: Any) -> Any:
@@ -72,7 +73,7 @@ def _either(graph: Any, condition: Node, yes: Node, no: Node) -> Node:
     return chosen
 
 
-def _without_vmap(graph: Any) -> Any:
+def _without_vmap(module: Any, graph: Any) -> Any:
     """Write out what lies between the beginning and the end of a ``torch.vmap``, where operators see one example."""
     depth, regions = 0, []
     for node in graph.nodes:
@@ -85,7 +86,7 @@ def _without_vmap(graph: Any) -> Any:
         if name == _END:
             depth -= 1
     for region in regions:
-        _write_out(graph, region)
+        _write_out(module, graph, region)
     return graph
 
 
@@ -93,23 +94,28 @@ _BEGIN, _END = "_vmap_increment_nesting", "_vmap_decrement_nesting"
 """What exported graphs call where a map over examples begins and ends."""
 
 
-def _write_out(graph: Any, region: list[Node]) -> None:
+def _write_out(module: Any, graph: Any, region: list[Node]) -> None:
     """Replace nodes by the plain operators that they make when they are run on tensors of a batch."""
     from torch.fx.experimental.proxy_tensor import make_fx
 
     inside = set(region)
-    inputs = list(dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside))
+    read = dict.fromkeys(n for node in region for n in node.all_input_nodes if n not in inside)
+    held = {n: getattr(module, n.target) for n in (*read, *region) if n.op == "get_attr"}  # functions, for example
+    inputs = [node for node in read if node not in held]
     outputs = [node for node in region if not node.users.keys() <= inside]
 
     def run(*values: Any) -> list[Any]:
-        env = dict(zip(inputs, values, strict=True))
+        env = {**held, **dict(zip(inputs, values, strict=True))}
         for node in region:
+            if node in held:
+                continue
             args, kwargs = torch.fx.node.map_arg((node.args, node.kwargs), env.__getitem__)
             env[node] = node.target(*args, **kwargs)
         return [env[node] for node in outputs]
 
     try:
-        written = make_fx(run)(*(node.meta["val"] for node in inputs)).graph
+        with levels_kept():
+            written = make_fx(run)(*(node.meta["val"] for node in inputs)).graph
     except Exception:  # tracing raises errors of many types; the operators then stay, as ones without a rule
         return
     written.eliminate_dead_code()
@@ -124,6 +130,17 @@ def _write_out(graph: Any, region: list[Node]) -> None:
         node.replace_all_uses_with(copy)
     for node in reversed(region):
         graph.erase_node(node)
+
+
+@contextmanager
+def levels_kept() -> Iterator[None]:
+    """Leave no map over examples, and no derivative, open that was begun inside and not ended, since it failed."""
+    transforms = torch._C._functorch
+    depth = transforms.get_dynamic_layer_stack_depth()
+    try:
+        yield
+    finally:
+        transforms.pop_dynamic_layer_stack_and_undo_to_depth(depth)
 
 
 def decompose(node: Node) -> Any:

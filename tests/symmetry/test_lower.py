@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import subprocess
 import sys
+from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch._dynamo._trace_wrapped_higher_order_op import TransformGetItemToIndex
 
 from modeconn import PermutationSpec, VerificationError, discover
+from modeconn.symmetry import lower
 from modeconn.symmetry.explore import Exploration
 from tests.symmetry.cases import Lambda
 from tests.symmetry.oracle import largest_change
@@ -46,7 +49,36 @@ def mapped(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
     return m.third(features), features
 
 
-ACTS = [without_gradients, in_single_precision, of_both_branches, mapped]
+def test_no_map_over_examples_stays_open_where_one_cannot_be_written_out(monkeypatch) -> None:
+    def fail(*args: object) -> None:
+        raise RuntimeError("this cannot be traced")
+
+    write_out = lower._write_out
+
+    def write_out_in_part(module: Any, graph: Any, region: list[Any]) -> None:
+        layer = next(node for node in region if node.target is torch.ops.aten.linear.default)
+        layer.target = fail
+        write_out(module, graph, region)
+        layer.target = torch.ops.aten.linear.default
+
+    monkeypatch.setattr(lower, "_write_out", write_out_in_part)
+    model, x = two_layers(mapped), torch.randn(4, 5)
+    with pytest.warns(UserWarning, match="no symmetry rule for"):
+        discover(model, x)
+    assert torch._C._functorch.get_dynamic_layer_stack_depth() == 0
+    torch.rand(2)  # in a map that is left open, torch refuses to draw
+
+
+def read_by_position(m: nn.Module, x: Tensor) -> tuple[Tensor, Tensor]:
+    """A map that reads a tensor at mapped positions, as masks of attention are made."""
+    keep = x.amax(0) > 0
+    with TransformGetItemToIndex():
+        mask = torch.vmap(lambda i: keep[i] & (i >= 0))(torch.arange(5))
+    features = m.second(m.first(x * mask).relu())
+    return m.third(features), features
+
+
+ACTS = [without_gradients, in_single_precision, of_both_branches, mapped, read_by_position]
 
 
 @pytest.mark.parametrize("act", ACTS)
