@@ -22,9 +22,7 @@ from modeconn.symmetry.graph import Example, Graph
 from modeconn.symmetry.lower import decompose
 from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
-from modeconn.symmetry.rules.elementwise import constant, fill, pointwise
-from modeconn.symmetry.rules.shapes import expand as expand_to
-from modeconn.symmetry.rules.shapes import reshape
+from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.structure import Structure, dependencies
 from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
 from modeconn.tools.progress import passing_bar
@@ -33,9 +31,6 @@ from modeconn.tools.warn import warn
 if TYPE_CHECKING:
     from torch.fx import Node
 
-
-_READ_SHAPES = (pointwise, reshape, expand_to, fill, constant)
-"""Rules that take sizes from the shapes of outputs, so that numbers among their arguments may be unknown."""
 
 _ABOUT_SIZES = (
     "sym_",
@@ -154,6 +149,7 @@ class Exploration(Walk):
         self._graphs: list[Graph] = []
         self._values: list[dict[Node, Any]] = []
         self._unknown: list[_Unknown] = []
+        self._of_values: set[int] = set()  # atoms whose size depends on values
         self._asked: list[tuple[str, Axis]] = []  # what outputs but the first fixed
         self.state = self._place_state(model)
 
@@ -274,7 +270,7 @@ class Exploration(Walk):
         result = None
         if not any((*(t.axes for t in given), *self.shapes)):
             result = [[] for _ in outputs] if len(outputs) > 1 else []  # numbers have no axes
-        elif rule is not None and (rule in _READ_SHAPES or not _unknown_numbers((args, kwargs))):
+        elif rule is not None and (getattr(rule, "reads_shapes", False) or not _unknown_numbers((args, kwargs))):
             result = rule(self, *args, **kwargs)
         if result is None:
             self._fix_positions(given, "its positions are read as numbers")
@@ -354,6 +350,8 @@ class Exploration(Walk):
         traced = [Traced(t.axes, node if single else None, t.points_into) for t in traced]
         for out, tensor in zip(_leaves(node.meta["val"]), traced, strict=False):
             self._fix_sizes_of_values(out, tensor)
+        made = [out for out in _leaves(node.meta["val"]) if isinstance(out, torch.Tensor)]
+        traced = [self._in_sizes(tensor, out) for tensor, out in zip(traced, made, strict=True)]
         for tensor, shape in zip(traced, self.shapes, strict=True):
             if tuple(map(self.size, tensor.axes)) != shape:
                 raise ValueError(
@@ -363,13 +361,34 @@ class Exploration(Walk):
             self.show(tensor.axes)
         return traced[0] if single else traced
 
+    def unify(self, x: Axis, y: Axis) -> None:
+        """Learn that two axes are relabelled alike; if their size depends on values, it may be written in two ways."""
+        if self.size(x) != self.size(y) and self._of_values & {*atoms_of(self.normal(x)), *atoms_of(self.normal(y))}:
+            self.fix(x, _AS_MANY)
+            self.fix(y, _AS_MANY)
+            return
+        super().unify(x, y)
+
+    def _in_sizes(self, tensor: Traced, out: torch.Tensor) -> Traced:
+        """Return a tensor with its axes in the sizes of another, where these depend on values and read differently."""
+        axes = []
+        for axis, size in zip(tensor.axes, out.shape, strict=True):
+            by_values = is_unknown(size) or self._of_values.intersection(atoms_of(self.normal(axis)))
+            if by_values and self.size(axis) != _hint(size):
+                self.fix(axis, _AS_MANY)
+                axis = self.fixed(_hint(size), _AS_MANY)
+                self._of_values.update(atoms_of(axis))
+            axes.append(axis)
+        return replace(tensor, axes=tuple(axes))
+
     def _fix_sizes_of_values(self, out: Any, tensor: Traced) -> None:
         """Fix axes whose size depends on values; each part of that size stands for any other, as the batch does."""
         for size, axis in zip(getattr(out, "shape", ()), tensor.axes, strict=False):
             if is_unknown(size):
-                self.fix(axis, "as many as values say")
+                self.fix(axis, _AS_MANY)
                 unknown = {_hint(size)} if len(size.node.expr.free_symbols) == 1 else set()
                 unknown |= {int(_number_for(symbol, size.node.shape_env)) for symbol in size.node.expr.free_symbols}
+                self._of_values.update(atoms_of(self.normal(axis)))
                 self._batch.update(a for a in atoms_of(self.normal(axis)) if self.atom_size(a) in unknown)
 
     # ---------------------------------------------------------------- the result
@@ -498,6 +517,7 @@ def _without_node(value: Any) -> Any:
     return [_without_node(v) for v in value] if isinstance(value, list) else value
 
 
+_AS_MANY = "as many as values say"
 _OVERLAP = "in one memory with another tensor"
 
 

@@ -649,6 +649,25 @@ def chosen_by_values() -> nn.Module:
     return Lambda(forward, free=nn.Linear(5, 8), fixed=nn.Linear(5, 6), head=nn.Linear(8, 2))
 
 
+def split_as_values_say() -> nn.Module:
+    """Rows in the order of their expert, split by how many each has; they are put together, weighted and added back."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        order = m.router(x).argmax(-1).sort()[1]
+        counts = torch.histc(m.router(x).argmax(-1).float(), 3, 0, 2).long().tolist()
+        rows = zip(h[order].split(counts), m.write, m.read, strict=True)
+        out = torch.cat([(part @ write).relu() @ read for part, write, read in rows])
+        weighted = out * x[order, :1] + m.shift.repeat(sum(counts), 1)
+        return m.head(torch.zeros_like(h).index_add(0, order, weighted))
+
+    experts = {"write": nn.Parameter(torch.rand(3, 8, 6)), "read": nn.Parameter(torch.rand(3, 6, 8))}
+    model = Lambda(forward, stem=nn.Linear(5, 8), router=nn.Linear(5, 3), head=nn.Linear(8, 2))
+    for name, parameter in {**experts, "shift": nn.Parameter(torch.rand(8))}.items():
+        model.register_parameter(name, parameter)
+    return model
+
+
 def sparse_codes() -> nn.Module:
     """A sparse autoencoder: the largest units are found, and written back to their places."""
 
@@ -840,6 +859,7 @@ CASES = [
     Case("gram matrix", gram, image(), [(5,), (2,)]),
     Case("written in pieces", written_in_pieces, lambda: torch.rand(2, 5), [(3,), (5,)]),
     Case("chosen by values", chosen_by_values, lambda: torch.rand(6, 5), [(8,)]),
+    Case("split as values say", split_as_values_say, lambda: torch.rand(6, 5), [(6,), (6,), (6,), (8,), (8,)]),
     Case("sparse codes", sparse_codes, lambda: torch.rand(6, 5), [(8,)]),
     Case("rare operators", rare_operators, lambda: torch.rand(6, 5), [(8,)]),
     Case("windows of memory", windows_of_memory, lambda: torch.rand(2, 8, 5), [(6,), (7,)]),

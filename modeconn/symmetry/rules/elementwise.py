@@ -6,7 +6,7 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from modeconn.symmetry.axes import UNIT, Axis
-from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.rules.operators import reads_shapes, table
 from modeconn.symmetry.walk import Traced, Walk, traced_in
 
 
@@ -24,6 +24,7 @@ def broadcast(walk: Walk, tensors: Iterable[Traced], num_dims: int) -> list[Axis
     return axes
 
 
+@reads_shapes
 def pointwise(walk: Walk, *args: Any, **kwargs: Any) -> Any:
     """Any operator on entries of one place (``torch.Tag.pointwise``)."""
     out = broadcast(walk, traced_in((args, kwargs)), len(walk.shape))
@@ -35,11 +36,13 @@ def same(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
     return list(input.axes)
 
 
+@reads_shapes
 def fill(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
     """A tensor whose entries are all equal: any relabelling leaves it."""
     return [walk.free(size) for size in walk.shape]
 
 
+@reads_shapes
 def constant(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
     """A tensor of positions or random numbers."""
     return [walk.fixed(size, "values by position") for size in walk.shape]

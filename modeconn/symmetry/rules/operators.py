@@ -23,6 +23,12 @@ def table(names: dict[Rule, str]) -> dict[Any, Rule]:
     return found
 
 
+def reads_shapes(rule: Rule) -> Rule:
+    """Mark a rule that takes sizes from ``walk.shapes`` alone: numbers among its arguments may depend on values."""
+    rule.reads_shapes = True  # type: ignore[attr-defined]
+    return rule
+
+
 def operator_of(name: str) -> Any:
     """Invert `str` of an operator: ``aten.linear``, one overload of it, or the name ``"library::operator"`` itself."""
     return name if "::" in name else functools.reduce(getattr, name.split("."), torch.ops)

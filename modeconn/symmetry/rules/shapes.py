@@ -11,10 +11,11 @@ import torch
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.rules.elementwise import broadcast, reordered
-from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.rules.operators import reads_shapes, table
 from modeconn.symmetry.walk import Traced, Walk
 
 
+@reads_shapes
 def reshape(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
     """Any view of the same entries in the same order: shortest runs of axes with equal products correspond."""
     source = [axis for axis in input.axes if axis != UNIT]
@@ -116,6 +117,7 @@ def movedim(walk: Walk, input: Traced, source: Any, destination: Any) -> list[Ax
     return [input.axes[places[d] if d in places else next(others)] for d in range(rank)]
 
 
+@reads_shapes
 def expand(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
     """Repeated entries are equal, hence interchangeable."""
     offset = len(walk.shape) - len(input.axes)
@@ -125,11 +127,13 @@ def expand(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
     ]
 
 
+@reads_shapes
 def repeat(walk: Walk, input: Traced, repeats: Sequence[int]) -> list[Axis]:
     """Tiles: copies x positions."""
     offset = len(repeats) - len(input.axes)
     axes = [UNIT] * offset + list(input.axes)
-    return [walk.product([walk.free(count), axis]) for count, axis in zip(repeats, axes, strict=True)]
+    counts = [n // walk.size(axis) if n else 0 for n, axis in zip(walk.shape, axes, strict=True)]
+    return [walk.product([walk.free(count), axis]) for count, axis in zip(counts, axes, strict=True)]
 
 
 def repeat_interleave(
@@ -163,10 +167,16 @@ def stack(walk: Walk, tensors: Sequence[Traced], dim: int = 0) -> list[Axis]:
     return [*axes[:dim], over, *axes[dim:]]
 
 
+@reads_shapes
 def split(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[list[Axis]]:
     """``split``, ``chunk``, ``tensor_split``: consecutive pieces of one axis."""
     dim = walk.arguments.get("dim", 0) % len(input.axes)
-    return [piece(walk, input, dim, start, stop) for start, stop in _bounds(s[dim] for s in walk.shapes)]
+    sizes = [shape[dim] for shape in walk.shapes]
+    if sum(sizes) != walk.size(input.axes[dim]):  # values say how many each piece has
+        walk.fix(input.axes[dim], "sliced")
+        walk.show(input.without(dim))
+        return [input.replace({dim: walk.fixed(size, "sliced")}) for size in sizes]
+    return [piece(walk, input, dim, start, stop) for start, stop in _bounds(sizes)]
 
 
 def _bounds(sizes: Iterable[int]) -> Iterable[tuple[int, int]]:
