@@ -13,6 +13,7 @@ from modeconn.symmetry.rules.elementwise import broadcast
 from modeconn.symmetry.rules.grouping import sorted_numbers
 from modeconn.symmetry.rules.operators import table
 from modeconn.symmetry.rules.shapes import cat, piece
+from modeconn.symmetry.rules.ties import is_safe_to_read, is_safe_to_write
 from modeconn.symmetry.walk import Traced, Walk, traced_in
 
 
@@ -75,7 +76,7 @@ def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) ->
     if not input.axes or len(index.axes) != len(input.axes):
         return None
     dim %= len(input.axes)
-    _by_number(walk, input.axes[dim], index, "looked up by number")
+    _by_number(walk, input.axes[dim], index, "looked up by number", is_safe_to_read(index.node, input.node))
     walk.show(input.without(dim))
     for d, (x, i) in enumerate(zip(input.axes, index.axes, strict=True)):
         if d == dim:
@@ -88,9 +89,12 @@ def gather(walk: Walk, input: Traced, dim: int, index: Traced, **kwargs: Any) ->
     return list(index.axes)
 
 
-def _by_number(walk: Walk, axis: Axis, index: Traced, why: str) -> None:
-    """Learn that an axis is read or written by number; positions that were found along one like it move with it."""
-    if index.points_into is not None and walk.size(index.points_into) == walk.size(axis):
+def _by_number(walk: Walk, axis: Axis, index: Traced, why: str, is_safe: bool) -> None:
+    """Learn that an axis is read or written by number; positions that were found along one like it move with it.
+
+    They do so if it does not matter which of equal entries was found.
+    """
+    if is_safe and index.points_into is not None and walk.size(index.points_into) == walk.size(axis):
         walk.unify(axis, index.points_into)
         return
     walk.fix(axis, why)
@@ -185,13 +189,18 @@ def bucketize(walk: Walk, input: Any, boundaries: Traced, **settings: Any) -> li
 
 
 def scatter_reduce(
-    walk: Walk, input: Traced, dim: int, index: Traced, src: Any = None, *settings: Any, **more: Any
+    walk: Walk, input: Traced, dim: int, index: Traced, src: Any = None, reduce: str = "sum", **more: Any
 ) -> list[Axis] | None:
     """Entries to positions of one axis by a number for each, where they meet in any order: a sum, an extreme."""
+    return _scattered(walk, input, dim, index, src, adds=reduce == "sum")
+
+
+def _scattered(walk: Walk, input: Traced, dim: int, index: Traced, src: Any, adds: bool) -> list[Axis] | None:
     if not input.axes or len(index.axes) != len(input.axes):
         return None
     dim %= len(input.axes)
-    _by_number(walk, input.axes[dim], index, "written to by number")
+    is_safe = is_safe_to_write(index.node, input.node, getattr(src, "node", None), adds)
+    _by_number(walk, input.axes[dim], index, "written to by number", is_safe)
     walk.show(input.without(dim))
     written = [index, src] if isinstance(src, Traced) else [index]
     for d, axis in enumerate(input.axes):
@@ -209,7 +218,7 @@ def scatter(walk: Walk, input: Traced, dim: int, index: Traced, *values: Any, **
     """Entries to positions of one axis by a number for each: the last one stays."""
     if index.axes:
         walk.fix(index.axes[dim], "written in order")
-    return scatter_reduce(walk, input, dim, index, *values)
+    return _scattered(walk, input, dim, index, values[0] if values else more.get("value"), adds=False)
 
 
 def index_put(

@@ -29,6 +29,11 @@ def reads_shapes(rule: Rule) -> Rule:
     return rule
 
 
+def name_of(target: Any) -> str:
+    """Return the name of an operator without its library and overload, "" for other functions."""
+    return getattr(getattr(target, "overloadpacket", target), "__name__", "") if target is not None else ""
+
+
 def operator_of(name: str) -> Any:
     """Invert `str` of an operator: ``aten.linear``, one overload of it, or the name ``"library::operator"`` itself."""
     return name if "::" in name else functools.reduce(getattr, name.split("."), torch.ops)

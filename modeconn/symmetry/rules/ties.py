@@ -1,0 +1,115 @@
+"""Positions of the largest entries: which of several equal ones is found depends on their order.
+
+Entries of a linear layer differ, so the position of the largest moves with the units. After a ReLU many are zero, and
+which of them ``topk`` names is a matter of order: no relabelling keeps it. It does no harm where all that is done with
+the positions is the same for each of the equal entries, as when their own values, zeros, are written into zeros.
+"""
+
+from __future__ import annotations
+
+import operator
+from enum import IntEnum
+from typing import TYPE_CHECKING, Any
+
+import torch
+
+from modeconn.symmetry.rules import contractions, recurrent, space
+from modeconn.symmetry.rules.operators import name_of
+
+if TYPE_CHECKING:
+    from torch.fx import Node
+
+
+class Ties(IntEnum):
+    """Which entries of a tensor may be equal for any weights."""
+
+    NONE = 0
+    ZEROS = 1
+    ANY = 2
+
+
+_AT_ZERO = frozenset("relu relu_ hardshrink softshrink".split())
+"""What makes many entries zero, and others not equal."""
+_KEEP_ZERO = frozenset(
+    "neg tanh asin sinh sin atan expm1 log1p sqrt abs square gelu silu mish elu selu celu leaky_relu prelu "
+    "_prelu_kernel erf mul div multiply divide reciprocal sum pow".split()
+)
+"""Functions of which zero is zero, and which keep different entries different."""
+_FOLLOW = frozenset(
+    "exp log sigmoid softplus add sub rsub softmax log_softmax _softmax _log_softmax log_sigmoid where masked_fill "
+    "addcmul addcdiv lerp logit cos exp2 layer_norm rms_norm group_norm instance_norm batch_norm native_batch_norm "
+    "native_layer_norm mean var logsumexp cat stack cumsum flip roll repeat repeat_interleave max_pool2d".split()
+)
+"""Functions that keep different entries different."""
+_SAME = frozenset(
+    "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand expand_as slice select "
+    "clone contiguous detach to _to_copy alias dropout movedim split split_with_sizes chunk unbind narrow".split()
+)
+"""Other readings of the same entries."""
+_DIFFER = frozenset(
+    operator for module in (contractions, recurrent, space) for operator in map(name_of, module.RULES)
+) | {"embedding"}
+"""Sums of products with weights: entries of different units differ."""
+_EMPTY = frozenset("zeros zeros_like new_zeros".split())
+
+
+def ties_of(node: Node | None) -> Ties:
+    """Return which entries of a tensor along its units may be equal: what cannot be told may."""
+    if node is None:
+        return Ties.ANY
+    if node.op == "placeholder":
+        value = node.meta.get("val")
+        return Ties.NONE if isinstance(value, torch.Tensor) and value.is_floating_point() else Ties.ANY
+    name = name_of(node.target)
+    if node.target is operator.getitem:
+        return ties_of(node.args[0])
+    if name in _DIFFER:
+        return Ties.NONE
+    if name in _AT_ZERO | _KEEP_ZERO | _FOLLOW | _SAME:
+        found = max((ties_of(source) for source in node.all_input_nodes if _has_entries(source)), default=Ties.ANY)
+        if name in _AT_ZERO:
+            return max(found, Ties.ZEROS)
+        return Ties.ANY if found and name in _FOLLOW else found
+    return Ties.ANY
+
+
+def is_safe_to_read(index: Node | None, source: Node | None) -> bool:
+    """Whether the entries that lie at found positions are the same ones whichever of equal entries was found."""
+    searched = _searched(index)
+    return searched is not None and (searched is source or ties_of(searched) is Ties.NONE)
+
+
+def is_safe_to_write(index: Node | None, base: Node | None, values: Any, adds: bool) -> bool:
+    """Whether writing to found positions gives the same whichever of equal entries was found."""
+    searched = _searched(index)
+    if searched is None or base is None:
+        return False
+    ties = ties_of(searched)
+    if ties is Ties.NONE:
+        return True
+    is_zero_before = adds or name_of(base.target) in _EMPTY
+    return ties is Ties.ZEROS and is_zero_before and _is_zero_with(values, index)
+
+
+def _searched(index: Node | None) -> Node | None:
+    """Return the tensor in which positions were searched."""
+    if index is None or index.op != "call_function":
+        return None
+    search = index.args[0] if index.target is operator.getitem else index
+    return search.args[0] if search.args and isinstance(search.args[0], torch.fx.Node) else None
+
+
+def _is_zero_with(values: Any, index: Node | None) -> bool:
+    """Whether values are zero wherever the entry that was found is: the entry itself, or an odd function of it."""
+    if not isinstance(values, torch.fx.Node) or index is None or index.target is not operator.getitem:
+        return False
+    if values.target is operator.getitem:
+        return values.args == (index.args[0], 0)
+    name = name_of(values.target)
+    is_kept = name in _KEEP_ZERO - {"div", "divide", "reciprocal", "sum", "pow"} | _AT_ZERO | _SAME
+    return is_kept and any(_is_zero_with(source, index) for source in values.all_input_nodes)
+
+
+def _has_entries(node: Node) -> bool:
+    value = node.meta.get("val")
+    return not isinstance(value, torch.Tensor) or value.dim() > 0

@@ -1,0 +1,77 @@
+"""Positions of the largest entries, where entries may be equal."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from modeconn import discover
+from tests.symmetry.cases import Lambda
+from tests.symmetry.oracle import largest_change
+
+
+def two_layers(act: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
+    torch.manual_seed(0)
+    return Lambda(act, first=nn.Linear(5, 8), last=nn.Linear(8, 3))
+
+
+def marked(h: Tensor) -> Tensor:
+    """Keep the six largest entries, by an indicator of their positions."""
+    return h * torch.zeros_like(h).scatter(1, h.topk(6, -1).indices, 1.0)
+
+
+def kept(h: Tensor, base: float = 0.0) -> Tensor:
+    """Write the six largest entries to their positions."""
+    found = h.topk(6, -1)
+    return torch.full_like(h, base).scatter(1, found.indices, found.values)
+
+
+def rectified_after(h: Tensor) -> Tensor:
+    found = h.topk(6, -1)
+    return torch.zeros_like(h).scatter(1, found.indices, found.values.relu())
+
+
+def added(h: Tensor) -> Tensor:
+    found = h.topk(6, -1)
+    return h.scatter_add(1, found.indices, found.values)
+
+
+def smallest_of(h: Tensor, other: Tensor) -> Tensor:
+    return other.gather(1, h.argmin(1, keepdim=True))
+
+
+FOUND = {
+    "marked": (lambda m, x: m.last(marked(m.first(x))), 8),
+    "marked after gelu": (lambda m, x: m.last(marked(F.gelu(m.first(x)))), 8),
+    "marked after softmax": (lambda m, x: m.last(marked(m.first(x).softmax(-1))), 8),
+    "zeros are marked": (lambda m, x: m.last(torch.cos(marked(m.first(x).relu() - 1))), 0),
+    "zeros are kept": (lambda m, x: m.last(zero_kept(m.first(x).relu())), 8),
+    "sixes are kept": (lambda m, x: m.last(zero_kept(F.relu6(m.first(x)))), 0),
+    "zeros are written over ones": (lambda m, x: m.last(kept(m.first(x).relu(), 1.0)), 0),
+    "zeros after": (lambda m, x: m.last(rectified_after(m.first(x))), 8),
+    "zeros are added": (lambda m, x: m.last(added(m.first(x).relu())), 8),
+    "the smallest itself": (lambda m, x: m.last(m.first(x)) * smallest_of(h := m.first(x).relu(), h), 8),
+    "another's smallest": (lambda m, x: m.last(m.first(x)) * smallest_of(m.first(x).relu(), m.first(x)), 0),
+    "another's smallest, of different": (
+        lambda m, x: m.last(m.first(x)) * smallest_of(m.first(x), m.first(x).cos()),
+        8,
+    ),
+}
+
+
+def zero_kept(h: Tensor) -> Tensor:
+    found = h.topk(6, -1)
+    return torch.zeros_like(h).scatter(1, found.indices, found.values)
+
+
+@pytest.mark.parametrize(("act", "units"), FOUND.values(), ids=FOUND.keys())
+def test_found_positions_move_with_the_units_unless_equal_entries_are_told_apart(act, units: int) -> None:
+    model, x = two_layers(act), torch.randn(6, 5)
+    spec = discover(model, x)
+    assert sum(group.shape[-1] for group in spec.groups) == units
+    assert spec.verify(model, x) < 1e-12
+    assert largest_change(spec, model, x) < 1e-12
