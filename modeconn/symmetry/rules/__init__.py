@@ -9,7 +9,8 @@ A rule is called as ``rule(walk, *args, **kwargs)`` with the operator's own argu
    norm, the sum in a softmax, what is alike at all places of an axis that is mixed or reordered. They decide what may
    vary with what.
 
-Rules only ever unify and fix, so their order does not matter. Shapes come from ``walk.shapes``.
+Rules only ever unify and fix, so their order does not matter. Shapes come from ``walk.shapes``; a rule that needs no
+other number than these is marked by `operators.reads_shapes`, and is asked also where a number depends on values.
 
 Each module has the rules of one kind and, at its end, the operators that they are for.
 """
