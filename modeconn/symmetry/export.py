@@ -113,14 +113,18 @@ def _recorded(model: nn.Module, example: Example, training: bool) -> Graph | Non
     device = next((t.device for t in (*model.parameters(), *model.buffers(), *example.tensors())), None)
     if device is not None and device.type == "meta":
         return None
+    graph = None
     for as_called in (True, False):
         try:
             with seeded(0, device or torch.device("cpu")):
                 found = record(model, example.args, example.kwargs, as_called=as_called)
-            return Graph(_of_recording(model, found), training)
+            graph = Graph(_of_recording(model, found), training)
         except Exception as error:  # tracing raises errors of many types
             _LOGGER.debug("%s cannot be recorded: %s", type(model).__name__, first_line(error))
-    return None
+            continue
+        if not found.has_derivatives:
+            break  # else operators keep what they read for derivatives, which only what runs below autograd shows
+    return graph
 
 
 def _free_first_dims(model: nn.Module, example: Example) -> Any:

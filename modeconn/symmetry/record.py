@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -32,6 +33,7 @@ class Recording:
         outputs: The name of each output, by its place among what the graph returns.
         structure: That of the inputs.
         others: The inputs that are no tensors.
+        has_derivatives: Whether the run took derivatives.
     """
 
     module: Any
@@ -40,6 +42,7 @@ class Recording:
     outputs: dict[int, str]
     structure: pytree.TreeSpec
     others: tuple[Any, ...]
+    has_derivatives: bool
 
 
 def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, as_called: bool = True) -> Recording:
@@ -72,7 +75,8 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, a
 
     copies = [tensor.detach().clone() for tensor in state.values()]
     traced = make_fx(run, pre_dispatch=as_called, _error_on_data_dependent_ops=False)
-    module = traced(copies, [tensor.detach().clone() for tensor in tensors])
+    with _counting_derivatives() as derivatives:
+        module = traced(copies, [tensor.detach().clone() for tensor in tensors])
     places = [node for node in module.graph.nodes if node.op == "placeholder"]
     constants = dict(_as_placeholders(module))
     _drop_modes(module)
@@ -85,7 +89,25 @@ def record(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any], *, a
         outputs={at: name for at, (node, name) in enumerate(zip(returned, names, strict=True)) if node is not None},
         structure=structure,
         others=tuple(leaf for leaf in leaves if not isinstance(leaf, Tensor)),
+        has_derivatives=bool(derivatives),
     )
+
+
+@contextmanager
+def _counting_derivatives() -> Iterator[list[None]]:
+    """Yield a list that has an entry for each time that derivatives are taken inside."""
+    taken: list[None] = []
+    run = torch.autograd._engine_run_backward
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        taken.append(None)
+        return run(*args, **kwargs)
+
+    torch.autograd._engine_run_backward = counted
+    try:
+        yield taken
+    finally:
+        torch.autograd._engine_run_backward = run
 
 
 class _Readings(TorchFunctionMode):

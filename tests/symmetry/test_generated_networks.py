@@ -112,7 +112,7 @@ def transposed(b: Builder) -> None:
 
 def image_norm(b: Builder) -> None:
     c = b.shapes[-1][1]
-    groups = [g for g in (1, 2, 3, 4, c) if c % g == 0 and c > 1]
+    groups = [g for g in (1, 2, 3, 4, c) if c % g == 0]
     layer = b.pick(nn.BatchNorm2d(c), nn.GroupNorm(b.pick(*groups), c), nn.InstanceNorm2d(c, affine=True))
     b.add(str(layer), lambda v, layer: layer(v[-1]), layer)
 
@@ -124,6 +124,8 @@ def concatenate(b: Builder) -> None:
 
 def pieces(b: Builder) -> None:
     c = b.shapes[-1][1]
+    if c == 1:
+        return
     cut = b.draw(st.integers(1, c - 1))
     b.add(
         f"pieces {cut}",

@@ -124,6 +124,23 @@ def test_what_values_steer_is_recorded_and_what_is_read_stays(act, groups) -> No
     assert largest_change(spec, model, x) < 1e-12
 
 
+ACTIVATIONS = [torch.tanh, F.silu, F.gelu, F.softplus, torch.sin, torch.square, lambda h: h * torch.sigmoid(h)]
+
+
+@pytest.mark.filterwarnings("ignore:torch.export cannot follow")
+@pytest.mark.parametrize("activation", ACTIVATIONS, ids=lambda f: f.__name__)
+def test_what_an_operator_keeps_for_its_derivative_is_no_constant(activation) -> None:
+    def energy_forces(m: nn.Module, h: Tensor, x: Tensor) -> Tensor:
+        with torch.enable_grad():
+            place = x.detach().requires_grad_(True)
+            return torch.autograd.grad(m.head(activation(m.stem(place))).sum(), place, create_graph=True)[0]
+
+    model, x = model_of(energy_forces), torch.randn(12, 5)
+    spec = discover(model, x)
+    assert sorted(group.shape for group in spec.groups) == [(2,), (8,)]
+    assert spec.verify(model, x) < 1e-12 and largest_change(spec, model, x) < 1e-12
+
+
 LOSSES = {
     "mse": F.mse_loss,
     "smooth_l1": F.smooth_l1_loss,
