@@ -23,6 +23,7 @@ from modeconn.symmetry.lower import decompose
 from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import pointwise
+from modeconn.symmetry.rules.operators import name_of
 from modeconn.symmetry.structure import Structure, dependencies
 from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
 from modeconn.tools.progress import passing_bar
@@ -149,6 +150,7 @@ class Exploration(Walk):
         self._graphs: list[Graph] = []
         self._values: list[dict[Node, Any]] = []
         self._unknown: list[_Unknown] = []
+        self._shapes_only: set[Node] = set()  # nodes of whose values nothing is read
         self._of_values: set[int] = set()  # atoms whose size depends on values
         self._asked: list[tuple[str, Axis]] = []  # what outputs but the first fixed
         self.state = self._place_state(model)
@@ -209,9 +211,12 @@ class Exploration(Walk):
         self._contracted.append([])
         values: dict[Node, Any] = {}
         self._values.append(values)
+        self._shapes_only |= _read_for_shapes(graph.nodes)
         for node in passing_bar(graph.nodes, desc=f"discover, {graph.mode} mode", unit="operator"):
             if node.op == "placeholder":
                 values[node] = self._placeholder(node, graph)
+            elif node in self._shapes_only:
+                values[node] = Traced(tuple(self.free(_hint(n)) for n in node.meta["val"].shape))
             else:  # get_attr: the body of a branch or loop
                 values[node] = self._visit(node, values) if node.op == "call_function" else None
         first = next(iter(graph.outputs.values()), "")
@@ -494,13 +499,33 @@ class Exploration(Walk):
                 return None if unread or not structure.can_place(axes) else axes
             return [final(v) for v in value] if isinstance(value, list) else None
 
-        axes = {node: final(value) for node, value in self._values[number].items()}
+        axes = {node: None if node in self._shapes_only else final(v) for node, v in self._values[number].items()}
         taps = dict.fromkeys(
             Tap(node, self.normal(axis))
             for node, axis in self._contracted[number]
             if not self.is_fixed(axis) and axes.get(node) is not None
         )
         return Trace(self._graphs[number], axes, tuple(taps), self._model)
+
+
+def _read_for_shapes(nodes: Sequence[Node]) -> set[Node]:
+    """Return the tensors that others take their shape and type from, and of whose entries nothing is made."""
+    live, found = set(nodes), set()
+    for node in reversed(nodes):
+        readers = [user for user in node.users if user in live]
+        only = all(user in found or (name_of(user.target) in _LIKE and user.args[:1] == (node,)) for user in readers)
+        schema = getattr(node.target, "_schema", None)
+        is_pure = schema is not None and not schema.is_mutable and isinstance(node.meta.get("val"), torch.Tensor)
+        if is_pure and readers and only:
+            found.add(node)
+    return found
+
+
+_LIKE = frozenset(
+    "zeros_like ones_like full_like empty_like rand_like randn_like new_zeros new_ones new_full new_empty "
+    "sym_size".split()
+)
+"""Operators that read nothing of their first input but its shape and type."""
 
 
 def _name_of(target: Any) -> str:

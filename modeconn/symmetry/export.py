@@ -24,7 +24,7 @@ from modeconn.symmetry.graph import ALL, Example, Graph, Program, State
 from modeconn.symmetry.lower import levels_kept
 from modeconn.symmetry.outputs import Outputs, leaf_names
 from modeconn.symmetry.record import Recording, record
-from modeconn.tools.rng import one_thread, seeded
+from modeconn.tools.rng import preserved, seeded
 from modeconn.tools.warn import is_of_package
 
 _LOGGER = logging.getLogger(__name__)
@@ -54,7 +54,8 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
             module.momentum = 0.1  # else its average reads the number of batches, which export cannot follow
     shadow.register_forward_hook(lambda module, inputs, returned: _plain(outputs(returned)))
     _name_keywords(shadow, example)
-    with one_thread(), _traceable():
+    device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
+    with preserved(device if device.type != "meta" else "cpu"), _traceable():  # a model may seed generators itself
         try:
             graph = _exported(shadow, example, training)
         except Exception as error:

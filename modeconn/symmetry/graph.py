@@ -211,6 +211,7 @@ class Graph:
                 target = _RESHAPE if node.target == _VIEW and node in self._safe_to_copy else node.target
                 with torch.no_grad():  # not around the yield: two runs in step would restore each other's state
                     value = call(node, target, env, device, dtype, running_statistics)
+                    value = value.detach() if isinstance(value, Tensor) else value  # regions may record gradients
             env[node] = value
             yield node, value
             for done in self._last_use.get(node, ()):
@@ -219,13 +220,14 @@ class Graph:
     def is_like(self, other: Graph, ignore: Collection[str] = ()) -> bool:
         """Whether another graph makes the same steps from the same constants, but for those to ignore.
 
-        How tensors lie in memory does not count: it differs between devices, and decides what is copied on the way.
+        How tensors lie in memory does not count: it differs between devices, and decides what is copied on the way. Nor
+        does the precision: a model may make its constants in that of its weights.
         """
         if self._steps() != other._steps():
             return False
         kept = [source for source in self.state.values() if source.name not in ignore]
         pairs = ((self.constant(source), other.constant(source)) for source in kept)
-        return all(x is None or y is None or x.is_meta or torch.equal(x.to(y.device), y) for x, y in pairs)
+        return all(x is None or y is None or x.is_meta or _is_same(x.to(y.device), y) for x, y in pairs)
 
     def _steps(self) -> list[str]:
         """Return what each node does to what, as text, without copies that change no value."""
@@ -368,8 +370,17 @@ def _schema(node: Node) -> Any:
 
 def _step(target: Any, arguments: Any) -> str:
     text = f"{target} {arguments}"
-    # The device does not matter: the two models may be on different ones.
+    # The device and the precision do not matter: the two models may have different ones.
+    text = re.sub(r"torch\.(b?float\d+)\b", "float", text)
     return re.sub(r"device\(type='\w+'(, index=\d+)?\)", "device", text)
+
+
+def _is_same(x: Tensor, y: Tensor) -> bool:
+    """Whether two constants are equal, to the lower precision of the two."""
+    if x.dtype == y.dtype or not (x.is_floating_point() and y.is_floating_point()):
+        return torch.equal(x, y)
+    lower = max((x.dtype, y.dtype), key=lambda dtype: torch.finfo(dtype).eps)
+    return x.shape == y.shape and torch.allclose(x.to(lower).double(), y.to(lower).double(), equal_nan=True)
 
 
 def _written_by(node: Node) -> list[Node]:

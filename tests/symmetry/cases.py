@@ -668,6 +668,17 @@ def split_as_values_say() -> nn.Module:
     return model
 
 
+def columns_of_ones() -> nn.Module:
+    """The time beside the units, as in neural differential equations: a column that is made in the shape of another."""
+
+    def forward(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.stem(x)
+        time = torch.ones_like(h[:, :1]) * 0.3 + torch.zeros_like(h.tanh()[:, 0])[:, None]
+        return m.head(h + m.field(torch.cat([time, h], 1)).tanh())
+
+    return Lambda(forward, stem=nn.Linear(5, 8), field=nn.Linear(9, 8), head=nn.Linear(8, 2))
+
+
 def sparse_codes() -> nn.Module:
     """A sparse autoencoder: the largest units are found, and written back to their places."""
 
@@ -860,6 +871,7 @@ CASES = [
     Case("written in pieces", written_in_pieces, lambda: torch.rand(2, 5), [(3,), (5,)]),
     Case("chosen by values", chosen_by_values, lambda: torch.rand(6, 5), [(8,)]),
     Case("split as values say", split_as_values_say, lambda: torch.rand(6, 5), [(6,), (6,), (6,), (8,), (8,)]),
+    Case("columns of ones", columns_of_ones, lambda: torch.rand(6, 5), [(8,)]),
     Case("sparse codes", sparse_codes, lambda: torch.rand(6, 5), [(8,)]),
     Case("rare operators", rare_operators, lambda: torch.rand(6, 5), [(8,)]),
     Case("windows of memory", windows_of_memory, lambda: torch.rand(2, 8, 5), [(6,), (7,)]),

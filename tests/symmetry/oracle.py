@@ -55,6 +55,7 @@ def _tensors(outputs: Any) -> list[Tensor]:
 
 
 def _change(x: Tensor, y: Tensor) -> float:
+    x, y = x.detach(), y.detach()  # where a model records gradients whatever it is told
     if not (x.is_floating_point() or x.is_complex()):
         return float(not torch.equal(x, y))
     return float((x - y).abs().max() / x.abs().max().clamp(min=1e-30)) if x.numel() else 0.0
