@@ -24,6 +24,7 @@ from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.rules.operators import name_of
+from modeconn.symmetry.rules.ties import SAME_ENTRIES
 from modeconn.symmetry.structure import Structure, dependencies
 from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
 from modeconn.tools.progress import passing_bar
@@ -263,8 +264,12 @@ class Exploration(Walk):
             return Traced(item.axes, node, item.points_into) if isinstance(item, Traced) else item
         given, rule = traced_in((args, kwargs)), self._rule_for(node.target)
         self.arguments = _bind(node.target, args, kwargs)
-        own = self.arguments.get(getattr(rule, "reads_positions", ""))
-        self._fix_positions([t for t in given if t is not own], "its positions are read as numbers")
+        self.node = node if node.graph is self._graphs[-1].nodes[-1].graph else None
+        own = traced_in(self.arguments.get(getattr(rule, "reads_positions", "")))
+        counted = None
+        if name_of(node.target) in SAME_ENTRIES and len(given) == 1:  # another reading of positions is one of positions
+            own, counted = given, given[0].points_into
+        self._fix_positions([t for t in given if t not in own], "its positions are read as numbers")
         self.shapes = [tuple(map(_hint, out.shape)) for out in outputs]
         if not outputs:
             packet = getattr(node.target, "overloadpacket", None)  # None for sums and products of sizes
@@ -282,7 +287,7 @@ class Exploration(Walk):
             result = self._visit_parts(node, args, kwargs)
         if result is None:
             result = self._unknown_operator(node, (args, kwargs))
-        return self._outputs(node, result)
+        return self._outputs(node, result, counted)
 
     def _visit_parts(self, node: Node, args: Any, kwargs: Any) -> list[Traced] | None:
         """Walk the simpler operators that one without a rule consists of; None if it does not consist of any."""
@@ -347,12 +352,12 @@ class Exploration(Walk):
             if tensor.points_into is not None:
                 self.fix(tensor.points_into, why)
 
-    def _outputs(self, node: Node, result: Any) -> Any:
-        """Check and record what a rule returned, in the structure that the node has."""
+    def _outputs(self, node: Node, result: Any, counted: Axis | None = None) -> Any:
+        """Check and record what a rule returned, in the structure that the node has; positions that count an axis."""
         single = isinstance(node.meta["val"], torch.Tensor)
         given = result if result and isinstance(result[0], (list, Traced)) else [result]
         traced = [t if isinstance(t, Traced) else Traced(tuple(t)) for t in given]
-        traced = [Traced(t.axes, node if single else None, t.points_into) for t in traced]
+        traced = [Traced(t.axes, node if single else None, t.points_into or counted) for t in traced]
         for out, tensor in zip(_leaves(node.meta["val"]), traced, strict=False):
             self._fix_sizes_of_values(out, tensor)
         made = [out for out in _leaves(node.meta["val"]) if isinstance(out, torch.Tensor)]

@@ -59,12 +59,14 @@ class Walk(Space):
     Attributes:
         shapes: The shapes of the outputs of the operator at hand.
         arguments: The arguments of the operator at hand, by their names in its schema.
+        node: The operator at hand as a node of the graph; None inside of another one.
     """
 
     def __init__(self) -> None:
         super().__init__()
         self.shapes: list[tuple[int, ...]] = []
         self.arguments: dict[str, Any] = {}
+        self.node: Node | None = None
         self._shown: set[tuple[Axis, ...]] = set()
         self._seen: list[Axis] = []  # contracted, so they matter though no output has them
         self._contracted: list[list[tuple[Node, Axis]]] = []  # one list for each graph

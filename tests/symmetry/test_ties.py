@@ -63,6 +63,42 @@ FOUND = {
 }
 
 
+def in_place(h: Tensor) -> Tensor:
+    h.relu_()
+    return h
+
+
+def written_later(m: nn.Module, x: Tensor) -> Tensor:
+    h = m.first(x)
+    h[:, :4].relu_()
+    return m.last(torch.cos(marked(h) - 1))
+
+
+def looked_up(m: nn.Module, h: Tensor, keep: bool = False) -> Tensor:
+    found = h.topk(6, -1)
+    rows = F.embedding(found.indices, m.first.weight)
+    weighted = rows * found.values.unsqueeze(-1)
+    return m.last(h) + weighted.sum((1, 2)).unsqueeze(1) + (rows.sum((1, 2)).unsqueeze(1) if keep else 0)
+
+
+FOUND |= {
+    "zeros in place are marked": (lambda m, x: m.last(torch.cos(marked(in_place(m.first(x))) - 1)), 0),
+    "some zeros in place": (written_later, 0),
+    "zeros in place are kept": (lambda m, x: m.last(zero_kept(F.relu(m.first(x), inplace=True))), 8),
+    "rows of different": (lambda m, x: looked_up(m, m.first(x), keep=True), 8),
+    "rows of zeros, weighted": (lambda m, x: looked_up(m, m.first(x).relu()), 8),
+    "rows of zeros": (lambda m, x: looked_up(m, m.first(x).relu(), keep=True), 0),
+    "counted": (lambda m, x: m.last(F.one_hot(m.first(x).argmax(-1), 8).to(x)), 8),
+    "bags": (
+        lambda m, x: (
+            m.last(h := m.first(x).relu())
+            + F.embedding_bag(h.topk(6)[1], m.last.weight.T.contiguous(), per_sample_weights=h.topk(6)[0], mode="sum")
+        ),
+        0,
+    ),
+}
+
+
 def zero_kept(h: Tensor) -> Tensor:
     found = h.topk(6, -1)
     return torch.zeros_like(h).scatter(1, found.indices, found.values)

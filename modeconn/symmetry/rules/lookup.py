@@ -19,7 +19,9 @@ from modeconn.symmetry.walk import Traced, Walk, traced_in
 
 def embedding(walk: Walk, weight: Traced, indices: Traced, *settings: Any) -> list[Axis]:
     """Rows of a table by number."""
-    walk.fix(weight.axes[0], "looked up by number")
+    _by_number(
+        walk, weight.axes[0], indices, "looked up by number", is_safe_to_read(indices.node, weight.node, walk.node)
+    )
     walk.show(weight.axes[1:])
     return [*indices.axes, *weight.axes[1:]]
 
@@ -49,7 +51,7 @@ def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axi
     parts = _in_parts(walk, input, dim, index)
     if parts is not None:
         return parts
-    walk.fix(input.axes[dim], "looked up by number")
+    _by_number(walk, input.axes[dim], index, "looked up by number", is_safe_to_read(index.node, input.node, walk.node))
     walk.show(input.without(dim))
     return input.replace({dim: index.axes[0] if index.axes else UNIT})
 
@@ -115,7 +117,8 @@ def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[A
     if not _tell_rows(walk, input, used, indices):
         walk.show(rest)
     for dim in used:
-        walk.fix(input.axes[dim], "looked up by number")
+        is_safe = len(used) == 1 and is_safe_to_read(indices[dim].node, input.node, walk.node)
+        _by_number(walk, input.axes[dim], indices[dim], "looked up by number", is_safe)
     looked_up = [i for i in indices if i is not None]
     picked = broadcast(walk, looked_up, max(len(i.axes) for i in looked_up))
     together = used[-1] - used[0] + 1 == len(used)
@@ -156,8 +159,11 @@ def chosen(walk: Walk, *tensors: Any, **settings: Any) -> list[list[Axis]]:
 
 
 def one_hot(walk: Walk, input: Traced, num_classes: int = -1) -> list[Axis]:
-    """Numbers as indicators of a new axis."""
-    return [*input.axes, walk.fixed(walk.shape[-1], "counted by number")]
+    """Numbers as indicators of a new axis; found positions, of the axis along which they were found."""
+    counted = walk.free(walk.shape[-1])
+    is_told = num_classes == walk.shape[-1]  # else by the largest of the numbers
+    _by_number(walk, counted, input, "counted by number", is_told and is_safe_to_read(input.node, None))
+    return [*input.axes, counted]
 
 
 def histogram(walk: Walk, input: Traced, *settings: Any) -> list[Axis]:
@@ -315,8 +321,16 @@ def masked_scatter(walk: Walk, input: Traced, mask: Traced, source: Traced) -> l
     return list(input.axes)
 
 
-for _rule in (gather, scatter, scatter_reduce):
-    _rule.reads_positions = "index"  # type: ignore[attr-defined]  # the rule itself says what becomes of what they count
+_READERS = {
+    embedding: "indices",
+    embedding_bag: "indices",
+    index_select: "index",
+    gather: "index",
+    index: "indices",
+    one_hot: "self",
+}
+for _rule, _name in {**_READERS, scatter: "index", scatter_reduce: "index"}.items():
+    _rule.reads_positions = _name  # type: ignore[attr-defined]  # the rule itself says what becomes of what they count
 
 RULES = table(
     {

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 
 from modeconn.symmetry.walk import Rule
+
+if TYPE_CHECKING:
+    from torch.fx import Node
 
 aten = torch.ops.aten
 
@@ -32,6 +35,17 @@ def reads_shapes(rule: Rule) -> Rule:
 def name_of(target: Any) -> str:
     """Return the name of an operator without its library and overload, "" for other functions."""
     return getattr(getattr(target, "overloadpacket", target), "__name__", "") if target is not None else ""
+
+
+def is_written(node: Node, but: Node | None = None) -> bool:
+    """Whether a node, or a view of it, may be changed where it lies, by others than ``but``."""
+    for user in node.users:
+        schema = getattr(user.target, "_schema", None)
+        if user is but or schema is None:
+            continue
+        if schema.is_mutable or (any(out.alias_info for out in schema.returns) and is_written(user, but)):
+            return True
+    return False
 
 
 def operator_of(name: str) -> Any:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from modeconn.symmetry.rules import contractions, recurrent, space
-from modeconn.symmetry.rules.operators import name_of
+from modeconn.symmetry.rules.operators import is_written, name_of
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -28,7 +28,7 @@ class Ties(IntEnum):
     ANY = 2
 
 
-_AT_ZERO = frozenset("relu relu_ hardshrink softshrink".split())
+_AT_ZERO = frozenset("relu hardshrink softshrink".split())
 """What makes many entries zero, and others not equal."""
 _KEEP_ZERO = frozenset(
     "neg tanh asin sinh sin atan expm1 log1p sqrt abs square gelu silu mish elu selu celu leaky_relu prelu "
@@ -41,7 +41,7 @@ _FOLLOW = frozenset(
     "native_layer_norm mean var logsumexp cat stack cumsum flip roll repeat repeat_interleave max_pool2d".split()
 )
 """Functions that keep different entries different."""
-_SAME = frozenset(
+SAME_ENTRIES = frozenset(
     "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand expand_as slice select "
     "clone contiguous detach to _to_copy alias dropout movedim split split_with_sizes chunk unbind narrow".split()
 )
@@ -53,30 +53,63 @@ _DIFFER = frozenset(
 _EMPTY = frozenset("zeros zeros_like new_zeros".split())
 
 
-def ties_of(node: Node | None) -> Ties:
-    """Return which entries of a tensor along its units may be equal: what cannot be told may."""
-    if node is None:
+def ties_of(node: Node | None, reader: Node | None = None) -> Ties:
+    """Return which entries of a tensor along its units may be equal when ``reader`` reads it: what is unknown may."""
+    if node is None or is_written(node, reader):
         return Ties.ANY
     if node.op == "placeholder":
         value = node.meta.get("val")
         return Ties.NONE if isinstance(value, torch.Tensor) and value.is_floating_point() else Ties.ANY
-    name = name_of(node.target)
+    name = name_of(node.target).rstrip("_")  # in place or not
     if node.target is operator.getitem:
-        return ties_of(node.args[0])
+        return ties_of(node.args[0], node)
     if name in _DIFFER:
         return Ties.NONE
-    if name in _AT_ZERO | _KEEP_ZERO | _FOLLOW | _SAME:
-        found = max((ties_of(source) for source in node.all_input_nodes if _has_entries(source)), default=Ties.ANY)
+    if name in _AT_ZERO | _KEEP_ZERO | _FOLLOW | SAME_ENTRIES:
+        found = max(
+            (ties_of(source, node) for source in node.all_input_nodes if _has_entries(source)), default=Ties.ANY
+        )
         if name in _AT_ZERO:
             return max(found, Ties.ZEROS)
         return Ties.ANY if found and name in _FOLLOW else found
     return Ties.ANY
 
 
-def is_safe_to_read(index: Node | None, source: Node | None) -> bool:
-    """Whether the entries that lie at found positions are the same ones whichever of equal entries was found."""
+def is_safe_to_read(index: Node | None, source: Node | None, reader: Node | None = None) -> bool:
+    """Whether it makes no difference to what is read at found positions which of equal entries was found.
+
+    Args:
+        index: The positions.
+        source: What is read.
+        reader: What reads it: rows that are only multiplied by the entries that were found, zeros, count for nothing.
+    """
     searched = _searched(index)
-    return searched is not None and (searched is source or ties_of(searched) is Ties.NONE)
+    if searched is None:
+        return False
+    ties = Ties.NONE if searched is source else ties_of(searched)
+    return ties is Ties.NONE or (ties is Ties.ZEROS and reader is not None and _is_weighted(reader, index))
+
+
+def _is_weighted(rows: Node, index: Node | None) -> bool:
+    """Whether rows are only multiplied by the entries at whose positions they lie, one by one or summed over them."""
+    if name_of(rows.target) in ("embedding_bag", "_embedding_bag"):
+        weights = rows.args[6] if len(rows.args) > 6 else rows.kwargs.get("per_sample_weights")
+        return _is_zero_with(weights, index)
+    for user in rows.users:
+        others = [source for source in user.all_input_nodes if source is not rows]
+        if len(others) != 1 or not _is_zero_with(others[0], index):
+            return False
+        factor, found, name = others[0].meta["val"].shape, rows.meta["val"].shape, name_of(user.target)
+        by_row = name == "mul" and [*map(str, factor)] == [*map(str, found[:-1]), "1"]
+        summed = name in ("bmm", "matmul") and user.args[0] is others[0] and _rows_of(factor) == _rows_of(found)
+        if not (by_row or (summed and factor[-2] == 1)):
+            return False
+    return bool(rows.users)
+
+
+def _rows_of(shape: Any) -> list[str]:
+    """Return the size of a batch and the number of rows, of ``(batch, 1, rows)`` or ``(batch, rows, n)``."""
+    return [str(shape[0]), str(shape[-1] if shape[-2] == 1 else shape[-2])] if len(shape) == 3 else []
 
 
 def is_safe_to_write(index: Node | None, base: Node | None, values: Any, adds: bool) -> bool:
@@ -93,20 +126,31 @@ def is_safe_to_write(index: Node | None, base: Node | None, values: Any, adds: b
 
 def _searched(index: Node | None) -> Node | None:
     """Return the tensor in which positions were searched."""
-    if index is None or index.op != "call_function":
+    index = _found(index)
+    if index is None or index.op != "call_function" or is_written(index):
         return None
     search = index.args[0] if index.target is operator.getitem else index
     return search.args[0] if search.args and isinstance(search.args[0], torch.fx.Node) else None
 
 
+def _found(index: Node | None) -> Node | None:
+    """Return what found positions, of which a node is perhaps another reading."""
+    while index is not None and index.op == "call_function" and name_of(index.target) in SAME_ENTRIES:
+        index = index.args[0]
+    return index
+
+
 def _is_zero_with(values: Any, index: Node | None) -> bool:
     """Whether values are zero wherever the entry that was found is: the entry itself, or an odd function of it."""
+    index = _found(index)
     if not isinstance(values, torch.fx.Node) or index is None or index.target is not operator.getitem:
+        return False
+    if is_written(values):
         return False
     if values.target is operator.getitem:
         return values.args == (index.args[0], 0)
     name = name_of(values.target)
-    is_kept = name in _KEEP_ZERO - {"div", "divide", "reciprocal", "sum", "pow"} | _AT_ZERO | _SAME
+    is_kept = name in _KEEP_ZERO - {"div", "divide", "reciprocal", "sum", "pow"} | _AT_ZERO | SAME_ENTRIES
     return is_kept and any(_is_zero_with(source, index) for source in values.all_input_nodes)
 
 
