@@ -486,7 +486,8 @@ def weight_normed() -> nn.Module:
 class ByNumber(nn.Module):
     """Mixture of three experts, one for each token, with one of the ways to bring the tokens to them.
 
-    The router's outputs and with them the experts are read as numbers and stay; 9 hidden units are free in each.
+    The router's outputs and with them the experts stay, except where only a mask is made of their numbers; 9 hidden
+    units are free in each.
     """
 
     def __init__(self, dispatch: str) -> None:
@@ -855,8 +856,9 @@ CASES = [
     Case("expert bank", ExpertBank, lambda: torch.rand(2, 5), [(3,), (3, 4)]),
     *(
         Case(f"experts {way}", lambda way=way: ByNumber(way), lambda: torch.rand(4, 5), [(6,), (3, 9)])
-        for way in ("masked", "in_slots", "scattered")
+        for way in ("in_slots", "scattered")
     ),
+    Case("experts masked", lambda: ByNumber("masked"), lambda: torch.rand(4, 5), [(6,), (3,), (3, 9)]),
     Case("experts chosen", lambda: ByNumber("chosen"), lambda: torch.rand(4, 5), [(6,), (9,), (9,), (9,)]),
     Case("masked tokens", masked_tokens, lambda: torch.rand(2, 4, 5), [(6,)]),
     Case("mixed latents", mixed_latents, lambda: torch.rand(2, 5), [(4,), (6,)]),
