@@ -16,7 +16,8 @@ from tests.symmetry.oracle import largest_change
 
 def two_layers(act: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
     torch.manual_seed(0)
-    return Lambda(act, first=nn.Linear(5, 8), last=nn.Linear(8, 3))
+    layers = {"first": nn.Linear(5, 8), "square": nn.Linear(8, 8), "into": nn.Linear(5, 8), "last": nn.Linear(8, 3)}
+    return Lambda(act, **layers)
 
 
 def marked(h: Tensor) -> Tensor:
@@ -89,6 +90,12 @@ FOUND |= {
     "rows of zeros, weighted": (lambda m, x: looked_up(m, m.first(x).relu()), 8),
     "rows of zeros": (lambda m, x: looked_up(m, m.first(x).relu(), keep=True), 0),
     "counted": (lambda m, x: m.last(F.one_hot(m.first(x).argmax(-1), 8).to(x)), 8),
+    "a router without bias": (lambda m, x: m.last(marked(F.linear(m.first(x).relu(), m.square.weight)).cos()), 8),
+    "a router of a stream": (
+        lambda m, x: m.last(marked(F.linear(x @ m.into.weight.T + m.first(x).relu(), m.square.weight)).cos()),
+        16,
+    ),
+    "repeated": (lambda m, x: m.last(marked(m.first(x)[:, :1].expand(-1, 8)).cos()), 0),
     "bags": (
         lambda m, x: (
             m.last(h := m.first(x).relu())

@@ -12,8 +12,9 @@ from enum import IntEnum
 from typing import TYPE_CHECKING, Any
 
 import torch
+from torch.utils import _pytree as pytree
 
-from modeconn.symmetry.rules import contractions, recurrent, space
+from modeconn.symmetry.rules import contractions, recurrent
 from modeconn.symmetry.rules.operators import is_written, name_of
 
 if TYPE_CHECKING:
@@ -35,21 +36,38 @@ _KEEP_ZERO = frozenset(
     "_prelu_kernel erf mul div multiply divide reciprocal sum pow".split()
 )
 """Functions of which zero is zero, and which keep different entries different."""
+_REPEAT = frozenset("expand expand_as repeat repeat_interleave broadcast_to".split())
+"""What makes equal entries of one."""
 _FOLLOW = frozenset(
     "exp log sigmoid softplus add sub rsub softmax log_softmax _softmax _log_softmax log_sigmoid where masked_fill "
     "addcmul addcdiv lerp logit cos exp2 layer_norm rms_norm group_norm instance_norm batch_norm native_batch_norm "
-    "native_layer_norm mean var logsumexp cat stack cumsum flip roll repeat repeat_interleave max_pool2d".split()
+    "native_layer_norm mean var logsumexp cat stack cumsum flip roll max_pool2d adaptive_avg_pool2d avg_pool2d".split()
 )
 """Functions that keep different entries different."""
 SAME_ENTRIES = frozenset(
-    "view reshape _unsafe_view flatten unflatten permute transpose t squeeze unsqueeze expand expand_as slice select "
+    "view reshape _unsafe_view view_as flatten unflatten permute transpose t numpy_T mT swapaxes "
+    "squeeze unsqueeze expand expand_as slice select "
     "clone contiguous detach to _to_copy alias dropout movedim split split_with_sizes chunk unbind narrow".split()
 )
 """Other readings of the same entries."""
-_DIFFER = frozenset(
-    operator for module in (contractions, recurrent, space) for operator in map(name_of, module.RULES)
-) | {"embedding"}
+_DIFFER = frozenset(map(name_of, {**contractions.RULES, **recurrent.RULES})) | {"embedding"}
 """Sums of products with weights: entries of different units differ."""
+_WITH_BIAS = frozenset("linear addmm baddbmm conv1d conv2d conv3d convolution bilinear".split())
+_IN_PLACE = SAME_ENTRIES - {
+    "permute",
+    "transpose",
+    "t",
+    "numpy_T",
+    "mT",
+    "swapaxes",
+    "movedim",
+    "slice",
+    "select",
+    "narrow",
+    "unbind",
+    "chunk",
+}
+"""Readings in which each entry keeps its place beside the position at which it was found."""
 _EMPTY = frozenset("zeros zeros_like new_zeros".split())
 
 
@@ -64,15 +82,30 @@ def ties_of(node: Node | None, reader: Node | None = None) -> Ties:
     if node.target is operator.getitem:
         return ties_of(node.args[0], node)
     if name in _DIFFER:
-        return Ties.NONE
+        has_bias = name in _WITH_BIAS and len(node.all_input_nodes) > 2
+        return Ties.NONE if has_bias else min(_most(node), Ties.ZEROS)  # sums of nothing but zeros are zero
+    if name in _REPEAT or len(set(node.all_input_nodes)) < len(_tensors(node.args)):
+        return Ties.ANY
     if name in _AT_ZERO | _KEEP_ZERO | _FOLLOW | SAME_ENTRIES:
-        found = max(
-            (ties_of(source, node) for source in node.all_input_nodes if _has_entries(source)), default=Ties.ANY
-        )
+        found = _most(node)
+        if name in ("add", "sub") and any(_is_whole(s, node) and not ties_of(s, node) for s in node.all_input_nodes):
+            return Ties.NONE  # what differs, differs after anything is added to it
         if name in _AT_ZERO:
             return max(found, Ties.ZEROS)
         return Ties.ANY if found and name in _FOLLOW else found
     return Ties.ANY
+
+
+def _most(node: Node) -> Ties:
+    """Return the most ties among the inputs of a node that are no numbers."""
+    sources = [source for source in node.all_input_nodes if _has_entries(source)]
+    return max((ties_of(source, node) for source in sources), default=Ties.ANY)
+
+
+def _is_whole(source: Node, node: Node) -> bool:
+    """Whether a tensor has the shape of what is made of it, so that none of its entries is repeated."""
+    value, made = source.meta.get("val"), node.meta.get("val")
+    return isinstance(value, torch.Tensor) and [*map(str, value.shape)] == [*map(str, made.shape)]
 
 
 def is_safe_to_read(index: Node | None, source: Node | None, reader: Node | None = None) -> bool:
@@ -150,8 +183,12 @@ def _is_zero_with(values: Any, index: Node | None) -> bool:
     if values.target is operator.getitem:
         return values.args == (index.args[0], 0)
     name = name_of(values.target)
-    is_kept = name in _KEEP_ZERO - {"div", "divide", "reciprocal", "sum", "pow"} | _AT_ZERO | SAME_ENTRIES
+    is_kept = name in _KEEP_ZERO - {"div", "divide", "reciprocal", "sum", "pow"} | _AT_ZERO | _IN_PLACE
     return is_kept and any(_is_zero_with(source, index) for source in values.all_input_nodes)
+
+
+def _tensors(arguments: Any) -> list[Node]:
+    return [leaf for leaf in pytree.tree_leaves(arguments) if isinstance(leaf, torch.fx.Node)]
 
 
 def _has_entries(node: Node) -> bool:
