@@ -78,7 +78,7 @@ def programs(draw: st.DrawFn) -> tuple[Callable[[Tensor], list[Tensor]], Tensor]
     return function, x
 
 
-@settings(max_examples=150, deadline=None)
+@settings(max_examples=60, deadline=None)
 @given(programs())
 def test_pieces_are_the_same(drawn: tuple[Callable[[Tensor], list[Tensor]], Tensor]) -> None:
     function, x = drawn
