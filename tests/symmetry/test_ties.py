@@ -111,6 +111,17 @@ def zero_kept(h: Tensor) -> Tensor:
     return torch.zeros_like(h).scatter(1, found.indices, found.values)
 
 
+def test_ties_of_a_deep_network_are_found_in_one_pass() -> None:
+    def deep(m: nn.Module, x: Tensor) -> Tensor:
+        h = m.first(x)
+        for _ in range(150):
+            h = h + F.linear(h.relu(), m.square.weight)
+        return m.last(marked(h).cos())
+
+    model, x = two_layers(deep), torch.randn(6, 5)
+    assert [group.shape for group in discover(model, x).groups] == [(8,)]
+
+
 @pytest.mark.parametrize(("act", "units"), FOUND.values(), ids=FOUND.keys())
 def test_found_positions_move_with_the_units_unless_equal_entries_are_told_apart(act, units: int) -> None:
     model, x = two_layers(act), torch.randn(6, 5)

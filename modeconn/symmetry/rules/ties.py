@@ -75,31 +75,38 @@ def ties_of(node: Node | None, reader: Node | None = None) -> Ties:
     """Return which entries of a tensor along its units may be equal when ``reader`` reads it: what is unknown may."""
     if node is None or is_written(node, reader):
         return Ties.ANY
+    if _TIES not in node.meta:
+        for each in node.graph.nodes:  # in order of execution: a recursion would be as deep as the model
+            each.meta[_TIES] = _ties_by(each)
+    return node.meta[_TIES]
+
+
+_TIES = "modeconn.ties"
+"""Where nodes keep their ties."""
+
+
+def _ties_by(node: Node) -> Ties:
+    """Return the ties of what a node makes, from those of its inputs."""
     if node.op == "placeholder":
         value = node.meta.get("val")
         return Ties.NONE if isinstance(value, torch.Tensor) and value.is_floating_point() else Ties.ANY
-    name = name_of(node.target).rstrip("_")  # in place or not
+    inputs = {s: Ties.ANY if is_written(s, node) else s.meta[_TIES] for s in node.all_input_nodes if _has_entries(s)}
+    most = max(inputs.values(), default=Ties.ANY)
     if node.target is operator.getitem:
-        return ties_of(node.args[0], node)
+        return most
+    name = name_of(node.target).rstrip("_")  # in place or not
     if name in _DIFFER:
         has_bias = name in _WITH_BIAS and len(node.all_input_nodes) > 2
-        return Ties.NONE if has_bias else min(_most(node), Ties.ZEROS)  # sums of nothing but zeros are zero
-    if name in _REPEAT or len(set(node.all_input_nodes)) < len(_tensors(node.args)):
+        return Ties.NONE if has_bias else min(most, Ties.ZEROS)  # sums of nothing but zeros are zero
+    if name in _REPEAT or len(node.all_input_nodes) < len(_tensors(node.args)):
         return Ties.ANY
-    if name in _AT_ZERO | _KEEP_ZERO | _FOLLOW | SAME_ENTRIES:
-        found = _most(node)
-        if name in ("add", "sub") and any(_is_whole(s, node) and not ties_of(s, node) for s in node.all_input_nodes):
-            return Ties.NONE  # what differs, differs after anything is added to it
-        if name in _AT_ZERO:
-            return max(found, Ties.ZEROS)
-        return Ties.ANY if found and name in _FOLLOW else found
-    return Ties.ANY
-
-
-def _most(node: Node) -> Ties:
-    """Return the most ties among the inputs of a node that are no numbers."""
-    sources = [source for source in node.all_input_nodes if _has_entries(source)]
-    return max((ties_of(source, node) for source in sources), default=Ties.ANY)
+    if name in ("add", "sub") and any(_is_whole(s, node) and not ties for s, ties in inputs.items()):
+        return Ties.NONE  # what differs, differs after anything is added to it
+    if name in _AT_ZERO:
+        return max(most, Ties.ZEROS)
+    if name in _KEEP_ZERO | SAME_ENTRIES:
+        return most
+    return Ties.ANY if most or name not in _FOLLOW else Ties.NONE
 
 
 def _is_whole(source: Node, node: Node) -> bool:
