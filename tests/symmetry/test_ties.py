@@ -17,7 +17,10 @@ from tests.symmetry.oracle import largest_change
 def two_layers(act: Callable[[nn.Module, Tensor], Tensor]) -> nn.Module:
     torch.manual_seed(0)
     layers = {"first": nn.Linear(5, 8), "square": nn.Linear(8, 8), "into": nn.Linear(5, 8), "last": nn.Linear(8, 3)}
-    return Lambda(act, **layers)
+    model = Lambda(act, **layers)
+    model.register_parameter("grid", nn.Parameter(torch.randn(4, 5)))
+    model.register_parameter("table", nn.Parameter(torch.randn(32, 3)))
+    return model
 
 
 def marked(h: Tensor) -> Tensor:
@@ -94,6 +97,10 @@ FOUND |= {
     "a router of a stream": (
         lambda m, x: m.last(marked(F.linear(x @ m.into.weight.T + m.first(x).relu(), m.square.weight)).cos()),
         16,
+    ),
+    "the largest of all, by two axes": (
+        lambda m, x: m.last(h := m.first(m.grid)).mean(0) * x.mean() + F.embedding(h.argmax(), m.table),
+        4 + 5 + 8,  # rows and columns of the grid, and the units
     ),
     "repeated": (lambda m, x: m.last(marked(m.first(x)[:, :1].expand(-1, 8)).cos()), 0),
     "bags": (

@@ -117,7 +117,7 @@ def arg_reduction(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[
     """``argmax``, ``argmin``."""
     dims = _reduced_dims(walk, input)
     axes = reduction(walk, input)
-    return [Traced(tuple(axes), points_into=walk.concatenate(input.axes[d] for d in dims))]
+    return [Traced(tuple(axes), points_into=walk.product([input.axes[d] for d in dims]))]
 
 
 def values_and_positions(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Traced]:
