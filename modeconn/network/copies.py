@@ -89,3 +89,18 @@ def check_no_inference(model: nn.Module) -> None:
 def plain_tensors(model: nn.Module) -> list[Tensor]:
     """Return the tensors that modules hold as ordinary attributes."""
     return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+
+
+def untied_copy(model: M) -> M:
+    """Return a copy in which no two modules share a parameter: each has its own, of equal values."""
+    twin = copy_of(model)
+    seen: set[int] = set()
+    shared = {id(tensor) for tied in in_one_storage(twin.parameters()) for tensor in tied[1:]}
+    for module in twin.modules():
+        for name, parameter in module._parameters.items():
+            if parameter is None:
+                continue
+            if id(parameter) in seen or id(parameter) in shared:
+                module._parameters[name] = nn.Parameter(parameter.detach().clone(), parameter.requires_grad)
+            seen.add(id(parameter))
+    return twin

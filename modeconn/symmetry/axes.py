@@ -1,7 +1,7 @@
 """The algebra of tensor axes: how a relabelling of hidden units acts on each axis of each tensor.
 
-An *atom* is a set of positions on which a group of one *kind* may act (`modeconn.symmetry.kinds`): any permutation, or
-none, when it is *fixed*. An *axis* is written with atoms as a concatenation of products::
+An *atom* is a set of positions on which a group of one *kind* may act (`modeconn.symmetry.kinds`): any rotation, any
+permutation, or nothing, when it is *fixed*. An *axis* is written with atoms as a concatenation of products::
 
     axis    = (segment, segment, ...)     positions of the first segment, then of the second, ...
     segment = (factor, factor, ...)       row-major product, the last factor runs fastest
@@ -28,7 +28,7 @@ from itertools import pairwise
 from math import prod
 from typing import Any
 
-from modeconn.symmetry.kinds import FIXED, PERMUTATION, Kind
+from modeconn.symmetry.kinds import FIXED, ORTHOGONAL_ONES, PERMUTATION, Kind
 
 Axis = tuple[Any, ...]
 Tensor = tuple[Axis, ...]
@@ -260,6 +260,10 @@ class Space:
         """Learn that no position of the axis may move, and remember the first reason."""
         self.lower(axis, FIXED, why)
 
+    def why_lowered(self, axis: Axis) -> str | None:
+        """Return why the first atom of an axis that is of a smaller kind than nothing would say is of that kind."""
+        return next((self._why[atom] for atom in atoms_of(self.normal(axis)) if self._why[atom] is not None), None)
+
     def why_fixed(self, axis: Axis) -> str | None:
         """Return why the first fixed atom of an axis is fixed, None if all are free."""
         return next((self._why[atom] for atom in atoms_of(self.normal(axis)) if self._kind[atom] is FIXED), None)
@@ -399,7 +403,22 @@ class Space:
         for family, over in {key[:2] for key in self._member}:
             for index in range(self._size[over]):
                 self._member_factor(family, over, index)
+        self._lower_members()
+        for atom, (size, kind) in enumerate(zip(self._size, self._kind, strict=True)):
+            if size == 2 and kind is ORTHOGONAL_ONES:  # two units that keep their sum can but change places
+                self._kind[atom] = PERMUTATION
         return shown
+
+    def _lower_members(self) -> None:
+        """Lower each member of a family to the family's kind, which says what may be done at every index."""
+        changed = True
+        while changed:
+            changed = False
+            for (family, _, _), member in self._member.items():
+                for atom in atoms_of(self.normal(((member,),))):
+                    before = self._kind[atom]
+                    self.lower(((atom,),), self._kind[family], self._why[family])
+                    changed |= self._kind[atom] is not before
 
     def _rekey_members(self) -> None:
         """Express members by what their family and index axis have become since."""

@@ -29,6 +29,8 @@ def discover(
     rules: Mapping[Any, Rule] = RULES,
     freeze: Sequence[str] = (),
     outputs: Selection = None,
+    symmetries: str = "permutation",
+    untie: bool = False,
     progress: bool = False,
 ) -> PermutationSpec:
     """Find every group of hidden units of a model that may be relabelled without changing its function.
@@ -47,6 +49,12 @@ def discover(
         outputs: Which of the model's outputs have to stay as they are: names (``"logits"``), positions in a tuple, or a
             function of what the model returns (``lambda o: o.logits``). Default: all of them. What nothing reads, such
             as a cache or hidden states, often fixes most of a model; what is computed for it alone may then change.
+        symmetries: The largest kind of group that is looked for. "permutation" reorders units. "orthogonal" also
+            rotates them where nothing but linear layers and norms read them, as in the residual streams of most
+            transformers and inside of attention heads; gains that can be folded (`modeconn.fold_gains`) count as ones,
+            and dropout as off, so that a rotated network equals the first in eval mode only.
+        untie: Give tied weights, such as a head that is the embedding, a tensor for each of their names: the groups are
+            those of the network that `modeconn.fold_gains` and `modeconn.align` then make, with more parameters.
         progress: Whether to show a progress bar where it takes more than a second.
 
     Returns:
@@ -54,7 +62,7 @@ def discover(
 
     Raises:
         ValueError: If there is no example input, the model does not run on it or cannot be exported, or a pattern in
-            ``freeze`` matches nothing.
+            ``freeze`` matches nothing, or ``symmetries`` is no kind that is known.
 
     Warns:
         UserWarning: If `torch.export` cannot follow the model, because its values steer what it does: one run on the
@@ -70,7 +78,7 @@ def discover(
           0  8 units  0.weight[0]  0.bias[0]  2.weight[1]
     """
     with bars(progress):
-        spec = PermutationSpec.of(explore(model, example_input, rules, freeze, outputs))
+        spec = PermutationSpec.of(explore(model, example_input, rules, freeze, outputs, symmetries, untie))
     if spec.outputs.are_all and spec.costs_of_outputs:
         names = ", ".join(map(repr, spec.costs_of_outputs))
         warn(

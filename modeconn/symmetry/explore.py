@@ -13,12 +13,14 @@ import torch
 from torch import nn
 from torch.utils import _pytree as pytree
 
-from modeconn.network.copies import in_one_storage
+from modeconn.network.copies import in_one_storage, untied_copy
 from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.axes import Axis, atoms_of, expand
 from modeconn.symmetry.export import ExportError, export
 from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
+from modeconn.symmetry.gains import Fold, Known, judged
 from modeconn.symmetry.graph import Example, Graph
+from modeconn.symmetry.kinds import FIXED, LINEAR, PERMUTATION, SYMMETRIES, Kind
 from modeconn.symmetry.lower import decompose
 from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
@@ -26,13 +28,19 @@ from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.rules.operators import name_of
 from modeconn.symmetry.rules.ties import SAME_ENTRIES
 from modeconn.symmetry.structure import Structure, dependencies
-from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
+from modeconn.symmetry.walk import Rule, Traced, Use, Walk, traced_in
 from modeconn.tools.progress import passing_bar
 from modeconn.tools.warn import warn
 
 if TYPE_CHECKING:
     from torch.fx import Node
 
+
+_VIEWS = frozenset(
+    "t transpose permute view reshape _to_copy to clone contiguous detach alias mT unsqueeze squeeze flatten "
+    "type_as _unsafe_view lift_fresh_copy".split()
+)
+"""Operators that arrange the entries of a tensor in another way, and do nothing else with them."""
 
 _ABOUT_SIZES = (
     "sym_",
@@ -53,6 +61,8 @@ def explore(
     rules: Mapping[Any, Rule] = RULES,
     freeze: Sequence[str] = (),
     outputs: Selection | Outputs = None,
+    symmetries: str = "permutation",
+    untie: bool = False,
 ) -> Findings:
     """Export a model in both modes, walk its graphs, and return what was found.
 
@@ -62,6 +72,8 @@ def explore(
         rules: Rule by operator.
         freeze: Names of parameters or buffers, or patterns, all of whose axes stay fixed.
         outputs: Which outputs count, for `Outputs.of`.
+        symmetries: The largest kind of group that is looked for, see `SYMMETRIES`.
+        untie: Whether tied parameters get a tensor for each of their names first.
 
     Raises:
         ValueError: If the model is none, does not run on the example, cannot be exported, a pattern matches nothing, or
@@ -71,8 +83,12 @@ def explore(
         what = f"a {type(model).__name__}"
         raise ValueError(f"model must be an ordinary nn.Module, which torch.export can follow, got {what}.")
     _check_rules(rules)
+    if symmetries not in SYMMETRIES:
+        known = " or ".join(map(repr, SYMMETRIES))
+        raise ValueError(f"symmetries must be {known}, got symmetries={symmetries!r}.")
     freeze = (freeze,) if isinstance(freeze, str) else tuple(map(str, freeze))
     example = example_for(model, example_input)
+    model = untied_copy(model) if untie else model
     outputs = Outputs.of(outputs)
     graphs = [export(model, example, training=False, outputs=outputs)]
     try:
@@ -86,13 +102,22 @@ def explore(
             f"groups hold for the path that it takes. They hold on other paths too, as long as these read the same "
             f"units as numbers and treat the others alike."
         )
-    walk = Exploration(model, rules, frozenset().union(*(graph.written_state for graph in graphs)))
+    walk = Exploration(
+        model, rules, frozenset().union(*(graph.written_state for graph in graphs)), SYMMETRIES[symmetries]
+    )
     walk.freeze(freeze)
     for graph in graphs:
         walk.run(graph)
     found = walk.finish()
     return replace(
-        found, freeze=freeze, rules=rules, own_rules=own_rules(rules), outputs=outputs, one_path=is_of_one_path
+        found,
+        freeze=freeze,
+        rules=rules,
+        own_rules=own_rules(rules),
+        outputs=outputs,
+        one_path=is_of_one_path,
+        symmetries=symmetries,
+        untied=untie,
     )
 
 
@@ -143,8 +168,12 @@ class _Unknown:
 class Exploration(Walk):
     """The walk through the graphs of one model, in all of its modes."""
 
-    def __init__(self, model: nn.Module, rules: Mapping[Any, Rule], written: Collection[str] = ()) -> None:
-        super().__init__()
+    def __init__(
+        self, model: nn.Module, rules: Mapping[Any, Rule], written: Collection[str] = (), top: Kind = PERMUTATION
+    ) -> None:
+        super().__init__(top if top is PERMUTATION else LINEAR)
+        self._largest = top
+        self._aliases: dict[str, list[str]] = {}  # all names of each tensor of the state, by the first
         self._rules = rules
         self._model = weakref.ref(model)
         self._written = written  # buffers that some graph mutates must not be treated as constants
@@ -162,13 +191,15 @@ class Exploration(Walk):
         """Give each axis of each parameter and saved floating buffer its own atom; tied tensors share theirs."""
         saved = set(model.state_dict(keep_vars=True))
         by_tensor: dict[int, tuple[Axis, ...]] = {}
-        state, tensors = {}, {}
+        state, tensors, first = {}, {}, {}
         for name, tensor in named_state(model):
             if name in saved and (tensor.is_floating_point() or tensor.is_complex()):
                 if id(tensor) not in by_tensor:
                     by_tensor[id(tensor)] = tuple(self.free(n) for n in tensor.shape)
                     tensors[id(tensor)] = tensor
+                    first[id(tensor)] = name
                 state[name] = by_tensor[id(tensor)]
+                self._aliases.setdefault(first[id(tensor)], []).append(name)
         for tied in in_one_storage(tensors.values()):
             self._tie(tied, by_tensor)
         return state
@@ -282,12 +313,73 @@ class Exploration(Walk):
             result = [[] for _ in outputs] if len(outputs) > 1 else []  # numbers have no axes
         elif rule is not None and (getattr(rule, "reads_shapes", False) or not _unknown_numbers((args, kwargs))):
             result = rule(self, *args, **kwargs)
+        is_by_rule = result is not None
         if result is None:
             self._fix_positions(given, "its positions are read as numbers")
             result = self._visit_parts(node, args, kwargs)
         if result is None:
             result = self._unknown_operator(node, (args, kwargs))
-        return self._outputs(node, result, counted)
+        made = self._outputs(node, result, counted)
+        if self.has_rotations and is_by_rule:
+            self._leave(node, given, rule, made, outputs)
+        return made
+
+    def _leave(self, node: Node, given: Sequence[Traced], rule: Rule | None, made: Any, outputs: Sequence[Any]) -> None:
+        """Lower all axes of an operator to what its rule says that it leaves; numbers of units have no directions."""
+        kind = getattr(rule, "leaves", PERMUTATION)
+        if not all(out.is_floating_point() for out in outputs):
+            kind = PERMUTATION
+        why = f"{name_of(node.target) or _name_of(node.target)} may act on each unit by itself"
+        for tensor in () if kind is LINEAR else (*given, *traced_in(_leaves(made))):
+            for axis in tensor.axes:
+                self.lower(axis, kind, why)
+
+    def parameter(self, tensor: Traced) -> str | None:
+        """Return the name of the parameter that a tensor is, or is a view of; None of all others."""
+        return None if tensor.node is None else self._parameter_at(tensor.node)
+
+    def _parameter_at(self, node: Node) -> str | None:
+        while node.op == "call_function" and name_of(node.target) in _VIEWS and isinstance(node.args[0], torch.fx.Node):
+            node = node.args[0]
+        source = self._graphs[-1].state.get(node.name) if node.op == "placeholder" else None
+        if source is None or source.kind != "parameter" or source.name not in self.state:
+            return None
+        return next(first for first, names in self._aliases.items() if source.name in names)
+
+    def gain_of(self, tensor: Traced) -> tuple[str, float] | None:
+        """Return a parameter, and the number that is added to it, if a tensor is nothing else; None of all others."""
+        node, offset = tensor.node, 0.0
+        while node is not None and node.op == "call_function":
+            name, args = name_of(node.target), node.args
+            if name in _VIEWS:
+                node = args[0]
+            elif name == "add" and not node.kwargs and sum(isinstance(arg, (int, float)) for arg in args) == 1:
+                number, node = args if isinstance(args[0], (int, float)) else args[::-1]
+                offset += number
+            else:
+                return None
+        name = None if node is None else self._parameter_at(node)
+        return None if name is None else (name, offset)
+
+    def summed_dims(self) -> frozenset[int]:
+        """Return the dimensions of what the operator at hand makes over which all that read it take sums."""
+        if self.node is None or self.is_in_place or self.node.name in self._graphs[-1].outputs:
+            return frozenset()
+        rank, found = len(self.shape), None
+        for user in self.node.users:
+            if name_of(user.target) not in ("sum", "mean") or user.args[:1] != (self.node,):
+                return frozenset()
+            dims = user.args[1] if len(user.args) > 1 else user.kwargs.get("dim")
+            dims = range(rank) if dims is None or dims == [] else [dims] if isinstance(dims, int) else dims
+            here = frozenset(dim % rank for dim in dims)
+            found = here if found is None else found & here
+        return found or frozenset()
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the operator at hand writes over one of its arguments."""
+        schema = getattr(getattr(self.node, "target", None), "_schema", None)
+        return schema is None or schema.is_mutable
 
     def _visit_parts(self, node: Node, args: Any, kwargs: Any) -> list[Traced] | None:
         """Walk the simpler operators that one without a rule consists of; None if it does not consist of any."""
@@ -357,7 +449,7 @@ class Exploration(Walk):
         single = isinstance(node.meta["val"], torch.Tensor)
         given = result if result and isinstance(result[0], (list, Traced)) else [result]
         traced = [t if isinstance(t, Traced) else Traced(tuple(t)) for t in given]
-        traced = [Traced(t.axes, node if single else None, t.points_into or counted) for t in traced]
+        traced = [Traced(t.axes, node if single else None, t.points_into or counted, t.only_summed) for t in traced]
         for out, tensor in zip(_leaves(node.meta["val"]), traced, strict=False):
             self._fix_sizes_of_values(out, tensor)
         made = [out for out in _leaves(node.meta["val"]) if isinstance(out, torch.Tensor)]
@@ -407,6 +499,7 @@ class Exploration(Walk):
         """Settle what may vary with what, and read off the groups."""
         read = {name for graph in self._graphs for name in graph.used_state}
         self._fix_unread(read)
+        folds = self._fold_gains() if self.has_rotations else []
         tensors = self.settle(self._shown | set(self.state.values()))
         self._fix_unseen()
         tensors = {tuple(map(self.normal, tensor)) for tensor in tensors}
@@ -420,7 +513,55 @@ class Exploration(Walk):
             unknown=tuple(self._costs()),
             traces=tuple(self._trace(i, structure) for i in range(len(self._graphs))),
             costs_of_outputs=self._costs_of_outputs(),
+            folds=tuple(folds),
+            limited=self._limited(state, structure),
         )
+
+    def _fold_gains(self) -> list[Fold]:
+        """Let scaled units be the units that they were: of gains that can be folded nothing is left, others lower."""
+        state = {first: self.state[first] for first in self._aliases}
+        folds, refused = judged(self.gains, Known(self, state, self._uses_of, self._aliases))
+        for gain in self.gains:
+            self.unify(gain.after, gain.before)
+            if gain in refused:
+                self.lower(gain.after, PERMUTATION, f"the gain '{gain.name}' cannot be folded, since {refused[gain]}")
+        for axis in {axis for tensor in (*self._shown, *self.state.values()) for axis in tensor}:
+            self.lower(axis, self._largest, None)
+        return folds
+
+    def _uses_of(self, name: str) -> list[Use] | None:
+        """Return what all operators that read a parameter do with it, None if some of them is no linear layer."""
+        found: list[Use] = []
+        for graph in self._graphs:
+            waiting = [node for node in graph.nodes if node.op == "placeholder" and self._is_called(node, graph, name)]
+            live = set(graph.nodes)
+            while waiting:
+                for user in waiting.pop().users:
+                    if user not in live or user in self._shapes_only:
+                        continue
+                    uses = [use for use in self.uses.get(user, ()) if use.name == name]
+                    found += uses
+                    if uses:
+                        continue
+                    if name_of(user.target) not in (*_VIEWS, "add") or user.name in graph.outputs:
+                        return None
+                    waiting.append(user)
+        return found
+
+    def _is_called(self, node: Node, graph: Graph, name: str) -> bool:
+        source = graph.state.get(node.name)
+        return source is not None and source.name in self._aliases.get(name, ())
+
+    def _limited(
+        self, state: Mapping[str, tuple[Axis, ...]], structure: Structure
+    ) -> dict[str, tuple[str | None, ...]]:
+        """Return why the group on each axis of the state that moves is no larger than it is, by name."""
+        if not self.has_rotations:
+            return {}
+        return {
+            name: tuple(self.why_lowered(axis) if structure.moving_atoms(axis) else None for axis in axes)
+            for name, axes in state.items()
+        }
 
     def _fix_unread(self, read: set[str]) -> None:
         """A parameter in neither graph is used in ways not seen here: it stays as it is."""
@@ -456,6 +597,7 @@ class Exploration(Walk):
         parents: dict[int, tuple[int, ...]] = {}
         for atom in order:  # earlier atoms only, so that no two depend on each other
             mine = {p for p in possible[atom] if p in parents or not self.is_free_atom(p)}
+            mine = {p for p in mine if self.atom_kind(p) in (FIXED, PERMUTATION)}  # others have no places to vary with
             mine = {p for p in mine if set(parents.get(p, ())) <= mine}
             parents[atom] = tuple(sorted(mine, key=lambda p: (p in parents, order.index(p) if p in parents else p)))
         atoms = range(self.num_atoms)
@@ -500,6 +642,7 @@ class Exploration(Walk):
         def final(value: Any) -> Any:
             if isinstance(value, Traced):
                 unread = value.points_into is not None and not self.is_fixed(value.points_into)
+                unread |= bool(value.only_summed)
                 axes = tuple(map(self.normal, value.axes))
                 return None if unread or not structure.can_place(axes) else axes
             return [final(v) for v in value] if isinstance(value, list) else None

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from modeconn.symmetry.axes import Axis
+from modeconn.symmetry.gains import Fold
 from modeconn.symmetry.graph import ALL, Graph
 from modeconn.symmetry.outputs import Outputs
 from modeconn.symmetry.structure import Structure
@@ -79,6 +80,11 @@ class Findings:
         outputs: Which outputs of the model count; what is computed for others alone may change.
         one_path: Whether they were found on one run of the model, and so hold for the path that it took.
         costs_of_outputs: How many hidden units outputs but the first keep fixed, by output.
+        symmetries: The largest kind of group that was looked for.
+        untied: Whether the groups are those of networks in which tied parameters have a tensor for each of their names.
+        folds: Gains that are ones in the networks that the groups are of, and what takes them up.
+        limited: Why the group on each axis that moves is no larger than it is, None where it is as large as it may be,
+            by name; empty if nothing but permutations was looked for.
         own_rules: What these have in place of modeconn's, ``module:name`` by operator.
     """
 
@@ -94,3 +100,7 @@ class Findings:
     outputs: Outputs = ALL
     one_path: bool = False
     costs_of_outputs: Mapping[str, int] = field(default_factory=dict)
+    symmetries: str = "permutation"
+    untied: bool = False
+    folds: tuple[Fold, ...] = ()
+    limited: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)

@@ -16,12 +16,15 @@ class Kind:
     Args:
         name: In files.
         below: Kinds whose groups are parts of this one's; what is below them is added.
-        log10_order: Returns the decimal logarithm of the number of elements, from the number of units.
+        log10_order: Returns the decimal logarithm of the number of elements, from the number of units; 0 for groups
+            that are continuous.
+        dimension: Returns the number of directions in which an element can be moved a little, from the number of units.
     """
 
     name: str
     below: frozenset[Kind] = frozenset()
     log10_order: Callable[[int], float] = lambda size: 0.0
+    dimension: Callable[[int], int] = lambda size: 0
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "below", self.below.union(*(kind.below for kind in self.below)))
@@ -52,8 +55,26 @@ FIXED = Kind("fixed")
 PERMUTATION = Kind("permutation", frozenset({FIXED}), lambda size: math.lgamma(size + 1) / math.log(10))
 """Any order of the units."""
 
-KINDS = {kind.name: kind for kind in (FIXED, PERMUTATION)}
+ORTHOGONAL_ONES = Kind(
+    "orthogonal-ones", frozenset({PERMUTATION}), dimension=lambda size: max(size - 1, 0) * max(size - 2, 0) // 2
+)
+"""Orthogonal maps that fix the vector of ones: they keep the mean of the units, and so what layer norm makes of them.
+
+Of two units these are the two permutations.
+"""
+
+ORTHOGONAL = Kind("orthogonal", frozenset({ORTHOGONAL_ONES}), dimension=lambda size: size * (size - 1) // 2)
+"""Rotations and reflections: they keep the length of the vector of units, and so what RMS norm makes of them."""
+
+LINEAR = Kind("linear", frozenset({ORTHOGONAL}), dimension=lambda size: size * size)
+"""Any invertible map. A layer that reads the units undoes it by the inverse, so it may be a scale for each unit: that
+is how gains are folded (`modeconn.symmetry.gains`). No group is of this kind in the end."""
+
+KINDS = {kind.name: kind for kind in (FIXED, PERMUTATION, ORTHOGONAL_ONES, ORTHOGONAL, LINEAR)}
 """Every kind by its name."""
+
+SYMMETRIES = {"permutation": PERMUTATION, "orthogonal": ORTHOGONAL}
+"""The largest kind of group that is looked for, by what `modeconn.discover` calls it."""
 
 
 def _named(name: str) -> Kind:

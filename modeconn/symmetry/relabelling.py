@@ -10,7 +10,6 @@ from typing import Any, ClassVar, Protocol, Self
 import torch
 from torch import Tensor, nn
 
-from modeconn.network.copies import copy_of
 from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis
 from modeconn.tools import files, provenance
@@ -33,6 +32,10 @@ class Symmetries(Protocol):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError unless the model has parameters and buffers of these names and shapes."""
+        ...
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """Return a copy of a model, the same function, with the weights that relabellings are for."""
         ...
 
     def to_json(self) -> str:
@@ -202,7 +205,7 @@ def relabelled_copy(
         ValueError: If the model is not of this spec.
     """
     spec.check_model(model)
-    relabelled = copy_of(model)
+    relabelled = spec.prepared(model)
     tensors = dict(named_state(relabelled))
     with torch.no_grad():
         moved = relabel({name: tensors[name] for name in spec.state})

@@ -7,7 +7,7 @@ import math
 import os
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, ClassVar
 
 from modeconn.symmetry.findings import UnknownOperator
@@ -31,6 +31,9 @@ class SymmetryReport:
         fixed: For each reason, the axes that it fixed, ``(parameter or buffer, dimension, positions)``.
         unread: Parameters and buffers in neither graph.
         unknown: Operators without a rule and what they cost.
+        dimension: Number of directions in which the rotations among the relabellings can be moved a little.
+        limited: For each reason, the axes that move and on which it keeps the group from being larger, as in ``fixed``;
+            empty if nothing but permutations was looked for.
     """
 
     made_by: ClassVar[Mapping[str, Any] | None] = None
@@ -41,6 +44,8 @@ class SymmetryReport:
     fixed: dict[str, tuple[tuple[str, int, int], ...]]
     unread: tuple[str, ...]
     unknown: tuple[UnknownOperator, ...]
+    dimension: int = 0
+    limited: dict[str, tuple[tuple[str, int, int], ...]] = field(default_factory=dict)
 
     @classmethod
     def of(
@@ -50,6 +55,7 @@ class SymmetryReport:
         fixed: Mapping[str, Sequence[str | None]],
         unread: tuple[str, ...],
         unknown: tuple[UnknownOperator, ...],
+        limited: Mapping[str, Sequence[str | None]] | None = None,
     ) -> SymmetryReport:
         """Sum up what discovery found.
 
@@ -59,21 +65,19 @@ class SymmetryReport:
             fixed: Why each of their axes is fixed, None where it moves.
             unread: Parameters and buffers in neither graph.
             unknown: Operators without a rule.
+            limited: Why the group on each of the axes that move is no larger.
         """
         sizes = {name: math.prod(shape) for name, shape in shapes.items()}
         moving = {name for group in groups for name, _ in group.places}
-        by_reason: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
-        for name, reasons in fixed.items():
-            for dim, why in enumerate(reasons):
-                if why:
-                    by_reason[why].append((name, dim, shapes[name][dim]))
         return cls(
             groups=groups,
             log10_size=sum(group.log10_size for group in groups),
             share_moving=sum(sizes[name] for name in moving) / max(sum(sizes.values()), 1),
-            fixed={why: tuple(axes) for why, axes in by_reason.items()},
+            fixed=_by_reason(fixed, shapes),
             unread=unread,
             unknown=unknown,
+            dimension=sum(group.dimension for group in groups),
+            limited=_by_reason(limited or {}, shapes),
         )
 
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
@@ -90,6 +94,8 @@ class SymmetryReport:
             for group in self.groups
         ]
         plain = {name: getattr(self, name) for name in ("log10_size", "share_moving", "fixed", "unread")}
+        if self.dimension or self.limited:
+            plain |= {"dimension": self.dimension, "limited": self.limited}
         record = {**plain, "groups": groups, "unknown": [vars(one) for one in self.unknown]}
         return to_json({KIND: type(self).__name__, **record, **provenance.entry(self)}, path)
 
@@ -115,9 +121,14 @@ class SymmetryReport:
                 )
                 for group in record["groups"]
             )
-            fixed = {why: tuple((name, dim, size) for name, dim, size in axes) for why, axes in record["fixed"].items()}
+            fixed, limited = (
+                {why: tuple((name, dim, size) for name, dim, size in axes) for why, axes in record.get(key, {}).items()}
+                for key in ("fixed", "limited")
+            )
             unknown = tuple(UnknownOperator(**one) for one in record["unknown"])
-            found = cls(groups, record["log10_size"], record["share_moving"], fixed, tuple(record["unread"]), unknown)
+            numbers = (record["log10_size"], record["share_moving"])
+            more = (tuple(record["unread"]), unknown, record.get("dimension", 0), limited)
+            found = cls(groups, *numbers, fixed, *more)
             repr(found)  # a report that cannot be shown holds something else than was written
         provenance.keep(found, record.get(provenance.ATTRIBUTE))
         return found
@@ -125,23 +136,26 @@ class SymmetryReport:
     @property
     def _headline(self) -> str:
         count = len(self.groups)
+        rotations = f" and rotations of {self.dimension:,} dimensions" if self.dimension else ""
         return (
-            f"{count} group{'s' * (count != 1)}, 10^{self.log10_size:,.1f} relabellings; "
+            f"{count} group{'s' * (count != 1)}, 10^{self.log10_size:,.1f} relabellings{rotations}; "
             f"{self.share_moving:.1%} of the weights are in tensors that move"
         )
 
     def _group_rows(self) -> list[list[str]]:
         return [[g.name, str(g), _some([f"{name}[{dim}]" for name, dim in g.places])] for g in self.groups]
 
-    def _fixed_rows(self) -> list[list[str]]:
+    def _reason_rows(self, reasons: Mapping[str, Sequence[tuple[str, int, int]]]) -> list[list[str]]:
         rows = []
-        for why, axes in sorted(self.fixed.items(), key=lambda item: -len(item[1])):
+        for why, axes in sorted(reasons.items(), key=lambda item: -len(item[1])):
             plural = "axis" if len(axes) == 1 else "axes"
             rows.append([why, f"{len(axes)} {plural}", _some([f"{name}[{dim}]" for name, dim, _ in axes])])
         return rows
 
     def _remarks(self) -> list[str]:
         remarks = [f"no rule for {unknown}" for unknown in self.unknown]
+        if self.dimension:
+            remarks.append("a rotated network equals the first in eval mode; in train mode if it has no dropout")
         if self.unread:
             remarks.append(f"in neither graph, left as they are: {_some(self.unread)}")
         return remarks
@@ -149,14 +163,29 @@ class SymmetryReport:
     def __repr__(self) -> str:
         lines = [self._headline, "", "group", *_columns(self._group_rows())]
         if self.fixed:
-            lines += ["", "fixed because", *_columns(self._fixed_rows())]
+            lines += ["", "fixed because", *_columns(self._reason_rows(self.fixed))]
+        if self.limited:
+            lines += ["", "no larger because", *_columns(self._reason_rows(self.limited))]
         return "\n".join([*lines, *([""] if self._remarks() else []), *self._remarks()])
 
     def _repr_html_(self) -> str:
         remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
         groups = html_table(("group", "size", "where"), self._group_rows())
-        fixed = html_table(("fixed because", "axes", "where"), self._fixed_rows())
-        return f"<p>{html.escape(self._headline)}</p>{groups}{fixed}{remarks}"
+        fixed = html_table(("fixed because", "axes", "where"), self._reason_rows(self.fixed))
+        limited = html_table(("no larger because", "axes", "where"), self._reason_rows(self.limited))
+        return f"<p>{html.escape(self._headline)}</p>{groups}{fixed}{limited * bool(self.limited)}{remarks}"
+
+
+def _by_reason(
+    reasons: Mapping[str, Sequence[str | None]], shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[tuple[str, int, int], ...]]:
+    """Return the axes by the reason that is given for them, ``(parameter or buffer, dimension, positions)``."""
+    found: dict[str, list[tuple[str, int, int]]] = defaultdict(list)
+    for name, of_axes in reasons.items():
+        for dim, why in enumerate(of_axes):
+            if why:
+                found[why].append((name, dim, shapes[name][dim]))
+    return {why: tuple(axes) for why, axes in found.items()}
 
 
 def _some(names: Sequence[str]) -> str:

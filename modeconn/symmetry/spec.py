@@ -13,13 +13,15 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
+from modeconn.network.copies import copy_of, untied_copy
 from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.explore import explore, own_rules
 from modeconn.symmetry.findings import Findings, UnknownOperator
+from modeconn.symmetry.gains import folded, from_plain, to_plain
 from modeconn.symmetry.graph import ALL, Example
 from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_perms
-from modeconn.symmetry.kinds import KINDS
+from modeconn.symmetry.kinds import KINDS, ORTHOGONAL_ONES
 from modeconn.symmetry.outputs import Outputs
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.report import SymmetryReport
@@ -51,6 +53,10 @@ class PermutationSpec(Findings):
         outputs: Which outputs of the model count.
         one_path: Whether they were found on one run of the model, and so hold for the path that it took.
         costs_of_outputs: How many hidden units outputs but the first keep fixed, by output; empty for a loaded spec.
+        symmetries: The largest kind of group that `modeconn.discover` was asked for.
+        untied: Whether the groups are those of networks in which tied parameters have a tensor for each of their names.
+        folds: Gains that are ones in the networks that the groups are of, and what takes them up.
+        limited: Why the group on each axis that moves is no larger than it is, by name.
         freeze: What `modeconn.discover` was told to leave fixed.
         rules: The rules it was given; a loaded spec has those of modeconn, unless `load` was given others.
         own_rules: The operators for which these are not modeconn's, and the rules as ``module:name``.
@@ -91,8 +97,13 @@ class PermutationSpec(Findings):
 
     @property
     def log10_size(self) -> float:
-        """Decimal logarithm of the number of relabellings."""
+        """Decimal logarithm of the number of relabellings, those of groups that rotate left out."""
         return sum(group.log10_size for group in self.groups)
+
+    @property
+    def dimension(self) -> int:
+        """The number of directions in which rotations can be moved a little; 0 if there are permutations alone."""
+        return sum(group.dimension for group in self.groups)
 
     def __getitem__(self, name: str) -> Group:
         for group in self.groups:
@@ -131,7 +142,7 @@ class PermutationSpec(Findings):
 
     def report(self) -> SymmetryReport:
         """Return the groups, the size of the symmetry group, and what stayed fixed and why: prints, HTML, JSON."""
-        return SymmetryReport.of(self.groups, self.shapes, self.fixed, self.unread, self.unknown)
+        return SymmetryReport.of(self.groups, self.shapes, self.fixed, self.unread, self.unknown, self.limited)
 
     def _repr_html_(self) -> str:
         return self.report()._repr_html_()
@@ -148,14 +159,39 @@ class PermutationSpec(Findings):
 
     # ---------------------------------------------------------------- permutations
 
-    def identity(self) -> Permutation:
+    def identity(self) -> Permutation | Orthogonal:
         """Return the relabelling that moves nothing."""
-        return Permutation(self, identity_perms(self.groups))
+        return self.relabelling(identity_perms(self.groups))
 
     @looked_at
-    def random(self, generator: torch.Generator | None = None) -> Permutation:
+    def random(self, generator: torch.Generator | None = None) -> Permutation | Orthogonal:
         """Return a relabelling drawn uniformly, with a CPU ``generator``."""
-        return Permutation(self, random_perms(self.groups, generator))
+        return self.relabelling(random_perms(self.groups, generator))
+
+    @property
+    def has_rotations(self) -> bool:
+        """Whether some group rotates its units."""
+        return any(group.rotates for group in self.groups)
+
+    def relabelling(self, elements: Mapping[str, Tensor]) -> Permutation | Orthogonal:
+        """Return what moves each group by its element: a `Permutation`, if no group rotates."""
+        return (Orthogonal if self.has_rotations else Permutation)(self, elements)
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """Return a copy of a model of which the groups hold: untied where they ask for it, its gains folded.
+
+        Raises:
+            ValueError: If a bias has to be divided by a gain that is zero or nearly.
+        """
+        self.check_model(model)
+        twin = untied_copy(model) if self.untied else copy_of(model)
+        if self.folds:
+            tensors = {name: tensor for name, tensor in named_state(twin) if name in self.state}
+            with torch.no_grad():
+                for name, tensor in folded(tensors, self.folds).items():
+                    if tensor is not tensors[name]:
+                        tensors[name].copy_(tensor)
+        return twin
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError unless the model has the parameters and shapes this spec was made for."""
@@ -220,7 +256,8 @@ class PermutationSpec(Findings):
         rules = RULES if self.rules is None else self.rules
         self._check_rules(rules)
         self.outputs.check_known()
-        fresh = PermutationSpec.of(explore(model, example_input, rules, self.freeze, self.outputs))
+        settings = (rules, self.freeze, self.outputs, self.symmetries, self.untied)
+        fresh = PermutationSpec.of(explore(model, example_input, *settings))
         if fresh != self and not (self.traces and fresh._moves_as(self)):
             given = "with inputs of this shape" if self.traces else "now (another model or version)"
             raise ValueError(
@@ -309,18 +346,32 @@ class PermutationSpec(Findings):
                 "rules": dict(self.own_rules),
                 "outputs": self.outputs.to_plain(),
                 "one_path": self.one_path,
+                **self._beyond_permutations(),
                 "unknown": [[u.operator, u.module, u.num_axes, u.num_units] for u in self.unknown],
             }
         )
+
+    def _beyond_permutations(self) -> dict[str, Any]:
+        """Return what specs of permutations alone do not say, so that versions that know no others can read them."""
+        if self.symmetries == "permutation" and not self.untied:
+            return {}
+        return {
+            "format": FORMAT + 1,
+            "symmetries": self.symmetries,
+            "untied": self.untied,
+            "folds": to_plain(self.folds),
+            "limited": dict(self.limited),
+        }
 
     @classmethod
     def from_json(cls, text: str) -> PermutationSpec:
         """Read what `to_json` wrote. It has no graphs: methods that run the model export it anew."""
         try:
             data = json.loads(text)
-            if data["format"] != FORMAT:
+            if data["format"] not in (FORMAT, FORMAT + 1):
                 raise ValueError(
-                    f"the permutation spec has format {data['format']!r:.60}; this version reads {FORMAT}."
+                    f"the permutation spec has format {data['format']!r:.60}; this version reads {FORMAT} and "
+                    f"{FORMAT + 1}."
                 )
             structure = Structure(
                 {int(a): n for a, n in data["sizes"].items()},
@@ -334,6 +385,9 @@ class PermutationSpec(Findings):
             freeze, rules = tuple(data.get("freeze", ())), data.get("rules", {})  # older files do not say it
             more = {"freeze": freeze, "own_rules": rules, "outputs": Outputs.from_plain(data.get("outputs"))}
             more["one_path"] = bool(data.get("one_path", False))
+            more["symmetries"], more["untied"] = data.get("symmetries", "permutation"), bool(data.get("untied", False))
+            more["folds"] = from_plain(data.get("folds", ()))
+            more["limited"] = {name: tuple(why) for name, why in data.get("limited", {}).items()}
             found = cls(structure, state, fixed, tuple(data["unread"]), unknown, **more)
             found._check_consistency()
             return found
@@ -432,10 +486,14 @@ class Permutation(Relabelling):
 
     def _parent_sources(self, group: Group) -> list[Tensor]:
         """For each parent, which of its units stands at each place of the group, in shapes that broadcast."""
-        structure, by_atom = self.spec.structure, self.by_atom()
+        return [source[..., None] for source in self.sources_of_parents(self.spec.structure, group)]
+
+    def sources_of_parents(self, structure: Structure, group: Group) -> list[Tensor]:
+        """For each parent, which of its units stands at each place of all parents, in shapes that broadcast."""
+        by_atom = self.by_atom()
         parents = structure.parents[group.atom]
         here = [
-            torch.arange(structure.sizes[p], device="cpu").view([-1 if d == i else 1 for d in range(len(parents) + 1)])
+            torch.arange(structure.sizes[p], device="cpu").view([-1 if d == i else 1 for d in range(len(parents))])
             for i, p in enumerate(parents)
         ]
         sources = []
@@ -477,6 +535,148 @@ class Permutation(Relabelling):
     def restore(cls, spec: str, tensors: Mapping[str, Tensor]) -> Permutation:
         """Return the permutation of these perms, with its spec as JSON."""
         return cls(PermutationSpec.from_json(spec), tensors)
+
+
+@dataclass(frozen=True, eq=False, repr=False)
+class Orthogonal(Relabelling):
+    """One element for each group of a spec that rotates units: orthogonal matrices, and permutations.
+
+    A group of permutations has a ``perm`` as in `Permutation`. One that rotates has a matrix ``G`` for each place of
+    its parents, ``(*parent sizes, n, n)``, so that place ``(h, i)`` holds the sum over ``j`` of ``G[h, i, j]`` times
+    unit ``j`` of block ``perm_parent[h]``; where the spec says so, ``G`` keeps the vector of ones. Entries of weights
+    are permuted as they are; rotations are computed in double precision and rounded to the model's precision, in which the
+    relabelled network is the same function: of float32 weights, outputs differ by some 1e-5 of their size.
+
+    Groups are those of networks whose gains are folded: `apply` folds them first, where they are not.
+
+    Args:
+        spec: The groups.
+        elements: By group name, on the CPU: int64 of the group's shape, or float64 with one axis more.
+
+    Raises:
+        ValueError: If a group is missing or unknown, or its element is none of that group.
+    """
+
+    kind: ClassVar[str] = "orthogonal"
+
+    spec: PermutationSpec
+    elements: Mapping[str, Tensor]
+
+    def __post_init__(self) -> None:
+        check_settings(self)
+        names = {group.name for group in self.spec.groups}
+        if names != self.elements.keys():
+            odd = sorted(names ^ self.elements.keys())[0]
+            problem = "is missing from the relabelling" if odd in names else "is no group of this spec"
+            raise ValueError(f"group '{odd}' {problem}.")
+        for group in self.spec.groups:
+            (_check_rotation if group.rotates else _check_perm)(group, self.elements[group.name])
+
+    def relabel(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Return named parameters and buffers of a folded network relabelled; names the spec does not know stay."""
+        return self.spec.structure.relabel_all(tensors, self.spec.state, self.by_atom())
+
+    def by_atom(self) -> dict[int, Tensor]:
+        """Return the elements under the numbers that the spec's structure uses."""
+        return {group.atom: self.elements[group.name] for group in self.spec.groups}
+
+    def inverse(self) -> Orthogonal:
+        """Return the relabelling that undoes this one."""
+        back = self._permuting().inverse().perms
+        for group in self.spec.groups:
+            if group.rotates:
+                turned = self.elements[group.name].transpose(-1, -2)
+                back[group.name] = self._blocks(group, turned, Permutation(self._frame(), self._perms(back)))
+        return Orthogonal(self.spec, back)
+
+    def after(self, first: Orthogonal) -> Orthogonal:
+        """Return the relabelling that makes ``first`` and then this one."""
+        own = self._permuting()
+        found = own.after(first._permuting()).perms
+        for group in self.spec.groups:
+            if group.rotates:
+                inner = self._blocks(group, first.elements[group.name], own)
+                found[group.name] = _nearest(group, self.elements[group.name] @ inner)
+        return Orthogonal(self.spec, found)
+
+    def _frame(self) -> PermutationSpec:
+        """Return the spec of the groups that permute, which say where the blocks of the others lie."""
+        structure = self.spec.structure
+        parents = {a: p for a, p in structure.parents.items() if not self._rotates(a)}
+        frozen = replace(self.spec, structure=replace(structure, parents=parents))
+        vars(frozen)["groups"] = tuple(group for group in self.spec.groups if not group.rotates)
+        return frozen
+
+    def _rotates(self, atom: int) -> bool:
+        return any(group.atom == atom and group.rotates for group in self.spec.groups)
+
+    def _perms(self, elements: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        return {group.name: elements[group.name] for group in self.spec.groups if not group.rotates}
+
+    def _permuting(self) -> Permutation:
+        return Permutation(self._frame(), self._perms(self.elements))
+
+    def _blocks(self, group: Group, matrices: Tensor, moved: Permutation) -> Tensor:
+        """Return the matrices of the blocks that take the places of a group's parents under a permutation."""
+        sources = moved.sources_of_parents(self.spec.structure, group)
+        return matrices[tuple(sources)] if sources else matrices
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Orthogonal):
+            return NotImplemented
+        return self.elements.keys() == other.elements.keys() and all(
+            torch.equal(element, other.elements[name]) for name, element in self.elements.items()
+        )
+
+    __hash__ = None
+
+    def sources(self, name: str) -> Tensor | None:
+        """Return which unit takes each place of a group, ``(N,)``; None of a group that rotates its units."""
+        return None if self.spec[name].rotates else self._permuting().sources(name)
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether nothing moves, up to the rounding of matrices."""
+        still = identity_perms(self.spec.groups)
+        return all(torch.allclose(element, still[name], atol=1e-12) for name, element in self.elements.items())
+
+    def __repr__(self) -> str:
+        rotating = [group for group in self.spec.groups if group.rotates]
+        return f"Orthogonal({len(rotating)} groups that rotate, {len(self.elements) - len(rotating)} that permute)"
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Return the elements by group name."""
+        return dict(self.elements)
+
+    @classmethod
+    def restore(cls, spec: str, tensors: Mapping[str, Tensor]) -> Orthogonal:
+        """Return the relabelling of these elements, with its spec as JSON."""
+        return cls(PermutationSpec.from_json(spec), tensors)
+
+
+def _nearest(group: Group, matrices: Tensor) -> Tensor:
+    """Return the elements nearest to products of elements, which drift by their rounding."""
+    identity = torch.eye(group.size, dtype=matrices.dtype, device=matrices.device)
+    return matrices @ (1.5 * identity - 0.5 * matrices.transpose(-1, -2) @ matrices)  # one step of Newton's method
+
+
+def _check_rotation(group: Group, matrices: Tensor) -> None:
+    check(f"elements[{group.name!r}]", matrices, Tensor)
+    shape = (*group.shape, group.size)
+    if matrices.dtype != torch.float64 or tuple(matrices.shape) != shape:
+        raise ValueError(
+            f"the element of group '{group.name}' must be float64 of shape {shape}, "
+            f"got {str(matrices.dtype).removeprefix('torch.')} of shape {tuple(matrices.shape)}."
+        )
+    identity = torch.eye(group.size, dtype=torch.float64, device=matrices.device)
+    if not bool(((matrices @ matrices.transpose(-1, -2) - identity).abs() < _ORTHOGONAL).all()):
+        raise ValueError(f"the element of group '{group.name}' is not orthogonal: it changes lengths.")
+    if group.kind is ORTHOGONAL_ONES and not bool(((matrices.sum(-1) - 1).abs() < _ORTHOGONAL).all()):
+        raise ValueError(f"the element of group '{group.name}' does not keep the vector of ones, as layer norm asks.")
+
+
+_ORTHOGONAL = 1e-8
+"""Largest entry of ``G G^T - 1``."""
 
 
 def _check_perm(group: Group, perm: Tensor) -> None:

@@ -18,7 +18,11 @@ Labels = tuple[tuple[int, int], ...]
 """For each dimension of a piece, its atom and the axis of the tensor that it came from."""
 
 Perms = Mapping[int, Tensor]
-"""``atom -> perm`` of shape ``(*sizes of its parents, n)``: destination place to source unit; absent atoms stay."""
+"""``atom -> perm`` of shape ``(*sizes of its parents, n)``: destination place to source unit; absent atoms stay.
+
+Of a group that rotates it is a matrix in double precision for each place of the parents, ``(*sizes of its parents, n,
+n)``: what lies at a place is that row of the matrix times what the units of the block held that takes the place.
+"""
 
 
 @dataclass(frozen=True)
@@ -100,7 +104,14 @@ class Structure:
                 start += length
 
     def relabel(self, x: Tensor, axes: Sequence[Axis], perms: Perms) -> Tensor:
-        """Return ``x`` with its entries moved: place ``i`` of an axis holds what unit ``perm[i]`` held."""
+        """Return ``x`` with its entries moved: place ``i`` of an axis holds what unit ``perm[i]`` held.
+
+        Rotations are computed in double precision; permutations move entries as they are.
+        """
+        matrices = {atom: g for atom, g in perms.items() if g.is_floating_point()}
+        if matrices:
+            perms = {atom: perm for atom, perm in perms.items() if atom not in matrices}
+            return self._rotate(self.relabel(x, axes, perms), axes, matrices)
         for dims in self._coupled(axes, perms):
             index = self._source_index([axes[d] for d in dims], perms).to(x.device)
             if len(dims) == 1:
@@ -110,6 +121,30 @@ class Structure:
             picked = moved.flatten(0, len(dims) - 1).index_select(0, index)
             x = picked.view(moved.shape).movedim(tuple(range(len(dims))), dims)
         return x
+
+    def _rotate(self, x: Tensor, axes: Sequence[Axis], matrices: Perms) -> Tensor:
+        """Return ``x`` with units turned where they lie."""
+        if not any(self.moving_atoms(axis) & matrices.keys() for axis in axes):
+            return x
+        turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
+        for (piece, labels), (target, _) in zip(self.pieces(x, axes), self.pieces(turned, axes), strict=True):
+            target.copy_(self._rotate_piece(piece, labels, matrices))
+        return turned
+
+    def _rotate_piece(self, piece: Tensor, labels: Labels, matrices: Perms) -> Tensor:
+        dims = [dim for dim, (atom, _) in enumerate(labels) if atom in matrices]
+        if not dims:
+            return piece
+        dtype, piece = piece.dtype, piece.to(torch.complex128 if piece.is_complex() else torch.float64)
+        for dim in dims:
+            atom, origin = labels[dim]
+            chain = [*(find_label(parent, labels, origin) for parent in self.parents[atom]), dim]
+            front = list(range(len(chain)))
+            moved = piece.movedim(chain, front)
+            matrix = matrices[atom].to(piece.device, piece.dtype)
+            turned = matrix @ moved.flatten(len(chain)) if moved.dim() > len(chain) else matrix @ moved[..., None]
+            piece = turned.view(moved.shape).movedim(front, chain)
+        return piece.to(dtype)
 
     def relabel_all(
         self, tensors: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis]], perms: Perms
@@ -176,6 +211,10 @@ class Structure:
 
     def move_piece(self, piece: Tensor, labels: Labels, perms: Perms) -> Tensor:
         """Relabel a piece along all its dimensions."""
+        matrices = {atom: g for atom, g in perms.items() if g.is_floating_point()}
+        if matrices:
+            perms = {atom: perm for atom, perm in perms.items() if atom not in matrices}
+            return self._rotate_piece(self.move_piece(piece, labels, perms), labels, matrices)
         sources = list(self._sources(labels, piece.shape, perms))
         moving = [dim for dim, (atom, _) in enumerate(labels) if atom in perms]
         for dim in sorted(moving, key=lambda d: len(self.parents[labels[d][0]])):  # blocks before what is inside them

@@ -12,11 +12,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from modeconn.network.copies import untied_copy
 from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.explore import example_for, is_unknown
 from modeconn.symmetry.export import export, first_line
 from modeconn.symmetry.findings import Trace
+from modeconn.symmetry.gains import Fold
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.groups import Group, NamedPerms, identity_perms, random_perms
 from modeconn.symmetry.outputs import Outputs
@@ -38,6 +40,8 @@ class Provable(Protocol):
     traces: tuple[Trace, ...]
     outputs: Outputs
     one_path: bool
+    untied: bool
+    folds: tuple[Fold, ...]
 
     @property
     def groups(self) -> tuple[Group, ...]:
@@ -46,6 +50,10 @@ class Provable(Protocol):
 
     def check_model(self, model: nn.Module) -> None:
         """Raise a ValueError unless the model has the parameters and shapes that the spec was made for."""
+        ...
+
+    def prepared(self, model: nn.Module) -> nn.Module:
+        """Return a copy of a model, the same function, of whose weights the groups are."""
         ...
 
     def with_traces(self, model: nn.Module, example_input: Any = None) -> Provable:
@@ -102,13 +110,14 @@ def verify(
     spec.check_model(model)
     given = example_for(model, example_input)
     spec = spec.with_traces(model, given)
+    model = untied_copy(model) if spec.untied else model
     traces = spec.traces
     _check_function(traces, model, given, spec.outputs)
     _check_outputs(spec)
     generator = torch.Generator().manual_seed(seed)
     if spec.one_path:
         return _worst_of_one_path(spec, model, _as_given(given.to("cpu")), tolerance, seed)
-    proof = _Proof(spec, redraw_state(model, generator), _float64(given.to("cpu")), seed)
+    proof = _Proof(spec, _redraw_folded(spec, model, generator), _float64(given.to("cpu")), seed)
     worst = 0.0
     for number, perms in enumerate(telling_relabellings(spec.groups, generator), 1):
         worst = max(worst, *(proof.worst(trace, perms, tolerance, f"relabelling {number}") for trace in traces))
@@ -116,7 +125,7 @@ def verify(
     for number in range(1, _REDRAWN + 1):  # other weights choose other entries
         if not empty:
             break
-        again = replace(proof, state=redraw_state(model, generator), empty=set())
+        again = replace(proof, state=_redraw_folded(spec, model, generator), empty=set())
         perms = random_perms(spec.groups, generator)
         worst = max(worst, *(again.worst(trace, perms, tolerance, f"other weights {number}") for trace in traces))
         empty &= again.empty
@@ -134,7 +143,7 @@ def _worst_of_one_path(spec: Provable, model: nn.Module, example: Example, toler
     perms = list(islice(telling_relabellings(spec.groups, generator), _RELABELLINGS))
     for number in range(_PATHS + 1):
         is_last = number == _PATHS
-        state = own_state(model) if is_last else redraw_state(model, generator)
+        state = own_state(spec.prepared(model)) if is_last else _redraw_folded(spec, model, generator)
         proof = _Proof(spec, state, example, seed)
         try:
             worst = max(proof.worst(t, p, tolerance, "one path") for p in perms for t in spec.traces)
@@ -200,12 +209,15 @@ def _check_outputs(spec: Provable) -> None:
 def telling_relabellings(groups: Sequence[Group], generator: torch.Generator) -> Iterator[NamedPerms]:
     """Draw relabellings until every place has had another unit, and another one than in any other group of that size.
 
-    The first is drawn at random. One in three such moves every unit of a group, and few tell all pairs of groups apart
-    at all places; so what is missing is made. Blocks are told apart in the same way as groups.
+    Rotations are drawn at random each time. The first permutation is, too. One in three such moves every unit of a
+    group, and few tell all pairs of groups apart at all places; so what is missing is made. Blocks are told apart in
+    the same way as groups.
     """
     # By size: for each group or block and each place, a number that encodes all units it has had.
     seen: dict[int, Tensor] = {}
-    by_size = {size: [group for group in groups if group.size == size] for size in {group.size for group in groups}}
+    turning = [group for group in groups if group.rotates]
+    moving = [group for group in groups if not group.rotates]
+    by_size = {size: [group for group in moving if group.size == size] for size in {group.size for group in moving}}
     open_sizes = set(by_size)
     perms = random_perms(groups, generator)
     for digit in count():
@@ -218,7 +230,7 @@ def telling_relabellings(groups: Sequence[Group], generator: torch.Generator) ->
                 open_sizes.remove(size)  # a number that went on growing would no longer fit
         if not open_sizes:
             return
-        perms = _turned_apart(by_size, generator, digit)
+        perms = _turned_apart(by_size, generator, digit) | random_perms(turning, generator)
 
 
 def _turned_apart(by_size: Mapping[int, Sequence[Group]], generator: torch.Generator, digit: int) -> NamedPerms:
@@ -236,6 +248,14 @@ def _turned_apart(by_size: Mapping[int, Sequence[Group]], generator: torch.Gener
         rows = circle[(circle.argsort() + turns[:, None]) % size]
         perms |= {g.name: part.view(g.shape) for g, part in zip(groups, rows.split(counts), strict=True)}
     return perms
+
+
+def _redraw_folded(spec: Provable, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+    """Return redrawn parameters and buffers, but for gains that are ones in the networks that the groups are of."""
+    state = redraw_state(model, generator)
+    for fold in spec.folds:
+        state[fold.gain].fill_(fold.neutral)  # in place: it may have other names
+    return state
 
 
 def redraw_state(model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
 from modeconn.symmetry.axes import UNIT, Axis, Space
+from modeconn.symmetry.kinds import PERMUTATION, Kind
 
 if TYPE_CHECKING:
     from torch.fx import Node
@@ -25,11 +26,14 @@ class Traced:
         axes: One axis per dimension.
         node: The graph node that made it.
         points_into: For a tensor of positions (argmax), the axis they count: whoever reads them fixes it.
+        only_summed: Dimensions along which it holds products of which nothing but their sum is read: it is the inside
+            of a contraction, and no relabelling of the units acts on it.
     """
 
     axes: tuple[Axis, ...]
     node: Any = None
     points_into: Axis | None = None
+    only_summed: frozenset[int] = frozenset()
 
     def without(self, *dims: int) -> list[Axis]:
         """Return the axes but for some dimensions."""
@@ -51,6 +55,45 @@ def traced_in(values: Any) -> list[Traced]:
     return [t for v in values for t in traced_in(v)] if isinstance(values, (list, tuple, type({}.values()))) else []
 
 
+Role = Literal["contracted", "made", "bias", "gain"]
+"""What an operator does with a parameter along an axis: it sums over it, makes it, adds along it, or scales it."""
+
+
+@dataclass(frozen=True)
+class Use:
+    """What one operator does with one parameter along an axis, and which bias it adds to the sums."""
+
+    name: str
+    role: Role
+    axis: Axis
+    bias: str | None
+    reader: Node
+
+
+@dataclass(frozen=True)
+class Gain:
+    """A vector that scales each unit of an axis.
+
+    Args:
+        name: The parameter.
+        offset: What is added to it first: 1 where it holds the gain less one.
+        bias: A parameter that is added after it.
+        before: The axis that it scales.
+        after: The axis that comes out: the same units, if it can be folded.
+    """
+
+    name: str
+    offset: float
+    bias: str | None
+    before: Axis
+    after: Axis
+
+
+def _only_axis(tensor: Traced) -> Axis:
+    """Return the one axis of a vector, which may have others of one position."""
+    return next((axis for axis in tensor.axes if axis != UNIT), UNIT)
+
+
 class Walk(Space):
     """A space of atoms on its way through the graphs of a model, as rules see it: their first argument.
 
@@ -60,10 +103,14 @@ class Walk(Space):
         shapes: The shapes of the outputs of the operator at hand.
         arguments: The arguments of the operator at hand, by their names in its schema.
         node: The operator at hand as a node of the graph; None inside of another one.
+        gains: Vectors that scale an axis, in the order in which they were met.
+        uses: What linear layers do with parameters, by the operator.
     """
 
-    def __init__(self) -> None:
-        super().__init__()
+    def __init__(self, top: Kind = PERMUTATION) -> None:
+        super().__init__(top)
+        self.gains: list[Gain] = []
+        self.uses: dict[Node, list[Use]] = {}
         self.shapes: list[tuple[int, ...]] = []
         self.arguments: dict[str, Any] = {}
         self.node: Node | None = None
@@ -107,6 +154,67 @@ class Walk(Space):
                 self.unify(rows, other_rows)
                 self.unify(groups, other_groups)
         self._told.append((rows, groups, by))
+
+    @property
+    def has_rotations(self) -> bool:
+        """Whether larger groups than permutations are looked for."""
+        return self._top is not PERMUTATION
+
+    def parameter(self, tensor: Traced) -> str | None:
+        """Return the name of the parameter that a tensor is, or is a view of; None of all others."""
+        return None
+
+    def gain_of(self, tensor: Traced) -> tuple[str, float] | None:
+        """Return a parameter, and the number that is added to it, if a tensor is nothing else; None of all others."""
+        return None
+
+    def summed_dims(self) -> frozenset[int]:
+        """Return the dimensions of what the operator at hand makes over which all that read it take sums."""
+        return frozenset()
+
+    @property
+    def is_in_place(self) -> bool:
+        """Whether the operator at hand writes over one of its arguments."""
+        return False
+
+    def use(self, tensor: Traced, role: Role, axis: Axis, bias: Traced | None = None) -> None:
+        """Record what an operator does with a parameter along an axis: foldable gains are those that it can take up.
+
+        Args:
+            tensor: The parameter or a view of it; others are passed over.
+            role: What the axis is to the operator.
+            axis: One of the axes of the tensor.
+            bias: What the operator adds to the sums, if it adds nothing else and pads nothing.
+        """
+        if not self.has_rotations or self.node is None:
+            return
+        name = self.parameter(tensor)
+        if name is None and role == "gain":
+            name, _ = self.gain_of(tensor) or (None, 0.0)
+        if name is not None:
+            added = None if bias is None else self.parameter(bias)
+            self.uses.setdefault(self.node, []).append(Use(name, role, axis, added, self.node))
+
+    def scale(self, axis: Axis, gain: Traced, bias: Traced | None = None) -> Axis:
+        """Return the axis after a vector of parameters has scaled it, and another one was added.
+
+        Where the gain can be folded into layers before or after it, it leaves rotations; whether it can be is known
+        when all of the model has been seen (`modeconn.symmetry.gains`).
+        """
+        known = self.gain_of(gain) if self.has_rotations and self.node is not None else None
+        vectors = [tensor for tensor in (gain, bias) if tensor is not None]
+        if known is None or (bias is not None and self.parameter(bias) is None):
+            for axis_of_vector in (_only_axis(tensor) for tensor in vectors):
+                self.unify(axis, axis_of_vector)
+            self.lower(axis, PERMUTATION, "scaled unit by unit")
+            return axis
+        after = self.free(self.size(axis))
+        for tensor in vectors:
+            self.unify(after, _only_axis(tensor))
+            self.use(tensor, "gain", after)
+        name_of_bias = None if bias is None else self.parameter(bias)
+        self.gains.append(Gain(*known, name_of_bias, axis, after))
+        return after
 
     def values(self, tensor: Traced) -> torch.Tensor | None:
         """Return the entries of a small tensor that no weight and no input decides, None of all others."""

@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from modeconn.symmetry.axes import UNIT, Axis
-from modeconn.symmetry.rules.elementwise import broadcast
+from modeconn.symmetry.kinds import LINEAR, ORTHOGONAL, ORTHOGONAL_ONES, PERMUTATION
+from modeconn.symmetry.rules.elementwise import broadcast, total
 from modeconn.symmetry.rules.grouping import counted
-from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.rules.operators import leaves, table
 from modeconn.symmetry.rules.shapes import transpose
 from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
 
 
-def contraction(walk: Walk, operands: Sequence[Traced], labels: Sequence[str], out: str) -> list[Axis]:
-    """A sum of products in Einstein's notation: one label, one axis."""
+@leaves(LINEAR)
+def contraction(
+    walk: Walk, operands: Sequence[Traced], labels: Sequence[str], out: str, bias: Traced | None = None
+) -> list[Axis]:
+    """A sum of products in Einstein's notation: one label, one axis; a ``bias`` is added to it along the last one."""
     named: dict[str, Axis] = {}
     for tensor, letters in zip(operands, labels, strict=True):
         for axis, letter in zip(tensor.axes, letters, strict=True):
@@ -26,37 +30,88 @@ def contraction(walk: Walk, operands: Sequence[Traced], labels: Sequence[str], o
         for axis, letter in zip(tensor.axes, letters, strict=True):
             if letter not in out:
                 walk.contract(tensor, axis)
+    if walk.has_rotations:
+        _lower_labels(walk, operands, labels, out, named)
+        _record_uses(walk, operands, labels, out, named, bias)
     walk.show(named.values())
     return [named.get(letter, UNIT) for letter in out]
 
 
+def _lower_labels(
+    walk: Walk, operands: Sequence[Traced], labels: Sequence[str], out: str, named: Mapping[str, Axis]
+) -> None:
+    """Lower the axes along which a sum of products is not the contraction of two tensors, or not linear in one."""
+    weights = [walk.parameter(tensor) is not None for tensor in operands]
+    for letter, axis in named.items():
+        holders = [
+            is_weight
+            for tensor, own, is_weight in zip(operands, labels, weights, strict=True)
+            if letter in own and tensor.axes[own.index(letter)] != UNIT
+        ]
+        times = sum(own.count(letter) for own in labels)
+        if letter in out:
+            if len(holders) > 1 or times > len(holders):
+                walk.lower(axis, PERMUTATION, "multiplied unit by unit")
+        elif times > 2:
+            walk.lower(axis, PERMUTATION, "multiplied unit by unit")
+        elif len(holders) < 2:
+            walk.lower(axis, ORTHOGONAL_ONES, "summed")
+        elif sum(holders) != 1:
+            walk.lower(axis, ORTHOGONAL, "both sides of a product are made by the model")
+
+
+def _record_uses(
+    walk: Walk,
+    operands: Sequence[Traced],
+    labels: Sequence[str],
+    out: str,
+    named: Mapping[str, Axis],
+    bias: Traced | None,
+) -> None:
+    """Record what the weight of a linear layer is to it, and its bias."""
+    if len(operands) != 2 or sum(walk.parameter(tensor) is not None for tensor in operands) != 1:
+        return
+    (weight, own), (_, others) = sorted(
+        zip(operands, labels, strict=True), key=lambda pair: walk.parameter(pair[0]) is None
+    )
+    for letter in own:
+        if letter in others and letter not in out:
+            walk.use(weight, "contracted", named.get(letter, UNIT), bias)
+        elif letter not in others and letter in out:
+            walk.use(weight, "made", named.get(letter, UNIT))
+            if bias is not None:
+                walk.use(bias, "bias", named.get(letter, UNIT))
+
+
+@leaves(LINEAR)
 def linear(walk: Walk, input: Traced, weight: Traced, bias: Traced | None = None) -> list[Axis]:
     """``x W^T + b``."""
     batch = _letters(len(input.axes) - 1)
-    out = contraction(
-        walk, [input, weight], [batch + "I", "OI"[2 - len(weight.axes) :]], batch + "O"[: len(weight.axes) - 1]
-    )
-    if bias is not None and bias.axes:
-        walk.unify(out[-1], bias.axes[0])
-    return out
+    labels = [batch + "I", "OI"[2 - len(weight.axes) :]]
+    out = contraction(walk, [input, weight], labels, batch + "O"[: len(weight.axes) - 1], bias)
+    return out if bias is None else total(walk, [Traced(tuple(out)), bias], len(out))
 
 
-def matmul(walk: Walk, input: Traced, other: Traced) -> list[Axis]:
+@leaves(LINEAR)
+def matmul(walk: Walk, input: Traced, other: Traced, bias: Traced | None = None) -> list[Axis]:
     """``mm``, ``bmm``, ``mv``, ``dot`` and ``matmul`` with broadcast batch axes."""
     left, right = len(input.axes), len(other.axes)
     batch = _letters(max(left, right, 2) - 2)
     rows, columns = "I" * (left > 1), "J" * (right > 1)
     left_labels = batch[len(batch) - max(left - 2, 0) :] + rows + "K"
     right_labels = batch[len(batch) - max(right - 2, 0) :] + "K" + columns
-    return contraction(walk, [input, other], [left_labels, right_labels], batch + rows + columns)
+    return contraction(walk, [input, other], [left_labels, right_labels], batch + rows + columns, bias)
 
 
+@leaves(LINEAR)
 def add_matmul(walk: Walk, input: Traced, left: Traced, right: Traced, **scales: Any) -> list[Axis]:
     """``addmm``, ``baddbmm``, ``addmv``."""
-    product = Traced(tuple(matmul(walk, left, right)))
-    return broadcast(walk, [input, product], len(product.axes))
+    is_bias = not scales and [dim for dim, axis in enumerate(input.axes, 1) if axis != UNIT] == [len(input.axes)]
+    product = Traced(tuple(matmul(walk, left, right, input if is_bias else None)))
+    return total(walk, [input, product], len(product.axes))
 
 
+@leaves(LINEAR)
 def einsum(walk: Walk, equation: str, tensors: Sequence[Traced], path: Any = None) -> list[Axis]:
     """Any einsum; an ellipsis stands for the axes that the letters leave."""
     left, _, right = equation.replace(" ", "").partition("->")
@@ -74,13 +129,12 @@ def einsum(walk: Walk, equation: str, tensors: Sequence[Traced], path: Any = Non
     return contraction(walk, tensors, labels, right.replace("...", dots))
 
 
+@leaves(LINEAR)
 def bilinear(walk: Walk, left: Traced, right: Traced, weight: Traced, bias: Traced | None = None) -> list[Axis]:
     """``x1^T W x2 + b``."""
     batch = _letters(len(left.axes) - 1)
     out = contraction(walk, [left, weight, right], [batch + "I", "OIJ", batch + "J"], batch + "O")
-    if bias is not None:
-        walk.unify(out[-1], bias.axes[0])
-    return out
+    return out if bias is None else total(walk, [Traced(tuple(out)), bias], len(out))
 
 
 def grouped_matmul(
@@ -154,6 +208,7 @@ def householder(walk: Walk, input: Traced, tau: Traced) -> list[Axis]:
     return [*batch, *(walk.fixed(n, "ordered") for n in walk.shape[-2:])]
 
 
+@leaves(LINEAR)
 def outer(walk: Walk, left: Traced, right: Traced) -> list[Axis]:
     """Every product of an entry of one vector with one of another."""
     return [left.axes[0], right.axes[0]]
@@ -176,9 +231,16 @@ def _convolve(walk: Walk, x: Traced, weight: Traced, bias: Traced | None, groups
         walk.unify(inner, weight.axes[1])
     out = walk.product([group, outer])
     walk.contract(x, inner)
+    walk.lower(group, PERMUTATION, "each group of channels is convolved by itself")
+    if groups == 1:
+        walk.use(weight, "contracted", x.axes[channel])
+        walk.use(weight, "made", out)
+    space = list(x.axes[channel + 1 :])
     if bias is not None:
         walk.unify(out, bias.axes[0])
-    space = list(x.axes[channel + 1 :])
+        walk.use(bias, "bias", out)
+        for axis in (*x.axes[:channel], *space):
+            walk.lower(axis, ORTHOGONAL_ONES, "something is added to all of its units alike")
     pointwise = _pointwise_dims(walk, weight)
     walk.show([*x.axes[:channel], group, outer, inner, *(space[dim] for dim in pointwise)])
     for dim, size in enumerate(walk.shape[channel + 1 :]):
@@ -207,6 +269,7 @@ def _pointwise_dims(walk: Walk, weight: Traced) -> list[int]:
     ]
 
 
+@leaves(LINEAR)
 def conv(
     walk: Walk,
     input: Traced,
@@ -221,6 +284,7 @@ def conv(
     return _convolve(walk, input, weight, bias, groups, transposed=False)
 
 
+@leaves(LINEAR)
 def conv_transpose(
     walk: Walk,
     input: Traced,
@@ -236,6 +300,7 @@ def conv_transpose(
     return _convolve(walk, input, weight, bias, groups, transposed=True)
 
 
+@leaves(LINEAR)
 def convolution(
     walk: Walk,
     input: Traced,
@@ -252,6 +317,7 @@ def convolution(
     return _convolve(walk, input, weight, bias, groups, transposed)
 
 
+@leaves(LINEAR)
 def attention(
     walk: Walk,
     query: Traced,
@@ -281,6 +347,8 @@ def attention(
     if is_causal:
         for axis in scores[-2:]:
             walk.fix(axis, "causal order")
+    for axis in scores:
+        walk.lower(axis, PERMUTATION, "a softmax acts on each score")
     walk.show(scores)
     walk.show(scores[:-1])
     return contraction(walk, [Traced(tuple(scores)), value], [batch + "TS", of_value + "SE"], letters + "TE")

@@ -9,19 +9,22 @@ from typing import Any
 import torch
 
 from modeconn.symmetry.axes import UNIT, Axis
+from modeconn.symmetry.kinds import LINEAR, PERMUTATION
 from modeconn.symmetry.rules.elementwise import broadcast
 from modeconn.symmetry.rules.grouping import sorted_numbers
-from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.rules.operators import leaves, table
 from modeconn.symmetry.rules.shapes import cat, piece
 from modeconn.symmetry.rules.ties import is_safe_to_read, is_safe_to_write
 from modeconn.symmetry.walk import Traced, Walk, traced_in
 
 
+@leaves(LINEAR)
 def embedding(walk: Walk, weight: Traced, indices: Traced, *settings: Any) -> list[Axis]:
     """Rows of a table by number."""
     _by_number(
         walk, weight.axes[0], indices, "looked up by number", is_safe_to_read(indices.node, weight.node, walk.node)
     )
+    walk.lower(weight.axes[0], PERMUTATION, "looked up by number")
     walk.show(weight.axes[1:])
     return [*indices.axes, *weight.axes[1:]]
 
@@ -46,12 +49,14 @@ def embedding_bag(
     return [[bags[0], units] if len(bags) == 2 else bags for bags in axes]
 
 
+@leaves(LINEAR)
 def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis]:
     """Positions of one axis by number."""
     parts = _in_parts(walk, input, dim, index)
     if parts is not None:
         return parts
     _by_number(walk, input.axes[dim], index, "looked up by number", is_safe_to_read(index.node, input.node, walk.node))
+    walk.lower(input.axes[dim], PERMUTATION, "looked up by number")
     walk.show(input.without(dim))
     return input.replace({dim: index.axes[0] if index.axes else UNIT})
 

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import contextlib
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
 
+from modeconn.symmetry.kinds import Kind
 from modeconn.symmetry.walk import Rule
 
 if TYPE_CHECKING:
@@ -24,6 +26,20 @@ def table(names: dict[Rule, str]) -> dict[Any, Rule]:
             with contextlib.suppress(AttributeError):
                 found[operator_of(f"aten.{name}")] = rule
     return found
+
+
+def leaves(kind: Kind) -> Callable[[Rule], Rule]:
+    """Declare the largest kind of group that the operators of a rule leave on their axes, `LINEAR` for linear maps.
+
+    A rule of an operator that is linear along some axes alone lowers the others itself. Where nothing is declared the
+    operator may act on each unit by itself, and so leaves permutations.
+    """
+
+    def declare(rule: Rule) -> Rule:
+        rule.leaves = kind  # type: ignore[attr-defined]
+        return rule
+
+    return declare
 
 
 def reads_shapes(rule: Rule) -> Rule:

@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from modeconn.symmetry.axes import UNIT, Axis
+from modeconn.symmetry.kinds import LINEAR, ORTHOGONAL, ORTHOGONAL_ONES, PERMUTATION, Kind
 from modeconn.symmetry.rules.elementwise import broadcast, reordered
-from modeconn.symmetry.rules.operators import aten, table
+from modeconn.symmetry.rules.operators import aten, leaves, table
 from modeconn.symmetry.walk import Traced, Walk
 
 
@@ -47,6 +48,7 @@ def instance_norm(
     return list(input.axes)
 
 
+@leaves(LINEAR)
 def layer_norm(
     walk: Walk,
     input: Traced,
@@ -56,13 +58,36 @@ def layer_norm(
     *settings: Any,
     **more: Any,
 ) -> list[Axis]:
-    """Statistics over the last axes (also RMS norm)."""
-    first = len(input.axes) - len(normalized_shape)
-    for scale in (weight, bias):
-        if isinstance(scale, Traced):
-            for x, y in zip(input.axes[first:], scale.axes, strict=True):
-                walk.unify(x, y)
+    """Statistics over the last axes: their mean and variance."""
+    return _normalized(walk, input, len(normalized_shape), ORTHOGONAL_ONES, weight, bias)
+
+
+@leaves(LINEAR)
+def rms_norm(
+    walk: Walk, input: Traced, normalized_shape: Sequence[int], weight: Traced | None = None, *settings: Any
+) -> list[Axis]:
+    """A root mean square over the last axes."""
+    return _normalized(walk, input, len(normalized_shape), ORTHOGONAL, weight, None)
+
+
+def _normalized(
+    walk: Walk, input: Traced, num_dims: int, kind: Kind, weight: Traced | None, bias: Traced | None
+) -> list[Axis]:
+    first = len(input.axes) - num_dims
+    for axis in input.axes[:first]:
+        walk.lower(axis, PERMUTATION, "normalized at each place by itself")
+    for axis in input.axes[first:]:
+        walk.lower(axis, kind, "its mean and variance are read" if kind is ORTHOGONAL_ONES else "its length is read")
     walk.show(input.axes[:first])
+    vectors = [vector for vector in (weight, bias) if isinstance(vector, Traced)]
+    if not vectors:
+        return list(input.axes)
+    if num_dims == 1 and isinstance(weight, Traced):
+        return input.replace({-1: walk.scale(input.axes[-1], weight, bias if isinstance(bias, Traced) else None)})
+    for vector in vectors:
+        for x, y in zip(input.axes[first:], vector.axes, strict=True):
+            walk.unify(x, y)
+            walk.lower(x, PERMUTATION, "scaled unit by unit")
     return list(input.axes)
 
 
@@ -100,6 +125,34 @@ def _reduced_dims(walk: Walk, input: Traced) -> list[int]:
     if dims is None or dims == []:
         return list(range(len(input.axes)))
     return [d % len(input.axes) for d in ([dims] if isinstance(dims, int) else dims)] if input.axes else []
+
+
+@leaves(LINEAR)
+def summation(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
+    """Sum and mean over axes."""
+    for dim in _reduced_dims(walk, input):
+        if dim not in input.only_summed:
+            walk.lower(input.axes[dim], ORTHOGONAL_ONES, "summed")
+    return reduction(walk, input)
+
+
+@leaves(LINEAR)
+def spread(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
+    """Variance and standard deviation over axes."""
+    dims = _reduced_dims(walk, input)
+    for dim, axis in enumerate(input.axes):
+        walk.lower(axis, ORTHOGONAL_ONES if dim in dims else PERMUTATION, "its variance is read")
+    return reduction(walk, input)
+
+
+@leaves(LINEAR)
+def length(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
+    """A norm over axes; the Euclidean one is kept by rotations."""
+    order = walk.arguments.get("ord", walk.arguments.get("p", 2))
+    dims = _reduced_dims(walk, input) if order in (2, None) else []
+    for dim, axis in enumerate(input.axes):
+        walk.lower(axis, ORTHOGONAL if dim in dims else PERMUTATION, "its length is read")
+    return reduction(walk, input)
 
 
 def reduction(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
@@ -171,12 +224,15 @@ RULES = table(
         batch_norm: "batch_norm native_batch_norm cudnn_batch_norm _native_batch_norm_legit "
         "_native_batch_norm_legit_functional _batch_norm_impl_index",
         instance_norm: "instance_norm",
-        layer_norm: "layer_norm rms_norm",
+        layer_norm: "layer_norm",
+        rms_norm: "rms_norm",
         group_norm: "group_norm",
         softmax: "softmax log_softmax _softmax _log_softmax _safe_softmax",
         weight_norm: "_weight_norm",
-        reduction: "sum mean amax amin prod var std norm linalg_vector_norm logsumexp all any nansum "
-        "nanmean var_mean std_mean count_nonzero",
+        summation: "sum mean",
+        spread: "var std var_mean std_mean",
+        length: "norm linalg_vector_norm",
+        reduction: "amax amin prod logsumexp all any nansum nanmean count_nonzero",
         arg_reduction: "argmax argmin",
         values_and_positions: "topk sort median nanmedian kthvalue mode",
         ordered: "cumsum cumprod cummax cummin logcumsumexp flip roll fliplr flipud rot90 fft_fft fft_ifft "

@@ -10,11 +10,13 @@ from typing import Any
 import torch
 
 from modeconn.symmetry.axes import UNIT, Axis
+from modeconn.symmetry.kinds import LINEAR, ORTHOGONAL_ONES
 from modeconn.symmetry.rules.elementwise import broadcast, reordered
-from modeconn.symmetry.rules.operators import reads_shapes, table
+from modeconn.symmetry.rules.operators import leaves, reads_shapes, table
 from modeconn.symmetry.walk import Traced, Walk
 
 
+@leaves(LINEAR)
 @reads_shapes
 def reshape(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
     """Any view of the same entries in the same order: shortest runs of axes with equal products correspond."""
@@ -93,11 +95,13 @@ def _number(size: Any) -> int | None:
     return size if isinstance(size, int) else size.node.hint
 
 
+@leaves(LINEAR)
 def permute(walk: Walk, input: Traced, dims: Sequence[int]) -> list[Axis]:
     """Reorder the axes."""
     return [input.axes[dim] for dim in dims]
 
 
+@leaves(LINEAR)
 def transpose(walk: Walk, input: Traced, dim0: int = -2, dim1: int = -1) -> list[Axis]:
     """Exchange two axes (``t`` and ``mT`` the last two)."""
     if len(input.axes) < 2:
@@ -105,6 +109,7 @@ def transpose(walk: Walk, input: Traced, dim0: int = -2, dim1: int = -1) -> list
     return input.replace({dim0: input.axes[dim1], dim1: input.axes[dim0]})
 
 
+@leaves(LINEAR)
 def movedim(walk: Walk, input: Traced, source: Any, destination: Any) -> list[Axis]:
     """Move axes to other places."""
     # Raises unless the arguments are valid.
@@ -117,25 +122,35 @@ def movedim(walk: Walk, input: Traced, source: Any, destination: Any) -> list[Ax
     return [input.axes[places[d] if d in places else next(others)] for d in range(rank)]
 
 
+@leaves(LINEAR)
 @reads_shapes
 def expand(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[Axis]:
     """Repeated entries are equal, hence interchangeable."""
     offset = len(walk.shape) - len(input.axes)
     return [
-        walk.free(size) if dim < offset or input.axes[dim - offset] == UNIT else input.axes[dim - offset]
+        _alike(walk, size) if dim < offset or input.axes[dim - offset] == UNIT else input.axes[dim - offset]
         for dim, size in enumerate(walk.shape)
     ]
 
 
+def _alike(walk: Walk, count: int) -> Axis:
+    """Return the axis of some copies of one entry."""
+    axis = walk.free(count)
+    walk.lower(axis, ORTHOGONAL_ONES, "its units are copies of one")
+    return axis
+
+
+@leaves(LINEAR)
 @reads_shapes
 def repeat(walk: Walk, input: Traced, repeats: Sequence[int]) -> list[Axis]:
     """Tiles: copies x positions."""
     offset = len(repeats) - len(input.axes)
     axes = [UNIT] * offset + list(input.axes)
     counts = [n // walk.size(axis) if n else 0 for n, axis in zip(walk.shape, axes, strict=True)]
-    return [walk.product([walk.free(count), axis]) for count, axis in zip(counts, axes, strict=True)]
+    return [walk.product([_alike(walk, count), axis]) for count, axis in zip(counts, axes, strict=True)]
 
 
+@leaves(LINEAR)
 def repeat_interleave(
     walk: Walk, input: Traced, repeats: Any = None, dim: int | None = None, **kwargs: Any
 ) -> list[Axis] | None:
@@ -143,10 +158,11 @@ def repeat_interleave(
     if not isinstance(repeats, int):
         return None if dim is None else reordered(walk, input, [dim], "looked up by number")
     if dim is None:
-        return [walk.product([walk.product(input.axes), walk.free(repeats)])]
-    return input.replace({dim: walk.product([input.axes[dim], walk.free(repeats)])})
+        return [walk.product([walk.product(input.axes), _alike(walk, repeats)])]
+    return input.replace({dim: walk.product([input.axes[dim], _alike(walk, repeats)])})
 
 
+@leaves(LINEAR)
 def cat(walk: Walk, tensors: Sequence[Traced], dim: int = 0) -> list[Axis]:
     """One behind the other; tensors of one position each are a stack."""
     tensors = [t for t in tensors if len(t.axes) == len(walk.shape)]  # torch skips empty one-dimensional tensors
@@ -159,6 +175,7 @@ def cat(walk: Walk, tensors: Sequence[Traced], dim: int = 0) -> list[Axis]:
     return axes
 
 
+@leaves(LINEAR)
 def stack(walk: Walk, tensors: Sequence[Traced], dim: int = 0) -> list[Axis]:
     """A new fixed axis; along it, every other axis may be relabelled differently."""
     over = walk.fixed(len(tensors), "stacked")
@@ -167,6 +184,7 @@ def stack(walk: Walk, tensors: Sequence[Traced], dim: int = 0) -> list[Axis]:
     return [*axes[:dim], over, *axes[dim:]]
 
 
+@leaves(LINEAR)
 @reads_shapes
 def split(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> list[list[Axis]]:
     """``split``, ``chunk``, ``tensor_split``: consecutive pieces of one axis."""
@@ -203,6 +221,7 @@ def _cuttable(walk: Walk, input: Traced, dim: int) -> bool:
     return others_fixed and not walk.is_fixed(input.axes[dim])
 
 
+@leaves(LINEAR)
 def slice_(
     walk: Walk, input: Traced, dim: int = 0, start: int | None = None, end: int | None = None, step: int = 1
 ) -> list[Axis]:
@@ -218,6 +237,7 @@ def slice_(
     return reordered(walk, input, [dim], "sliced")
 
 
+@leaves(LINEAR)
 def select(walk: Walk, input: Traced, dim: int, index: int) -> list[Axis]:
     """One index of an axis, which becomes fixed."""
     dim, axis = dim % len(input.axes), input.axes[dim]
@@ -228,11 +248,13 @@ def select(walk: Walk, input: Traced, dim: int, index: int) -> list[Axis]:
     return [walk.member(a, axis, index) for d, a in enumerate(input.axes) if d != dim]
 
 
+@leaves(LINEAR)
 def select_scatter(walk: Walk, input: Traced, src: Traced, dim: int, index: int) -> list[Axis]:
     """One index of an axis written."""
     return _written(walk, input, src, select(walk, input, dim, index))
 
 
+@leaves(LINEAR)
 def slice_scatter(
     walk: Walk, input: Traced, src: Traced, dim: int = 0, start: Any = None, end: Any = None, step: int = 1
 ) -> list[Axis] | None:
@@ -247,6 +269,7 @@ def _written(walk: Walk, input: Traced, src: Traced, place: Sequence[Axis]) -> l
     return list(input.axes)
 
 
+@leaves(LINEAR)
 def unbind(walk: Walk, input: Traced, dim: int = 0) -> list[list[Axis]]:
     """Every index of an axis."""
     return [select(walk, input, dim, index) for index in range(len(walk.shapes))]

@@ -1,0 +1,211 @@
+"""Which gains of norms, and which layer scales, can be folded into the layers beside them, and how.
+
+A gain acts on each unit by itself, so that units of its axis may only be permuted. Where all that reads the scaled
+units are linear layers, their weights can take the gain up, ``W (g * x) = (W diag(g)) x``, and it becomes one; where
+all that makes them are linear layers, theirs can. The network then has rotations. A bias that is added after the gain
+goes into the biases of the layers that read it, where they have some, else it is divided by the gain.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from modeconn.symmetry.axes import Axis, Space, atoms_of
+from modeconn.symmetry.kinds import LINEAR
+from modeconn.symmetry.walk import Gain, Role, Use
+
+Place = tuple[str, int]
+"""A parameter and one of its dimensions."""
+
+
+@dataclass(frozen=True)
+class Fold:
+    """One gain and what takes it up.
+
+    Args:
+        gain: The parameter.
+        offset: What is added to it first: 1 where it holds the gain less one, as in Gemma.
+        into: The dimensions of weights that are multiplied by the gain.
+        bias: A parameter that is added after the gain, None if there is none.
+        shifts: For each place in ``into`` the bias of that layer, which takes up ``bias``; empty where one has none.
+    """
+
+    gain: str
+    offset: float
+    into: tuple[Place, ...]
+    bias: str | None = None
+    shifts: tuple[str, ...] = ()
+
+    @property
+    def neutral(self) -> float:
+        """The value of the parameter where the gain is one."""
+        return 1.0 - self.offset
+
+
+@dataclass(frozen=True)
+class Known:
+    """What is known of a model when its gains are judged.
+
+    Args:
+        space: All atoms.
+        state: The axes of each parameter and saved buffer, each tensor once.
+        uses: Returns what all operators that read a parameter do with it, None if some of them is no linear layer.
+        aliases: All names of a tensor, by the one in ``state``.
+    """
+
+    space: Space
+    state: Mapping[str, tuple[Axis, ...]]
+    uses: Callable[[str], list[Use] | None]
+    aliases: Mapping[str, Sequence[str]]
+
+
+def judged(gains: Sequence[Gain], known: Known) -> tuple[list[Fold], dict[Gain, str]]:
+    """Return how each gain is folded, and for each that cannot be, why."""
+    folds: dict[str, Fold] = {}
+    refused: dict[Gain, str] = {}
+    for gain in gains:
+        forward = _absorbed(gain, gains, known, "contracted")
+        found = forward if isinstance(forward, Fold) else _absorbed(gain, gains, known, "made")
+        if isinstance(found, Fold) and folds.setdefault(gain.name, found) == found:
+            continue
+        refused[gain] = forward if isinstance(forward, str) else "it is used in two ways"
+    lost = {gain.name for gain in refused}
+    return [fold for name, fold in folds.items() if name not in lost], refused
+
+
+def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fold | str:
+    """Return how the layers after a gain ("contracted"), or before it ("made"), take it up, or why they cannot."""
+    space = known.space
+    after, axis = space.normal(gain.after), space.normal(gain.after if role == "contracted" else gain.before)
+    if after == space.normal(gain.before):
+        return "the scaled units are added to those that are not"
+    atom = axis[0][0] if len(axis) == len(axis[0]) == 1 and isinstance(axis[0][0], int) else None
+    if atom is None:
+        return "the axis is cut into parts"
+    if space.atom_kind(atom) is not LINEAR:
+        return f"the scaled units are not read by linear layers alone: {space.why_lowered(axis)}"
+    ends = "after" if role == "contracted" else "before"
+    alike = {other for other in gains if space.normal(getattr(other, ends)) == axis}
+    if {(other.name, other.offset, other.bias) for other in alike} != {(gain.name, gain.offset, gain.bias)}:
+        return "another gain scales what the same layer reads"
+    own = {gain.name: "gain", gain.bias: "gain"} if role == "contracted" else {}
+    into: list[Place] = []
+    uses: list[Use] = []
+    for name, axes in known.state.items():
+        dims = [dim for dim, other in enumerate(axes) if atom in atoms_of(space.normal(other))]
+        if not dims:
+            continue
+        wanted = {own[name]} if name in own else {role} if role == "contracted" else {role, "bias"}
+        found = known.uses(name)
+        if found is None or len(dims) > 1 or not {use.role for use in found if _is(use, axis, space)} <= wanted:
+            return _read_otherwise(name, known)
+        here = [use for use in found if _is(use, axis, space)]
+        if not here or len({use.role for use in here}) != 1 or _num_readers(here) != _num_readers(found):
+            return _read_otherwise(name, known)
+        if name not in own:
+            into.append((name, dims[0]))
+            uses += here
+    if not any(use.role == role for use in uses):
+        return "no linear layer takes it up"
+    shifts = _shifts(gain, into, uses, known) if role == "contracted" and gain.bias is not None else ()
+    return Fold(gain.name, gain.offset, tuple(into), gain.bias if role == "contracted" else None, shifts)
+
+
+def _is(use: Use, axis: Axis, space: Space) -> bool:
+    return space.normal(use.axis) == axis
+
+
+def _num_readers(uses: Sequence[Use]) -> int:
+    return len({use.reader for use in uses})
+
+
+def _read_otherwise(name: str, known: Known) -> str:
+    names = known.aliases.get(name, (name,))
+    if len(names) > 1:
+        return f"'{names[0]}' is tied to '{names[1]}': untie=True gives each a copy of its own"
+    return f"'{name}' is also read in another way"
+
+
+def _shifts(gain: Gain, into: Sequence[Place], uses: Sequence[Use], known: Known) -> tuple[str, ...]:
+    """Return the bias of each layer that takes up a gain, if each has its own."""
+    by_weight = {name: {use.bias for use in uses if use.name == name} for name, _ in into}
+    biases = [next(iter(found)) for found in by_weight.values() if len(found) == 1]
+    if len(biases) < len(by_weight) or None in biases or len(set(biases)) < len(biases):
+        return ()
+    for name, bias in zip(by_weight, biases, strict=True):
+        found = known.uses(bias)
+        readers = {use.reader for use in uses if use.name == name}
+        if len(known.state[name]) != 2 or found is None or {use.reader for use in found} != readers:
+            return ()
+        if {use.role for use in found} != {"bias"}:
+            return ()
+    return tuple(biases)
+
+
+def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Tensor]:
+    """Return named parameters with all gains folded: the same function; computed in double precision.
+
+    Raises:
+        ValueError: If a bias has to be divided by a gain that is zero or nearly.
+    """
+    exact = {name: tensor.detach() for name, tensor in tensors.items()}
+
+    def read(name: str) -> Tensor:
+        return exact[name].double()
+
+    changed: set[str] = set()
+    for fold in folds:
+        gain = read(fold.gain) + fold.offset
+        if bool((gain == 1).all()) and (fold.bias is None or not fold.shifts or not exact[fold.bias].any()):
+            continue
+        changed |= {fold.gain, *(name for name, _ in fold.into)}
+        vector = gain.flatten()
+        if fold.bias is not None:
+            bias = read(fold.bias)
+            changed.add(fold.bias)
+            if fold.shifts:
+                for (name, dim), own in zip(fold.into, fold.shifts, strict=True):
+                    exact[own] = read(own) + torch.tensordot(read(name), bias, dims=([dim], [0]))
+                    changed.add(own)
+                exact[fold.bias] = torch.zeros_like(bias)
+            else:
+                exact[fold.bias] = _divided(bias, gain, fold)
+        for name, dim in fold.into:
+            shape = [-1 if d == dim else 1 for d in range(exact[name].dim())]
+            exact[name] = read(name) * vector.view(shape)
+        exact[fold.gain] = torch.full_like(gain, fold.neutral)
+    return {name: exact[name].to(tensor.dtype) if name in changed else tensor for name, tensor in tensors.items()}
+
+
+def _divided(bias: Tensor, gain: Tensor, fold: Fold) -> Tensor:
+    """Return ``bias / gain``, where a unit without a bias may have any gain."""
+    smallest = gain.abs().min()
+    if bool(((gain.abs() < _SMALLEST * gain.abs().max()) & (bias != 0)).any()):
+        raise ValueError(
+            f"the gain '{fold.gain}' has an entry of {float(smallest):.1e}, by which its bias '{fold.bias}' cannot be "
+            f"divided, and a layer that reads it has no bias of its own. Pass freeze=[{fold.gain!r}] to "
+            f"modeconn.discover, which then leaves its units where they are, or use symmetries='permutation'."
+        )
+    return torch.where(bias == 0, bias, bias / gain)
+
+
+_SMALLEST = 1e-6
+"""Smallest gain, relative to the largest, that is divided by."""
+
+
+def to_plain(folds: Sequence[Fold]) -> list[Any]:
+    """Return folds as they are written to files."""
+    return [[fold.gain, fold.offset, fold.into, fold.bias, fold.shifts] for fold in folds]
+
+
+def from_plain(data: Sequence[Any]) -> tuple[Fold, ...]:
+    """Invert `to_plain`."""
+    return tuple(
+        Fold(gain, float(offset), tuple((name, int(dim)) for name, dim in into), bias, tuple(shifts))
+        for gain, offset, into, bias, shifts in data
+    )
