@@ -53,12 +53,14 @@ from modeconn.network.weights import WeightSpace
 from modeconn.refinement import PAM, BestSwap, ProximalLinear, RelaxedStep, SinkhornStep, best_swap
 from modeconn.symmetry import (
     RULES,
+    Orthogonal,
     Permutation,
     PermutationSpec,
     Relabelling,
     UnknownOperatorWarning,
     VerificationError,
     discover,
+    fold_gains,
     verify,
 )
 
@@ -66,7 +68,8 @@ __all__ = [  # in the order of the stages
     "__version__", "plot", "data",
     "WeightSpace", "TrainingData", "cross_entropy", "Recipe", "constant", "piecewise_linear", "halving", "one_cycle",
     "AdversarialExamples", "repair", "Ensemble",
-    "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Relabelling", "Permutation", "verify",
+    "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Relabelling", "Permutation", "Orthogonal",
+    "fold_gains", "verify",
     "VerificationError",
     "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
     "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature",

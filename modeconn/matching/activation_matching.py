@@ -25,7 +25,9 @@ class ActivationMatching:
 
     For each group the relabelling maximises :math:`\sum_i \operatorname{corr}(X_a[i], X_b[\pi(i)])`, exactly, over all
     images and places. A group that is read in several tensors (a residual stream) is matched on the pooled moments of
-    all of them. Both networks run once over the data, in eval mode, without augmentation.
+    all of them. Groups that rotate their units are matched by orthogonal Procrustes problems on covariances (with
+    "cosine" and "inner_product" on products that are not centred). Both networks run once over the data, in eval mode,
+    without augmentation.
 
     Args:
         num_examples: How many training examples to use, from the beginning of one pass; None for the whole loader.
@@ -80,16 +82,21 @@ class ActivationMatching:
             before_activation=self.pre_activation,
             adversary=self.adversary,
         )
-        similarities = {name: self._similarity(m) for name, m in moments.items()}
+        similarities = {name: self._similarity(m, rotates=spec[name].rotates) for name, m in moments.items()}
         permutation = match_groups(spec, similarities)
         _warn_of_unread(spec, similarities)
         return Match(permutation, correlations(moments, permutation), constant_units(moments))
 
-    def _similarity(self, moments: Moments) -> Tensor:
-        similarity = getattr(moments, self.statistic)()
+    def _similarity(self, moments: Moments, *, rotates: bool) -> Tensor:
+        statistic = _OF_ROTATIONS[self.statistic] if rotates else self.statistic
+        similarity = getattr(moments, statistic)()
         if not bool(torch.isfinite(similarity).all()):
             raise ValueError("activations are NaN or infinite on this data; check the endpoints' weights and inputs.")
-        return break_ties(similarity, moments)
+        return similarity if rotates else break_ties(similarity, moments)
+
+
+_OF_ROTATIONS = {"correlation": "covariance", "cosine": "inner_product", "inner_product": "inner_product"}
+"""What is compared where units are rotated: they have no scales of their own, by which a correlation divides."""
 
 
 def _warn_of_unread(spec: PermutationSpec, read: Collection[str]) -> None:

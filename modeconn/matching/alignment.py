@@ -38,12 +38,16 @@ class Symmetry:
         example_input: For discovery, in place of a loader's first batch.
         outputs: Which outputs have to stay as they are.
         verify: Whether to prove what is discovered.
+        symmetries: The largest kind of group that is looked for.
+        untie: Whether tied weights get a tensor for each of their names.
     """
 
     spec: PermutationSpec | None = None
     example_input: Any = None
     outputs: Selection = None
     verify: bool = True
+    symmetries: str = "permutation"
+    untie: bool = False
 
 
 @dataclass(frozen=True)
@@ -52,8 +56,10 @@ class Alignment:
 
     Args:
         model_b: b relabelled: a new model, the same function as b.
-        permutation: The relabelling, a `Permutation` unless a method of your own finds others:
-            ``permutation.apply(b)`` is ``model_b``.
+        permutation: The relabelling: a `Permutation`, an `Orthogonal` where groups rotate, or what a method of your own
+            finds. ``permutation.apply(b)`` is ``model_b``.
+        model_a: The network that ``model_b`` agrees with: a itself or, where gains were folded, a new model, the same
+            function as a. Curves and averages are between the two.
         correlation: Mean correlation of paired units before and after, by group, on the data that was given, if its
             batches are the model's inputs; groups whose units no operator reads by itself are left out.
         constant_units: Units that never change on that data, ``(of a, of b)`` by group; they stay where they can.
@@ -67,6 +73,7 @@ class Alignment:
     correlation: dict[str, tuple[float, float]] = field(default_factory=dict)
     constant_units: dict[str, tuple[int, int]] = field(default_factory=dict)
     history: tuple[float, ...] = ()
+    model_a: nn.Module | None = None
 
     @property
     def spec(self) -> PermutationSpec:
@@ -94,9 +101,13 @@ def align(
     example_input: Any = None,
     outputs: Selection = None,
     verify: bool = True,
+    symmetries: str = "permutation",
+    untie: bool = False,
     progress: bool = False,
 ) -> Alignment:
     """Relabel the units of b so that it agrees with a; a stays, b is copied.
+
+    Where groups rotate units (``symmetries="orthogonal"``), both networks are copied with their gains folded first.
 
     The caller's random state has no part in the result, also where the loader draws from it to shuffle, and stays.
 
@@ -109,6 +120,9 @@ def align(
         example_input: For discovery, where there is neither a loader nor ``model_a.example_input()``.
         outputs: Which of the model's outputs have to stay as they are, see `modeconn.discover`; default all of them.
         verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
+        symmetries: "permutation" or "orthogonal": the largest kind of group that is looked for, see
+            `modeconn.discover`.
+        untie: Give tied weights a tensor for each of their names, see `modeconn.discover`.
         progress: Whether to show progress bars where discovery, proof or matching take more than a second.
 
     Returns:
@@ -133,7 +147,7 @@ def align(
     check_data(method, loader)
     data = None if loader is None else Opened(loader, space.device)
     with bars(progress):
-        known = Symmetry(spec, example_input, outputs, verify)
+        known = Symmetry(spec, example_input, outputs, verify, symmetries, untie)
         return find_alignment(model_a, model_b, data, method, known)
 
 
@@ -147,6 +161,8 @@ def find_alignment(
     """Do what `align` does for networks that were checked, with data of which one pass has begun."""
     with seeded(0, device_of(model_a)):
         spec = find_spec(model_a, data, known)
+        if spec.folds or spec.untied:
+            model_a, model_b = spec.prepared(model_a), spec.prepared(model_b)
         match = method.match(spec, model_a, model_b, data)
     correlation = match.correlation
     if not correlation and data is not None:
@@ -159,6 +175,7 @@ def find_alignment(
         correlation=correlation,
         constant_units=match.constant_units,
         history=match.history,
+        model_a=model_a,
     )
 
 
@@ -174,21 +191,22 @@ def find_spec(model: nn.Module, loader: Iterable[Any] | None, known: Symmetry) -
         first = None if loader is None else inputs_of(first_batch(loader))
         example = known.example_input if known.example_input is not None else first
         is_of_loader = known.example_input is None and first is not None
-        spec = _discovered(model, example, known.outputs, is_of_loader=is_of_loader)
+        spec = _discovered(model, example, known, is_of_loader=is_of_loader)
         if known.verify:
             spec.verify(model, example)
     else:
-        if known.outputs is not None:
-            raise ValueError("outputs= is for discovery, and spec= was discovered. Pass it to modeconn.discover.")
+        for name, default in (("outputs", None), ("symmetries", "permutation"), ("untie", False)):
+            if getattr(known, name) != default:
+                raise ValueError(f"{name}= is for discovery, and spec= was discovered. Pass it to modeconn.discover.")
         spec.check_model(model)
     if not spec.groups:
         _LOGGER.warning("%s has no group of units that may be relabelled.", type(model).__name__)
     return spec
 
 
-def _discovered(model: nn.Module, example: Any, outputs: Selection, *, is_of_loader: bool) -> PermutationSpec:
+def _discovered(model: nn.Module, example: Any, known: Symmetry, *, is_of_loader: bool) -> PermutationSpec:
     try:
-        return discover(model, example, outputs=outputs)
+        return discover(model, example, outputs=known.outputs, symmetries=known.symmetries, untie=known.untie)
     except ExportError:
         raise
     except ValueError as error:

@@ -1,4 +1,4 @@
-"""Linear assignment: which unit of b takes which place of a."""
+"""Linear assignment: which unit of b takes which place of a; and rotations, where a group rotates its units."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
+from modeconn.matching.procrustes import best_rotations, best_values
+from modeconn.symmetry.spec import Group, Orthogonal, Permutation, PermutationSpec
 
 
 def match_units(similarity: Tensor) -> Tensor:
@@ -60,12 +61,13 @@ def _copy(similarity: Tensor) -> Tensor:
     return similarity.to("cpu", torch.float64, copy=True)
 
 
-def match_groups(spec: PermutationSpec, similarities: Mapping[str, Tensor]) -> Permutation:
+def match_groups(spec: PermutationSpec, similarities: Mapping[str, Tensor]) -> Permutation | Orthogonal:
     """Choose the relabelling of largest total similarity.
 
     Groups without parents are matched by one assignment. Where the units of a group lie in blocks that can be exchanged
     (the parent: heads, convolution groups), the assignment inside is solved for every pair of blocks, and its value is
-    the similarity of those two blocks in the outer one: exact for any depth of nesting.
+    the similarity of those two blocks in the outer one: exact for any depth of nesting. A group that rotates its units
+    is matched by an orthogonal Procrustes problem in place of an assignment.
 
     Args:
         spec: The groups.
@@ -73,16 +75,16 @@ def match_groups(spec: PermutationSpec, similarities: Mapping[str, Tensor]) -> P
             rows for a, columns for b. A group left out has no evidence of its own.
 
     Returns:
-        The permutation, on the CPU.
+        The relabelling, on the CPU.
 
     Raises:
         ValueError: If a similarity is not finite.
     """
-    return Permutation(spec, match_tree(spec.groups, {name: _copy(s) for name, s in similarities.items()}))
+    return spec.relabelling(match_tree(spec.groups, {name: _copy(s) for name, s in similarities.items()}))
 
 
 def match_tree(groups: Sequence[Group], similarities: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Choose the relabelling of largest total similarity of groups that vary together; return perms by group name.
+    """Choose the relabelling of largest total similarity of groups that vary together; return elements by group name.
 
     Similarities in double precision on the CPU may be overwritten.
     """
@@ -127,8 +129,10 @@ def _blocks(group: Group, similarity: np.ndarray) -> np.ndarray:
 
 
 def _block_values(group: Group, similarity: np.ndarray) -> np.ndarray:
-    """Return the value of the best inner assignment for every pair of places of the parent."""
+    """Return the value of the best inner element for every pair of places of the parent."""
     blocks, rows = _blocks(group, similarity), np.arange(group.size)
+    if group.rotates:
+        return best_values(blocks, group.kind)
     values = np.empty(blocks.shape[:2])
     for i, j in np.ndindex(values.shape):
         values[i, j] = blocks[i, j, rows, _assign(blocks[i, j].copy())].sum()
@@ -136,9 +140,12 @@ def _block_values(group: Group, similarity: np.ndarray) -> np.ndarray:
 
 
 def _read_off(group: Group, groups: Mapping[str, Group], similarity: np.ndarray, perms: Mapping[str, Tensor]) -> Tensor:
-    """Solve the assignment inside each block, given which block of b takes its place."""
+    """Find the element inside each block, given which block of b takes its place."""
     blocks = _blocks(group, similarity)
-    perm = torch.empty(group.shape, dtype=torch.int64)
+    if group.rotates:
+        perm = torch.empty((*group.shape, group.size), dtype=torch.float64)
+    else:
+        perm = torch.empty(group.shape, dtype=torch.int64)
     sizes = [size for _, size in group.parents]
     names = [name for name, _ in group.parents]
     for place in product(*map(range, sizes)):
@@ -149,7 +156,11 @@ def _read_off(group: Group, groups: Mapping[str, Group], similarity: np.ndarray,
                 continue
             above = [place[names.index(p)] if p else place[k] for k, (p, _) in enumerate(groups[name].parents)]
             source.append(int(perms[name][(*above, index)]))
-        perm[place] = torch.from_numpy(_assign(blocks[_flat(place, sizes), _flat(source, sizes)]))
+        block = blocks[_flat(place, sizes), _flat(source, sizes)]
+        found = (
+            best_rotations(torch.from_numpy(block), group.kind) if group.rotates else torch.from_numpy(_assign(block))
+        )
+        perm[place] = found
     return perm
 
 

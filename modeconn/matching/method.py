@@ -10,7 +10,7 @@ from torch import nn
 
 from modeconn.matching.statistics import Moments
 from modeconn.symmetry.relabelling import Relabelling
-from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.symmetry.spec import Orthogonal, Permutation, PermutationSpec
 
 
 @dataclass(frozen=True)
@@ -82,8 +82,8 @@ def finished(given: Any) -> Relabelling | None:
 
 def starting_permutation(
     start: Start, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None
-) -> Permutation:
-    """Return the permutation of b that ``start`` stands for.
+) -> Permutation | Orthogonal:
+    """Return the relabelling of b that ``start`` stands for.
 
     Raises:
         ValueError: If it is of another spec, or a relabelling of another kind.
@@ -93,17 +93,29 @@ def starting_permutation(
     given = finished(start)
     if given is None:
         given = start.match(spec, model_a, model_b, loader).permutation
-    if not isinstance(given, Permutation):
+    if not isinstance(given, (Permutation, Orthogonal)):
         raise ValueError(
             f"start= is a {given.kind}, and this method moves whole units. Pass a permutation, or a method that finds "
             f"one."
         )
-    if {g.name: g.shape for g in given.spec.groups} != {g.name: g.shape for g in spec.groups}:
+    kinds = [{g.name: (g.shape, g.kind) for g in of.groups} for of in (given.spec, spec)]
+    if kinds[0] != kinds[1]:
         raise ValueError(
             "start= is a permutation of another spec: its groups differ from those of the networks that are matched. "
             "Pass one that align returned for this architecture."
         )
-    return Permutation(spec, given.perms)
+    return spec.relabelling(given.tensors())
+
+
+def check_permutes(spec: PermutationSpec, method: Any) -> None:
+    """Raise a ValueError if a spec has groups that rotate, for a method that moves whole units alone."""
+    rotating = [group.name for group in spec.groups if group.rotates]
+    if rotating:
+        raise ValueError(
+            f"{type(method).__name__} permutes units, and this spec has {len(rotating)} groups that rotate them, such "
+            f"as {rotating[0]!r}. Use WeightMatching() or ActivationMatching(), or a spec of "
+            f"modeconn.discover(symmetries='permutation')."
+        )
 
 
 def correlations(moments: Mapping[str, Moments], relabelling: Relabelling) -> dict[str, tuple[float, float]]:

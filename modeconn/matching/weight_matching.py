@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from math import prod
@@ -13,7 +14,8 @@ from torch import Tensor, nn
 from modeconn.matching.assignment import match_tree
 from modeconn.matching.method import Match, Start, check_start, starting_permutation
 from modeconn.network.weights import WeightSpace
-from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
+from modeconn.symmetry.kinds import ORTHOGONAL_ONES
+from modeconn.symmetry.spec import Group, Orthogonal, Permutation, PermutationSpec, nearest
 from modeconn.symmetry.structure import Labels, Perms, Structure
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
@@ -28,6 +30,11 @@ class WeightMatching:
     a group is matched again only after a weight that it shares with others has moved. The objective never falls, and
     units that gain nothing stay. It is a local optimum: the joint problem is NP-hard.
 
+    Groups that rotate their units (`modeconn.discover` with ``symmetries="orthogonal"``) are matched by orthogonal
+    Procrustes problems, heads by the best rotation inside each pair of them. Without a ``start`` a stream is first
+    rotated by those of its weights that no other group moves, embeddings, positions and the head, then all that lies
+    beside it is matched, and then everything in turn, until the objective changes by less than one part in 10 million.
+
     The products run on the networks' device in their dtype, the assignments on the CPU. Beside the networks there is
     one copy of the weights and, of the units of one group, a matrix of products and one of costs in double precision.
 
@@ -39,7 +46,8 @@ class WeightMatching:
             it is.
 
     References:
-        Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836
+        Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836; with rotations, Theus et al., 2025,
+        https://arxiv.org/abs/2506.22712
 
     Raises:
         ValueError: If a setting is out of range.
@@ -73,8 +81,10 @@ class WeightMatching:
         descent = _Descent(spec, model_a, model_b)
         ends = []
         for number in range(self.num_starts):
-            history = descent.run(spec.random(generator) if number else first, generator, self.num_sweeps)
-            ends.append((history, descent.permutation()))
+            start = spec.random(generator) if number else first
+            is_anchored = not number and self.start is None
+            history = descent.run(start, generator, self.num_sweeps, is_anchored=is_anchored)
+            ends.append((history, descent.relabelling()))
         history, permutation = max(ends, key=lambda end: end[0][-1])
         return Match(permutation, constant_units=descent.zero_units(), history=history)
 
@@ -86,7 +96,8 @@ class _Descent:
         self._spec = spec
         self._a, self._b = (_weights(spec, model) for model in (model_a, model_b))
         self._moved = {name: torch.empty_like(weight) for name, weight in self._a.items()}
-        self._sources: dict[str, Tensor] = {}  # which unit of b lies at each place of a group, numbered row-major
+        # By group: which unit of b lies at each place, numbered row-major; of groups that rotate, matrices.
+        self._sources: dict[str, Tensor] = {}
         self._trees = [_Tree(spec.structure, groups) for groups in spec.trees()]
         for piece in self._pieces():
             sharing = [tree for tree in self._trees if tree.holds(piece)]
@@ -97,38 +108,57 @@ class _Descent:
         for name, weight in self._a.items():
             axes = self._spec.state[name]
             scale = float(weight.norm() * self._b[name].norm())
-            parts = (self._spec.structure.pieces(x, axes) for x in (weight, self._moved[name]))
+            parts = [list(self._spec.structure.pieces(x, axes)) for x in (weight, self._moved[name])]
             yield from (_Piece(a, b, labels, scale) for (a, labels), (b, _) in zip(*parts, strict=True))
 
-    def run(self, start: Permutation, generator: torch.Generator, num_sweeps: int) -> tuple[float, ...]:
-        """Climb from ``start`` until no tree can gain; return the objective at the start and after every step."""
+    def run(
+        self, start: Permutation | Orthogonal, generator: torch.Generator, num_sweeps: int, *, is_anchored: bool
+    ) -> tuple[float, ...]:
+        """Climb from ``start`` until no tree can gain; return the objective at the start and after every step.
+
+        An anchored run first turns the trees that weights of no other tree tell something of by these alone.
+        """
         self._begin(start)
+        anchored = [tree for tree in self._trees if is_anchored and tree.is_anchored]
+        for tree in anchored:
+            tree.turn_by_anchors(self._sources)
         history = [sum(_inner(a, self._moved[name]) for name, a in self._a.items())]
         waiting = set(self._trees)
-        for _ in range(num_sweeps):
-            for number in torch.randperm(len(self._trees), generator=generator).tolist():
+        for sweep in range(num_sweeps):
+            order = torch.randperm(len(self._trees), generator=generator).tolist()
+            if not sweep:  # what was turned by part of its weights waits until the rest are in place
+                order.sort(key=lambda number: self._trees[number] in anchored)
+            for number in order:
                 tree = self._trees[number]
                 if tree not in waiting:
                     continue
                 waiting.remove(tree)
-                gain = tree.improve(self._sources)
-                if gain:
+                gain = tree.improve(self._sources, history[-1])
+                if gain is not None:
                     waiting |= tree.neighbours
                     history.append(history[-1] + gain)
             if not waiting:
                 break
         return tuple(history)
 
-    def _begin(self, start: Permutation) -> None:
-        still = self._spec.identity().perms
-        perms = {g.atom: start.perms[g.name] for g in self._spec.groups if not start.perms[g.name].equal(still[g.name])}
+    def _begin(self, start: Permutation | Orthogonal) -> None:
+        still, given = self._spec.identity().tensors(), start.tensors()
+        perms = {g.atom: given[g.name] for g in self._spec.groups if not given[g.name].equal(still[g.name])}
         for name, weight in self._b.items():
             self._moved[name].copy_(self._spec.structure.relabel(weight, self._spec.state[name], perms))
-        self._sources = {g.name: start.sources(g.name).view(g.shape) for g in self._spec.groups}
+        for tree in self._trees:
+            tree.begin()
+        self._sources = {
+            g.name: given[g.name].clone() if g.rotates else start.sources(g.name).view(g.shape)
+            for g in self._spec.groups
+        }
 
-    def permutation(self) -> Permutation:
+    def relabelling(self) -> Permutation | Orthogonal:
         """Return the relabelling found so far."""
-        return Permutation(self._spec, {g.name: self._sources[g.name] % g.size for g in self._spec.groups})
+        found = {
+            g.name: self._sources[g.name] if g.rotates else self._sources[g.name] % g.size for g in self._spec.groups
+        }
+        return self._spec.relabelling({name: element.clone() for name, element in found.items()})
 
     def zero_units(self) -> dict[str, tuple[int, int]]:
         """Return how many units of a and of b have nothing in common with any of the other's, by group."""
@@ -159,16 +189,35 @@ class _Tree:
         self._names = {group.atom: group.name for group in groups}
         self._pieces: list[_Piece] = []
         self._operands: list[tuple[str, Tensor, Tensor]] = []  # a's and b's part of a piece, units first
+        self._anchors: list[tuple[str, Tensor, Tensor]] = []  # those of them that no other tree moves
+        self._rotates = any(group.rotates for group in groups)
+        self._step = math.inf  # how far the units were turned the last time
+        self._patience = _PATIENCE  # how often they may still be turned by little, for no gain that can be seen
         self._quadratic = False
         self.neighbours: set[_Tree] = set()
         self.zero_units: dict[str, tuple[int, int]] = {}
         self._rounding = 0.0
 
+    def begin(self) -> None:
+        """Forget what earlier runs did."""
+        self._step, self._patience = math.inf, _PATIENCE
+
+    @property
+    def is_anchored(self) -> bool:
+        """Whether its units rotate, and weights that no other tree moves tell something of them."""
+        return self._rotates and bool(self._anchors)
+
+    def turn_by_anchors(self, sources: dict[str, Tensor]) -> None:
+        """Match b's units to a's by the weights alone that no other tree moves."""
+        similarities = self._similarities(self._anchors)
+        found = match_tree(list(self._groups.values()), {n: _on_cpu(s) for n, s in similarities.items()})
+        self._move({atom: found[name] for atom, name in self._names.items()}, sources)
+
     def holds(self, piece: _Piece) -> bool:
         """Return whether a piece has units of this tree."""
         return any(atom in self._names for atom, _ in piece.labels)
 
-    def add(self, piece: _Piece, sharing: Iterable[_Tree]) -> None:
+    def add(self, piece: _Piece, sharing: Sequence[_Tree]) -> None:
         """Take note of a piece with units of this tree and of others.
 
         A piece that holds them twice (from the hidden state to itself) counts once for each, the other one as it lies;
@@ -178,26 +227,48 @@ class _Tree:
         chains = list(self._structure.unit_dims(piece.labels, self._names))
         for dims in chains:
             name, front = self._names[piece.labels[dims[-1]][0]], list(range(len(dims)))
-            self._operands.append((name, piece.a.movedim(dims, front), piece.b.movedim(dims, front)))
+            operand = (name, piece.a.movedim(dims, front), piece.b.movedim(dims, front))
+            self._operands.append(operand)
+            if len(sharing) == len(chains) == 1:
+                self._anchors.append(operand)
         self._quadratic |= len(chains) > 1
         self.neighbours |= {tree for tree in sharing if tree is not self or len(chains) > 1}
         self._rounding += 4 * torch.finfo(piece.a.dtype).eps * piece.scale
 
-    def improve(self, sources: dict[str, Tensor]) -> float:
-        """Match b's units, where they lie now, to a's; return what the objective gains, 0 if nothing moves."""
-        similarities = self._similarities()
-        self.zero_units = {name: _num_zero(s) for name, s in similarities.items()}
-        untied = {name: _break_ties(s, sources[name].flatten()) for name, s in similarities.items()}
+    def improve(self, sources: dict[str, Tensor], objective: float) -> float | None:
+        """Match b's units, where they lie now, to a's; return what the objective gains, None if nothing moves."""
+        similarities = self._similarities(self._operands)
+        self.zero_units = {n: _num_zero(s) for n, s in similarities.items() if not self._groups[n].rotates}
+        untied = {
+            name: _on_cpu(s) if self._groups[name].rotates else _break_ties(s, sources[name].flatten())
+            for name, s in similarities.items()
+        }
         for found in self._candidates(untied):
             perms = {atom: found[name] for atom, name in self._names.items()}
             if self._quadratic:
                 gain = sum(_inner(p.a, self._structure.move_piece(p.b, p.labels, perms) - p.b) for p in self._pieces)
             else:
                 gain = sum(self._gain(name, s, perms) for name, s in similarities.items())
-            if gain > self._rounding:
+            if self._is_worth_it(gain, perms, objective):
                 self._move(perms, sources)
                 return gain
-        return 0.0
+        return None
+
+    def _is_worth_it(self, gain: float, perms: Perms, objective: float) -> bool:
+        """Whether to move: for a gain that is no rounding; and units are turned on while the turns shrink fast."""
+        if not self._rotates:
+            return gain > self._rounding
+        permutes = any(
+            not perm.is_floating_point() and not perm.equal(torch.arange(perm.shape[-1]).expand(perm.shape))
+            for perm in perms.values()
+        )
+        turns = [m - torch.eye(m.shape[-1], dtype=m.dtype) for m in perms.values() if m.is_floating_point()]
+        before, self._step = self._step, max(float(turn.abs().max()) for turn in turns)
+        if permutes or gain > max(self._rounding, _LEAST * abs(objective)):
+            return gain > self._rounding
+        is_shrinking = self._step < before / 2 or (self._step < _SMALL_TURN and self._patience > 0)
+        self._patience -= 1
+        return gain > -self._rounding and self._step > _SMALLEST_TURN and is_shrinking
 
     def _candidates(self, similarities: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Yield the best move; where it may be none, because parts of it spoil each other, also those of each group."""
@@ -211,15 +282,24 @@ class _Tree:
             held = {other: bound * torch.eye(len(s), dtype=s.dtype) for other, s in similarities.items()}
             yield match_tree(groups, {**held, name: similarity.clone()})
 
-    def _similarities(self) -> dict[str, Tensor]:
+    def _similarities(self, operands: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name, a, b in self._operands:
+        for name, a, b in operands:
             shape = self._groups[name].shape
             for x, y in zip(_matrices(a, shape), _matrices(b, shape), strict=True):
                 found[name] = found[name].addmm_(x, y.T) if name in found else x @ y.T
         return found
 
     def _gain(self, name: str, similarity: Tensor, perms: Perms) -> float:
+        if self._groups[name].rotates:
+            group = self._groups[name]
+            blocks = similarity.view(math.prod(group.shape[:-1]), group.size, -1, group.size).double().cpu()
+            numbers = torch.arange(len(blocks)).view(*group.shape[:-1], 1).expand(group.shape).contiguous()
+            origins = self._move_units(name, numbers, {a: p for a, p in perms.items() if a != group.atom})
+            matrices = perms[group.atom].reshape(len(blocks), group.size, group.size)
+            taken = blocks[torch.arange(len(blocks)), :, origins[..., 0].flatten()]
+            own = blocks[torch.arange(len(blocks)), :, torch.arange(len(blocks))]
+            return float((taken * matrices).sum() - own.diagonal(dim1=1, dim2=2).sum())
         here = torch.arange(len(similarity)).view(self._groups[name].shape)
         sources = self._move_units(name, here, perms).flatten().to(similarity.device)
         return float((similarity.gather(1, sources[:, None])[:, 0].double() - similarity.diagonal().double()).sum())
@@ -231,13 +311,15 @@ class _Tree:
             still = [dim for dim, (atom, _) in enumerate(piece.labels) if atom not in ties]
             for part in piece.b.split(64, still[0]) if still else [piece.b]:
                 part.copy_(self._structure.move_piece(part, piece.labels, perms))
-        for name in self._groups:
-            sources[name] = self._move_units(name, sources[name], perms)
+        for name, group in self._groups.items():
+            moved = self._move_units(name, sources[name], perms)
+            sources[name] = nearest(group, moved) if group.rotates else moved
 
     def _move_units(self, name: str, units: Tensor, perms: Perms) -> Tensor:
-        """Relabel a tensor of a group's shape."""
+        """Relabel a tensor of a group's shape, which may have further axes."""
         atom = self._groups[name].atom
         labels = tuple((place, 0) for place in (*self._structure.parents[atom], atom))
+        labels += ((-1, 0),) * (units.dim() - len(labels))
         return self._structure.move_piece(units, labels, perms)
 
 
@@ -262,6 +344,10 @@ def _num_zero(similarity: Tensor) -> tuple[int, int]:
     return int((~similarity.any(1)).sum()), int((~similarity.any(0)).sum())
 
 
+def _on_cpu(similarity: Tensor) -> Tensor:
+    return similarity.to("cpu", torch.float64, copy=True)
+
+
 def _break_ties(similarity: Tensor, sources: Tensor) -> Tensor:
     """Add, on the CPU, what decides between equals only: units without any weight go back to where b had them."""
     similarity = similarity.to("cpu", torch.float64, copy=True)
@@ -270,9 +356,32 @@ def _break_ties(similarity: Tensor, sources: Tensor) -> Tensor:
 
 
 def _weights(spec: PermutationSpec, model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that move, each tensor once, in at least single precision."""
-    return {
+    """Return the parameters that move, each tensor once, in at least single precision.
+
+    Layer norm erases what writers add to a stream along the ones vector, and gives nothing along it to its readers:
+    what weights hold there has no part in the function, and none in the match.
+    """
+    found = {
         name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         for name, parameter in model.named_parameters()
         if any(spec.structure.moving_atoms(axis) for axis in spec.state.get(name, ()))
     }
+    without = {group.atom for group in spec.groups if group.kind is ORTHOGONAL_ONES}
+    for name, weight in found.items() if without else ():
+        centred = weight.clone()
+        for piece, labels in spec.structure.pieces(centred, spec.state[name]):
+            dims = [dim for dim, (atom, _) in enumerate(labels) if atom in without]
+            for dim in dims:
+                piece -= piece.mean(dim, keepdim=True)
+        found[name] = centred
+    return found
+
+
+_LEAST = 1e-7
+"""Least gain of a turn, relative to the objective."""
+_SMALL_TURN, _SMALLEST_TURN = 1e-5, 1e-12
+"""Largest entry of a turn, less the identity, that is small, and that is none.
+
+The objective is flat where networks are equal: a turn of 1e-8 changes it by its rounding.
+"""
+_PATIENCE = 30

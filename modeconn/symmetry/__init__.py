@@ -1,17 +1,19 @@
 """Which hidden units of a model may be relabelled together without changing its function."""
 
 from modeconn.symmetry.discover import UnknownOperatorWarning, discover
+from modeconn.symmetry.folding import fold_gains
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import broadcast, pointwise
-from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.symmetry.spec import Orthogonal, Permutation, PermutationSpec
 from modeconn.symmetry.verify import VerificationError, verify
 from modeconn.symmetry.walk import Rule, Traced, Walk
 
 __all__ = [
     "RULES",
     "Group",
+    "Orthogonal",
     "Permutation",
     "PermutationSpec",
     "Relabelling",
@@ -22,6 +24,7 @@ __all__ = [
     "Walk",
     "broadcast",
     "discover",
+    "fold_gains",
     "pointwise",
     "verify",
 ]

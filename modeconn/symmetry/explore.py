@@ -409,14 +409,15 @@ class Exploration(Walk):
         for key in (target, packet, name):
             if key in self._rules:
                 return self._rules[key]
+        name = getattr(packet, "__name__", "")
+        is_in_place = name.endswith("_") and not name.endswith("__")
+        plain = getattr(torch.ops.aten, name.rstrip("_"), None) if is_in_place else None
+        if plain in self._rules:  # the rule of the ordinary operator
+            return self._rules[plain]
         tags = getattr(target, "tags", ())
         if torch.Tag.pointwise in tags and torch.Tag.nondeterministic_seeded not in tags:
             return pointwise
-        name = getattr(packet, "__name__", "")
-        if name.endswith("_") and not name.endswith("__"):  # in-place: the rule of the ordinary operator
-            plain = getattr(torch.ops.aten, name.rstrip("_"), None)
-            if plain in self._rules:
-                return self._rules[plain]
+        if is_in_place:
             overloads = [getattr(plain, overload) for overload in plain.overloads()] if plain else []
             if any(torch.Tag.pointwise in overload.tags for overload in overloads):
                 return pointwise
@@ -523,7 +524,10 @@ class Exploration(Walk):
         folds, refused = judged(self.gains, Known(self, state, self._uses_of, self._aliases))
         for gain in self.gains:
             self.unify(gain.after, gain.before)
-            if gain in refused:
+            if gain not in refused:
+                self.fix(gain.own, "its gain is folded, and one for all units")
+            else:
+                self.unify(gain.after, gain.own)
                 self.lower(gain.after, PERMUTATION, f"the gain '{gain.name}' cannot be folded, since {refused[gain]}")
         for axis in {axis for tensor in (*self._shown, *self.state.values()) for axis in tensor}:
             self.lower(axis, self._largest, None)

@@ -93,7 +93,10 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
     alike = {other for other in gains if space.normal(getattr(other, ends)) == axis}
     if {(other.name, other.offset, other.bias) for other in alike} != {(gain.name, gain.offset, gain.bias)}:
         return "another gain scales what the same layer reads"
-    own = {gain.name: "gain", gain.bias: "gain"} if role == "contracted" else {}
+    of_gain = known.uses(gain.name)
+    if of_gain is None or not all(use.role == "gain" and use.axis in {g.after for g in alike} for use in of_gain):
+        return _read_otherwise(gain.name, known)
+    own = {gain.bias: "gain"} if role == "contracted" else {}
     into: list[Place] = []
     uses: list[Use] = []
     for name, axes in known.state.items():

@@ -544,8 +544,8 @@ class Orthogonal(Relabelling):
     A group of permutations has a ``perm`` as in `Permutation`. One that rotates has a matrix ``G`` for each place of
     its parents, ``(*parent sizes, n, n)``, so that place ``(h, i)`` holds the sum over ``j`` of ``G[h, i, j]`` times
     unit ``j`` of block ``perm_parent[h]``; where the spec says so, ``G`` keeps the vector of ones. Entries of weights
-    are permuted as they are; rotations are computed in double precision and rounded to the model's precision, in which the
-    relabelled network is the same function: of float32 weights, outputs differ by some 1e-5 of their size.
+    are permuted as they are; rotations are computed in double precision and rounded to the model's precision, in which
+    the relabelled network is the same function: of float32 weights, outputs differ by some 1e-5 of their size.
 
     Groups are those of networks whose gains are folded: `apply` folds them first, where they are not.
 
@@ -596,7 +596,7 @@ class Orthogonal(Relabelling):
         for group in self.spec.groups:
             if group.rotates:
                 inner = self._blocks(group, first.elements[group.name], own)
-                found[group.name] = _nearest(group, self.elements[group.name] @ inner)
+                found[group.name] = nearest(group, self.elements[group.name] @ inner)
         return Orthogonal(self.spec, found)
 
     def _frame(self) -> PermutationSpec:
@@ -654,7 +654,7 @@ class Orthogonal(Relabelling):
         return cls(PermutationSpec.from_json(spec), tensors)
 
 
-def _nearest(group: Group, matrices: Tensor) -> Tensor:
+def nearest(group: Group, matrices: Tensor) -> Tensor:
     """Return the elements nearest to products of elements, which drift by their rounding."""
     identity = torch.eye(group.size, dtype=matrices.dtype, device=matrices.device)
     return matrices @ (1.5 * identity - 0.5 * matrices.transpose(-1, -2) @ matrices)  # one step of Newton's method

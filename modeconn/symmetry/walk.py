@@ -80,6 +80,7 @@ class Gain:
         bias: A parameter that is added after it.
         before: The axis that it scales.
         after: The axis that comes out: the same units, if it can be folded.
+        own: The axis of the vector, whose entries are all one if it is folded.
     """
 
     name: str
@@ -87,6 +88,7 @@ class Gain:
     bias: str | None
     before: Axis
     after: Axis
+    own: Axis
 
 
 def _only_axis(tensor: Traced) -> Axis:
@@ -210,10 +212,11 @@ class Walk(Space):
             return axis
         after = self.free(self.size(axis))
         for tensor in vectors:
-            self.unify(after, _only_axis(tensor))
             self.use(tensor, "gain", after)
+        if bias is not None:
+            self.unify(after, _only_axis(bias))
         name_of_bias = None if bias is None else self.parameter(bias)
-        self.gains.append(Gain(*known, name_of_bias, axis, after))
+        self.gains.append(Gain(*known, name_of_bias, axis, after, _only_axis(gain)))
         return after
 
     def values(self, tensor: Traced) -> torch.Tensor | None:

@@ -137,6 +137,7 @@ def bilinear(walk: Walk, left: Traced, right: Traced, weight: Traced, bias: Trac
     return out if bias is None else total(walk, [Traced(tuple(out)), bias], len(out))
 
 
+@leaves(LINEAR)
 def grouped_matmul(
     walk: Walk,
     input: Traced,

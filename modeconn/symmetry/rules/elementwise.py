@@ -89,9 +89,9 @@ def multiply(walk: Walk, input: Any, other: Any) -> list[Axis | Traced]:
     if summed:
         axes = broadcast(walk, tensors, len(walk.shape))
         for dim, axis in enumerate(axes):
-            kind = ORTHOGONAL if dim in summed else PERMUTATION
+            kind, why = (ORTHOGONAL, "contracted") if dim in summed else (PERMUTATION, "multiplied unit by unit")
             if not any(_is_one(t, dim - len(axes)) for t in tensors):
-                walk.lower(axis, kind, "multiplied unit by unit")
+                walk.lower(axis, kind, why)
             elif dim in summed:
                 walk.lower(axis, ORTHOGONAL_ONES, "summed")
         return [Traced(tuple(axes), only_summed=frozenset(summed))]
@@ -151,7 +151,10 @@ def power(walk: Walk, input: Any, exponent: Any = 2) -> list[Axis | Traced]:
     axes = broadcast(walk, tensors, len(walk.shape))
     summed = walk.summed_dims() if walk.has_rotations and isinstance(exponent, (int, float)) and exponent == 2 else ()
     for dim, axis in enumerate(axes):
-        walk.lower(axis, ORTHOGONAL if dim in summed else PERMUTATION, "raised to a power unit by unit")
+        if dim in summed:
+            walk.lower(axis, ORTHOGONAL, "its length is read")
+        else:
+            walk.lower(axis, PERMUTATION, "raised to a power unit by unit")
     return [Traced(tuple(axes), only_summed=frozenset(summed))] if summed else axes
 
 

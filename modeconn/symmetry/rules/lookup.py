@@ -10,7 +10,7 @@ import torch
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.kinds import LINEAR, PERMUTATION
-from modeconn.symmetry.rules.elementwise import broadcast
+from modeconn.symmetry.rules.elementwise import broadcast, total
 from modeconn.symmetry.rules.grouping import sorted_numbers
 from modeconn.symmetry.rules.operators import leaves, table
 from modeconn.symmetry.rules.shapes import cat, piece
@@ -109,6 +109,7 @@ def _by_number(walk: Walk, axis: Axis, index: Traced, why: str, is_safe: bool) -
         walk.fix(index.points_into, why)
 
 
+@leaves(LINEAR)
 def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[Axis] | None:
     """Advanced indexing by integers, or by one mask."""
     if any(i is not None and walk.dtype(i) in (torch.bool, torch.uint8) for i in indices):
@@ -125,6 +126,8 @@ def index(walk: Walk, input: Traced, indices: Sequence[Traced | None]) -> list[A
         is_safe = len(used) == 1 and is_safe_to_read(indices[dim].node, input.node, walk.node)
         _by_number(walk, input.axes[dim], indices[dim], "looked up by number", is_safe)
     looked_up = [i for i in indices if i is not None]
+    for axis in (*(input.axes[dim] for dim in used), *(axis for i in looked_up for axis in i.axes)):
+        walk.lower(axis, PERMUTATION, "looked up by number")
     picked = broadcast(walk, looked_up, max(len(i.axes) for i in looked_up))
     together = used[-1] - used[0] + 1 == len(used)
     at = used[0] if together else 0
@@ -232,6 +235,7 @@ def scatter(walk: Walk, input: Traced, dim: int, index: Traced, *values: Any, **
     return _scattered(walk, input, dim, index, values[0] if values else more.get("value"), adds=False)
 
 
+@leaves(LINEAR)
 def index_put(
     walk: Walk,
     input: Traced,
@@ -247,7 +251,7 @@ def index_put(
     for axis in () if accumulate else (axis for i in given for axis in i.axes):
         walk.fix(axis, "written in order")
     place = index(walk, input, indices) or []
-    broadcast(walk, [Traced(tuple(place)), values], len(place))
+    total(walk, [Traced(tuple(place)), values], len(place))
     return list(input.axes)
 
 
@@ -264,13 +268,17 @@ def _put_where(walk: Walk, input: Traced, indices: Sequence[Traced | None], valu
         for axis in (*mask.axes, *input.axes[at : at + len(mask.axes)], before[-1]):
             walk.fix(axis, "written in order")
         place = (*input.axes[:at], before[-1], *input.axes[at + len(mask.axes) :])
-        broadcast(walk, [Traced(place), values], len(place))
+        total(walk, [Traced(place), values], len(place))
         return list(input.axes)
+    for axis in mask.axes:
+        walk.lower(axis, PERMUTATION, "chosen by a mask")
     where = Traced((*mask.axes, *[UNIT] * behind))
     what = Traced((*before[:-1], *[UNIT] * len(mask.axes), *after))
-    return broadcast(walk, [input, where, what], len(input.axes))
+    broadcast(walk, [input, where], len(input.axes))
+    return total(walk, [input, what], len(input.axes))
 
 
+@leaves(LINEAR)
 def index_add(walk: Walk, input: Traced, dim: int, index: Traced, source: Traced, **scale: Any) -> list[Axis] | None:
     """Slices along one axis added to its positions by number."""
     return _put_slices(walk, input, dim, index, source, accumulate=True)
