@@ -29,6 +29,7 @@ LAYER = "layer norms alone read the stream, and their mean keeps the ones vector
 POST = "the norm's gain acts on the stream itself (post-norm)"
 TIED = "the head is the embedding, so the last gain cannot be folded"
 EMBEDDING_NORM = "a norm with a gain makes the stream out of the embeddings"
+PROJECTED = "in this small configuration a layer lies between the stream and the head, which is the embedding"
 SANDWICH = "a norm with a gain stands before the residual sum"
 ELEMENTWISE = "a nonlinearity or batch norm acts on each channel"
 
@@ -44,6 +45,7 @@ class Expected:
         kind: The largest kind of group.
         why: The reason.
         untied: The kind after ``untie=True``, where weights are tied.
+        outputs: The outputs that count, where others would fix the stream.
     """
 
     model: str
@@ -52,6 +54,7 @@ class Expected:
     kind: str
     why: str
     untied: str | None = None
+    outputs: str | None = None
 
 
 _TOKENS = "model.embed_tokens.weight"
@@ -72,14 +75,14 @@ EXPECTED = (
     Expected("transformers/gpt2", "*wte.weight", 1, PERMUTATION, TIED, ROTATION_FIXING_ONES),
     Expected("transformers/gpt_neo", "*wte.weight", 1, PERMUTATION, TIED, ROTATION_FIXING_ONES),
     Expected("transformers/mpt", "*wte.weight", 1, PERMUTATION, TIED, ROTATION_FIXING_ONES),
-    Expected("transformers/opt", "*decoder.embed_positions.weight", 1, PERMUTATION, TIED, ROTATION_FIXING_ONES),
+    Expected("transformers/opt", "*decoder.embed_positions.weight", 1, ROTATION_FIXING_ONES, PROJECTED),
     Expected("transformers/xglm", _TOKENS, 1, "fixed", "sinusoids, which no weight makes, are added to it", "fixed"),
     Expected("transformers/falcon", "*word_embeddings.weight", 1, PERMUTATION, TIED, ROTATION_FIXING_ONES),
     Expected("transformers/starcoder2", _TOKENS, 1, PERMUTATION, TIED, ROTATION_FIXING_ONES),
     Expected("transformers/cohere", _TOKENS, 1, PERMUTATION, TIED, ROTATION_FIXING_ONES),
     Expected("transformers/gemma", _TOKENS, 1, PERMUTATION, TIED, ROTATION),
     Expected("transformers/mamba", "*embeddings.weight", 1, PERMUTATION, TIED, ROTATION),
-    Expected("transformers/t5", "shared.weight", 1, PERMUTATION, TIED, ROTATION),
+    Expected("transformers/t5", "decoder.embed_tokens.weight", 1, PERMUTATION, TIED, ROTATION, "logits"),
     Expected("transformers/whisper", "*decoder.embed_tokens.weight", 1, PERMUTATION, TIED, ROTATION_FIXING_ONES),
     Expected("transformers/gemma2", _TOKENS, 1, PERMUTATION, SANDWICH, PERMUTATION),
     Expected("transformers/olmo2", _TOKENS, 1, PERMUTATION, SANDWICH),
@@ -108,7 +111,7 @@ EXPECTED = (
 def found_in(expected: Expected, *, untie: bool) -> str:
     """Return the kind that discovery finds at the place that is asked for, proved, or why there is none."""
     model, inputs = Subject(*expected.model.split("/")).build()
-    spec = modeconn.discover(model, inputs, symmetries="orthogonal", untie=untie)
+    spec = modeconn.discover(model, inputs, symmetries="orthogonal", untie=untie, outputs=expected.outputs)
     spec.verify(model, inputs)
     places = {place: group.kind.name for group in spec.groups for place in group.places}
     name = next(name for name in spec.state if fnmatch.fnmatchcase(name, expected.place))

@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 _VIEWS = frozenset(
-    "t transpose permute view reshape _to_copy to clone contiguous detach alias mT unsqueeze squeeze flatten "
+    "t transpose permute view reshape _to_copy to clone contiguous detach alias mT numpy_T unsqueeze squeeze flatten "
     "type_as _unsafe_view lift_fresh_copy".split()
 )
 """Operators that arrange the entries of a tensor in another way, and do nothing else with them."""

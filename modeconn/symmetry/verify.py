@@ -355,7 +355,7 @@ class _Proof:
                     yield node.name, 0.0
                 else:
                     yield node.name, _relative(expected, y, scale) if is_inexact else math.inf
-                    y.copy_(expected)
+                    _overwrite(y, expected)
 
     def blame(self, trace: Trace, perms: NamedPerms, name: str, error: float, tolerance: float) -> str:
         """Move the groups at the first wrong tensor one at a time to find those behind it."""
@@ -378,6 +378,14 @@ class _Proof:
             if axes is not None:
                 moving |= {atom for axis in axes for atom in self.spec.structure.moving_atoms(axis)}
         yield from (group for group in self.spec.groups if group.atom in moving)
+
+
+def _overwrite(tensor: Tensor, values: Tensor) -> None:
+    """Write values to a tensor, each place in memory once: an expanded one has equal entries in one place."""
+    for dim, step in enumerate(tensor.stride()):
+        if step == 0 and tensor.shape[dim] > 1:
+            tensor, values = tensor.narrow(dim, 0, 1), values.narrow(dim, 0, 1)
+    tensor.copy_(values)
 
 
 def _next(plain: Iterator[Any], moved: Iterator[Any], seed: int) -> tuple[Node | None, Any, Any]:

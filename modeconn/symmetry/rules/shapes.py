@@ -110,6 +110,12 @@ def transpose(walk: Walk, input: Traced, dim0: int = -2, dim1: int = -1) -> list
 
 
 @leaves(LINEAR)
+def reverse(walk: Walk, input: Traced) -> list[Axis]:
+    """All axes in the reverse order (``tensor.T``)."""
+    return list(input.axes[::-1])
+
+
+@leaves(LINEAR)
 def movedim(walk: Walk, input: Traced, source: Any, destination: Any) -> list[Axis]:
     """Move axes to other places."""
     # Raises unless the arguments are valid.
@@ -291,6 +297,7 @@ RULES = table(
         strided: "as_strided",
         permute: "permute",
         transpose: "transpose t mT swapaxes swapdims transpose_copy",
+        reverse: "numpy_T",
         movedim: "movedim moveaxis",
         expand: "expand expand_as broadcast_to",
         repeat: "repeat",

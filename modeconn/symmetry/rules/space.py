@@ -6,8 +6,9 @@ from collections.abc import Sequence
 from typing import Any
 
 from modeconn.symmetry.axes import UNIT, Axis
+from modeconn.symmetry.kinds import LINEAR, ORTHOGONAL_ONES
 from modeconn.symmetry.rules.elementwise import broadcast, reordered
-from modeconn.symmetry.rules.operators import table
+from modeconn.symmetry.rules.operators import leaves, table
 from modeconn.symmetry.walk import Rule, Traced, Walk
 
 
@@ -21,14 +22,27 @@ def spatial(num_dims: int) -> Rule:
     return rule
 
 
+def averaging(num_dims: int) -> Rule:
+    """Averages of neighbours along the last ``num_dims`` axes: linear along the others."""
+    regions = spatial(num_dims)
+
+    @leaves(LINEAR)
+    def rule(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
+        return regions(walk, input)
+
+    return rule
+
+
 def adaptive_average(num_dims: int) -> Rule:
     """Averages over regions of the last ``num_dims`` axes; one region is all of them, in any order."""
     regions = spatial(num_dims)
 
+    @leaves(LINEAR)
     def rule(walk: Walk, input: Traced, output_size: Any) -> list[Axis]:
         if any(size > 1 for size in walk.shape[-num_dims:]):
             return regions(walk, input)
         for axis in input.axes[-num_dims:]:
+            walk.lower(axis, ORTHOGONAL_ONES, "summed")
             walk.contract(input, axis)
         return [*input.axes[:-num_dims], *[UNIT] * num_dims]
 
@@ -128,14 +142,15 @@ def channel_shuffle(walk: Walk, input: Traced, groups: int) -> list[Axis]:
 
 RULES = table(
     {
-        spatial(1): "max_pool1d avg_pool1d adaptive_max_pool1d max_pool1d_with_indices "
-        "upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d reflection_pad1d replication_pad1d",
-        spatial(2): "max_pool2d avg_pool2d adaptive_max_pool2d "
-        "max_pool2d_with_indices upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
-        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d fractional_max_pool2d",
-        spatial(3): "max_pool3d avg_pool3d adaptive_max_pool3d "
-        "max_pool3d_with_indices upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact3d reflection_pad3d "
-        "replication_pad3d fractional_max_pool3d",
+        spatial(1): "max_pool1d adaptive_max_pool1d max_pool1d_with_indices",
+        spatial(2): "max_pool2d adaptive_max_pool2d max_pool2d_with_indices fractional_max_pool2d",
+        spatial(3): "max_pool3d adaptive_max_pool3d max_pool3d_with_indices fractional_max_pool3d",
+        averaging(1): "avg_pool1d upsample_nearest1d upsample_linear1d _upsample_nearest_exact1d reflection_pad1d "
+        "replication_pad1d",
+        averaging(2): "avg_pool2d upsample_nearest2d upsample_bilinear2d upsample_bicubic2d _upsample_nearest_exact2d "
+        "_upsample_bilinear2d_aa _upsample_bicubic2d_aa reflection_pad2d replication_pad2d",
+        averaging(3): "avg_pool3d upsample_nearest3d upsample_trilinear3d _upsample_nearest_exact3d reflection_pad3d "
+        "replication_pad3d",
         adaptive_average(1): "adaptive_avg_pool1d",
         adaptive_average(2): "adaptive_avg_pool2d _adaptive_avg_pool2d",
         adaptive_average(3): "adaptive_avg_pool3d _adaptive_avg_pool3d",
