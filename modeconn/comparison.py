@@ -207,6 +207,8 @@ def compare(
     spec: PermutationSpec | None = None,
     example_input: Any = None,
     outputs: Selection = None,
+    symmetries: str = "permutation",
+    untie: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
     progress: bool = False,
@@ -232,6 +234,10 @@ def compare(
         spec: Symmetries of the architecture, if known.
         example_input: For discovery; default the first inputs of ``loader``.
         outputs: Which of the model's outputs have to stay as they are, see `modeconn.discover`; default all of them.
+        symmetries: "permutation" or "orthogonal": the largest kind of group that is looked for, see
+            `modeconn.discover`. Where groups rotate, gains are folded first, also for the
+            rows that match nothing.
+        untie: Give tied weights a tensor for each of their names, see `modeconn.discover`.
         checkpoint: A file of finished measurements, one line of JSON each. What is in it is not measured again, also
             if pairs or methods have been added meanwhile. Networks, methods, settings, symmetries, all that is measured
             on, and the first batch and the number of batches of ``loader`` tell measurements apart.
@@ -259,7 +265,9 @@ def compare(
     pairs, named = list(pairs), _named(methods)
     space = _check_pairs(pairs)
     with seeded(seed, space.device):
-        spec = find_spec(pairs[0][0], loader, Symmetry(spec, example_input, outputs))
+        spec = find_spec(
+            pairs[0][0], loader, Symmetry(spec, example_input, outputs, symmetries=symmetries, untie=untie)
+        )
     # Seeded anew, so that the first batch does not depend on whether the spec is known.
     with seeded(seed, space.device):
         check_loader(test) if forward is None else first_batch(test)
@@ -278,6 +286,8 @@ def compare(
         records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
         bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
         for number, (a, b) in enumerate(pairs):
+            if spec.prepares:
+                a, b = spec.prepared(a), spec.prepared(b)
             baselines: dict[str, Method] = {"identity": _Identity(), "random": _Random(seed + number)}
             for row, method in {**baselines, **named}.items():
                 key = record_key(*about, names.get(row, method), digest(a), digest(b))

@@ -63,6 +63,8 @@ def fit_curve(
     spec: PermutationSpec | None = None,
     example_input: Any = None,
     outputs: Selection = None,
+    symmetries: str = "permutation",
+    untie: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     seed: int = 0,
     callbacks: Sequence[Any] = (),
@@ -97,6 +99,10 @@ def fit_curve(
         example_input: An input of the models, for finding their symmetries without a loader.
         outputs: Which of the model's outputs have to stay as they are when b is relabelled, such as ``"logits"``, see
             `modeconn.discover`; default all of them.
+        symmetries: "permutation" or "orthogonal": the largest kind of group that is looked for, see
+            `modeconn.discover`. Where groups rotate, gains are folded first, and the network at t=0 is
+            a folded, equal to a as a function.
+        untie: Give tied weights a tensor for each of their names, see `modeconn.discover`.
         checkpoint: A file, or a `Checkpoint` that also says how often to write it. If it exists, the run goes on from
             it and ends with the same bits as one that was never interrupted, on the same machine and versions.
         seed: For t, data order, augmentation, dropout and attacks. The caller's random state is left as it was.
@@ -142,9 +148,10 @@ def fit_curve(
         about = partial(_identified, settings, space, ends)
         file = until_end.enter_context(RunFile(checkpoint, about, space.device, loader=loader))
         how = align if file.saved is None else file.relabelling(model_b) or False
-        known = Symmetry(spec, example_input, outputs)
+        known = Symmetry(spec, example_input, outputs, symmetries=symmetries, untie=untie)
         with bars(progress):
-            permutation, relabelled = _relabel(ends, data, how, known, is_refined=refine is not None)
+            permutation, model_a, relabelled = _relabel(ends, data, how, known, is_refined=refine is not None)
+        space = WeightSpace(model_a)  # a folded a may have more tensors
         file.keep(permutation)
         del data  # ends the pass that was begun, with its worker processes, if nobody went on with it
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
@@ -273,8 +280,8 @@ def _relabel(
     known: Symmetry,
     *,
     is_refined: bool,
-) -> tuple[Relabelling | None, nn.Module]:
-    """Return how b is relabelled at the start, None if it is not, and b so relabelled.
+) -> tuple[Relabelling | None, nn.Module, nn.Module]:
+    """Return how b is relabelled at the start, None if it is not, a (its gains folded where they are), and b so.
 
     A run that is refined needs the groups even where nothing moves at the start, and units that move as a whole.
     """
@@ -291,5 +298,12 @@ def _relabel(
             f"method that finds a permutation, or leave refine= out."
         )
     if relabelling is None:
-        return None, ends[1]
-    return relabelling, relabelling.apply(ends[1]) if model is None else model
+        return None, *ends
+    model_a = relabelling.spec.prepared(ends[0]) if getattr(relabelling.spec, "prepares", False) else ends[0]
+    given = getattr(align, "model_a", None)
+    if given is not None and given is not ends[0] and model_a is not ends[0] and digest(given) != digest(model_a):
+        raise ValueError(
+            "align= is of another network a: the gains of its a were folded before b was rotated after it, and model_a "
+            "is not that network. Pass the model_a that was given to align, or align.model_a."
+        )
+    return relabelling, model_a, relabelling.apply(ends[1]) if model is None else model

@@ -109,6 +109,8 @@ def merge_many(
     example_input: Any = None,
     outputs: Selection = None,
     verify: bool = True,
+    symmetries: str = "permutation",
+    untie: bool = False,
     seed: int = 0,
 ) -> Merge:
     r"""Relabel networks into one set of names and return their mean (MergeMany, Git Re-Basin, algorithm 3).
@@ -132,6 +134,9 @@ def merge_many(
         example_input: For discovery, where there is neither a loader nor ``models[0].example_input()``.
         outputs: Which of the model's outputs have to stay as they are, see `modeconn.discover`; default all of them.
         verify: Prove a newly discovered spec before it is used, see `PermutationSpec.verify`.
+        symmetries: "permutation" or "orthogonal": the largest kind of group that is looked for, see
+            `modeconn.discover`. Where groups rotate, gains are folded first.
+        untie: Give tied weights a tensor for each of their names, see `modeconn.discover`.
         seed: For the order of the networks and of a loader that shuffles; the caller's random state stays.
 
     Raises:
@@ -157,8 +162,11 @@ def merge_many(
             check_method(one, name=name)
             check_data(one, loader)
     with seeded(seed, space.device):
-        known = Symmetry(spec, example_input, outputs, verify)
-        names = _CommonNames(space, find_spec(models[0], loader, known), models)
+        found = find_spec(models[0], loader, Symmetry(spec, example_input, outputs, verify, symmetries, untie))
+        if found.prepares:
+            models = [found.prepared(model) for model in models]
+            space = WeightSpace(models[0])
+        names = _CommonNames(space, found, models)
         history = [names.spread()]
         if start is not None:
             names.follow_the_first(start, loader)

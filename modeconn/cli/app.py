@@ -246,7 +246,17 @@ def _under_attack(method: Any, adversary: Any) -> Any:
 
 @app.command()
 @grouped(
-    "optimizer", "schedule", "weight_decay", "autocast", "compile", "entry", "input_shape", "outputs", data="digits"
+    "optimizer",
+    "schedule",
+    "weight_decay",
+    "autocast",
+    "compile",
+    "entry",
+    "input_shape",
+    "outputs",
+    "symmetries",
+    "untie",
+    data="digits",
 )
 def demo(
     data: DataOptions,
@@ -352,6 +362,9 @@ def align(
     data: DataOptions,
     shape: ModelOptions,
     adversary: AdversaryOptions,
+    out_a: Annotated[
+        Path | None, typer.Option(help="File for a with its gains folded, which b agrees with if it is rotated.")
+    ] = None,
     permutation: Annotated[Path | None, typer.Option(help="File for the relabelling itself.")] = None,
     report: Annotated[Path | None, typer.Option(help="JSON file for correlations, for modeconn plot.")] = None,
     method: Annotated[
@@ -365,6 +378,8 @@ def align(
     Prints the mean correlation of paired units before and after, for each group of units, where there is data. With an
     adversary, activations are those of each network's own adversarial examples.
 
+    With --symmetries orthogonal, b is rotated where it may be, and agrees with what --out-a writes.
+
     For example:
 
         modeconn align a.safetensors b.safetensors --data digits \
@@ -373,19 +388,23 @@ def align(
         modeconn align a.safetensors b.safetensors --method weight \
             --out b-aligned.safetensors
     """
-    _check_outputs(out, permutation, report)
+    _check_outputs(out, out_a, permutation, report)
     chosen = _under_attack(None if method is None else parse.method(method), adversary.opponent())
     loader, _ = data.load_if_given()
     networks = shape.read((a, b), loader, data.device)
     how = {"method": chosen, **shape.how_to_discover(), "progress": _bars(progress)}
     found = modeconn.align(*networks, loader, **how)
     models.save(found.model_b, out)
+    if out_a is not None:
+        models.save(found.model_a, out_a)
+    elif found.model_a is not networks[0]:
+        typer.echo("The gains of a were folded, too: --out-a writes the network that b agrees with now.", err=True)
     if permutation is not None:
         found.permutation.save(permutation)
     if report is not None:
         to_json({KIND: CORRELATIONS, "correlation": found.correlation, **provenance.entry(found)}, report)
     typer.echo(repr(found))
-    typer.echo(f"Wrote {', '.join(str(path) for path in (out, permutation, report) if path is not None)}")
+    typer.echo(f"Wrote {', '.join(str(path) for path in (out, out_a, permutation, report) if path is not None)}")
 
 
 @app.command()
@@ -481,6 +500,8 @@ def fit(
             checkpoint=modeconn.Checkpoint(kept, every_seconds=save_every),
             seed=seed,
             outputs=parse.outputs(shape.outputs),
+            symmetries=shape.symmetries,
+            untie=shape.untie,
             progress=_bars(progress),
         )
         connection.save(out)
@@ -489,7 +510,7 @@ def fit(
 
 
 @app.command()
-@grouped("augment", "train_examples", "input_shape", "outputs")
+@grouped("augment", "train_examples", "input_shape", "outputs", "symmetries", "untie")
 def evaluate(
     connection: options.File,
     data: DataOptions,
@@ -527,7 +548,7 @@ def evaluate(
 
 
 @app.command()
-@grouped("augment", "train_examples", "test_examples", "input_shape", "outputs")
+@grouped("augment", "train_examples", "test_examples", "input_shape", "outputs", "symmetries", "untie")
 def robustness(
     connections: options.Files,
     data: DataOptions,
@@ -630,7 +651,7 @@ def _write_robust_profile(found: modeconn.RobustProfile, path: Path, written: li
 
 
 @app.command()
-@grouped("augment", "train_examples", "test_examples", "input_shape", "outputs")
+@grouped("augment", "train_examples", "test_examples", "input_shape", "outputs", "symmetries", "untie")
 def curvature(
     connection: options.File,
     data: DataOptions,
@@ -730,6 +751,8 @@ def compare(
             recipe=None if recipe.epochs is None else how,
             curve=shape_of_curve,
             outputs=parse.outputs(shape.outputs),
+            symmetries=shape.symmetries,
+            untie=shape.untie,
             checkpoint=kept,
             seed=seed,
             progress=_bars(progress),
@@ -803,6 +826,8 @@ def symmetry(
         ),
     ] = None,
     outputs: options.SelectedOutputs = None,
+    symmetries: options.Symmetries = "permutation",
+    untie: options.Untie = False,
     freeze: Annotated[
         list[str] | None, typer.Option(metavar="PATTERN", help="Leave parameters of these names fixed.")
     ] = None,
@@ -838,7 +863,8 @@ def symmetry(
         network = parse.make_model(model, arguments, None)
     example = None if input_shape is None else tuple(map(parse.example_input, input_shape))
     with progress_bars(_bars(progress)):
-        spec = modeconn.discover(network, example, freeze=freeze or (), outputs=parse.outputs(outputs))
+        settings = {"outputs": parse.outputs(outputs), "symmetries": symmetries, "untie": untie}
+        spec = modeconn.discover(network, example, freeze=freeze or (), **settings)
         error = spec.verify(network, example) if verify else None
     typer.echo(repr(spec.report()))
     if error is not None:

@@ -23,7 +23,7 @@ Networks = Annotated[list[Path] | None, typer.Argument(exists=True, dir_okay=Fal
 
 
 @app.command()
-@grouped("train_examples", "test_examples", "autocast", "compile", "input_shape", data="digits")
+@grouped("train_examples", "test_examples", "autocast", "compile", "input_shape", "symmetries", "untie", data="digits")
 def fit(
     data: DataOptions,
     shape: ModelOptions,
@@ -87,7 +87,17 @@ def _keep(networks: list[nn.Module], folder: Path | None) -> None:
 
 
 @app.command()
-@grouped("batch_size", "augment", "train_examples", "test_examples", "input_shape", "outputs", data="digits")
+@grouped(
+    "batch_size",
+    "augment",
+    "train_examples",
+    "test_examples",
+    "input_shape",
+    "outputs",
+    "symmetries",
+    "untie",
+    data="digits",
+)
 def evaluate(
     aligner: options.File,
     data: DataOptions,

@@ -66,6 +66,18 @@ SelectedOutputs = Annotated[
         metavar="NAME",
     ),
 ]
+Symmetries = Annotated[
+    str,
+    _option(
+        "Model",
+        "permutation or orthogonal: whether units are reordered alone, or also rotated where nothing but linear layers "
+        "and norms read them, as in transformers.",
+    ),
+]
+Untie = Annotated[
+    bool,
+    _option("Model", "Give tied weights, such as a head that is the embedding, a tensor for each of their names."),
+]
 Progress = Annotated[bool | None, typer.Option(help="Whether to show progress bars; default: in a terminal.")]
 
 
@@ -204,10 +216,17 @@ class ModelOptions:
     ] = None
     input_shape: InputShape = None
     outputs: SelectedOutputs = None
+    symmetries: Symmetries = "permutation"
+    untie: Untie = False
 
     def how_to_discover(self) -> dict[str, Any]:
-        """Return what discovery is told: an example input, and which outputs count."""
-        return {"example_input": self.example(), "outputs": parse.outputs(self.outputs)}
+        """Return what discovery is told: an example input, which outputs count, and what is looked for."""
+        return {
+            "example_input": self.example(),
+            "outputs": parse.outputs(self.outputs),
+            "symmetries": self.symmetries,
+            "untie": self.untie,
+        }
 
     def example(self) -> tuple[torch.Tensor, ...] | None:
         """Return an example input, if its shape was given."""

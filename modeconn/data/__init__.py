@@ -1,7 +1,7 @@
 """Data sets in memory: the embedded digits, and CIFAR, MNIST-style and Tiny ImageNet files from a folder.
 
-`load` returns a pair of `TensorLoader`. Any other re-iterable of ``(inputs, targets)`` batches works everywhere in the
-package as well.
+`load` returns a pair of `TensorLoader`, `text` a pair of `TextLoader`, windows of the characters of a text file. Any
+other re-iterable of ``(inputs, targets)`` batches works everywhere in the package as well.
 """
 
 from __future__ import annotations
@@ -18,10 +18,11 @@ from modeconn.data.cifar import read_cifar10, read_cifar100
 from modeconn.data.digits import read_digits
 from modeconn.data.idx import read_mnist_files
 from modeconn.data.loader import TensorLoader
+from modeconn.data.text import TextLoader, text
 from modeconn.data.tiny_imagenet import read_tiny_imagenet
 from modeconn.tools.door import checked
 
-__all__ = ["Augmentation", "Crop", "Flip", "Rotate", "TensorLoader", "load", "names"]
+__all__ = ["Augmentation", "Crop", "Flip", "Rotate", "TensorLoader", "TextLoader", "load", "names", "text"]
 
 Part = tuple[Tensor, Tensor]
 

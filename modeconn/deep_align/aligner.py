@@ -20,6 +20,7 @@ from modeconn.deep_align.unit_graph import Entry, UnitGraph, difference, layout_
 from modeconn.learning.checkpoint import ALIGNER, Checkpoint, run_file
 from modeconn.matching import Match, match_groups
 from modeconn.matching.alignment import Symmetry, find_spec
+from modeconn.matching.method import check_permutes
 from modeconn.network.batches import first_batch, inputs_of
 from modeconn.network.loss import LossFn, cross_entropy
 from modeconn.network.weights import WeightSpace
@@ -213,6 +214,7 @@ class DeepAlign(Settings):
             ValueError: If the aligner is not fitted, or was fitted on networks of other groups or tensors: which, and
                 their sizes.
         """
+        check_permutes(spec, self)
         found = spec_difference(self._encoder.graph.spec, {group.name: group.size for group in spec.groups})
         if found:
             raise ValueError(f"this DeepAlign was fitted on other networks: {found}. Fit one on networks like these.")

@@ -161,7 +161,7 @@ def find_alignment(
     """Do what `align` does for networks that were checked, with data of which one pass has begun."""
     with seeded(0, device_of(model_a)):
         spec = find_spec(model_a, data, known)
-        if spec.folds or spec.untied:
+        if spec.prepares:
             model_a, model_b = spec.prepared(model_a), spec.prepared(model_b)
         match = method.match(spec, model_a, model_b, data)
     correlation = match.correlation

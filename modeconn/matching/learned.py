@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from modeconn.curves import Curve, Line
 from modeconn.curves.loss import CurveLoss
 from modeconn.curves.step import stratified_positions
-from modeconn.matching.method import Match, Start, check_data, check_start, starting_permutation
+from modeconn.matching.method import Match, Start, check_data, check_permutes, check_start, starting_permutation
 from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.matching.soft import SoftPermutation
 from modeconn.network.batch_norm import calibration_batches
@@ -94,6 +94,7 @@ class LearnedMatching(ABC):
             ValueError: If data is missing, or the loss at the start is not finite.
         """
         check_data(self, loader)
+        check_permutes(spec, self)
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
         with seeded(self.seed, space.device):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from modeconn.matching.activation_matching import break_ties, constant_units
 from modeconn.matching.assignment import match_tree
-from modeconn.matching.method import Match, check_data, correlations
+from modeconn.matching.method import Match, check_data, check_permutes, correlations
 from modeconn.matching.sinkhorn_operator import sinkhorn
 from modeconn.matching.soft import SoftPermutation, hard_matrices, shape_of
 from modeconn.matching.statistics import Moments, collect
@@ -75,7 +75,12 @@ class TransportMatching:
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
     ) -> Match:
-        """Return the plan rounded to a relabelling of b; ``loader`` yields training data, for activations."""
+        """Return the plan rounded to a relabelling of b; ``loader`` yields training data, for activations.
+
+        Raises:
+            ValueError: If data is missing, weights or activations are not finite, or groups of the spec rotate units.
+        """
+        check_permutes(spec, self)
         if self.cost == "weights":
             return Match(self._by_weights(spec, model_a, model_b).round())
         moments = self._moments(spec, model_a, model_b, loader)
@@ -88,8 +93,9 @@ class TransportMatching:
         """Return the plan of every group; ``loader`` yields training data, for activations.
 
         Raises:
-            ValueError: If data is missing, or weights or activations are not finite.
+            ValueError: If data is missing, weights or activations are not finite, or groups of the spec rotate units.
         """
+        check_permutes(spec, self)
         if self.cost == "weights":
             return self._by_weights(spec, model_a, model_b)
         return self._by_activations(spec, self._moments(spec, model_a, model_b, loader))

@@ -386,6 +386,12 @@ class Space:
             self.unify(self.member(family, over, index), axis)
         return family
 
+    def join_members(self, axis: Axis) -> None:
+        """Learn that an axis is relabelled alike at every index that it was looked at."""
+        for key in [key for key in self._member if ((key[0],),) == self.normal(((key[0],),))]:
+            if key in self._member and key[0] in atoms_of(self.normal(axis)):
+                self.unify(((key[0],),), ((self._member.pop(key),),))
+
     def settle(self, tensors: Iterable[Tensor]) -> set[Tensor]:
         """Decide which families may differ by member, and return the distinct tensors in their final form.
 

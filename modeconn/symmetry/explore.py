@@ -520,6 +520,9 @@ class Exploration(Walk):
 
     def _fold_gains(self) -> list[Fold]:
         """Let scaled units be the units that they were: of gains that can be folded nothing is left, others lower."""
+        for gain in self.gains:  # one gain for all indices: one group
+            self.join_members(gain.before)
+            self.join_members(gain.after)
         state = {first: self.state[first] for first in self._aliases}
         folds, refused = judged(self.gains, Known(self, state, self._uses_of, self._aliases))
         for gain in self.gains:

@@ -177,6 +177,11 @@ class PermutationSpec(Findings):
         """Return what moves each group by its element: a `Permutation`, if no group rotates."""
         return (Orthogonal if self.has_rotations else Permutation)(self, elements)
 
+    @property
+    def prepares(self) -> bool:
+        """Whether the groups are of networks with other weights than those that they are found in: see `prepared`."""
+        return bool(self.folds or self.untied)
+
     def prepared(self, model: nn.Module) -> nn.Module:
         """Return a copy of a model of which the groups hold: untied where they ask for it, its gains folded.
 
