@@ -90,9 +90,10 @@ def trained(build: Callable[[int], nn.Module], train: Any, training: Training, s
 
 def profile_of(a: nn.Module, b: nn.Module, test: Any) -> dict[str, float]:
     """Return barrier, the largest loss, and the accuracy in the middle of the line."""
-    profile = modeconn.interpolate(a, b).evaluate(test, num_points=POINTS)
+    line = modeconn.fit_curve(a, b, test, align=False, curve=modeconn.Line())
+    profile = line.evaluate(test, num_points=POINTS)
     return {
-        "barrier": profile.barrier(),
+        "barrier": profile.barrier,
         "middle accuracy": float(profile.accuracy[POINTS // 2]),
         "ends": float(profile.loss[[0, -1]].mean()),
     }

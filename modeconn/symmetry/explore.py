@@ -524,7 +524,7 @@ class Exploration(Walk):
             self.join_members(gain.before)
             self.join_members(gain.after)
         state = {first: self.state[first] for first in self._aliases}
-        folds, refused = judged(self.gains, Known(self, state, self._uses_of, self._aliases))
+        folds, refused = judged(self.gains, Known(self, state, self._uses_of, self._aliases, _made_by))
         for gain in self.gains:
             self.unify(gain.after, gain.before)
             if gain not in refused:
@@ -661,6 +661,13 @@ class Exploration(Walk):
             if not self.is_fixed(axis) and axes.get(node) is not None
         )
         return Trace(self._graphs[number], axes, tuple(taps), self._model)
+
+
+def _made_by(node: Node | None) -> Node | None:
+    """Return the operator whose entries a tensor holds, as they are but for their arrangement."""
+    while node is not None and name_of(node.target) in (*_VIEWS, "dropout", "select"):
+        node = node.args[0]
+    return node
 
 
 def _read_for_shapes(nodes: Sequence[Node]) -> set[Node]:

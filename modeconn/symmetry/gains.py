@@ -8,9 +8,9 @@ goes into the biases of the layers that read it, where they have some, else it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -18,6 +18,9 @@ from torch import Tensor
 from modeconn.symmetry.axes import Axis, Space, atoms_of
 from modeconn.symmetry.kinds import LINEAR
 from modeconn.symmetry.walk import Gain, Role, Use
+
+if TYPE_CHECKING:
+    from torch.fx import Node
 
 Place = tuple[str, int]
 """A parameter and one of its dimensions."""
@@ -56,12 +59,14 @@ class Known:
         state: The axes of each parameter and saved buffer, each tensor once.
         uses: Returns what all operators that read a parameter do with it, None if some of them is no linear layer.
         aliases: All names of a tensor, by the one in ``state``.
+        made_by: Returns the operator whose entries a tensor holds, as they are but for their arrangement.
     """
 
     space: Space
     state: Mapping[str, tuple[Axis, ...]]
     uses: Callable[[str], list[Use] | None]
     aliases: Mapping[str, Sequence[str]]
+    made_by: Callable[[Node | None], Node | None]
 
 
 def judged(gains: Sequence[Gain], known: Known) -> tuple[list[Fold], dict[Gain, str]]:
@@ -83,7 +88,7 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
     space = known.space
     after, axis = space.normal(gain.after), space.normal(gain.after if role == "contracted" else gain.before)
     if after == space.normal(gain.before):
-        return "the scaled units are added to those that are not"
+        return _tied_along(axis, known) or "the scaled units are added to those that are not"
     atom = axis[0][0] if len(axis) == len(axis[0]) == 1 and isinstance(axis[0][0], int) else None
     if atom is None:
         return "the axis is cut into parts"
@@ -99,24 +104,38 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
     own = {gain.bias: "gain"} if role == "contracted" else {}
     into: list[Place] = []
     uses: list[Use] = []
+    bias = gain.bias if role == "contracted" else None
     for name, axes in known.state.items():
         dims = [dim for dim, other in enumerate(axes) if atom in atoms_of(space.normal(other))]
         if not dims:
             continue
-        wanted = {own[name]} if name in own else {role} if role == "contracted" else {role, "bias"}
+        wanted = {own[name]} if name in own else {role, "added" if role == "contracted" else "bias"}
         found = known.uses(name)
         if found is None or len(dims) > 1 or not {use.role for use in found if _is(use, axis, space)} <= wanted:
             return _read_otherwise(name, known)
         here = [use for use in found if _is(use, axis, space)]
         if not here or len({use.role for use in here}) != 1 or _num_readers(here) != _num_readers(found):
             return _read_otherwise(name, known)
-        if name not in own:
+        if here[0].role == "added":
+            if bias is not None:
+                return f"'{name}' is added to it beside '{bias}'"
+            bias = name
+        elif name not in own:
             into.append((name, dims[0]))
             uses += here
     if not any(use.role == role for use in uses):
         return "no linear layer takes it up"
-    shifts = _shifts(gain, into, uses, known) if role == "contracted" and gain.bias is not None else ()
-    return Fold(gain.name, gain.offset, tuple(into), gain.bias if role == "contracted" else None, shifts)
+    shifts = _shifts({other.node for other in alike}, into, uses, known) if gain.bias is not None and bias else ()
+    return Fold(gain.name, gain.offset, tuple(into), bias, shifts)
+
+
+def _tied_along(axis: Axis, known: Known) -> str | None:
+    """Return that a parameter along an axis has two names, if one does."""
+    atoms = set(atoms_of(axis))
+    for name, axes in known.state.items():
+        if len(known.aliases[name]) > 1 and any(atoms & set(atoms_of(known.space.normal(other))) for other in axes):
+            return _read_otherwise(name, known)
+    return None
 
 
 def _is(use: Use, axis: Axis, space: Space) -> bool:
@@ -134,8 +153,10 @@ def _read_otherwise(name: str, known: Known) -> str:
     return f"'{name}' is also read in another way"
 
 
-def _shifts(gain: Gain, into: Sequence[Place], uses: Sequence[Use], known: Known) -> tuple[str, ...]:
-    """Return the bias of each layer that takes up a gain, if each has its own."""
+def _shifts(norms: Set[Node], into: Sequence[Place], uses: Sequence[Use], known: Known) -> tuple[str, ...]:
+    """Return the bias of each layer that takes up a gain, if each has its own and reads what a norm makes as it is."""
+    if not all(known.made_by(use.source) in norms for use in uses):
+        return ()
     by_weight = {name: {use.bias for use in uses if use.name == name} for name, _ in into}
     biases = [next(iter(found)) for found in by_weight.values() if len(found) == 1]
     if len(biases) < len(by_weight) or None in biases or len(set(biases)) < len(biases):

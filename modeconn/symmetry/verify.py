@@ -18,7 +18,7 @@ from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.explore import example_for, is_unknown
 from modeconn.symmetry.export import export, first_line
 from modeconn.symmetry.findings import Trace
-from modeconn.symmetry.gains import Fold
+from modeconn.symmetry.gains import Fold, folded
 from modeconn.symmetry.graph import Example
 from modeconn.symmetry.groups import Group, NamedPerms, identity_perms, random_perms
 from modeconn.symmetry.outputs import Outputs
@@ -117,6 +117,7 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     if spec.one_path:
         return _worst_of_one_path(spec, model, _as_given(given.to("cpu")), tolerance, seed)
+    _check_folding(spec, model, _float64(given.to("cpu")), generator, tolerance, seed)
     proof = _Proof(spec, _redraw_folded(spec, model, generator), _float64(given.to("cpu")), seed)
     worst = 0.0
     for number, perms in enumerate(telling_relabellings(spec.groups, generator), 1):
@@ -248,6 +249,33 @@ def _turned_apart(by_size: Mapping[int, Sequence[Group]], generator: torch.Gener
         rows = circle[(circle.argsort() + turns[:, None]) % size]
         perms |= {g.name: part.view(g.shape) for g, part in zip(groups, rows.split(counts), strict=True)}
     return perms
+
+
+def _check_folding(
+    spec: Provable, model: nn.Module, example: Example, generator: torch.Generator, tolerance: float, seed: int
+) -> None:
+    """Raise a VerificationError if a network with redrawn gains and biases and its folded twin differ in an output."""
+    if not spec.folds:
+        return
+    state = redraw_state(model, generator)
+    first: dict[int, str] = {}
+    for name, tensor in state.items():
+        first.setdefault(id(tensor), name)
+    twin = folded({name: state[name] for name in first.values()}, spec.folds)
+    twin = {name: twin[first[id(tensor)]] for name, tensor in state.items()}
+    for trace in spec.traces:
+        runs = [trace.graph.run(tensors, example, dtype=torch.float64) for tensors in (state, twin)]
+        for number in range(len(trace.graph.nodes)):
+            node, x, y = _next(*runs, seed + number)
+            if node is None:
+                break
+            if node.name in trace.graph.outputs and isinstance(x, Tensor) and x.is_floating_point() and x.numel():
+                error = _relative(x, y, 0.0)
+                if not error <= tolerance:
+                    raise VerificationError(
+                        f"folding the gains changes the function: in {trace.graph.mode} mode tensor '{node.name}' "
+                        f"differs by {error:.1e} standard deviations."
+                    )
 
 
 def _redraw_folded(spec: Provable, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:

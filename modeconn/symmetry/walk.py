@@ -55,19 +55,30 @@ def traced_in(values: Any) -> list[Traced]:
     return [t for v in values for t in traced_in(v)] if isinstance(values, (list, tuple, type({}.values()))) else []
 
 
-Role = Literal["contracted", "made", "bias", "gain"]
-"""What an operator does with a parameter along an axis: it sums over it, makes it, adds along it, or scales it."""
+Role = Literal["contracted", "made", "bias", "added", "gain"]
+"""What an operator does with a parameter along an axis: it sums over it, makes it, adds to what it makes, adds to
+something else, or scales it."""
 
 
 @dataclass(frozen=True)
 class Use:
-    """What one operator does with one parameter along an axis, and which bias it adds to the sums."""
+    """What one operator does with one parameter.
+
+    Args:
+        name: The parameter.
+        role: What the axis is to the operator.
+        axis: One of the axes of the parameter.
+        bias: Which other parameter is added to the sums.
+        reader: The operator.
+        source: What it reads beside parameters.
+    """
 
     name: str
     role: Role
     axis: Axis
     bias: str | None
     reader: Node
+    source: Node | None
 
 
 @dataclass(frozen=True)
@@ -81,6 +92,7 @@ class Gain:
         before: The axis that it scales.
         after: The axis that comes out: the same units, if it can be folded.
         own: The axis of the vector, whose entries are all one if it is folded.
+        node: The operator that scales.
     """
 
     name: str
@@ -89,6 +101,7 @@ class Gain:
     before: Axis
     after: Axis
     own: Axis
+    node: Node
 
 
 def _only_axis(tensor: Traced) -> Axis:
@@ -179,7 +192,9 @@ class Walk(Space):
         """Whether the operator at hand writes over one of its arguments."""
         return False
 
-    def use(self, tensor: Traced, role: Role, axis: Axis, bias: Traced | None = None) -> None:
+    def use(
+        self, tensor: Traced, role: Role, axis: Axis, bias: Traced | None = None, source: Traced | None = None
+    ) -> None:
         """Record what an operator does with a parameter along an axis: foldable gains are those that it can take up.
 
         Args:
@@ -187,6 +202,7 @@ class Walk(Space):
             role: What the axis is to the operator.
             axis: One of the axes of the tensor.
             bias: What the operator adds to the sums, if it adds nothing else and pads nothing.
+            source: What it reads beside parameters.
         """
         if not self.has_rotations or self.node is None:
             return
@@ -195,7 +211,9 @@ class Walk(Space):
             name, _ = self.gain_of(tensor) or (None, 0.0)
         if name is not None:
             added = None if bias is None else self.parameter(bias)
-            self.uses.setdefault(self.node, []).append(Use(name, role, axis, added, self.node))
+            self.uses.setdefault(self.node, []).append(
+                Use(name, role, axis, added, self.node, None if source is None else source.node)
+            )
 
     def scale(self, axis: Axis, gain: Traced, bias: Traced | None = None) -> Axis:
         """Return the axis after a vector of parameters has scaled it, and another one was added.
@@ -216,7 +234,7 @@ class Walk(Space):
         if bias is not None:
             self.unify(after, _only_axis(bias))
         name_of_bias = None if bias is None else self.parameter(bias)
-        self.gains.append(Gain(*known, name_of_bias, axis, after, _only_axis(gain)))
+        self.gains.append(Gain(*known, name_of_bias, axis, after, _only_axis(gain), self.node))
         return after
 
     def values(self, tensor: Traced) -> torch.Tensor | None:

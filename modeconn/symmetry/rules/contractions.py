@@ -71,12 +71,12 @@ def _record_uses(
     """Record what the weight of a linear layer is to it, and its bias."""
     if len(operands) != 2 or sum(walk.parameter(tensor) is not None for tensor in operands) != 1:
         return
-    (weight, own), (_, others) = sorted(
+    (weight, own), (source, others) = sorted(
         zip(operands, labels, strict=True), key=lambda pair: walk.parameter(pair[0]) is None
     )
     for letter in own:
         if letter in others and letter not in out:
-            walk.use(weight, "contracted", named.get(letter, UNIT), bias)
+            walk.use(weight, "contracted", named.get(letter, UNIT), bias, source)
         elif letter not in others and letter in out:
             walk.use(weight, "made", named.get(letter, UNIT))
             if bias is not None:

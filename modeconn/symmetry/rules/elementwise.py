@@ -65,6 +65,12 @@ def total(walk: Walk, terms: Sequence[Any], num_dims: int) -> list[Axis]:
 @reads_shapes
 def add(walk: Walk, input: Any, other: Any, **scales: Any) -> list[Axis]:
     """``add``, ``sub``."""
+    if name_of(getattr(walk.node, "target", None)) == "add" and not scales and not walk.is_in_place:
+        for bias, summed in ((input, other), (other, input)):
+            if isinstance(bias, Traced) and isinstance(summed, Traced) and walk.parameter(bias) is not None:
+                dims = [axis for axis in bias.axes if axis != UNIT]
+                if len(dims) == 1:
+                    walk.use(bias, "added", dims[0])
     return total(walk, [input, other], len(walk.shape))
 
 
