@@ -32,8 +32,9 @@ class WeightMatching:
 
     Groups that rotate their units (`modeconn.discover` with ``symmetries="orthogonal"``) are matched by orthogonal
     Procrustes problems, heads by the best rotation inside each pair of them. Without a ``start`` a stream is first
-    rotated by those of its weights that no other group moves, embeddings, positions and the head, then all that lies
-    beside it is matched, and then everything in turn, until the objective changes by less than one part in 10 million.
+    rotated by those of its weights that no other group moves, embeddings, positions and the head, then by these and
+    the layers whose other units are matched by an assignment, then all that lies beside it is matched, and then
+    everything in turn, until the objective changes by less than one part in 10 million and turns no longer shrink.
 
     The products run on the networks' device in their dtype, the assignments on the CPU. Beside the networks there is
     one copy of the weights and, of the units of one group, a matrix of products and one of costs in double precision.
@@ -122,6 +123,12 @@ class _Descent:
         anchored = [tree for tree in self._trees if is_anchored and tree.is_anchored]
         for tree in anchored:
             tree.turn_by_anchors(self._sources)
+        if anchored:
+            for tree in self._trees:
+                if not tree.rotates:
+                    tree.improve(self._sources, 0.0)
+        for tree in anchored:  # now also by the weights whose other units are in their places
+            tree.turn_by_anchors(self._sources, with_permuting=True)
         history = [sum(_inner(a, self._moved[name]) for name, a in self._a.items())]
         waiting = set(self._trees)
         for sweep in range(num_sweeps):
@@ -181,6 +188,7 @@ class _Tree:
     Attributes:
         neighbours: The trees to match anew when this one has moved.
         zero_units: By group, how many units of a and of b have nothing in common with any of the other's.
+        rotates: Whether some of its groups rotate their units.
     """
 
     def __init__(self, structure: Structure, groups: Sequence[Group]) -> None:
@@ -190,7 +198,8 @@ class _Tree:
         self._pieces: list[_Piece] = []
         self._operands: list[tuple[str, Tensor, Tensor]] = []  # a's and b's part of a piece, units first
         self._anchors: list[tuple[str, Tensor, Tensor]] = []  # those of them that no other tree moves
-        self._rotates = any(group.rotates for group in groups)
+        self._half_anchors: list[tuple[str, Tensor, Tensor]] = []  # those that other trees permute
+        self.rotates = any(group.rotates for group in groups)
         self._step = math.inf  # how far the units were turned the last time
         self._patience = _PATIENCE  # how often they may still be turned by little, for no gain that can be seen
         self._quadratic = False
@@ -205,11 +214,11 @@ class _Tree:
     @property
     def is_anchored(self) -> bool:
         """Whether its units rotate, and weights that no other tree moves tell something of them."""
-        return self._rotates and bool(self._anchors)
+        return self.rotates and bool(self._anchors)
 
-    def turn_by_anchors(self, sources: dict[str, Tensor]) -> None:
-        """Match b's units to a's by the weights alone that no other tree moves."""
-        similarities = self._similarities(self._anchors)
+    def turn_by_anchors(self, sources: dict[str, Tensor], *, with_permuting: bool = False) -> None:
+        """Match b's units to a's by the weights alone that no other tree moves, or that no other tree turns."""
+        similarities = self._similarities(self._anchors + self._half_anchors * with_permuting)
         found = match_tree(list(self._groups.values()), {n: _on_cpu(s) for n, s in similarities.items()})
         self._move({atom: found[name] for atom, name in self._names.items()}, sources)
 
@@ -231,6 +240,8 @@ class _Tree:
             self._operands.append(operand)
             if len(sharing) == len(chains) == 1:
                 self._anchors.append(operand)
+            elif len(chains) == 1 and not any(tree.rotates for tree in sharing if tree is not self):
+                self._half_anchors.append(operand)
         self._quadratic |= len(chains) > 1
         self.neighbours |= {tree for tree in sharing if tree is not self or len(chains) > 1}
         self._rounding += 4 * torch.finfo(piece.a.dtype).eps * piece.scale
@@ -256,7 +267,7 @@ class _Tree:
 
     def _is_worth_it(self, gain: float, perms: Perms, objective: float) -> bool:
         """Whether to move: for a gain that is no rounding; and units are turned on while the turns shrink fast."""
-        if not self._rotates:
+        if not self.rotates:
             return gain > self._rounding
         permutes = any(
             not perm.is_floating_point() and not perm.equal(torch.arange(perm.shape[-1]).expand(perm.shape))
@@ -266,7 +277,7 @@ class _Tree:
         before, self._step = self._step, max(float(turn.abs().max()) for turn in turns)
         if permutes or gain > max(self._rounding, _LEAST * abs(objective)):
             return gain > self._rounding
-        is_shrinking = self._step < before / 2 or (self._step < _SMALL_TURN and self._patience > 0)
+        is_shrinking = self._step < 0.75 * before or (self._step < _SMALL_TURN and self._patience > 0)
         self._patience -= 1
         return gain > -self._rounding and self._step > _SMALLEST_TURN and is_shrinking
 

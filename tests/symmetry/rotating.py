@@ -176,12 +176,12 @@ class Scaled(nn.Module):
 
 
 class ViT(nn.Module):
-    def __init__(self, *, scaled: bool = False, stem_norm: bool = False, width: int = 12) -> None:
+    def __init__(self, *, scaled: bool = False, stem_norm: bool = False, width: int = 12, hidden: int = 14) -> None:
         super().__init__()
         self.patches = nn.Conv2d(3, width, 4, stride=4)
         self.token, self.places = nn.Parameter(torch.zeros(1, 1, width)), nn.Parameter(torch.zeros(1, 5, width))
         self.stem = nn.LayerNorm(width) if stem_norm else nn.Identity()
-        attention, mlp = Attention(width, 2, 2, 6), MLP(width, 14)
+        attention, mlp = Attention(width, 2, 2, 6), MLP(width, hidden)
         if scaled:
             attention, mlp = Scaled(attention, width), Scaled(mlp, width)
         self.layer = Layer(nn.LayerNorm, attention, mlp, width)
