@@ -5,7 +5,8 @@
     python -m benchmarks.rotations cifar10 --root DIR --folder runs
 
 Networks of three seeds are trained (and kept in ``--folder``), and each pair of them is compared. A barrier is the
-largest loss on the test set on the line, over 11 points, less what the ends would give there.
+largest loss on the test set on the line, over 11 points, less what the ends would give there. "Products of heads" is
+the line in an enlarged architecture, whose parameters are the products of the heads' weights (Theus et al., 2025).
 """
 
 from __future__ import annotations
@@ -25,7 +26,7 @@ from torch import nn
 
 import modeconn
 from benchmarks.timing import environment
-from benchmarks.transformers import CharGPT, SmallViT
+from benchmarks.transformers import CharGPT, SmallViT, with_products
 from modeconn import ActivationMatching, WeightMatching, data
 
 SEEDS = (1, 2, 3)
@@ -117,6 +118,9 @@ def rows_of(a: nn.Module, b: nn.Module, train: Any, test: Any, specs: dict[str, 
         aligned = modeconn.align(a, b, loader, method=method, spec=spec)
         seconds = time.perf_counter() - begin
         rows[name] = profile_of(aligned.model_a, aligned.model_b, test) | {"seconds": seconds}
+        if spec is rotating and loader is None:
+            enlarged = [with_products(end) for end in (aligned.model_a, aligned.model_b)]
+            rows[name + ", products of heads"] = profile_of(*enlarged, test)
     return rows
 
 

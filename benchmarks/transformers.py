@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 
 import torch
@@ -25,6 +26,47 @@ class Block(nn.Module):
         heads = F.scaled_dot_product_attention(*parts.unbind(0), is_causal=self.is_causal)
         x = x + self.out(heads.transpose(1, 2).flatten(2))
         return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+class ProductBlock(nn.Module):
+    """The same function as a `Block`, with the products of its heads' weights as parameters: another architecture.
+
+    Scores are ``[x; 1]^T P [y; 1]`` with ``P = [W_q, b_q]^T [W_k, b_k]`` of each head, and what a head adds to the
+    stream is ``R [y; 1]`` with ``R = W_o [W_v, b_v]`` (Theus et al., 2025): rotations inside of heads fall out.
+    """
+
+    def __init__(self, block: Block) -> None:
+        super().__init__()
+        self.num_heads, self.is_causal = block.num_heads, block.is_causal
+        self.norm1, self.norm2, self.up, self.down = (
+            copy.deepcopy(part) for part in (block.norm1, block.norm2, block.up, block.down)
+        )
+        rows = torch.cat([block.qkv.weight, block.qkv.bias[:, None]], 1).unflatten(0, (3, self.num_heads, -1))
+        q, k, v = rows.detach()
+        out = block.out.weight.detach().unflatten(1, (self.num_heads, -1))
+        self.size = q.shape[1]
+        self.scores = nn.Parameter(q.mT @ k)
+        self.values = nn.Parameter(torch.einsum("ohd,hdi->hoi", out, v))
+        self.bias = nn.Parameter(block.out.bias.detach().clone())
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a stream ``(B, T, width)``."""
+        y = self.norm1(x)
+        y = torch.cat([y, torch.ones_like(y[..., :1])], -1)
+        scores = torch.einsum("bti,hij,bsj->bhts", y, self.scores, y) / self.size**0.5
+        if self.is_causal:
+            later = torch.ones(scores.shape[-2:], dtype=torch.bool, device=x.device).triu(1)
+            scores = scores.masked_fill(later, float("-inf"))
+        added = torch.einsum("bhts,bsi,hoi->bto", scores.softmax(-1), y, self.values)
+        x = x + added + self.bias
+        return x + self.down(F.gelu(self.up(self.norm2(x))))
+
+
+def with_products(model: nn.Module) -> nn.Module:
+    """Return a transformer of this file with `ProductBlock` in place of each block: the same function."""
+    twin = copy.deepcopy(model)
+    twin.blocks = nn.Sequential(*(ProductBlock(block) for block in model.blocks))
+    return twin.eval()
 
 
 class CharGPT(nn.Module):
