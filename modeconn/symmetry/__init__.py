@@ -3,14 +3,18 @@
 from modeconn.symmetry.discover import UnknownOperatorWarning, discover
 from modeconn.symmetry.folding import fold_gains
 from modeconn.symmetry.groups import Group
+from modeconn.symmetry.kinds import LINEAR, PERMUTATION
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import broadcast, pointwise
+from modeconn.symmetry.rules.operators import leaves
 from modeconn.symmetry.spec import Orthogonal, Permutation, PermutationSpec
 from modeconn.symmetry.verify import VerificationError, verify
 from modeconn.symmetry.walk import Rule, Traced, Walk
 
 __all__ = [
+    "LINEAR",
+    "PERMUTATION",
     "RULES",
     "Group",
     "Orthogonal",
@@ -25,6 +29,7 @@ __all__ = [
     "broadcast",
     "discover",
     "fold_gains",
+    "leaves",
     "pointwise",
     "verify",
 ]

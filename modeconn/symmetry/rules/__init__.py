@@ -9,8 +9,13 @@ A rule is called as ``rule(walk, *args, **kwargs)`` with the operator's own argu
    norm, the sum in a softmax, what is alike at all places of an axis that is mixed or reordered. They decide what may
    vary with what.
 
-Rules only ever unify and fix, so their order does not matter. Shapes come from ``walk.shapes``; a rule that needs no
-other number than these is marked by `operators.reads_shapes`, and is asked also where a number depends on values.
+Where rotations are looked for, an operator leaves permutations on all axes that it touches, unless its rule says by
+`operators.leaves` that it leaves more: a linear map leaves everything, and the rule lowers (``walk.lower``) the axes
+along which it is not linear, or constant entries come in.
+
+Rules only ever unify, fix and lower, so their order does not matter. Shapes come from ``walk.shapes``; a rule that
+needs no other number than these is marked by `operators.reads_shapes`, and is asked also where a number depends on
+values.
 
 Each module has the rules of one kind and, at its end, the operators that they are for.
 """
