@@ -812,6 +812,17 @@ def some_of_eight() -> nn.Module:
     )  # fmt: skip
 
 
+def lengths_and_spreads() -> nn.Module:
+    """One group: what is read of its units are sums over all of them, or over tokens."""
+
+    def forward(m, x):
+        h = m.norm(m.a(x).relu())
+        h = h / (1 + h.norm(dim=-1, keepdim=True)) + h.var(-1, keepdim=True)
+        return m.b(h / (1 + h.std(1, keepdim=True)))
+
+    return Lambda(forward, a=nn.Linear(5, 8), norm=nn.RMSNorm(8), b=nn.Linear(8, 3))
+
+
 CASES = [
     Case("plain", plain, lambda: torch.rand(2, 5), [(7,), (6,)]),
     Case("conv flatten", conv_flatten, image(), [(6,)]),
@@ -893,5 +904,6 @@ CASES = [
     Case("flexible attention", lambda: flexible(4), lambda: torch.rand(2, 6, 5), [(4, 3), (4, 3)]),
     Case("flexible, grouped", lambda: flexible(2), lambda: torch.rand(2, 6, 5), [(2, 3), (2, 3)]),
     Case("some of eight", some_of_eight, lambda: torch.rand(2, 5), [(2,), (4,)]),
+    Case("lengths and spreads", lengths_and_spreads, lambda: torch.rand(4, 6, 5), [(8,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]
