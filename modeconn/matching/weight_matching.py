@@ -213,8 +213,11 @@ class _Tree:
 
     @property
     def is_anchored(self) -> bool:
-        """Whether its units rotate, and weights that no other tree moves tell something of them."""
-        return self.rotates and bool(self._anchors)
+        """Whether it is a stream: one group that rotates, of which weights that no other tree moves tell something.
+
+        Of heads these are their biases, which tell too little.
+        """
+        return self.rotates and len(self._groups) == 1 and bool(self._anchors)
 
     def turn_by_anchors(self, sources: dict[str, Tensor], *, with_permuting: bool = False) -> None:
         """Match b's units to a's by the weights alone that no other tree moves, or that no other tree turns."""
