@@ -3,6 +3,7 @@
     python -m benchmarks.rotations gpt --text tinyshakespeare.txt --folder runs --out table.json
     python -m benchmarks.rotations fashion_mnist --root DIR --folder runs
     python -m benchmarks.rotations cifar10 --root DIR --folder runs
+    python -m benchmarks.rotations tables --folder benchmarks/results
 
 Networks of three seeds are trained (and kept in ``--folder``), and each pair of them is compared. A barrier is the
 largest loss on the test set on the line, over 11 points, less what the ends would give there. "Products of heads" is
@@ -124,15 +125,50 @@ def rows_of(a: nn.Module, b: nn.Module, train: Any, test: Any, specs: dict[str, 
     return rows
 
 
+def write_tables(folder: Path) -> None:
+    """Write what the runs in a folder found as one page."""
+    lines = [
+        "# Barriers of transformers, permuted and rotated",
+        "",
+        "Made by [benchmarks/rotations.py](../rotations.py), which says what each row is. The barrier of the straight",
+        "line over 11 points on the test set, for each pair of seeds, its mean as a share of that of the networks as",
+        "they are, the mean accuracy in the middle, and the seconds that matching took (discovery apart).",
+    ]
+    for path in sorted(folder.glob("rotations_*.json")):
+        found = json.loads(path.read_text())
+        pairs = found["pairs"]
+        lines += ["", f"## {found['task']}", "", f"{found['environment']}; {found['minutes']:.0f} minutes.", ""]
+        lines += [
+            f"| | {' | '.join(pairs)} | of naive | middle accuracy | seconds |",
+            "| --- |" + " --- |" * (len(pairs) + 3),
+        ]
+        naive = [rows["as they are"]["barrier"] for rows in pairs.values()]
+        for name in next(iter(pairs.values())):
+            rows = [of_pair[name] for of_pair in pairs.values()]
+            share = sum(row["barrier"] / whole for row, whole in zip(rows, naive, strict=True)) / len(rows)
+            middle = sum(row["middle accuracy"] for row in rows) / len(rows)
+            seconds = f"{max(row['seconds'] for row in rows):.1f}" if "seconds" in rows[0] else ""
+            cells = [f"{row['barrier']:.3f}" for row in rows]
+            lines.append(f"| {name} | {' | '.join(cells)} | {share:.2f} | {middle:.1%} | {seconds} |")
+        ends = sum(row["as they are"]["ends"] for row in pairs.values()) / len(pairs)
+        lines += ["", f"The ends have a loss of {ends:.3f} in the mean."]
+    (folder / "rotations.md").write_text("\n".join(lines) + "\n")
+
+
 def main() -> None:
     """Train, compare, print, and write the rows."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("gpt", "fashion_mnist", "cifar10"))
+    parser.add_argument("task", choices=("gpt", "fashion_mnist", "cifar10", "tables"))
     parser.add_argument("--text", type=Path, help="a text file, for gpt")
     parser.add_argument("--root", type=Path, help="folder of the data set, for the others")
-    parser.add_argument("--folder", type=Path, required=True, help="where the networks are kept")
+    parser.add_argument(
+        "--folder", type=Path, required=True, help="where the networks are kept; of tables, the results"
+    )
     parser.add_argument("--out", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
+    if arguments.task == "tables":
+        write_tables(arguments.folder)
+        return
     arguments.folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     build, train, test, training = task(arguments)
