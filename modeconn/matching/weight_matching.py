@@ -153,12 +153,25 @@ class _Descent:
         perms = {g.atom: given[g.name] for g in self._spec.groups if not given[g.name].equal(still[g.name])}
         for name, weight in self._b.items():
             self._moved[name].copy_(self._spec.structure.relabel(weight, self._spec.state[name], perms))
+            self._erase_means(name)
         for tree in self._trees:
             tree.begin()
         self._sources = {
             g.name: given[g.name].clone() if g.rotates else start.sources(g.name).view(g.shape)
             for g in self._spec.groups
         }
+
+    def _erase_means(self, name: str) -> None:
+        """Take from b's weights what they hold along the vector of ones of a stream that layer norm reads.
+
+        Layer norm erases what writers add there, and gives nothing there to its readers: it has no part in the
+        function, and none in the match. Products with a's weights lose it by what b's have lost.
+        """
+        without = {group.atom for group in self._spec.groups if group.kind is ORTHOGONAL_ONES}
+        for piece, labels in self._spec.structure.pieces(self._moved[name], self._spec.state[name]) if without else ():
+            for dim, (atom, _) in enumerate(labels):
+                if atom in without:
+                    piece -= piece.mean(dim, keepdim=True)
 
     def relabelling(self) -> Permutation | Orthogonal:
         """Return the relabelling found so far."""
@@ -370,25 +383,12 @@ def _break_ties(similarity: Tensor, sources: Tensor) -> Tensor:
 
 
 def _weights(spec: PermutationSpec, model: nn.Module) -> dict[str, Tensor]:
-    """Return the parameters that move, each tensor once, in at least single precision.
-
-    Layer norm erases what writers add to a stream along the ones vector, and gives nothing along it to its readers:
-    what weights hold there has no part in the function, and none in the match.
-    """
-    found = {
+    """Return the parameters that move, each tensor once, in at least single precision."""
+    return {
         name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
         for name, parameter in model.named_parameters()
         if any(spec.structure.moving_atoms(axis) for axis in spec.state.get(name, ()))
     }
-    without = {group.atom for group in spec.groups if group.kind is ORTHOGONAL_ONES}
-    for name, weight in found.items() if without else ():
-        centred = weight.clone()
-        for piece, labels in spec.structure.pieces(centred, spec.state[name]):
-            dims = [dim for dim, (atom, _) in enumerate(labels) if atom in without]
-            for dim in dims:
-                piece -= piece.mean(dim, keepdim=True)
-        found[name] = centred
-    return found
 
 
 _LEAST = 1e-7
