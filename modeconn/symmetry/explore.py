@@ -20,12 +20,12 @@ from modeconn.symmetry.export import ExportError, export
 from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
 from modeconn.symmetry.gains import Fold, Known, judged
 from modeconn.symmetry.graph import Example, Graph
-from modeconn.symmetry.kinds import FIXED, LINEAR, PERMUTATION, SYMMETRIES, Kind
+from modeconn.symmetry.kinds import FIXED, LINEAR, ORTHOGONAL_ONES, PERMUTATION, SYMMETRIES, Kind
 from modeconn.symmetry.lower import decompose
 from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.elementwise import pointwise
-from modeconn.symmetry.rules.operators import name_of
+from modeconn.symmetry.rules.operators import is_written, name_of
 from modeconn.symmetry.rules.ties import SAME_ENTRIES
 from modeconn.symmetry.structure import Structure, dependencies
 from modeconn.symmetry.walk import Rule, Traced, Use, Walk, traced_in
@@ -173,6 +173,7 @@ class Exploration(Walk):
     ) -> None:
         super().__init__(top if top is PERMUTATION else LINEAR)
         self._largest = top
+        self._untouchable: dict[str, str] = {}  # parameters that nothing may be folded into, and why
         self._aliases: dict[str, list[str]] = {}  # all names of each tensor of the state, by the first
         self._rules = rules
         self._model = weakref.ref(model)
@@ -202,6 +203,9 @@ class Exploration(Walk):
                 self._aliases.setdefault(first[id(tensor)], []).append(name)
         for tied in in_one_storage(tensors.values()):
             self._tie(tied, by_tensor)
+            names = [first[id(tensor)] for tensor in tied]
+            why = f"'{names[0]}' lies in one memory with '{names[1]}': untie=True gives each a copy of its own"
+            self._untouchable.update(dict.fromkeys(names, why))
         return state
 
     def _tie(self, tensors: Sequence[torch.Tensor], axes: Mapping[int, tuple[Axis, ...]]) -> None:
@@ -236,6 +240,8 @@ class Exploration(Walk):
             for name in names:
                 for axis in self.state[name]:
                     self.fix(axis, "frozen by request")
+                firsts = [first for first, aliases in self._aliases.items() if name in aliases]
+                self._untouchable.update(dict.fromkeys(firsts, f"'{name}' is frozen by request"))
 
     def run(self, graph: Graph) -> None:
         """Walk one mode; what it constrains adds to what earlier modes did."""
@@ -279,6 +285,8 @@ class Exploration(Walk):
                 self.free(_hint(n)) if _equal_along(known, dim) else self.fixed(_hint(n), f"constant '{source.name}'")
                 for dim, n in enumerate(value.shape)
             ]
+            for axis in axes if known is not None and known.device.type != "meta" and bool(known.any()) else ():
+                self.lower(axis, ORTHOGONAL_ONES, f"the constant '{source.name}' is the same for all of its units")
         return Traced(tuple(axes), node)
 
     def _visit(self, node: Node, values: Mapping[Node, Any]) -> Any:
@@ -329,7 +337,8 @@ class Exploration(Walk):
         kind = getattr(rule, "leaves", PERMUTATION)
         if not all(out.is_floating_point() for out in outputs):
             kind = PERMUTATION
-        why = f"{name_of(node.target) or _name_of(node.target)} may act on each unit by itself"
+        name = name_of(node.target) or _name_of(node.target)
+        why = f"{name} acts on each unit by itself" if rule is pointwise else f"{name} has no rule for rotations"
         for tensor in () if kind is LINEAR else (*given, *traced_in(_leaves(made))):
             for axis in tensor.axes:
                 self.lower(axis, kind, why)
@@ -339,7 +348,7 @@ class Exploration(Walk):
         return None if tensor.node is None else self._parameter_at(tensor.node)
 
     def _parameter_at(self, node: Node) -> str | None:
-        while node.op == "call_function" and name_of(node.target) in _VIEWS and isinstance(node.args[0], torch.fx.Node):
+        while _is_view(node):
             node = node.args[0]
         source = self._graphs[-1].state.get(node.name) if node.op == "placeholder" else None
         if source is None or source.kind != "parameter" or source.name not in self.state:
@@ -351,15 +360,26 @@ class Exploration(Walk):
         node, offset = tensor.node, 0.0
         while node is not None and node.op == "call_function":
             name, args = name_of(node.target), node.args
-            if name in _VIEWS:
+            if not _is_vector(node.meta["val"]):
+                return None
+            if _is_view(node):
                 node = args[0]
             elif name == "add" and not node.kwargs and sum(isinstance(arg, (int, float)) for arg in args) == 1:
                 number, node = args if isinstance(args[0], (int, float)) else args[::-1]
                 offset += number
             else:
                 return None
-        name = None if node is None else self._parameter_at(node)
+        name = None if node is None or not _is_vector(node.meta["val"]) else self._parameter_at(node)
         return None if name is None else (name, offset)
+
+    def is_vector(self, tensor: Traced) -> bool:
+        """Whether a parameter, and each view of it that leads to a tensor, is one vector, whose order stays."""
+        node = tensor.node
+        while node is not None and _is_view(node):
+            if not _is_vector(node.meta["val"]):
+                return False
+            node = node.args[0]
+        return node is not None and _is_vector(node.meta["val"])
 
     def summed_dims(self) -> frozenset[int]:
         """Return the dimensions of what the operator at hand makes over which all that read it take sums."""
@@ -524,7 +544,8 @@ class Exploration(Walk):
             self.join_members(gain.before)
             self.join_members(gain.after)
         state = {first: self.state[first] for first in self._aliases}
-        folds, refused = judged(self.gains, Known(self, state, self._uses_of, self._aliases, _made_by))
+        known = Known(self, state, self._uses_of, self._aliases, _made_by, self._untouchable)
+        folds, refused = judged(self.gains, known)
         for gain in self.gains:
             self.unify(gain.after, gain.before)
             if gain not in refused:
@@ -663,11 +684,30 @@ class Exploration(Walk):
         return Trace(self._graphs[number], axes, tuple(taps), self._model)
 
 
+def _is_view(node: Node) -> bool:
+    """Whether a tensor holds the entries of another one, and nobody writes to it: no cast rounds them further."""
+    if node.op != "call_function" or name_of(node.target) not in _VIEWS or not isinstance(node.args[0], torch.fx.Node):
+        return False
+    before, after = node.args[0].meta["val"].dtype, node.meta["val"].dtype
+    if before is not after:
+        if not (before.is_floating_point and after.is_floating_point):
+            return False
+        if torch.finfo(after).eps > torch.finfo(before).eps:
+            return False
+    return not is_written(node)
+
+
+def _is_vector(value: torch.Tensor) -> bool:
+    return sum(not (isinstance(size, int) and size == 1) for size in value.shape) <= 1
+
+
 def _made_by(node: Node | None) -> Node | None:
-    """Return the operator whose entries a tensor holds, as they are but for their arrangement."""
-    while node is not None and name_of(node.target) in (*_VIEWS, "dropout", "select"):
+    """Return the operator whose entries a tensor holds, but for their arrangement; None if they are written to."""
+    while node is not None and not is_written(node):
+        if not (_is_view(node) or name_of(node.target) in ("dropout", "select", "to", "_to_copy")):
+            return node
         node = node.args[0]
-    return node
+    return None
 
 
 def _read_for_shapes(nodes: Sequence[Node]) -> set[Node]:

@@ -60,6 +60,7 @@ class Known:
         uses: Returns what all operators that read a parameter do with it, None if some of them is no linear layer.
         aliases: All names of a tensor, by the one in ``state``.
         made_by: Returns the operator whose entries a tensor holds, as they are but for their arrangement.
+        untouchable: Parameters that nothing may be folded into, and why.
     """
 
     space: Space
@@ -67,6 +68,7 @@ class Known:
     uses: Callable[[str], list[Use] | None]
     aliases: Mapping[str, Sequence[str]]
     made_by: Callable[[Node | None], Node | None]
+    untouchable: Mapping[str, str]
 
 
 def judged(gains: Sequence[Gain], known: Known) -> tuple[list[Fold], dict[Gain, str]]:
@@ -125,6 +127,9 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
             uses += here
     if not any(use.role == role for use in uses):
         return "no linear layer takes it up"
+    for name in (gain.name, bias, *(name for name, _ in into)):
+        if name in known.untouchable:
+            return known.untouchable[name]
     shifts = _shifts({other.node for other in alike}, into, uses, known) if gain.bias is not None and bias else ()
     return Fold(gain.name, gain.offset, tuple(into), bias, shifts)
 
@@ -162,6 +167,8 @@ def _shifts(norms: Set[Node], into: Sequence[Place], uses: Sequence[Use], known:
     if len(biases) < len(by_weight) or None in biases or len(set(biases)) < len(biases):
         return ()
     for name, bias in zip(by_weight, biases, strict=True):
+        if bias in known.untouchable or len(known.state[bias]) != 1:
+            return ()
         found = known.uses(bias)
         readers = {use.reader for use in uses if use.name == name}
         if len(known.state[name]) != 2 or found is None or {use.reader for use in found} != readers:
@@ -191,14 +198,16 @@ def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Te
         vector = gain.flatten()
         if fold.bias is not None:
             bias = read(fold.bias)
+            shape = bias.shape
+            bias = bias.flatten()
             changed.add(fold.bias)
             if fold.shifts:
                 for (name, dim), own in zip(fold.into, fold.shifts, strict=True):
                     exact[own] = read(own) + torch.tensordot(read(name), bias, dims=([dim], [0]))
                     changed.add(own)
-                exact[fold.bias] = torch.zeros_like(bias)
+                exact[fold.bias] = torch.zeros_like(bias).view(shape)
             else:
-                exact[fold.bias] = _divided(bias, gain, fold)
+                exact[fold.bias] = _divided(bias, vector, fold).view(shape)
         for name, dim in fold.into:
             shape = [-1 if d == dim else 1 for d in range(exact[name].dim())]
             exact[name] = read(name) * vector.view(shape)
@@ -212,7 +221,7 @@ def _divided(bias: Tensor, gain: Tensor, fold: Fold) -> Tensor:
     if bool(((gain.abs() < _SMALLEST * gain.abs().max()) & (bias != 0)).any()):
         raise ValueError(
             f"the gain '{fold.gain}' has an entry of {float(smallest):.1e}, by which its bias '{fold.bias}' cannot be "
-            f"divided, and a layer that reads it has no bias of its own. Pass freeze=[{fold.gain!r}] to "
+            f"divided, and a layer that reads it has no bias of its own. Pass freeze=[{fold.bias!r}] to "
             f"modeconn.discover, which then leaves its units where they are, or use symmetries='permutation'."
         )
     return torch.where(bias == 0, bias, bias / gain)

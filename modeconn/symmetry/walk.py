@@ -183,6 +183,10 @@ class Walk(Space):
         """Return a parameter, and the number that is added to it, if a tensor is nothing else; None of all others."""
         return None
 
+    def is_vector(self, tensor: Traced) -> bool:
+        """Whether a parameter, and each view of it that leads to a tensor, is one vector, whose order stays."""
+        return False
+
     def summed_dims(self) -> frozenset[int]:
         """Return the dimensions of what the operator at hand makes over which all that read it take sums."""
         return frozenset()
@@ -210,7 +214,7 @@ class Walk(Space):
         if name is None and role == "gain":
             name, _ = self.gain_of(tensor) or (None, 0.0)
         if name is not None:
-            added = None if bias is None else self.parameter(bias)
+            added = None if bias is None or not self.is_vector(bias) else self.parameter(bias)
             self.uses.setdefault(self.node, []).append(
                 Use(name, role, axis, added, self.node, None if source is None else source.node)
             )
@@ -223,7 +227,7 @@ class Walk(Space):
         """
         known = self.gain_of(gain) if self.has_rotations and self.node is not None else None
         vectors = [tensor for tensor in (gain, bias) if tensor is not None]
-        if known is None or (bias is not None and self.parameter(bias) is None):
+        if known is None or (bias is not None and not (self.parameter(bias) and self.is_vector(bias))):
             for axis_of_vector in (_only_axis(tensor) for tensor in vectors):
                 self.unify(axis, axis_of_vector)
             self.lower(axis, PERMUTATION, "scaled unit by unit")

@@ -9,7 +9,7 @@ import torch
 
 from modeconn.symmetry.axes import UNIT, Axis
 from modeconn.symmetry.kinds import LINEAR, ORTHOGONAL, ORTHOGONAL_ONES, PERMUTATION
-from modeconn.symmetry.rules.operators import leaves, name_of, reads_shapes, table
+from modeconn.symmetry.rules.operators import is_written, leaves, name_of, reads_shapes, table
 from modeconn.symmetry.walk import Traced, Walk, traced_in
 
 
@@ -39,9 +39,9 @@ def has_one_value(tensor: Traced, dim: int) -> bool:
     if tensor.axes[dim] == UNIT:
         return True
     node = tensor.node
-    while node is not None and name_of(node.target) in _COPIES:
+    while node is not None and name_of(node.target) in _COPIES and not is_written(node):
         node = node.args[0]
-    if node is None or name_of(node.target) not in _EXPANSIONS:
+    if node is None or is_written(node) or name_of(node.target) not in _EXPANSIONS:
         return False
     shape, dim = node.args[0].meta["val"].shape, dim % len(tensor.axes)
     offset = len(tensor.axes) - len(shape)
@@ -69,7 +69,7 @@ def add(walk: Walk, input: Any, other: Any, **scales: Any) -> list[Axis]:
         for bias, summed in ((input, other), (other, input)):
             if isinstance(bias, Traced) and isinstance(summed, Traced) and walk.parameter(bias) is not None:
                 dims = [axis for axis in bias.axes if axis != UNIT]
-                if len(dims) == 1:
+                if len(dims) == 1 and walk.is_vector(bias):
                     walk.use(bias, "added", dims[0])
     return total(walk, [input, other], len(walk.shape))
 
@@ -91,23 +91,25 @@ def multiply(walk: Walk, input: Any, other: Any) -> list[Axis | Traced]:
     tensors = [t for t in (input, other) if isinstance(t, Traced)]
     if not walk.has_rotations or len(tensors) < 2:
         return broadcast(walk, tensors, len(walk.shape))
-    summed = walk.summed_dims()
+    summed, num_dims = walk.summed_dims(), len(walk.shape)
+    for gain, scaled in (tensors, tensors[::-1]):
+        dims = [dim for dim in range(-len(gain.axes), 0) if gain.axes[dim] != UNIT]
+        if walk.parameter(scaled) is None and len(dims) == 1 and not _is_one(scaled, dims[0]) and not walk.is_in_place:
+            if walk.gain_of(gain) is not None and dims[0] + num_dims not in summed:
+                axes = list(scaled.axes)
+                axes[dims[0]] = walk.scale(scaled.axes[dims[0]], gain)
+                return [UNIT] * (num_dims - len(axes)) + axes
     if summed:
         axes = broadcast(walk, tensors, len(walk.shape))
         for dim, axis in enumerate(axes):
-            kind, why = (ORTHOGONAL, "contracted") if dim in summed else (PERMUTATION, "multiplied unit by unit")
+            kind, why = (
+                (ORTHOGONAL, "its products are summed") if dim in summed else (PERMUTATION, "multiplied unit by unit")
+            )
             if not any(_is_one(t, dim - len(axes)) for t in tensors):
                 walk.lower(axis, kind, why)
             elif dim in summed:
                 walk.lower(axis, ORTHOGONAL_ONES, "summed")
         return [Traced(tuple(axes), only_summed=frozenset(summed))]
-    for gain, scaled in (tensors, tensors[::-1]):
-        dims = [dim for dim in range(-len(gain.axes), 0) if gain.axes[dim] != UNIT]
-        if walk.parameter(scaled) is None and len(dims) == 1 and not _is_one(scaled, dims[0]) and not walk.is_in_place:
-            if walk.gain_of(gain) is not None:
-                axes = list(scaled.axes)
-                axes[dims[0]] = walk.scale(scaled.axes[dims[0]], gain)
-                return [UNIT] * (len(walk.shape) - len(axes)) + axes
     return _product(walk, input, other)
 
 
@@ -172,10 +174,12 @@ def chosen(walk: Walk, *args: Any, **kwargs: Any) -> list[Axis]:
     axes = broadcast(walk, tensors, len(walk.shape))
     masks = [t for t in tensors if walk.dtype(t) in (torch.bool, torch.uint8)]
     values = [t for t in tensors if t not in masks]
+    numbers = [value for value in (*args, *kwargs.values()) if isinstance(value, (int, float))]
+    is_zero = bool(numbers) and not any(numbers)  # which any linear map keeps
     for dim in range(-len(axes), 0):
         if len(masks) != 1 or not _is_one(masks[0], dim):
             walk.lower(axes[dim], PERMUTATION, "chosen unit by unit")
-        elif len(values) < 2 or any(_is_one(t, dim) for t in values):
+        elif (len(values) < 2 and not is_zero) or any(_is_one(t, dim) for t in values):
             walk.lower(axes[dim], ORTHOGONAL_ONES, "a number takes the place of all of its units")
     return axes
 

@@ -194,6 +194,12 @@ def ordered(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
     return [changed] * len(walk.shapes) if len(walk.shapes) > 1 else changed
 
 
+@leaves(LINEAR)
+def rearranged(walk: Walk, input: Traced, *args: Any, **kwargs: Any) -> Any:
+    """``flip``, ``roll``, ``cumsum``: order carries meaning along some axes, and the others are mapped linearly."""
+    return ordered(walk, input)
+
+
 def fourier(walk: Walk, input: Traced, dim: Sequence[int], *settings: Any) -> list[Axis]:
     """A Fourier transform: order along the transformed axes carries meaning."""
     return reordered(walk, input, dim, "ordered")
@@ -235,7 +241,8 @@ RULES = table(
         reduction: "amax amin prod logsumexp all any nansum nanmean count_nonzero",
         arg_reduction: "argmax argmin",
         values_and_positions: "topk sort median nanmedian kthvalue mode",
-        ordered: "cumsum cumprod cummax cummin logcumsumexp flip roll fliplr flipud rot90 fft_fft fft_ifft "
+        rearranged: "cumsum flip roll fliplr flipud rot90",
+        ordered: "cumprod cummax cummin logcumsumexp fft_fft fft_ifft "
         "fft_rfft fft_irfft fft_hfft fft_ihfft fft_fft2 fft_ifft2 fft_rfft2 fft_irfft2 fft_fftn fft_ifftn fft_rfftn "
         "fft_irfftn fft_fftshift fft_ifftshift",
         triangle: "tril triu",

@@ -87,6 +87,7 @@ def unpool(num_dims: int) -> Rule:
     return rule
 
 
+@leaves(LINEAR)
 def unfold(walk: Walk, input: Traced, dim: int, size: int, step: int) -> list[Axis]:
     """Sliding windows along one axis."""
     return [
@@ -95,24 +96,31 @@ def unfold(walk: Walk, input: Traced, dim: int, size: int, step: int) -> list[Ax
     ]
 
 
+@leaves(LINEAR)
 def pad(walk: Walk, input: Traced, pad: Sequence[int], mode: str = "constant", value: Any = None) -> list[Axis]:
     """Constant entries before and behind are interchangeable; reflected ones are not."""
+    for axis in input.axes if mode == "constant" and value else ():
+        walk.lower(axis, ORTHOGONAL_ONES, "padded by a number")
     axes, moved = list(input.axes), []
     for i, (before, after) in enumerate(zip(pad[::2], pad[1::2], strict=True)):
         dim = len(axes) - 1 - i
         if before == after == 0:
             continue
         if mode == "constant" and before >= 0 and after >= 0 and not walk.is_fixed(axes[dim]):
-            axes[dim] = walk.concatenate([walk.free(before), axes[dim], walk.free(after)])
+            ends = [walk.free(before), walk.free(after)]
+            for axis in ends:
+                walk.lower(axis, ORTHOGONAL_ONES, "padded by a number")
+            axes[dim] = walk.concatenate([ends[0], axes[dim], ends[1]])
         else:
             moved.append(dim)
     reflected = reordered(walk, input, moved, "padded")
     return [reflected[dim] if dim in moved else axis for dim, axis in enumerate(axes)]
 
 
+@leaves(LINEAR)
 def constant_pad(walk: Walk, input: Traced, widths: Sequence[int], value: Any = 0) -> list[Axis]:
     """``pad`` below the dispatcher."""
-    return pad(walk, input, widths)
+    return pad(walk, input, widths, value=value)
 
 
 def pixel_shuffle(walk: Walk, input: Traced, factor: int) -> list[Axis]:
