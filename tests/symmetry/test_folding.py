@@ -1,0 +1,171 @@
+"""Places where a gain must not be folded, or not as it looks: constants, writes in place, views, memory, freezing."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+import modeconn
+
+WIDTH = 8
+WEIGHTS = torch.linspace(0.2, 1.0, 5, dtype=torch.float64)[:, None]
+CONSTANT = torch.full((WIDTH,), 0.7, dtype=torch.float64)
+
+
+def rms(x: Tensor) -> Tensor:
+    return x * torch.rsqrt((x * x).mean(-1, keepdim=True) + 1e-6)
+
+
+class Net(nn.Module):
+    """A first layer, a norm and a last layer, and what a case does with them."""
+
+    def __init__(self, forward: Callable[[nn.Module, Tensor], Tensor], **more: nn.Module | nn.Parameter) -> None:
+        super().__init__()
+        self.first, self.last, self.norm = nn.Linear(WIDTH, WIDTH), nn.Linear(WIDTH, 3), nn.LayerNorm(WIDTH)
+        self._forward = forward
+        for name, value in more.items():
+            setattr(self, name, value)
+        generator = torch.Generator().manual_seed(0)
+        self.double()
+        with torch.no_grad():
+            for parameter in self.parameters():
+                drawn = torch.randn(parameter.shape, generator=generator, dtype=torch.float64)
+                parameter.copy_(drawn / 2 + (parameter.dim() == 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self._forward(self, x)
+
+
+def vector(*shape: int) -> nn.Parameter:
+    return nn.Parameter(torch.ones(*shape))
+
+
+def written_through_a_view(m: nn.Module, x: Tensor) -> Tensor:
+    y = m.norm(m.first(x))
+    y[:, 0].mul_(2.0)
+    return m.last(y)
+
+
+def repeated_then_written(m: nn.Module, x: Tensor) -> Tensor:
+    scale = (1 + x[..., :1].abs()).expand(-1, -1, WIDTH).clone()
+    scale[..., :4] *= 2
+    return m.last(rms(m.first(x) * scale))
+
+
+def divided_by_what_was_written(m: nn.Module, x: Tensor) -> Tensor:
+    scale = (1 + x[..., :1].abs()).expand(-1, -1, WIDTH).clone()
+    scale[..., 3:5].neg_()
+    return m.last(rms(m.first(x) / scale))
+
+
+def behind_a_mask(m: nn.Module, x: Tensor) -> Tensor:
+    return m.last(m.norm(m.first(x)) * (x[..., :1] > 0))
+
+
+def averaged(m: nn.Module, x: Tensor) -> Tensor:
+    return m.last(m.norm(m.first(x)) * WEIGHTS)
+
+
+PLAIN = {
+    "a constant added to the stream": Net(lambda m, x: m.last(rms(m.first(x) + CONSTANT))),
+    "a constant added after a norm": Net(lambda m, x: m.last(m.norm(m.first(x)) + CONSTANT)),
+    "products with a constant": Net(lambda m, x: m.last(rms(m.first(x))) + (rms(m.first(x)) @ CONSTANT)[..., None]),
+    "a constant in place of units": Net(lambda m, x: m.last(rms(torch.where(x[..., :1] > 0, m.first(x), CONSTANT)))),
+    "a constant beside the stream": Net(
+        lambda m, x: m.last(rms(torch.cat([CONSTANT.expand(x.shape[0], 1, WIDTH), m.first(x)], 1)))
+    ),
+    "written through a view": Net(written_through_a_view),
+    "repeated, then written": Net(repeated_then_written),
+    "divided by what was written": Net(divided_by_what_was_written),
+    "behind a mask": Net(behind_a_mask),
+    "weighted by places": Net(averaged),
+    "a gain of two axes in another order": Net(
+        lambda m, x: m.last(rms(m.first(x)) * m.g.t().reshape(-1)), g=vector(2, 4)
+    ),
+    "a gain in another order": Net(
+        lambda m, x: m.last(rms(m.first(x)) * m.g.view(2, 4).t().reshape(-1)), g=vector(WIDTH)
+    ),
+    "a gain that is rounded": Net(lambda m, x: m.last(rms(m.first(x)) * m.g.to(torch.int64).add(3)), g=vector(WIDTH)),
+    "a gain in half precision": Net(lambda m, x: m.last(rms(m.first(x)) * m.g.half().double()), g=vector(WIDTH)),
+    "a bias of two axes": Net(
+        lambda m, x: F.linear(m.norm(m.first(x)), m.w, m.b.reshape(-1)), w=vector(6, WIDTH), b=vector(2, 3)
+    ),
+    "a bias that is a column": Net(
+        lambda m, x: F.linear(m.norm(m.first(x)), m.w, m.b.squeeze(-1)), w=vector(6, WIDTH), b=vector(6, 1)
+    ),
+}
+
+
+def in_one_memory(net: Net, one: str, other: str) -> Net:
+    net.get_parameter(other).data = net.get_parameter(one).data
+    return net
+
+
+PLAIN |= {
+    "a gain in one memory with another vector": in_one_memory(
+        Net(
+            lambda m, x: m.last(F.gelu(F.gelu(m.more(m.norm(m.first(x)))) * m.b)),
+            b=vector(WIDTH),
+            more=nn.Linear(WIDTH, WIDTH),
+        ),
+        "norm.weight",
+        "b",
+    ),
+    "biases in one memory": in_one_memory(
+        Net(lambda m, x: m.last(m.norm(m.first(x))) + m.more(x), more=nn.Linear(WIDTH, 3)), "last.bias", "more.bias"
+    ),
+}
+
+
+@pytest.mark.parametrize("net", PLAIN.values(), ids=PLAIN)
+def test_folded_and_rotated_networks_are_the_same_function(net):
+    net.eval()
+    inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64, generator=torch.Generator().manual_seed(1))
+    spec = modeconn.discover(net, inputs, symmetries="orthogonal")
+    assert spec.verify(net, inputs) < 1e-9
+    for other in (spec.random(torch.Generator().manual_seed(0)).apply(net), modeconn.fold_gains(net, spec=spec)):
+        for x in (inputs, torch.randn(3, 5, WIDTH, dtype=torch.float64)):
+            assert torch.allclose(net(x), other(x), rtol=1e-9, atol=1e-9)
+
+
+KEEPING = {
+    "a gain, then a mean over places": (lambda m, x: m.last((rms(m.first(x)) * m.g).mean(1)), "orthogonal"),
+    "masked by zeros": (lambda m, x: m.last(rms(m.first(x).masked_fill(x[..., :1] > 0, 0.0))), "orthogonal"),
+    "padded by zeros": (lambda m, x: m.last(rms(F.pad(m.first(x), (0, 0, 1, 0)))), "orthogonal"),
+    "padded by ones": (lambda m, x: m.last(rms(F.pad(m.first(x), (0, 0, 1, 0), value=1.0))), "orthogonal-ones"),
+    "rolled": (lambda m, x: m.last(rms(m.first(x).roll(1, 1))), "orthogonal"),
+    "summed up": (lambda m, x: m.last(rms(m.first(x).cumsum(1))), "orthogonal"),
+}
+
+
+@pytest.mark.parametrize(("forward", "kind"), KEEPING.values(), ids=KEEPING)
+def test_what_is_linear_keeps_rotations(forward, kind):
+    net = Net(forward, g=vector(WIDTH)).eval()
+    inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    spec = modeconn.discover(net, inputs, symmetries="orthogonal")
+    assert [group.kind.name for group in spec.groups] == [kind] and spec.verify(net, inputs) < 1e-9
+
+
+def test_nothing_is_folded_into_frozen_parameters():
+    net = Net(lambda m, x: m.last(m.norm(m.first(x)))).eval()
+    inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    for frozen in (["norm.weight"], ["norm.bias"], ["last.weight"], ["last.bias"]):
+        spec = modeconn.discover(net, inputs, symmetries="orthogonal", freeze=frozen)
+        folded = modeconn.fold_gains(net, spec=spec)
+        assert torch.equal(folded.get_parameter(frozen[0]), net.get_parameter(frozen[0]))
+        assert torch.allclose(folded(inputs), net(inputs), atol=1e-9)
+
+
+def test_the_way_out_of_a_gain_of_zero_works():
+    net = Net(lambda m, x: m.more(m.norm(m.first(x))), more=nn.Linear(WIDTH, 2, bias=False)).eval()
+    with torch.no_grad():
+        net.norm.weight[2] = 0
+    inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    with pytest.raises(ValueError, match=r"Pass freeze=\['norm.bias'\] to modeconn.discover"):
+        modeconn.fold_gains(net, inputs)
+    spec = modeconn.discover(net, inputs, symmetries="orthogonal", freeze=["norm.bias"])
+    assert torch.allclose(spec.random().apply(net)(inputs), net(inputs), atol=1e-9)
