@@ -22,8 +22,8 @@ from modeconn.symmetry.walk import Gain, Role, Use
 if TYPE_CHECKING:
     from torch.fx import Node
 
-Place = tuple[str, int]
-"""A parameter and one of its dimensions."""
+Place = tuple[str, int, int]
+"""A parameter, one of its dimensions, and where the units begin along it."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +33,7 @@ class Fold:
     Args:
         gain: The parameter.
         offset: What is added to it first: 1 where it holds the gain less one, as in Gemma.
-        into: The dimensions of weights that are multiplied by the gain.
+        into: The parts of weights that are multiplied by the gain.
         bias: A parameter that is added after the gain, None if there is none.
         shifts: For each place in ``into`` the bias of that layer, which takes up ``bias``; empty where one has none.
     """
@@ -112,10 +112,13 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
         if not dims:
             continue
         wanted = {own[name]} if name in own else {role, "added" if role == "contracted" else "bias"}
-        found = known.uses(name)
-        if found is None or len(dims) > 1 or not {use.role for use in found if _is(use, axis, space)} <= wanted:
+        found, here = known.uses(name), []
+        starts = _starts(axis, space.normal(axes[dims[0]]), space)
+        if found is None or len(dims) > 1 or not starts:
             return _read_otherwise(name, known)
-        here = [use for use in found if _is(use, axis, space)]
+        here = [use for use in found if space.normal(use.axis) == space.normal(axes[dims[0]])]
+        if not {use.role for use in here} <= wanted or (len(starts) > 1 and role == "made"):
+            return _read_otherwise(name, known)
         if not here or len({use.role for use in here}) != 1 or _num_readers(here) != _num_readers(found):
             return _read_otherwise(name, known)
         if here[0].role == "added":
@@ -123,11 +126,11 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
                 return f"'{name}' is added to it beside '{bias}'"
             bias = name
         elif name not in own:
-            into.append((name, dims[0]))
+            into += [(name, dims[0], start) for start in starts]
             uses += here
     if not any(use.role == role for use in uses):
         return "no linear layer takes it up"
-    for name in (gain.name, bias, *(name for name, _ in into)):
+    for name in (gain.name, bias, *(name for name, _, _ in into)):
         if name in known.untouchable:
             return known.untouchable[name]
     shifts = _shifts({other.node for other in alike}, into, uses, known) if gain.bias is not None and bias else ()
@@ -143,8 +146,16 @@ def _tied_along(axis: Axis, known: Known) -> str | None:
     return None
 
 
-def _is(use: Use, axis: Axis, space: Space) -> bool:
-    return space.normal(use.axis) == axis
+def _starts(axis: Axis, whole: Axis, space: Space) -> list[int]:
+    """Return where an axis of one atom begins, each time it is a part of a whole one; nothing if it is cut there."""
+    found, position, atom = [], 0, axis[0][0]
+    for segment in whole:
+        if (segment,) == axis:
+            found.append(position)
+        elif atom in atoms_of((segment,)):
+            return []
+        position += space.size((segment,))
+    return found
 
 
 def _num_readers(uses: Sequence[Use]) -> int:
@@ -162,7 +173,9 @@ def _shifts(norms: Set[Node], into: Sequence[Place], uses: Sequence[Use], known:
     """Return the bias of each layer that takes up a gain, if each has its own and reads what a norm makes as it is."""
     if not all(known.made_by(use.source) in norms for use in uses):
         return ()
-    by_weight = {name: {use.bias for use in uses if use.name == name} for name, _ in into}
+    by_weight = {name: {use.bias for use in uses if use.name == name} for name, _, _ in into}
+    if len(by_weight) < len(into):
+        return ()
     biases = [next(iter(found)) for found in by_weight.values() if len(found) == 1]
     if len(biases) < len(by_weight) or None in biases or len(set(biases)) < len(biases):
         return ()
@@ -194,7 +207,7 @@ def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Te
         gain = read(fold.gain) + fold.offset
         if bool((gain == 1).all()) and (fold.bias is None or not fold.shifts or not exact[fold.bias].any()):
             continue
-        changed |= {fold.gain, *(name for name, _ in fold.into)}
+        changed |= {fold.gain, *(name for name, _, _ in fold.into)}
         vector = gain.flatten()
         if fold.bias is not None:
             bias = read(fold.bias)
@@ -202,15 +215,16 @@ def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Te
             bias = bias.flatten()
             changed.add(fold.bias)
             if fold.shifts:
-                for (name, dim), own in zip(fold.into, fold.shifts, strict=True):
+                for (name, dim, _), own in zip(fold.into, fold.shifts, strict=True):
                     exact[own] = read(own) + torch.tensordot(read(name), bias, dims=([dim], [0]))
                     changed.add(own)
                 exact[fold.bias] = torch.zeros_like(bias).view(shape)
             else:
                 exact[fold.bias] = _divided(bias, vector, fold).view(shape)
-        for name, dim in fold.into:
-            shape = [-1 if d == dim else 1 for d in range(exact[name].dim())]
-            exact[name] = read(name) * vector.view(shape)
+        for name, dim, start in fold.into:
+            scales = torch.ones(exact[name].shape[dim], dtype=vector.dtype, device=vector.device)
+            scales[start : start + len(vector)] = vector
+            exact[name] = read(name) * scales.view([-1 if d == dim else 1 for d in range(exact[name].dim())])
         exact[fold.gain] = torch.full_like(gain, fold.neutral)
     return {name: exact[name].to(tensor.dtype) if name in changed else tensor for name, tensor in tensors.items()}
 
@@ -239,6 +253,6 @@ def to_plain(folds: Sequence[Fold]) -> list[Any]:
 def from_plain(data: Sequence[Any]) -> tuple[Fold, ...]:
     """Invert `to_plain`."""
     return tuple(
-        Fold(gain, float(offset), tuple((name, int(dim)) for name, dim in into), bias, tuple(shifts))
+        Fold(gain, float(offset), tuple((name, int(dim), int(start)) for name, dim, start in into), bias, tuple(shifts))
         for gain, offset, into, bias, shifts in data
     )

@@ -134,6 +134,10 @@ def test_folded_and_rotated_networks_are_the_same_function(net):
 
 KEEPING = {
     "a gain, then a mean over places": (lambda m, x: m.last((rms(m.first(x)) * m.g).mean(1)), "orthogonal"),
+    "read twice side by side": (
+        lambda m, x: m.wide(torch.cat([(y := rms(m.first(x)) * m.g)[:, 0], y.mean(1)], -1)),
+        "orthogonal",
+    ),
     "masked by zeros": (lambda m, x: m.last(rms(m.first(x).masked_fill(x[..., :1] > 0, 0.0))), "orthogonal"),
     "padded by zeros": (lambda m, x: m.last(rms(F.pad(m.first(x), (0, 0, 1, 0)))), "orthogonal"),
     "padded by ones": (lambda m, x: m.last(rms(F.pad(m.first(x), (0, 0, 1, 0), value=1.0))), "orthogonal-ones"),
@@ -144,10 +148,12 @@ KEEPING = {
 
 @pytest.mark.parametrize(("forward", "kind"), KEEPING.values(), ids=KEEPING)
 def test_what_is_linear_keeps_rotations(forward, kind):
-    net = Net(forward, g=vector(WIDTH)).eval()
+    net = Net(forward, g=vector(WIDTH), wide=nn.Linear(2 * WIDTH, 3)).eval()
     inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64)
     spec = modeconn.discover(net, inputs, symmetries="orthogonal")
     assert [group.kind.name for group in spec.groups] == [kind] and spec.verify(net, inputs) < 1e-9
+    for other in (spec.random(torch.Generator().manual_seed(0)).apply(net), modeconn.fold_gains(net, spec=spec)):
+        assert torch.allclose(net(inputs), other(inputs), rtol=1e-9, atol=1e-9)
 
 
 def test_nothing_is_folded_into_frozen_parameters():
