@@ -4,10 +4,12 @@
 
 `EXPECTED` was written before the code that finds kinds, from the models' own code. Of each model it names one tensor
 that lies on the residual stream, the largest kind of group that may act on it, and why it is no larger. Finding less is
-a failure; finding more would be a proof that fails. Every spec is proved. Four rows were of other models than those that
-are built, and were corrected: XGLM adds constant sinusoids, the small OPT projects its embeddings, the smallest model of
-timm's mixers is a gMLP, and of T5 only the logits count (a mixer proper is in tests/symmetry/rotating.py). The models are small configurations of what
+a failure; finding more would be a proof that fails. Every spec is proved. The models are small configurations of what
 is installed of timm and transformers (`benchmarks.published_models`); no weights are downloaded.
+
+Four rows were of other models than those that are built, and were corrected: XGLM adds constant sinusoids, the small
+OPT projects its embeddings, the smallest of timm's mixers is a gMLP, and of T5 the logits alone count. A mixer proper
+is in tests/symmetry/rotating.py.
 """
 
 from __future__ import annotations
