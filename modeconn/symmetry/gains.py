@@ -100,6 +100,9 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
     alike = {other for other in gains if space.normal(getattr(other, ends)) == axis}
     if {(other.name, other.offset, other.bias) for other in alike} != {(gain.name, gain.offset, gain.bias)}:
         return "another gain scales what the same layer reads"
+    other_end = "before" if role == "contracted" else "after"
+    if any(space.normal(getattr(other, other_end)) == axis for other in gains):
+        return "another gain scales the same units once more"
     of_gain = known.uses(gain.name)
     if of_gain is None or not all(use.role == "gain" and use.axis in {g.after for g in alike} for use in of_gain):
         return _read_otherwise(gain.name, known)

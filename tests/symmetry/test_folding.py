@@ -83,6 +83,15 @@ PLAIN = {
     "divided by what was written": Net(divided_by_what_was_written),
     "behind a mask": Net(behind_a_mask),
     "weighted by places": Net(averaged),
+    "read, and scaled once more": Net(
+        lambda m, x: m.last(y := m.norm(m.first(x))) + m.more(m.g * y), g=vector(WIDTH), more=nn.Linear(WIDTH, 3)
+    ),
+    "a layer and a norm, scaled together": Net(
+        lambda m, x: m.last(rms(x + m.g * (m.more(x) + m.norm(x)))), g=vector(WIDTH), more=nn.Linear(WIDTH, WIDTH)
+    ),
+    "a layer that is scaled, and read": Net(
+        lambda m, x: m.last(rms(x + m.g * (y := m.first(x)))) + m.more(y), g=vector(WIDTH), more=nn.Linear(WIDTH, 3)
+    ),
     "a gain of two axes in another order": Net(
         lambda m, x: m.last(rms(m.first(x)) * m.g.t().reshape(-1)), g=vector(2, 4)
     ),
