@@ -137,7 +137,13 @@ def write_tables(folder: Path) -> None:
     for path in sorted(folder.glob("rotations_*.json")):
         found = json.loads(path.read_text())
         pairs = found["pairs"]
-        lines += ["", f"## {found['task']}", "", f"{found['environment']}; {found['minutes']:.0f} minutes.", ""]
+        lines += [
+            "",
+            f"## {found['task']}",
+            "",
+            f"{found['environment']}; {found['minutes']:.0f} minutes{_commit(found)}.",
+            "",
+        ]
         lines += [
             f"| | {' | '.join(pairs)} | of naive | middle accuracy | seconds |",
             "| --- |" + " --- |" * (len(pairs) + 3),
@@ -153,6 +159,10 @@ def write_tables(folder: Path) -> None:
         ends = sum(row["as they are"]["ends"] for row in pairs.values()) / len(pairs)
         lines += ["", f"The ends have a loss of {ends:.3f} in the mean."]
     (folder / "rotations.md").write_text("\n".join(lines) + "\n")
+
+
+def _commit(found: dict[str, Any]) -> str:
+    return f"; at commit {found['commit']}" if "commit" in found else ""
 
 
 def main() -> None:

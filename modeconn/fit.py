@@ -151,7 +151,7 @@ def fit_curve(
         known = Symmetry(spec, example_input, outputs, symmetries=symmetries, untie=untie)
         with bars(progress):
             permutation, model_a, relabelled = _relabel(ends, data, how, known, is_refined=refine is not None)
-        space = WeightSpace(model_a)  # a folded a may have more tensors
+        space = space if model_a is ends[0] else WeightSpace(model_a)  # an untied a has more tensors
         file.keep(permutation)
         del data  # ends the pass that was begun, with its worker processes, if nobody went on with it
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
