@@ -81,7 +81,7 @@ class Bound:
 
 def bound(spec: PermutationSpec, a: nn.Module, b: nn.Module, now: Callable[[], float]) -> Bound:
     found = Bound(now)
-    with mock.patch.object(weight_matching._Tree, "_similarities", lambda tree: found.similarities(tree)):
+    with mock.patch.object(weight_matching._Tree, "_similarities", lambda tree, _: found.similarities(tree)):
         WeightMatching().match(spec, a, b)
     return found
 

@@ -65,7 +65,7 @@ class Group:
         return " in each of ".join([units, *(f"{n} {name or 'places'}" for name, n in self.parents)])
 
 
-_CALLED = {"orthogonal": "rotated units", "orthogonal-ones": "rotated units but their sum"}
+_CALLED = {"orthogonal": "rotated units", "orthogonal-ones": "rotated units of kept mean"}
 
 
 def groups_of(structure: Structure, state: Mapping[str, tuple[Axis, ...]]) -> tuple[Group, ...]:
