@@ -50,7 +50,7 @@ def _weights(found, spec):
         yield x, y
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 @pytest.mark.parametrize("build", FULL_RANK.values(), ids=FULL_RANK)
 def test_a_planted_element_is_found(build, seed):
     found, element, rest = planted(generic(build, seed), tokens(), seed)
@@ -63,7 +63,7 @@ def test_a_planted_element_is_found(build, seed):
             assert torch.equal(product, torch.arange(product.shape[-1]).expand(product.shape)), name
 
 
-@pytest.mark.parametrize("seed", range(3))
+@pytest.mark.parametrize("seed", range(2))
 def test_a_planted_element_is_found_where_embeddings_say_too_little(seed):
     model = generic(lambda: ViT(width=96, hidden=160), seed)  # patches of 48 pixels, five places, seven classes
     found, _, rest = planted(model, torch.rand(2, 3, 8, 8, dtype=torch.float64), seed)
