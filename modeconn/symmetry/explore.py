@@ -6,6 +6,7 @@ import fnmatch
 import weakref
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import cache
 from itertools import combinations
 from typing import TYPE_CHECKING, Any
 
@@ -174,6 +175,7 @@ class Exploration(Walk):
         super().__init__(top if top is PERMUTATION else LINEAR)
         self._largest = top
         self._untouchable: dict[str, str] = {}  # parameters that nothing may be folded into, and why
+        self._first_name: dict[str, str] = {}  # the first name of each tensor of the state, by all of its names
         self._aliases: dict[str, list[str]] = {}  # all names of each tensor of the state, by the first
         self._rules = rules
         self._model = weakref.ref(model)
@@ -200,6 +202,7 @@ class Exploration(Walk):
                     tensors[id(tensor)] = tensor
                     first[id(tensor)] = name
                 state[name] = by_tensor[id(tensor)]
+                self._first_name[name] = first[id(tensor)]
                 self._aliases.setdefault(first[id(tensor)], []).append(name)
         for tied in in_one_storage(tensors.values()):
             self._tie(tied, by_tensor)
@@ -240,8 +243,7 @@ class Exploration(Walk):
             for name in names:
                 for axis in self.state[name]:
                     self.fix(axis, "frozen by request")
-                firsts = [first for first, aliases in self._aliases.items() if name in aliases]
-                self._untouchable.update(dict.fromkeys(firsts, f"'{name}' is frozen by request"))
+                self._untouchable[self._first_name[name]] = f"'{name}' is frozen by request"
 
     def run(self, graph: Graph) -> None:
         """Walk one mode; what it constrains adds to what earlier modes did."""
@@ -353,7 +355,7 @@ class Exploration(Walk):
         source = self._graphs[-1].state.get(node.name) if node.op == "placeholder" else None
         if source is None or source.kind != "parameter" or source.name not in self.state:
             return None
-        return next(first for first, names in self._aliases.items() if source.name in names)
+        return self._first_name[source.name]
 
     def gain_of(self, tensor: Traced) -> tuple[str, float] | None:
         """Return a parameter, and the number that is added to it, if a tensor is nothing else; None of all others."""
@@ -544,7 +546,7 @@ class Exploration(Walk):
             self.join_members(gain.before)
             self.join_members(gain.after)
         state = {first: self.state[first] for first in self._aliases}
-        known = Known(self, state, self._uses_of, self._aliases, _made_by, self._untouchable)
+        known = Known(self, state, cache(self._uses_of), self._aliases, _made_by, self._untouchable)
         folds, refused = judged(self.gains, known)
         for gain in self.gains:
             self.unify(gain.after, gain.before)
@@ -561,8 +563,8 @@ class Exploration(Walk):
         """Return what all operators that read a parameter do with it, None if some of them is no linear layer."""
         found: list[Use] = []
         for graph in self._graphs:
-            waiting = [node for node in graph.nodes if node.op == "placeholder" and self._is_called(node, graph, name)]
             live = set(graph.nodes)
+            waiting = [node for node in graph.nodes if node.op == "placeholder" and self._is_called(node, graph, name)]
             while waiting:
                 for user in waiting.pop().users:
                     if user not in live or user in self._shapes_only:
@@ -578,7 +580,7 @@ class Exploration(Walk):
 
     def _is_called(self, node: Node, graph: Graph, name: str) -> bool:
         source = graph.state.get(node.name)
-        return source is not None and source.name in self._aliases.get(name, ())
+        return source is not None and self._first_name.get(source.name) == name
 
     def _limited(
         self, state: Mapping[str, tuple[Axis, ...]], structure: Structure

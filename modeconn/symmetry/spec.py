@@ -448,11 +448,7 @@ class Permutation(Relabelling):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        names = {group.name for group in self.spec.groups}
-        if names != self.perms.keys():
-            odd = sorted(names ^ self.perms.keys())[0]
-            problem = "is missing from the permutation" if odd in names else "is no group of this spec"
-            raise ValueError(f"group '{odd}' {problem}.")
+        _check_names(self.spec, self.perms, self.kind)
         for group in self.spec.groups:
             _check_perm(group, self.perms[group.name])
 
@@ -569,11 +565,7 @@ class Orthogonal(Relabelling):
 
     def __post_init__(self) -> None:
         check_settings(self)
-        names = {group.name for group in self.spec.groups}
-        if names != self.elements.keys():
-            odd = sorted(names ^ self.elements.keys())[0]
-            problem = "is missing from the relabelling" if odd in names else "is no group of this spec"
-            raise ValueError(f"group '{odd}' {problem}.")
+        _check_names(self.spec, self.elements, "relabelling")
         for group in self.spec.groups:
             (_check_rotation if group.rotates else _check_perm)(group, self.elements[group.name])
 
@@ -682,6 +674,15 @@ def _check_rotation(group: Group, matrices: Tensor) -> None:
 
 _ORTHOGONAL = 1e-8
 """Largest entry of ``G G^T - 1``."""
+
+
+def _check_names(spec: PermutationSpec, elements: Mapping[str, Tensor], what: str) -> None:
+    """Raise a ValueError unless there is one element for each group of a spec, and no other."""
+    names = {group.name for group in spec.groups}
+    if names != elements.keys():
+        odd = sorted(names ^ elements.keys())[0]
+        problem = f"is missing from the {what}" if odd in names else "is no group of this spec"
+        raise ValueError(f"group '{odd}' {problem}.")
 
 
 def _check_perm(group: Group, perm: Tensor) -> None:

@@ -145,29 +145,15 @@ def test_a_curve_starts_from_the_folded_network_and_refuses_another():
 
 def test_curves_of_rotated_networks_are_kept_in_files(tmp_path):
     a, b = (generic(FULL_RANK["GPT"], seed) for seed in (1, 2))
-    connection = modeconn.fit_curve(
-        a,
-        b,
-        [(tokens(), tokens())] * 2,
-        align=WeightMatching(),
-        symmetries="orthogonal",
-        recipe=modeconn.Recipe(epochs=1),
-        checkpoint=tmp_path / "kept",
+    how = {"align": WeightMatching(), "symmetries": "orthogonal", "recipe": modeconn.Recipe(epochs=1)}
+    connection, resumed = (
+        modeconn.fit_curve(a, b, [(tokens(), tokens())] * 2, **how, checkpoint=tmp_path / "kept") for _ in range(2)
     )
+    assert torch.equal(resumed.control_points, connection.control_points)
     connection.save(tmp_path / "c.safetensors")
     again = modeconn.Connection.load(tmp_path / "c.safetensors", a)
     assert again.permutation == connection.permutation
     assert torch.equal(again.model_at(0.5)(tokens()), connection.model_at(0.5)(tokens()))
-    resumed = modeconn.fit_curve(
-        a,
-        b,
-        [(tokens(), tokens())] * 2,
-        align=WeightMatching(),
-        symmetries="orthogonal",
-        recipe=modeconn.Recipe(epochs=1),
-        checkpoint=tmp_path / "kept",
-    )
-    assert torch.equal(resumed.control_points, connection.control_points)
 
 
 def test_the_mean_of_planted_copies_is_the_network():
