@@ -128,23 +128,21 @@ class Structure:
             return x
         turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
         for (piece, labels), (target, _) in zip(self.pieces(x, axes), self.pieces(turned, axes), strict=True):
-            target.copy_(self._rotate_piece(piece, labels, matrices))
+            exact = piece.to(torch.complex128 if piece.is_complex() else torch.float64)
+            target.copy_(self._rotate_piece(exact, labels, matrices))
         return turned
 
     def _rotate_piece(self, piece: Tensor, labels: Labels, matrices: Perms) -> Tensor:
-        dims = [dim for dim, (atom, _) in enumerate(labels) if atom in matrices]
-        if not dims:
-            return piece
-        dtype, piece = piece.dtype, piece.to(torch.complex128 if piece.is_complex() else torch.float64)
-        for dim in dims:
-            atom, origin = labels[dim]
+        for dim, (atom, origin) in enumerate(labels):
+            if atom not in matrices:
+                continue
             chain = [*(find_label(parent, labels, origin) for parent in self.parents[atom]), dim]
             front = list(range(len(chain)))
             moved = piece.movedim(chain, front)
             matrix = matrices[atom].to(piece.device, piece.dtype)
             turned = matrix @ moved.flatten(len(chain)) if moved.dim() > len(chain) else matrix @ moved[..., None]
             piece = turned.view(moved.shape).movedim(front, chain)
-        return piece.to(dtype)
+        return piece
 
     def relabel_all(
         self, tensors: Mapping[str, Tensor], axes: Mapping[str, Sequence[Axis]], perms: Perms
@@ -210,7 +208,7 @@ class Structure:
         yield from (chain for chain in chains if chain[-1] not in inner)
 
     def move_piece(self, piece: Tensor, labels: Labels, perms: Perms) -> Tensor:
-        """Relabel a piece along all its dimensions."""
+        """Relabel a piece along all its dimensions, rotations in its own precision."""
         matrices = {atom: g for atom, g in perms.items() if g.is_floating_point()}
         if matrices:
             perms = {atom: perm for atom, perm in perms.items() if atom not in matrices}

@@ -812,6 +812,17 @@ def some_of_eight() -> nn.Module:
     )  # fmt: skip
 
 
+def every_third() -> nn.Module:
+    """Units 1, 4 and 7 of nine once more, by number: the first, second and third of each block of three move apart.
+
+    The other six might move as one; an axis that is cut into blocks has no name for that.
+    """
+    return Lambda(
+        lambda m, x: m.head(h := m.stem(x).relu()) + m.side(h[:, [1, 4, -2]]),
+        stem=nn.Linear(5, 9), head=nn.Linear(9, 3), side=nn.Linear(3, 3),
+    )  # fmt: skip
+
+
 def lengths_and_spreads() -> nn.Module:
     """One group: what is read of its units are sums over all of them, or over tokens."""
 
@@ -904,6 +915,7 @@ CASES = [
     Case("flexible attention", lambda: flexible(4), lambda: torch.rand(2, 6, 5), [(4, 3), (4, 3)]),
     Case("flexible, grouped", lambda: flexible(2), lambda: torch.rand(2, 6, 5), [(2, 3), (2, 3)]),
     Case("some of eight", some_of_eight, lambda: torch.rand(2, 5), [(2,), (4,)]),
+    Case("every third", every_third, lambda: torch.rand(2, 5), [(3,), (3,), (3,)]),
     Case("lengths and spreads", lengths_and_spreads, lambda: torch.rand(4, 6, 5), [(8,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]

@@ -13,7 +13,7 @@ from modeconn.symmetry.kinds import LINEAR, PERMUTATION
 from modeconn.symmetry.rules.elementwise import broadcast, total
 from modeconn.symmetry.rules.grouping import sorted_numbers
 from modeconn.symmetry.rules.operators import leaves, table
-from modeconn.symmetry.rules.shapes import cat, piece
+from modeconn.symmetry.rules.shapes import cat, piece, stepped
 from modeconn.symmetry.rules.ties import is_safe_to_read, is_safe_to_write
 from modeconn.symmetry.walk import Traced, Walk, traced_in
 
@@ -62,11 +62,18 @@ def index_select(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axi
 
 
 def _in_parts(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis] | None:
-    """Return what positions choose that are written in the model, if these are a few ranges: some slices, in a row."""
+    """Return what positions choose that are written in the model, if slices in a row would choose the same.
+
+    These are one slice with a step, or a few ranges; a range of one unit leaves that one in place.
+    """
     chosen = walk.values(index) if len(index.axes) == 1 else None
     if chosen is None or not chosen.numel():
         return None
-    positions = [position % walk.size(input.axes[dim]) for position in chosen.tolist()]
+    size = walk.size(input.axes[dim])
+    positions = [position % size for position in chosen.tolist()]
+    step = size // len(positions)
+    if step > 1 and size % step == 0 and positions == list(range(positions[0] % step, size, step)):
+        return stepped(walk, input, dim, positions[0], step)
     begins = [0, *(at for at in range(1, len(positions)) if positions[at] != positions[at - 1] + 1)]
     if len(begins) > _RANGES:
         return None

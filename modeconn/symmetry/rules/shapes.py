@@ -233,14 +233,19 @@ def slice_(
 ) -> list[Axis]:
     """A range of one axis; with a step, one member of each block."""
     dim %= len(input.axes)
-    axis, size = input.axes[dim], walk.size(input.axes[dim])
+    size = walk.size(input.axes[dim])
     first, stop, _ = slice(start, end, step).indices(size)
     if step == 1:
         return piece(walk, input, dim, first, max(first, stop))
     if size % step == 0 and first < step and walk.shape[dim] == size // step:
-        blocks, offset = walk.split(axis, (size // step, step))
-        return input.replace({dim: walk.member(blocks, offset, first)})
+        return stepped(walk, input, dim, first, step)
     return reordered(walk, input, [dim], "sliced")
+
+
+def stepped(walk: Walk, input: Traced, dim: int, first: int, step: int) -> list[Axis]:
+    """Return the axes of every ``step``-th position of one of them: a member of each block of ``step``."""
+    blocks, offset = walk.split(input.axes[dim], (walk.size(input.axes[dim]) // step, step))
+    return input.replace({dim: walk.member(blocks, offset, first)})
 
 
 @leaves(LINEAR)
