@@ -34,7 +34,8 @@ class WeightMatching:
     Procrustes problems, heads by the best rotation inside each pair of them. Without a ``start`` a stream is first
     rotated by those of its weights that no other group moves, embeddings, positions and the head, then by these and
     the layers whose other units are matched by an assignment, then all that lies beside it is matched, and then
-    everything in turn, until the objective changes by less than one part in 10 million and turns no longer shrink.
+    everything in turn, until no group's turn gains a thousandth of its part of the objective or is much smaller than
+    its last one, as turns that converge are.
 
     The products run on the networks' device in their dtype, the assignments on the CPU. Beside the networks there is
     one copy of the weights and, of the units of one group, a matrix of products and one of costs in double precision.
@@ -126,7 +127,7 @@ class _Descent:
         if anchored:
             for tree in self._trees:
                 if not tree.rotates:
-                    tree.improve(self._sources, 0.0)
+                    tree.improve(self._sources)
         for tree in anchored:  # now also by the weights whose other units are in their places
             tree.turn_by_anchors(self._sources, with_permuting=True)
         history = [sum(_inner(a, self._moved[name]) for name, a in self._a.items())]
@@ -140,7 +141,7 @@ class _Descent:
                 if tree not in waiting:
                     continue
                 waiting.remove(tree)
-                gain = tree.improve(self._sources, history[-1])
+                gain = tree.improve(self._sources)
                 if gain is not None:
                     waiting |= tree.neighbours
                     history.append(history[-1] + gain)
@@ -262,9 +263,10 @@ class _Tree:
         self.neighbours |= {tree for tree in sharing if tree is not self or len(chains) > 1}
         self._rounding += 4 * torch.finfo(piece.a.dtype).eps * piece.scale
 
-    def improve(self, sources: dict[str, Tensor], objective: float) -> float | None:
+    def improve(self, sources: dict[str, Tensor]) -> float | None:
         """Match b's units, where they lie now, to a's; return what the objective gains, None if nothing moves."""
         similarities = self._similarities(self._operands)
+        here = sum(float(similarity.diagonal().double().sum()) for similarity in similarities.values())
         self.zero_units = {n: _num_zero(s) for n, s in similarities.items() if not self._groups[n].rotates}
         untied = {
             name: _on_cpu(s) if self._groups[name].rotates else _break_ties(s, sources[name].flatten())
@@ -276,13 +278,13 @@ class _Tree:
                 gain = sum(_inner(p.a, self._structure.move_piece(p.b, p.labels, perms) - p.b) for p in self._pieces)
             else:
                 gain = sum(self._gain(name, s, perms) for name, s in similarities.items())
-            if self._is_worth_it(gain, perms, objective):
+            if self._is_worth_it(gain, perms, here):
                 self._move(perms, sources)
                 return gain
         return None
 
-    def _is_worth_it(self, gain: float, perms: Perms, objective: float) -> bool:
-        """Whether to move: for a gain that is no rounding; and units are turned on while the turns shrink fast."""
+    def _is_worth_it(self, gain: float, perms: Perms, here: float) -> bool:
+        """Whether to move: for more than rounding; to turn, for more than little of ``here``, or while turns shrink."""
         if not self.rotates:
             return gain > self._rounding
         permutes = any(
@@ -291,7 +293,7 @@ class _Tree:
         )
         turns = [m - torch.eye(m.shape[-1], dtype=m.dtype) for m in perms.values() if m.is_floating_point()]
         before, self._step = self._step, max(float(turn.abs().max()) for turn in turns)
-        if permutes or gain > max(self._rounding, _LEAST * abs(objective)):
+        if permutes or gain > max(self._rounding, _LEAST * abs(here)):
             return gain > self._rounding
         is_shrinking = self._step < 0.75 * before or (self._step < _SMALL_TURN and self._patience > 0)
         self._patience -= 1
@@ -391,8 +393,12 @@ def _weights(spec: PermutationSpec, model: nn.Module) -> dict[str, Tensor]:
     }
 
 
-_LEAST = 1e-7
-"""Least gain of a turn, relative to the objective."""
+_LEAST = 1e-3
+"""Least gain of a turn, relative to the tree's part of the objective.
+
+Barriers of three kinds of transformers were within 0.02 of naive with any from 1e-7 to 3e-3, which took a fifth of the
+steps.
+"""
 _SMALL_TURN, _SMALLEST_TURN = 1e-5, 1e-12
 """Largest entry of a turn, less the identity, that is small, and that is none.
 

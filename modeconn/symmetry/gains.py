@@ -8,8 +8,9 @@ goes into the biases of the layers that read it, where they have some, else it i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from dataclasses import dataclass
+from math import prod
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -194,42 +195,47 @@ def _shifts(norms: Set[Node], into: Sequence[Place], uses: Sequence[Use], known:
     return tuple(biases)
 
 
-def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> dict[str, Tensor]:
-    """Return named parameters with all gains folded: the same function; computed in double precision.
+def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> Iterator[tuple[str, Tensor]]:
+    """Yield the parameters that change when all gains are folded, one by one: the same function.
+
+    Computed in double precision, of which only vectors are kept: each matrix is scaled when its turn comes, and must
+    not have been written over by then.
 
     Raises:
         ValueError: If a bias has to be divided by a gain that is zero or nearly.
     """
-    exact = {name: tensor.detach() for name, tensor in tensors.items()}
+    exact: dict[str, Tensor] = {}
+    scales: dict[str, list[Tensor]] = {}
 
     def read(name: str) -> Tensor:
-        return exact[name].double()
+        return prod(scales.get(name, ()), start=exact[name] if name in exact else tensors[name].detach().double())
 
-    changed: set[str] = set()
+    def write(name: str, value: Tensor) -> None:
+        exact[name] = value
+        scales.pop(name, None)
+
     for fold in folds:
         gain = read(fold.gain) + fold.offset
-        if bool((gain == 1).all()) and (fold.bias is None or not fold.shifts or not exact[fold.bias].any()):
+        if bool((gain == 1).all()) and (fold.bias is None or not fold.shifts or not read(fold.bias).any()):
             continue
-        changed |= {fold.gain, *(name for name, _, _ in fold.into)}
         vector = gain.flatten()
         if fold.bias is not None:
             bias = read(fold.bias)
             shape = bias.shape
             bias = bias.flatten()
-            changed.add(fold.bias)
             if fold.shifts:
                 for (name, dim, _), own in zip(fold.into, fold.shifts, strict=True):
-                    exact[own] = read(own) + torch.tensordot(read(name), bias, dims=([dim], [0]))
-                    changed.add(own)
-                exact[fold.bias] = torch.zeros_like(bias).view(shape)
+                    write(own, read(own) + torch.tensordot(read(name), bias, dims=([dim], [0])))
+                write(fold.bias, torch.zeros_like(bias).view(shape))
             else:
-                exact[fold.bias] = _divided(bias, vector, fold).view(shape)
+                write(fold.bias, _divided(bias, vector, fold).view(shape))
         for name, dim, start in fold.into:
-            scales = torch.ones(exact[name].shape[dim], dtype=vector.dtype, device=vector.device)
-            scales[start : start + len(vector)] = vector
-            exact[name] = read(name) * scales.view([-1 if d == dim else 1 for d in range(exact[name].dim())])
-        exact[fold.gain] = torch.full_like(gain, fold.neutral)
-    return {name: exact[name].to(tensor.dtype) if name in changed else tensor for name, tensor in tensors.items()}
+            scale = torch.ones(tensors[name].shape[dim], dtype=vector.dtype, device=vector.device)
+            scale[start : start + len(vector)] = vector
+            scales.setdefault(name, []).append(scale.view([-1 if d == dim else 1 for d in range(tensors[name].dim())]))
+        write(fold.gain, torch.full_like(gain, fold.neutral))
+    for name in [name for name in tensors if name in exact or name in scales]:
+        yield name, read(name).to(tensors[name].dtype)
 
 
 def _divided(bias: Tensor, gain: Tensor, fold: Fold) -> Tensor:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -208,7 +208,17 @@ def relabelled_copy(
     relabelled = spec.prepared(model)
     tensors = dict(named_state(relabelled))
     with torch.no_grad():
-        moved = relabel({name: tensors[name] for name in spec.state})
-        for name in {id(tensors[name]): name for name in reversed(moved)}.values():  # write each tied tensor once
-            tensors[name].copy_(moved[name])
+        for names in _by_memory({name: tensors[name] for name in spec.state}):
+            moved = relabel({name: tensors[name] for name in names})
+            for name in names:
+                tensors[name].copy_(moved[name])
     return relabelled
+
+
+def _by_memory(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
+    """Return names of tensors, each tied one once; those in one memory together, to be read first."""
+    once = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
+    found: dict[int, list[str]] = {}
+    for name in once.values():
+        found.setdefault(tensors[name].untyped_storage().data_ptr(), []).append(name)
+    return found.values()

@@ -191,11 +191,10 @@ class PermutationSpec(Findings):
         self.check_model(model)
         twin = untied_copy(model) if self.untied else copy_of(model)
         if self.folds:
-            tensors = {name: tensor for name, tensor in named_state(twin) if name in self.state}
+            given, folding = ({n: x for n, x in named_state(m) if n in self.state} for m in (model, twin))
             with torch.no_grad():
-                for name, tensor in folded(tensors, self.folds).items():
-                    if tensor is not tensors[name]:
-                        tensors[name].copy_(tensor)
+                for name, tensor in folded(given, self.folds):
+                    folding[name].copy_(tensor)
         return twin
 
     def check_model(self, model: nn.Module) -> None:

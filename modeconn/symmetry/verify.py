@@ -261,8 +261,8 @@ def _check_folding(
     first: dict[int, str] = {}
     for name, tensor in state.items():
         first.setdefault(id(tensor), name)
-    twin = folded({name: state[name] for name in first.values()}, spec.folds)
-    twin = {name: twin[first[id(tensor)]] for name, tensor in state.items()}
+    changed = dict(folded({name: state[name] for name in first.values()}, spec.folds))
+    twin = {name: changed.get(first[id(tensor)], tensor) for name, tensor in state.items()}
     for trace in spec.traces:
         runs = [trace.graph.run(tensors, example, dtype=torch.float64) for tensors in (state, twin)]
         for number in range(len(trace.graph.nodes)):
