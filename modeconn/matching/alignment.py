@@ -161,14 +161,15 @@ def find_alignment(
     """Do what `align` does for networks that were checked, with data of which one pass has begun."""
     with seeded(0, device_of(model_a)):
         spec = find_spec(model_a, data, known)
-        if spec.prepares:
-            model_a, model_b = spec.prepared(model_a), spec.prepared(model_b)
-        match = method.match(spec, model_a, model_b, data)
+        prepared = spec.prepared if spec.prepares else lambda model: model
+        model_a, moving = prepared(model_a), prepared(model_b)
+        match = method.match(spec, model_a, moving, data)
     correlation = match.correlation
     if not correlation and data is not None:
         with suppress(InputMismatch):  # batches the networks cannot read are fine if the method did not need them
-            moments = collect(spec, model_a, model_b, data, num_examples_at_most=2_048, before_activation=False)
+            moments = collect(spec, model_a, moving, data, num_examples_at_most=2_048, before_activation=False)
             correlation = correlations(moments, match.permutation)
+    del moving  # a copy of all weights, where gains were folded
     return Alignment(
         model_b=match.permutation.apply(model_b),
         permutation=match.permutation,

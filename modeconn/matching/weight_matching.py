@@ -101,10 +101,13 @@ class _Descent:
         # By group: which unit of b lies at each place, numbered row-major; of groups that rotate, matrices.
         self._sources: dict[str, Tensor] = {}
         self._trees = [_Tree(spec.structure, groups) for groups in spec.trees()]
+        self._neighbours: dict[_Tree, set[_Tree]] = {tree: set() for tree in self._trees}  # to match anew after a move
         for piece in self._pieces():
             sharing = [tree for tree in self._trees if tree.holds(piece)]
             for tree in sharing:
-                tree.add(piece, sharing)
+                others = [other for other in sharing if other is not tree]
+                holds_twice = tree.add(piece, others)
+                self._neighbours[tree] |= set(sharing if holds_twice else others)
 
     def _pieces(self) -> Iterator[_Piece]:
         for name, weight in self._a.items():
@@ -143,7 +146,7 @@ class _Descent:
                 waiting.remove(tree)
                 gain = tree.improve(self._sources)
                 if gain is not None:
-                    waiting |= tree.neighbours
+                    waiting |= self._neighbours[tree]
                     history.append(history[-1] + gain)
             if not waiting:
                 break
@@ -200,7 +203,6 @@ class _Tree:
     """Groups that are matched together, a group and all that vary with it, and the weights that hold their units.
 
     Attributes:
-        neighbours: The trees to match anew when this one has moved.
         zero_units: By group, how many units of a and of b have nothing in common with any of the other's.
         rotates: Whether some of its groups rotate their units.
     """
@@ -217,7 +219,6 @@ class _Tree:
         self._step = math.inf  # how far the units were turned the last time
         self._patience = _PATIENCE  # how often they may still be turned by little, for no gain that can be seen
         self._quadratic = False
-        self.neighbours: set[_Tree] = set()
         self.zero_units: dict[str, tuple[int, int]] = {}
         self._rounding = 0.0
 
@@ -243,11 +244,11 @@ class _Tree:
         """Return whether a piece has units of this tree."""
         return any(atom in self._names for atom, _ in piece.labels)
 
-    def add(self, piece: _Piece, sharing: Sequence[_Tree]) -> None:
-        """Take note of a piece with units of this tree and of others.
+    def add(self, piece: _Piece, others: Sequence[_Tree]) -> bool:
+        """Take note of a piece with units of this tree and of others; return whether it holds them twice.
 
-        A piece that holds them twice (from the hidden state to itself) counts once for each, the other one as it lies;
-        as this changes with the tree itself, a move then has to prove itself, and be followed by a further one.
+        One that does (from the hidden state to itself) counts once for each, the other one as it lies; as this changes
+        with the tree itself, a move then has to prove itself, and be followed by a further one.
         """
         self._pieces.append(piece)
         chains = list(self._structure.unit_dims(piece.labels, self._names))
@@ -255,13 +256,13 @@ class _Tree:
             name, front = self._names[piece.labels[dims[-1]][0]], list(range(len(dims)))
             operand = (name, piece.a.movedim(dims, front), piece.b.movedim(dims, front))
             self._operands.append(operand)
-            if len(sharing) == len(chains) == 1:
+            if len(chains) == 1 and not others:
                 self._anchors.append(operand)
-            elif len(chains) == 1 and not any(tree.rotates for tree in sharing if tree is not self):
+            elif len(chains) == 1 and not any(tree.rotates for tree in others):
                 self._half_anchors.append(operand)
         self._quadratic |= len(chains) > 1
-        self.neighbours |= {tree for tree in sharing if tree is not self or len(chains) > 1}
         self._rounding += 4 * torch.finfo(piece.a.dtype).eps * piece.scale
+        return len(chains) > 1
 
     def improve(self, sources: dict[str, Tensor]) -> float | None:
         """Match b's units, where they lie now, to a's; return what the objective gains, None if nothing moves."""
