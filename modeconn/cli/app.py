@@ -89,6 +89,7 @@ _OPTIONS = {
     "example_input": "--input-shape",
     "curve": "--curve-class",
     "loader": "--data",
+    "align": "--method",
 }
 """What the command line calls arguments of the library that have another name there."""
 
@@ -729,7 +730,10 @@ def compare(
             --data digits --method weight --method activation --out compare.json
     """
     if len(networks) % 2:
-        raise ValueError(f"networks are compared in pairs, but there are {len(networks)}.")
+        raise ValueError(
+            f"networks are compared in pairs, but there are {len(networks)}. Name both files of each pair, one behind "
+            f"the other; a file may be named again."
+        )
     how = recipe.change()
     if recipe.epochs is None and how != Recipe():
         raise ValueError(

@@ -115,7 +115,10 @@ def evaluate(
         modeconn deepalign evaluate aligner.safetensors a.safetensors b.safetensors --data digits
     """
     if not files or len(files) % 2:
-        raise ValueError(f"networks are compared in pairs, but there are {len(files or ())}.")
+        raise ValueError(
+            f"networks are compared in pairs, but there are {len(files or ())}. Name both files of each pair, one "
+            f"behind the other; a file may be named again."
+        )
     fitted = DeepAlign.load(aligner, device=data.device)
     train, test = data.load()
     loaded = shape.read(files, train, data.device)

@@ -19,6 +19,7 @@ from modeconn.network.weights import WeightSpace, device_of
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.export import ExportError
 from modeconn.symmetry.graph import InputMismatch
+from modeconn.symmetry.kinds import check_symmetries
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
@@ -48,6 +49,9 @@ class Symmetry:
     verify: bool = True
     symmetries: str = "permutation"
     untie: bool = False
+
+    def __post_init__(self) -> None:
+        check_symmetries(self.symmetries)
 
 
 @dataclass(frozen=True)

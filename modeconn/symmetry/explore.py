@@ -21,7 +21,7 @@ from modeconn.symmetry.export import ExportError, export
 from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
 from modeconn.symmetry.gains import Fold, Known, judged
 from modeconn.symmetry.graph import Example, Graph
-from modeconn.symmetry.kinds import FIXED, LINEAR, ORTHOGONAL_ONES, PERMUTATION, SYMMETRIES, Kind
+from modeconn.symmetry.kinds import FIXED, LINEAR, ORTHOGONAL_ONES, PERMUTATION, SYMMETRIES, Kind, check_symmetries
 from modeconn.symmetry.lower import decompose
 from modeconn.symmetry.outputs import Outputs, Selection
 from modeconn.symmetry.rules import RULES
@@ -84,9 +84,7 @@ def explore(
         what = f"a {type(model).__name__}"
         raise ValueError(f"model must be an ordinary nn.Module, which torch.export can follow, got {what}.")
     _check_rules(rules)
-    if symmetries not in SYMMETRIES:
-        known = " or ".join(map(repr, SYMMETRIES))
-        raise ValueError(f"symmetries must be {known}, got symmetries={symmetries!r}.")
+    check_symmetries(symmetries)
     freeze = (freeze,) if isinstance(freeze, str) else tuple(map(str, freeze))
     example = example_for(model, example_input)
     model = untied_copy(model) if untie else model

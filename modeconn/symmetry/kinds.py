@@ -77,5 +77,12 @@ SYMMETRIES = {"permutation": PERMUTATION, "orthogonal": ORTHOGONAL}
 """The largest kind of group that is looked for, by what `modeconn.discover` calls it."""
 
 
+def check_symmetries(symmetries: str) -> None:
+    """Raise a ValueError unless it names a largest kind."""
+    if symmetries not in SYMMETRIES:
+        known = " or ".join(map(repr, SYMMETRIES))
+        raise ValueError(f"symmetries must be {known}, got symmetries={symmetries!r}.")
+
+
 def _named(name: str) -> Kind:
     return KINDS[name]

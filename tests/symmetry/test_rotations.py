@@ -192,6 +192,9 @@ def test_what_makes_no_sense_is_refused():
     images = torch.rand(2, 3, 8, 8)
     with pytest.raises(ValueError, match="symmetries must be 'permutation' or 'orthogonal', got symmetries='rotation'"):
         modeconn.discover(model, images, symmetries="rotation")
+    loader = [(images, torch.zeros(2, dtype=torch.int64))]
+    with pytest.raises(ValueError, match=r"got symmetries='rotation'\.$"):
+        modeconn.align(model, model, loader, symmetries="rotation")
     with pytest.raises(ValueError, match="spec is of permutations alone"):
         modeconn.fold_gains(model, spec=modeconn.discover(model, images))
     with pytest.raises(ValueError, match="symmetries= is for discovery"):
