@@ -7,7 +7,6 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
-from itertools import repeat
 from typing import Any, ClassVar, Literal, Protocol
 
 import torch
@@ -16,13 +15,14 @@ from torch import Tensor, nn
 from modeconn.curves import Curve, Line
 from modeconn.curves.loss import CurveLoss
 from modeconn.curves.step import stratified_positions
-from modeconn.matching.method import Match, Start, check_data, check_permutes, check_start, starting_permutation
+from modeconn.matching.method import Match, Start, check_data, check_start, starting_permutation
 from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.matching.soft import SoftPermutation
+from modeconn.matching.turned import TurnedWeights
 from modeconn.network.batch_norm import calibration_batches
 from modeconn.network.batches import check_loader, endless_batches, first_batch
 from modeconn.network.loss import Forward, LossFn, cross_entropy, loss_alone, supervised
-from modeconn.network.weights import WeightSpace, Workspace
+from modeconn.network.weights import WeightSpace, Workspace, pull_back, write_weights
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_integers, check_positive
 from modeconn.tools.door import check_settings
@@ -30,6 +30,8 @@ from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
 
 _POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
+_BANDS = {"midpoint": (0.5, 0.5), "middle": (0.4, 0.6)}
+"""Parts of the line that an objective is about."""
 
 
 class Target(Protocol):
@@ -54,10 +56,11 @@ class LearnedMatching(ABC):
     """
 
     start: Start = None
-    objective: Literal["midpoint", "line", "weights"] | Curve = "midpoint"
+    objective: Literal["midpoint", "middle", "line", "weights"] | Curve = "midpoint"
     num_steps: int = 300
     learning_rate: float = 0.1
     curve_learning_rate: float = 1e-3
+    rotation_learning_rate: float = 5e-3
     loss_fn: LossFn = cross_entropy
     batches_per_step: int = 1
     num_examples: int = 2_048
@@ -65,14 +68,14 @@ class LearnedMatching(ABC):
     seed: int = 0
     forward: Forward | None = None
 
-    objectives: ClassVar[tuple[str, ...]] = ("midpoint", "line")
+    objectives: ClassVar[tuple[str, ...]] = ("midpoint", "middle", "line")
 
     def __post_init__(self) -> None:
         check_settings(self)
         check_start(self.start)
         check_integers(self, "num_steps", "batches_per_step", "num_examples", "num_rounds", "seed")
         self._check_objective()
-        check_positive(self, "num_steps", "learning_rate", "curve_learning_rate")
+        check_positive(self, "num_steps", "learning_rate", "curve_learning_rate", "rotation_learning_rate")
         check_positive(self, "batches_per_step", "num_examples", "num_rounds")
 
     def _check_objective(self) -> None:
@@ -94,7 +97,6 @@ class LearnedMatching(ABC):
             ValueError: If data is missing, or the loss at the start is not finite.
         """
         check_data(self, loader)
-        check_permutes(spec, self)
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
         with seeded(self.seed, space.device):
@@ -103,7 +105,10 @@ class LearnedMatching(ABC):
             if not spec.groups:
                 return Match(start)
             incumbent = Incumbent(spec, space, theta_b, target, start)
-            self._learn(model_a, model_b, target, incumbent)
+            if spec.has_rotations:
+                self._learn_rotations(target, incumbent)
+            else:
+                self._learn(model_a, model_b, target, incumbent)
         return Match(incumbent.permutation, history=tuple(incumbent.history))
 
     def _target(self, space: WeightSpace, model_a: nn.Module, loader: Iterable[Any] | None) -> Target:
@@ -124,9 +129,25 @@ class LearnedMatching(ABC):
     def _learn(self, model_a: nn.Module, model_b: nn.Module, target: Target, incumbent: Incumbent) -> None:
         """Take all steps, offering permutations to the incumbent on the way."""
 
-    def _adam(self, parameters: Iterable[Tensor], target: Target) -> torch.optim.Optimizer:
+    def _learn_rotations(self, target: Target, incumbent: Incumbent) -> None:
+        """Turn b's units from the start, offering where they are to the incumbent on the way."""
+        turned = TurnedWeights(incumbent.spec, incumbent.space, incumbent.theta_b, incumbent.permutation)
+        optimizer = self._adam(turned.parameters, target, learning_rate=self.rotation_learning_rate)
+        schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_steps)
+        looks = evenly(self.num_rounds, self.num_steps)
+        for step in passing_bar(range(1, self.num_steps + 1), desc="learning rotations", unit="step"):
+            optimizer.zero_grad()
+            turned.backward(target.gradient)
+            optimizer.step()
+            schedule.step()
+            if step in looks:
+                incumbent.offer(turned.relabelling())
+
+    def _adam(
+        self, parameters: Iterable[Tensor], target: Target, *, learning_rate: float | None = None
+    ) -> torch.optim.Optimizer:
         """Return Adam for what is learned and for the control points of a curve that is learned along."""
-        optimizer = torch.optim.Adam(parameters, lr=self.learning_rate)
+        optimizer = torch.optim.Adam(parameters, lr=learning_rate or self.learning_rate)
         optimizer.add_param_group({"params": [target.offsets], "lr": self.curve_learning_rate})
         return optimizer
 
@@ -158,8 +179,8 @@ class PathLoss:
         loader: Training data, ``(inputs, targets)`` batches.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         forward: ``forward(model, batch) -> loss`` in its place.
-        path: "line"; "midpoint", the line at t = 1/2 alone; or a curve, its inner control points `offsets` away from
-            the line.
+        path: "line"; "midpoint", the line at t = 1/2 alone; "middle", the line between 0.4 and 0.6; or a curve, its
+            inner control points `offsets` away from the line.
         num_examples: How many examples `value` is measured on, the same at every point and every call.
         batches_per_step: How many batches, each at its own t, make one gradient.
         seed: Of the positions t.
@@ -175,7 +196,7 @@ class PathLoss:
         loss_fn: LossFn,
         forward: Forward | None = None,
         *,
-        path: Literal["line", "midpoint"] | Curve,
+        path: Literal["line", "middle", "midpoint"] | Curve,
         num_examples: int,
         batches_per_step: int,
         seed: int,
@@ -184,16 +205,17 @@ class PathLoss:
         workspace = Workspace(model_a)
         workspace.model.requires_grad_(True)
         device, theta_a = workspace.space.device, workspace.theta.clone()
-        curve, middle_only = path if isinstance(path, Curve) else Line(), path == "midpoint"
+        curve = path if isinstance(path, Curve) else Line()
+        first, last = _BANDS.get(path, (0.0, 1.0)) if isinstance(path, str) else (0.0, 1.0)
         shape = curve.num_control_points - 2, len(theta_a)
         self.offsets = nn.Parameter(theta_a.new_zeros(shape, dtype=workspace.space.wide_dtype))
         self._along = partial(CurveLoss, workspace, curve, theta_a)
         self._forward = supervised(loss_fn) if forward is None else loss_alone(forward)
         self._batches = endless_batches(loader, device)
         self._batches_per_step = batches_per_step
-        self._draws = repeat(0.5) if middle_only else _stratified(seed)
+        self._draws = (first + (last - first) * t for t in _stratified(seed))
         sample = calibration_batches(loader, device, limit=num_examples, seed=seed)
-        positions = (0.5,) if middle_only else _POSITIONS
+        positions = sorted({first + (last - first) * t for t in _POSITIONS})
         places = [(t, batch) for t in positions for batch in sample]
         looked_at = supervised(loss_fn, check=True) if forward is None else self._forward
         self._fixed = self._along(looked_at, places)
@@ -250,13 +272,6 @@ class Incumbent:
         return self._target.value(self._theta)
 
 
-@torch.no_grad()
-def write_weights(tensors: Mapping[str, Tensor], theta: Tensor, space: WeightSpace) -> None:
-    """Write named weights into their places in ``theta (P,)``."""
-    for name, view in space.unflatten(theta).items():
-        view.copy_(tensors[name])
-
-
 class SoftWeights:
     """The weights of b mixed by soft permutations, and gradients pulled back to the matrices.
 
@@ -274,9 +289,7 @@ class SoftWeights:
         """Add to the gradients of what ``matrices`` are made of; ``gradient`` is called with the mixed weights."""
         mixed = SoftPermutation(self._spec, matrices).relabel(self._weights_b)
         write_weights(mixed, self._mixed, self._space)
-        slopes = self._space.unflatten(gradient(self._mixed))
-        moving = [name for name in mixed if mixed[name].requires_grad]
-        torch.autograd.backward([mixed[name] for name in moving], [slopes[name] for name in moving])
+        pull_back(mixed, self._space.unflatten(gradient(self._mixed)))
 
     def round(self, matrices: Mapping[str, Tensor]) -> Permutation:
         """Return the permutation of largest total weight."""

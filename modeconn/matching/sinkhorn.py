@@ -21,14 +21,20 @@ class Sinkhorn(LearnedMatching):
     worse than the start, is the result. Where a curve is learned along, a permutation is compared with the best before
     it on the curve as it is bent at that time.
 
+    Where units may be rotated (`modeconn.discover` with ``symmetries="orthogonal"``) the rotations alone are learned,
+    from the start's, as :math:`\exp(Z - Z^T) G_0` with Adam and half a cosine of its rate down to nothing (Theus et
+    al., 2025); groups that permute stay as the start has them, so begin at ``start=WeightMatching()``.
+
     Args:
         start: A relabelling, or the method that finds it. Default: b as it is.
-        objective: "midpoint", the task's loss in the middle between the networks; "line", at random points of the line;
-            a curve, such as ``Bezier(2)``, at random points of it, its inner control points learned along; or
-            "weights", the squared distance between the networks, without data.
+        objective: "midpoint", the task's loss in the middle between the networks; "middle", at random points of the
+            line between 0.4 and 0.6; "line", at random points of all of it; a curve, such as ``Bezier(2)``, at random
+            points of it, its inner control points learned along; or "weights", the squared distance between the
+            networks, without data.
         num_steps: Gradient steps.
         learning_rate: Adam's, of the logits.
         curve_learning_rate: Adam's, of the inner control points of a curve.
+        rotation_learning_rate: Adam's, of rotations.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         batches_per_step: How many batches of the loader, each at a point of its own, make one gradient.
         num_examples: How many examples the rounded permutations are compared on.
@@ -43,7 +49,8 @@ class Sinkhorn(LearnedMatching):
         final_temperature: If given, the temperature falls geometrically from ``temperature`` to it.
 
     References:
-        Mena et al., 2018, https://arxiv.org/abs/1802.08665; Peña et al., 2023, https://arxiv.org/abs/2212.12042
+        Mena et al., 2018, https://arxiv.org/abs/1802.08665; Peña et al., 2023, https://arxiv.org/abs/2212.12042;
+        Theus et al., 2025, https://arxiv.org/abs/2506.22712
 
     Raises:
         ValueError: If a setting is out of range.
@@ -53,7 +60,7 @@ class Sinkhorn(LearnedMatching):
     temperature: float = 1.0
     final_temperature: float | None = None
 
-    objectives: ClassVar[tuple[str, ...]] = ("midpoint", "line", "weights")
+    objectives: ClassVar[tuple[str, ...]] = ("midpoint", "middle", "line", "weights")
 
     def __post_init__(self) -> None:
         super().__post_init__()

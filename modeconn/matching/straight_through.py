@@ -9,10 +9,10 @@ import torch
 from torch import nn
 
 from modeconn.curves import Curve
-from modeconn.matching.learned import Incumbent, LearnedMatching, Target, evenly, write_weights
+from modeconn.matching.learned import Incumbent, LearnedMatching, Target, evenly
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.copies import copy_of
-from modeconn.network.weights import Workspace
+from modeconn.network.weights import Workspace, write_weights
 from modeconn.tools.progress import passing_bar
 
 
@@ -27,13 +27,19 @@ class StraightThrough(LearnedMatching):
     fixed sample of the data is the result; never one worse than the start. Where a curve is learned along, a
     permutation is compared with the best before it on the curve as it is bent at that time.
 
+    Where units may be rotated (`modeconn.discover` with ``symmetries="orthogonal"``) the rotations alone are learned,
+    from the start's, as :math:`\exp(Z - Z^T) G_0` with Adam and half a cosine of its rate down to nothing (Theus et
+    al., 2025); groups that permute stay as the start has them, so begin at ``start=WeightMatching()``.
+
     Args:
         start: A relabelling, or the method that finds it. Default: b as it is.
-        objective: "line", the task's loss at random points of the line; "midpoint", in the middle between the networks;
-            or a curve, such as ``Bezier(2)``, at random points of it, its inner control points learned along.
+        objective: "line", the task's loss at random points of the line; "middle", between 0.4 and 0.6; "midpoint", in
+            the middle between the networks; or a curve, such as ``Bezier(2)``, at random points of it, its inner
+            control points learned along.
         num_steps: Gradient steps.
         learning_rate: Adam's, of the free weights.
         curve_learning_rate: Adam's, of the inner control points of a curve.
+        rotation_learning_rate: Adam's, of rotations.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         batches_per_step: How many batches of the loader, each at a point of its own, make one gradient.
         num_examples: How many examples permutations are compared on.
@@ -42,16 +48,16 @@ class StraightThrough(LearnedMatching):
         forward: ``forward(model, batch) -> loss`` in place of ``loss_fn``.
 
     References:
-        Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836
+        Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836; Theus et al., 2025, https://arxiv.org/abs/2506.22712
 
     Raises:
         ValueError: If a setting is out of range.
     """
 
-    objective: Literal["line", "midpoint"] | Curve = "line"
+    objective: Literal["line", "middle", "midpoint"] | Curve = "line"
     learning_rate: float = 1e-2
 
-    objectives: ClassVar[tuple[str, ...]] = ("line", "midpoint")
+    objectives: ClassVar[tuple[str, ...]] = ("line", "middle", "midpoint")
 
     @property
     def needs_data(self) -> str:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -266,6 +266,19 @@ def check_eval_mode(model: nn.Module) -> None:
         if module.training:
             where = f" (in {name!r})" if name else ""
             raise ValueError(f"the model is in train mode{where}, in which it is not used. Call model.eval() first.")
+
+
+@torch.no_grad()
+def write_weights(tensors: Mapping[str, Tensor], theta: Tensor, space: WeightSpace) -> None:
+    """Write named weights into their places in ``theta (P,)``."""
+    for name, view in space.unflatten(theta).items():
+        view.copy_(tensors[name])
+
+
+def pull_back(weights: Mapping[str, Tensor], slopes: Mapping[str, Tensor]) -> None:
+    """Add to the gradients of what weights are made of, from the gradient of a loss for the weights."""
+    moving = [name for name in weights if weights[name].requires_grad]
+    torch.autograd.backward([weights[name] for name in moving], [slopes[name].to(weights[name]) for name in moving])
 
 
 def named_state(model: nn.Module) -> Iterator[tuple[str, Tensor]]:

@@ -111,7 +111,8 @@ class Structure:
         matrices = {atom: g for atom, g in perms.items() if g.is_floating_point()}
         if matrices:
             perms = {atom: perm for atom, perm in perms.items() if atom not in matrices}
-            return self._rotate(self.relabel(x, axes, perms), axes, matrices)
+            exact = torch.complex128 if x.is_complex() else torch.float64
+            return self.turn(self.relabel(x, axes, perms).to(exact), axes, matrices).to(x.dtype)
         for dims in self._coupled(axes, perms):
             index = self._source_index([axes[d] for d in dims], perms).to(x.device)
             if len(dims) == 1:
@@ -122,14 +123,16 @@ class Structure:
             x = picked.view(moved.shape).movedim(tuple(range(len(dims))), dims)
         return x
 
-    def _rotate(self, x: Tensor, axes: Sequence[Axis], matrices: Perms) -> Tensor:
-        """Return ``x`` with units turned where they lie."""
+    def turn(self, x: Tensor, axes: Sequence[Axis], matrices: Perms) -> Tensor:
+        """Return ``x`` with units turned where they lie, in its own precision; differentiable in the matrices."""
         if not any(self.moving_atoms(axis) & matrices.keys() for axis in axes):
             return x
+        parts = [self._rotate_piece(piece, labels, matrices) for piece, labels in self.pieces(x, axes)]
+        if len(parts) == 1:
+            return parts[0].reshape(x.shape)
         turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)
-        for (piece, labels), (target, _) in zip(self.pieces(x, axes), self.pieces(turned, axes), strict=True):
-            exact = piece.to(torch.complex128 if piece.is_complex() else torch.float64)
-            target.copy_(self._rotate_piece(exact, labels, matrices))
+        for (target, _), part in zip(self.pieces(turned, axes), parts, strict=True):
+            target.copy_(part)
         return turned
 
     def _rotate_piece(self, piece: Tensor, labels: Labels, matrices: Perms) -> Tensor:
