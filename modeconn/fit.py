@@ -32,7 +32,7 @@ from modeconn.network.recipe import Recipe
 from modeconn.network.weights import WeightSpace, Workspace, named_buffers
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.pam import PAM, Refinement
-from modeconn.symmetry import Permutation, PermutationSpec
+from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools.callbacks import Callbacks
@@ -150,7 +150,7 @@ def fit_curve(
         how = align if file.saved is None else file.relabelling(model_b) or False
         known = Symmetry(spec, example_input, outputs, symmetries=symmetries, untie=untie)
         with bars(progress):
-            permutation, model_a, relabelled = _relabel(ends, data, how, known, is_refined=refine is not None)
+            permutation, model_a, relabelled = _relabel(ends, data, how, known, refine)
         space = space if model_a is ends[0] else WeightSpace(model_a)  # an untied a has more tensors
         file.keep(permutation)
         del data  # ends the pass that was begun, with its worker processes, if nobody went on with it
@@ -278,25 +278,21 @@ def _relabel(
     data: Opened | None,
     align: bool | Relabelling | Alignment | Method,
     known: Symmetry,
-    *,
-    is_refined: bool,
+    refine: PAM | None,
 ) -> tuple[Relabelling | None, nn.Module, nn.Module]:
     """Return how b is relabelled at the start, None if it is not, a (its gains folded where they are), and b so.
 
-    A run that is refined needs the groups even where nothing moves at the start, and units that move as a whole.
+    A run that is refined needs the groups even where nothing moves at the start.
     """
     relabelling, model = finished(align), None
     if relabelling is None and align is not False:
         method = (ActivationMatching() if data is not None else WeightMatching()) if align is True else align
         found = find_alignment(*ends, data, method, known)
         relabelling, model = found.permutation, found.model_b
-    elif relabelling is None and is_refined:
+    elif relabelling is None and refine is not None:
         relabelling = find_spec(ends[0], data, known).identity()
-    if is_refined and not isinstance(relabelling, Permutation):
-        raise ValueError(
-            f"refine= moves whole units, and align= gave a relabelling of another kind, {relabelling.kind}. Pass a "
-            f"method that finds a permutation, or leave refine= out."
-        )
+    if refine is not None:
+        refine.check_relabelling(relabelling)
     if relabelling is None:
         return None, *ends
     model_a = relabelling.spec.prepared(ends[0]) if getattr(relabelling.spec, "prepares", False) else ends[0]

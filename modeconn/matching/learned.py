@@ -60,7 +60,7 @@ class LearnedMatching(ABC):
     num_steps: int = 300
     learning_rate: float = 0.1
     curve_learning_rate: float = 1e-3
-    rotation_learning_rate: float = 5e-3
+    rotation_learning_rate: float = 6e-3
     loss_fn: LossFn = cross_entropy
     batches_per_step: int = 1
     num_examples: int = 2_048

@@ -115,7 +115,7 @@ def best_swap(
             f"the loss along the curve is {b.value}. Look for values that are not finite in the data and in the "
             f"networks' weights."
         )
-    num_swaps = sum(prod(g.shape[:-1]) * comb(g.size, 2) for g in b.spec.groups)
+    num_swaps = sum(prod(g.shape[:-1]) * comb(g.size, 2) for g in b.spec.groups if not g.rotates)
     moves = _most_promising(b, num_swaps if num_tries is None else num_tries)
     tried = ((b.value_after(move), move) for move in moves)
     lower = [(value, move) for value, move in tried if value < b.value]

@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from modeconn.matching.assignment import match_tree
-from modeconn.symmetry.spec import Group, Permutation, PermutationSpec
+from modeconn.symmetry.groups import identity_perms
+from modeconn.symmetry.spec import Group, Orthogonal, Permutation, PermutationSpec
 
 
 @dataclass(frozen=True, eq=False)
@@ -37,15 +38,17 @@ class Move:
         return tuple((name, perm.numpy().tobytes()) for name, perm in sorted(self.perms.items()))
 
     @cached_property
-    def permutation(self) -> Permutation:
+    def permutation(self) -> Permutation | Orthogonal:
         """The move as a relabelling of all groups."""
-        return Permutation(self.spec, {**self.spec.identity().perms, **self.perms})
+        return self.spec.relabelling({**self.spec.identity().tensors(), **self.perms})
 
     @cached_property
     def places(self) -> frozenset[tuple[str, int]]:
         """Where units change, those inside blocks included: a group and the row-major number of a unit in it."""
         found: set[tuple[str, int]] = set()
         for group in self.spec.groups:
+            if group.rotates:
+                continue
             if any(name in self.perms for name, _ in group.parents):
                 moved = self.permutation.sources(group.name) != torch.arange(prod(group.shape))
             elif group.name in self.perms:
@@ -123,11 +126,14 @@ def proximal_proposals(
 def gain(
     spec: PermutationSpec, tree: Sequence[Group], perms: Mapping[str, Tensor], costs: Mapping[str, Tensor]
 ) -> float:
-    """Return by how much a linear loss falls when some groups of a tree are relabelled; others stay."""
-    permutation = Permutation(spec, {**spec.identity().perms, **perms})
+    """Return by how much a linear loss falls when some groups of a tree are relabelled; others stay.
+
+    Of groups that rotate nothing is counted.
+    """
+    permutation = spec.relabelling({**spec.identity().tensors(), **perms})
     total = 0.0
     for group in tree:
-        if group.name in costs:
+        if group.name in costs and not group.rotates:
             cost, sources = costs[group.name], permutation.sources(group.name)
             total += float((cost.diagonal() - cost.gather(1, sources[:, None])[:, 0]).sum())
     return total
@@ -138,17 +144,17 @@ def cycles(
 ) -> Iterator[Move]:
     """Split a relabelling of a tree into the parts that can be made one by one.
 
-    A part is a cycle of units, or of blocks with everything inside them.
+    A part is a cycle of units, or of blocks with everything inside them. Turns of units alone are left out.
     """
     taken: set[tuple[str, tuple[int, ...]]] = set()  # Rows of perms that move together with a cycle of their blocks.
-    for group in sorted(tree, key=lambda g: len(g.parents)):
+    for group in sorted((g for g in tree if not g.rotates), key=lambda g: len(g.parents)):
         perm, cost = perms[group.name], costs.get(group.name)
         falls = [0.0] * prod(group.shape) if cost is None else _falls(group, perm, cost)
         for number, row in enumerate(product(*map(range, group.shape[:-1]))):
             if (group.name, row) in taken:
                 continue
             for cycle in _cycles(perm[row]):
-                part = {group.name: torch.arange(group.size).expand(group.shape).clone()}
+                part = identity_perms([group])
                 part[group.name][row][cycle] = perm[row][cycle]
                 inside = list(_rows_inside(spec, tree, group, row, cycle))
                 if not inside:
@@ -156,7 +162,7 @@ def cycles(
                     continue
                 for inner, place in inside:
                     taken.add((inner.name, place))
-                    part.setdefault(inner.name, torch.arange(inner.size).expand(inner.shape).clone())
+                    part.setdefault(inner.name, identity_perms([inner])[inner.name])
                     part[inner.name][place] = perms[inner.name][place]
                 yield Move(spec, part, gain(spec, tree, part, costs))
 
@@ -199,6 +205,8 @@ def _rows_inside(
 def exchanges(spec: PermutationSpec, tree: Sequence[Group], costs: Mapping[str, Tensor], count: int) -> Iterator[Move]:
     """Yield the exchanges of two units, or of two blocks as they are, that promise most: at most ``count`` a group."""
     for group in tree:
+        if group.rotates:
+            continue
         cost = _with_insides(spec, tree, group, costs)
         own = cost.diagonal()
         gains = own[:, None] + own[None, :] - cost - cost.T

@@ -24,7 +24,7 @@ from modeconn.network.loss import Forward, TrainingData, loss_alone, supervised
 from modeconn.network.recipe import Recipe
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.relabelled import Relabelled
-from modeconn.symmetry import Permutation
+from modeconn.symmetry import Orthogonal, Permutation, Relabelling
 from modeconn.tools.callbacks import Callbacks, MoveEnd, RunBegin
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 from modeconn.tools.door import check_settings
@@ -36,7 +36,10 @@ _ENOUGH = 16  # number of positions at which the loss along the curve is sampled
 
 
 class PermutationStep(Protocol):
-    """A way to relabel b so that the loss of the curve falls; its settings are its fields."""
+    """A way to relabel b so that the loss of the curve falls; its settings are its fields.
+
+    One that also turns units, where groups rotate them, says so by an attribute ``rotates = True``.
+    """
 
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place, never to a higher loss on its sample."""
@@ -56,7 +59,8 @@ class PAM:
 
     Args:
         iterations: How many turns.
-        step: How P is improved: `ProximalLinear`, `SinkhornStep` or `RelaxedStep`.
+        step: How P is improved: `ProximalLinear`, which also turns groups that rotate their units, `SinkhornStep` or
+            `RelaxedStep`.
         num_batches: Batches of the loader on which the step in P measures the loss, each at its own t, drawn anew in
             each turn; None for all of them. One pass at most; where that is fewer than 16 batches, they are used again
             and again, so that the curve is looked at in 16 places.
@@ -117,18 +121,32 @@ class PAM:
                 f"{recipe.epochs}. Pass fewer iterations or more epochs."
             )
 
+    def check_relabelling(self, relabelling: Relabelling | None) -> None:
+        """Raise a ValueError if a relabelling is of a kind that the step in P cannot improve."""
+        if isinstance(relabelling, Orthogonal):
+            if not getattr(self.step, "rotates", False):
+                raise ValueError(
+                    f"{type(self.step).__name__} permutes units, and align= found groups that rotate them. Use "
+                    f"refine=PAM(step=ProximalLinear()), or symmetries='permutation'."
+                )
+        elif not isinstance(relabelling, Permutation):
+            raise ValueError(
+                f"refine= moves units, and align= gave a relabelling of another kind, {relabelling.kind}. Pass a "
+                f"method that finds a permutation, or leave refine= out."
+            )
+
 
 def improve_permutation(
     pam: PAM,
     step: CurveStep,
     loss: CurveLoss,
-    permutation: Permutation,
+    permutation: Permutation | Orthogonal,
     *,
     epoch: int,
     is_part: bool = False,
     callbacks: Callbacks | None = None,
     progress: bool = False,
-) -> tuple[Permutation, dict[str, Any]]:
+) -> tuple[Permutation | Orthogonal, dict[str, Any]]:
     """Take the step in P: relabel the end b of ``step.control_points`` further, and move the curve's middle with it.
 
     Args:
@@ -248,7 +266,7 @@ class Refinement:
     def __init__(
         self,
         pam: PAM,
-        permutation: Permutation,
+        permutation: Permutation | Orthogonal,
         step: CurveStep,
         training: TrainingData,
         *,

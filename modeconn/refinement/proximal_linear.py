@@ -5,9 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from numbers import Real
+from typing import ClassVar
 
 from modeconn.refinement.moves import Move, cycles, exchanges, linear_costs, proximal_proposals
 from modeconn.refinement.relabelled import Relabelled
+from modeconn.refinement.turning import Turning
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
 
@@ -25,6 +27,9 @@ class ProximalLinear:
     allows also those that promise nothing, since the loss is not linear. Moves that touch units which already moved
     wait for the next round, in which the gradient is taken anew. Rounds end when none is accepted.
 
+    Groups that rotate their units are turned once in each round, all together, by a step of projected gradient descent:
+    the same problem is then one of Procrustes, with :math:`1 / \nu` raised until the loss falls.
+
     Args:
         num_rounds: Gradients in one step, at most.
         num_tries: Moves tried in a round, at most, so that the cost stays bounded for wide groups.
@@ -33,6 +38,8 @@ class ProximalLinear:
     Raises:
         ValueError: If a setting is out of range.
     """
+
+    rotates: ClassVar[bool] = True
 
     num_rounds: int = 20
     num_tries: int = 128
@@ -49,8 +56,10 @@ class ProximalLinear:
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place."""
         forest = b.spec.trees()
+        turning = Turning(b)
         for _ in range(self.num_rounds):
-            if not self._round(b, forest):
+            num_accepted = self._round(b, forest)
+            if not turning.step() and not num_accepted:
                 return
 
     def _round(self, b: Relabelled, forest: list) -> int:

@@ -12,7 +12,7 @@ from torch import Tensor
 from modeconn.curves.loss import CurveLoss
 from modeconn.network.weights import WeightSpace
 from modeconn.refinement.moves import Move
-from modeconn.symmetry.spec import Permutation, PermutationSpec
+from modeconn.symmetry.spec import Orthogonal, Permutation, PermutationSpec
 
 _FIRST_LOOK = 8  # places of the sample after which a move may be given up, then twice as many, and so on
 _STANDARD_ERRORS = 2.0
@@ -26,7 +26,7 @@ class Relabelled:
     errors of the paired differences: most moves are no gain, and that shows early. To be accepted it is measured on all
     of the sample, on which the loss must fall by more than ``standard_errors``. What falls with every accepted move is
     the loss on the sample plus :math:`\tfrac{1}{2 \nu} \lVert P - P_k \rVert^2`, which is :math:`\tfrac{1}{\nu}` times
-    the number of units that are not where they were at first.
+    the number of units that are not where they were at first; of groups that rotate, with their matrices.
 
     Args:
         space: Weight space of the networks.
@@ -49,7 +49,7 @@ class Relabelled:
     loss: CurveLoss
     theta_b: Tensor
     bend: Tensor
-    permutation: Permutation
+    permutation: Permutation | Orthogonal
     nu: float = float("inf")
     standard_errors: float = 0.0
     on_try: Callable[[Relabelled], None] | None = None
@@ -119,10 +119,10 @@ class Relabelled:
         self._write(before)
         return value
 
-    def replace(self, permutation: Permutation) -> bool:
+    def replace(self, permutation: Permutation | Orthogonal) -> bool:
         """Relabel b at once as ``permutation`` says, if loss and proximal term fall; whether they did."""
         step = permutation @ self.permutation.inverse()
-        return self.try_move(Move(step.spec, step.perms, 0.0))
+        return self.try_move(Move(step.spec, step.tensors(), 0.0))
 
     def _make(self, move: Move) -> dict[str, Tensor]:
         """Relabel b; return the parameters that changed as they were."""
@@ -135,7 +135,12 @@ class Relabelled:
         for name, value in parameters.items():
             self.parameters[name].copy_(value)
 
-    def _distance(self, permutation: Permutation) -> int:
-        """Return half of the squared distance of the permutation matrices from those at first."""
-        names = [group.name for group in self.spec.groups]
-        return sum(int((permutation.sources(n) != self._first.sources(n)).sum()) for n in names)
+    def _distance(self, permutation: Permutation | Orthogonal) -> float:
+        """Return half of the squared distance of the matrices from those at first."""
+        elements, first, total = permutation.tensors(), self._first.tensors(), 0.0
+        for group in self.spec.groups:
+            if group.rotates:
+                total += float((elements[group.name] - first[group.name]).square().sum()) / 2
+            else:
+                total += int((permutation.sources(group.name) != self._first.sources(group.name)).sum())
+        return total

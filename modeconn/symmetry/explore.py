@@ -534,6 +534,7 @@ class Exploration(Walk):
             unknown=tuple(self._costs()),
             traces=tuple(self._trace(i, structure) for i in range(len(self._graphs))),
             costs_of_outputs=self._costs_of_outputs(),
+            tied=tuple(tuple(names) for names in self._aliases.values() if len(names) > 1),
             folds=tuple(folds),
             limited=self._limited(state, structure),
         )

@@ -82,6 +82,7 @@ class Findings:
         costs_of_outputs: How many hidden units outputs but the first keep fixed, by output.
         symmetries: The largest kind of group that was looked for.
         untied: Whether the groups are those of networks in which tied parameters have a tensor for each of their names.
+        tied: The names of each parameter that has several; None if that is not known.
         folds: Gains that are ones in the networks that the groups are of, and what takes them up.
         limited: Why the group on each axis that moves is no larger than it is, None where it is as large as it may be,
             by name; empty if nothing but permutations was looked for.
@@ -102,5 +103,6 @@ class Findings:
     costs_of_outputs: Mapping[str, int] = field(default_factory=dict)
     symmetries: str = "permutation"
     untied: bool = False
+    tied: tuple[tuple[str, ...], ...] | None = None
     folds: tuple[Fold, ...] = ()
     limited: Mapping[str, tuple[str | None, ...]] = field(default_factory=dict)

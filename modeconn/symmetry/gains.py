@@ -46,6 +46,11 @@ class Fold:
     shifts: tuple[str, ...] = ()
 
     @property
+    def names(self) -> frozenset[str]:
+        """All parameters that change."""
+        return frozenset({self.gain, *(name for name, _, _ in self.into), *self.shifts} | {self.bias} - {None})
+
+    @property
     def neutral(self) -> float:
         """The value of the parameter where the gain is one."""
         return 1.0 - self.offset
@@ -216,7 +221,13 @@ def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> Iterator[tup
 
     for fold in folds:
         gain = read(fold.gain) + fold.offset
-        if bool((gain == 1).all()) and (fold.bias is None or not fold.shifts or not read(fold.bias).any()):
+        if not (gain.is_meta or bool(torch.isfinite(gain).all())):
+            raise ValueError(f"the gain '{fold.gain}' holds NaN or infinite entries, so it cannot be folded.")
+        if (
+            not gain.is_meta
+            and bool((gain == 1).all())
+            and (fold.bias is None or not fold.shifts or not read(fold.bias).any())
+        ):
             continue
         vector = gain.flatten()
         if fold.bias is not None:
@@ -241,7 +252,7 @@ def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> Iterator[tup
 def _divided(bias: Tensor, gain: Tensor, fold: Fold) -> Tensor:
     """Return ``bias / gain``, where a unit without a bias may have any gain."""
     smallest = gain.abs().min()
-    if bool(((gain.abs() < _SMALLEST * gain.abs().max()) & (bias != 0)).any()):
+    if not gain.is_meta and bool(((gain.abs() <= _SMALLEST * gain.abs().max()) & (bias != 0)).any()):
         raise ValueError(
             f"the gain '{fold.gain}' has an entry of {float(smallest):.1e}, by which its bias '{fold.bias}' cannot be "
             f"divided, and a layer that reads it has no bias of its own. Pass freeze=[{fold.bias!r}] to "

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, ClassVar, Protocol, Self
 
 import torch
@@ -46,10 +46,10 @@ class Symmetries(Protocol):
 class Relabelling(ABC):
     """A map of a network's parameters and buffers that leaves its function as it is; they form a group.
 
-    `Permutation` is the first kind. Another is a subclass with a `kind` of its own, which defines `spec`, `relabel`,
-    `inverse`, `after`, `is_identity`, `tensors` and `restore`. All that takes or returns a relabelling then takes and
-    returns yours, connections, checkpoints and files included; only what moves single units, such as `modeconn.PAM`,
-    asks for a `Permutation`.
+    `Permutation` is the first kind, `Orthogonal` the second. Another is a subclass with a `kind` of its own, which
+    defines `spec`, `relabel`, `inverse`, `after`, `is_identity`, `tensors` and `restore`. All that takes or returns a
+    relabelling then takes and returns yours, connections, checkpoints and files included; only what moves single units,
+    such as `modeconn.PAM`, asks for one of these two.
 
     Attributes:
         kind: What files call it; one word for each subclass.
@@ -208,17 +208,7 @@ def relabelled_copy(
     relabelled = spec.prepared(model)
     tensors = dict(named_state(relabelled))
     with torch.no_grad():
-        for names in _by_memory({name: tensors[name] for name in spec.state}):
-            moved = relabel({name: tensors[name] for name in names})
-            for name in names:
-                tensors[name].copy_(moved[name])
+        moved = relabel({name: tensors[name] for name in spec.state})
+        for name in {id(tensors[name]): name for name in reversed(moved)}.values():  # write each tied tensor once
+            tensors[name].copy_(moved[name])
     return relabelled
-
-
-def _by_memory(tensors: Mapping[str, Tensor]) -> Iterable[list[str]]:
-    """Return names of tensors, each tied one once; those in one memory together, to be read first."""
-    once = {id(tensor): name for name, tensor in reversed([*tensors.items()])}
-    found: dict[int, list[str]] = {}
-    for name in once.values():
-        found.setdefault(tensors[name].untyped_storage().data_ptr(), []).append(name)
-    return found.values()

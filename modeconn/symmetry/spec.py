@@ -198,7 +198,7 @@ class PermutationSpec(Findings):
         return twin
 
     def check_model(self, model: nn.Module) -> None:
-        """Raise a ValueError unless the model has the parameters and shapes this spec was made for."""
+        """Raise a ValueError unless the model has the parameters, shapes and ties this spec was made for."""
         tensors = dict(named_state(model))
         for name, shape in self.shapes.items():
             if name not in tensors:
@@ -207,6 +207,24 @@ class PermutationSpec(Findings):
                 raise ValueError(
                     f"this spec is of another model: '{name}' has shape {tuple(tensors[name].shape)}, "
                     f"the spec was made for {shape}."
+                )
+        if self.tied is not None and not self.untied:
+            self._check_ties(tensors)
+
+    def _check_ties(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError if names are one tensor here that may move in different ways, as they were two before."""
+        known = {name: names for names in self.tied or () for name in names}
+        folding = {name for fold in self.folds for name in fold.names}
+        first: dict[int, str] = {}
+        for name in filter(tensors.__contains__, self.state):
+            other = first.setdefault(id(tensors[name]), name)
+            if other in known.get(name, (name,)):
+                continue
+            moves = any(self.structure.moving_atoms(axis) for one in (name, other) for axis in self.state[one])
+            if moves or {name, other} & folding:
+                raise ValueError(
+                    f"this spec is of another model: '{other}' and '{name}' are one tensor here, and were two in the "
+                    f"model that it was found in. Discover this one anew."
                 )
 
     # ---------------------------------------------------------------- proof
@@ -350,6 +368,7 @@ class PermutationSpec(Findings):
                 "rules": dict(self.own_rules),
                 "outputs": self.outputs.to_plain(),
                 "one_path": self.one_path,
+                "tied": self.tied,
                 **self._beyond_permutations(),
                 "unknown": [[u.operator, u.module, u.num_axes, u.num_units] for u in self.unknown],
             }
@@ -390,6 +409,8 @@ class PermutationSpec(Findings):
             more = {"freeze": freeze, "own_rules": rules, "outputs": Outputs.from_plain(data.get("outputs"))}
             more["one_path"] = bool(data.get("one_path", False))
             more["symmetries"], more["untied"] = data.get("symmetries", "permutation"), bool(data.get("untied", False))
+            tied = data.get("tied")  # older files do not say it
+            more["tied"] = None if tied is None else tuple(tuple(map(str, names)) for names in tied)
             more["folds"] = from_plain(data.get("folds", ()))
             more["limited"] = {name: tuple(why) for name, why in data.get("limited", {}).items()}
             found = cls(structure, state, fixed, tuple(data["unread"]), unknown, **more)
@@ -635,6 +656,11 @@ class Orthogonal(Relabelling):
         """Whether nothing moves, up to the rounding of matrices."""
         still = identity_perms(self.spec.groups)
         return all(torch.allclose(element, still[name], atol=1e-12) for name, element in self.elements.items())
+
+    @property
+    def num_moved(self) -> int:
+        """The number of units, of groups that permute, that are not in their own place."""
+        return self._permuting().num_moved
 
     def __repr__(self) -> str:
         rotating = [group for group in self.spec.groups if group.rotates]

@@ -233,6 +233,8 @@ class Walk(Space):
             self.lower(axis, PERMUTATION, "scaled unit by unit")
             return axis
         after = self.free(self.size(axis))
+        for other_place in [other for other in self.gains if (other.name, other.offset) == known]:
+            self.unify(after, other_place.after)  # one norm at several places: all that read it take up one gain
         for tensor in vectors:
             self.use(tensor, "gain", after)
         if bias is not None:

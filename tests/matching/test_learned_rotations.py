@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import cache
+
 import pytest
 import torch
 from torch import nn
@@ -20,10 +22,14 @@ NETWORKS = {
 LOADER = [(tokens(), tokens())] * 2
 
 
-def turned(build, seed: int = 0, dtype=torch.float64):
+@cache
+def spec_of(name):
+    return modeconn.discover(generic(NETWORKS[name], 0), tokens(), symmetries="orthogonal")
+
+
+def turned(name, seed: int = 0, dtype=torch.float64):
     """The weights of a network at a random start, its spec, and the network."""
-    model = generic(build, seed).to(dtype)
-    spec = modeconn.discover(model, tokens(), symmetries="orthogonal")
+    model, spec = generic(NETWORKS[name], seed).to(dtype), spec_of(name)
     model = spec.prepared(model)
     space = WeightSpace(model)
     start = spec.random(torch.Generator().manual_seed(seed))
@@ -31,19 +37,19 @@ def turned(build, seed: int = 0, dtype=torch.float64):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
-@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_the_first_step_is_taken_at_the_start_to_the_bit(build, dtype):
-    weights, _, model, space, start = turned(build, dtype=dtype)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_first_step_is_taken_at_the_start_to_the_bit(name, dtype):
+    weights, _, model, space, start = turned(name, dtype=dtype)
     seen = []
     weights.backward(lambda theta: seen.append(theta.clone()) or torch.ones_like(theta))
     assert torch.equal(seen[0], space.flatten(start.apply(model)))
 
 
-@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_gradients_are_those_of_finite_differences(build):
-    weights, _, _, space, _ = turned(build)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_are_those_of_finite_differences(name):
+    weights, _, _, space, _ = turned(name)
     generator = torch.Generator().manual_seed(1)
-    slope = torch.randn(space.flatten(turned(build)[2]).shape, generator=generator, dtype=torch.float64)
+    slope = torch.randn(space.flatten(turned(name)[2]).shape, generator=generator, dtype=torch.float64)
     with torch.no_grad():
         for z in weights.parameters:
             z.copy_(0.2 * torch.randn(z.shape, generator=generator, dtype=z.dtype))
@@ -70,9 +76,9 @@ def test_gradients_are_those_of_finite_differences(build):
         assert float((gradient * direction).sum()) == pytest.approx(expected, rel=1e-5, abs=1e-6)
 
 
-@pytest.mark.parametrize("build", NETWORKS.values(), ids=NETWORKS)
-def test_the_relabelling_is_orthogonal_and_gives_the_weights_of_the_step(build):
-    weights, spec, model, space, _ = turned(build)
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_relabelling_is_orthogonal_and_gives_the_weights_of_the_step(name):
+    weights, spec, model, space, _ = turned(name)
     with torch.no_grad():
         for z in weights.parameters:
             z.copy_(torch.randn(z.shape, dtype=z.dtype, generator=torch.Generator().manual_seed(2)))
@@ -89,8 +95,7 @@ def test_the_relabelling_is_orthogonal_and_gives_the_weights_of_the_step(build):
 
 def test_a_small_turn_is_found_by_distance_alone():
     model = generic(NETWORKS["grouped queries"], 0)
-    spec = modeconn.discover(model, tokens(), symmetries="orthogonal")
-    weights, *_ = turned(NETWORKS["grouped queries"])
+    spec = spec_of("grouped queries")
     model = spec.prepared(model)
     space = WeightSpace(model)
     weights = TurnedWeights(spec, space, space.flatten(model), spec.identity())
@@ -107,7 +112,7 @@ def test_a_small_turn_is_found_by_distance_alone():
 @pytest.mark.parametrize("kind", [Sinkhorn, StraightThrough])
 def test_learning_lowers_the_loss_and_keeps_what_permutes(kind, objective):
     a, b = (generic(NETWORKS["layer norm"], seed).float() for seed in (0, 1))
-    spec = modeconn.discover(a, tokens(), symmetries="orthogonal")
+    spec = spec_of("layer norm")
     start = modeconn.align(a, b, method=WeightMatching(), spec=spec)
     method = kind(start=start, objective=objective, num_steps=20, num_rounds=4)
     found = modeconn.align(a, b, LOADER, method=method, spec=spec)
@@ -122,5 +127,5 @@ def test_learning_lowers_the_loss_and_keeps_what_permutes(kind, objective):
 def test_a_curve_begins_at_rotations_that_were_learned():
     a, b = (generic(NETWORKS["layer norm"], seed).float() for seed in (0, 1))
     method = Sinkhorn(start=WeightMatching(), num_steps=3)
-    curve = modeconn.fit_curve(a, b, LOADER, align=method, symmetries="orthogonal")
+    curve = modeconn.fit_curve(a, b, LOADER, align=method, spec=spec_of("layer norm"))
     assert torch.allclose(curve.model_at(1.0)(tokens()), b(tokens()), atol=1e-4)

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import modeconn
-from modeconn import PAM, ActivationMatching, DeepAlign, TransportMatching, WeightMatching
+from modeconn import ActivationMatching, DeepAlign, TransportMatching, WeightMatching
 from modeconn.matching.procrustes import best_rotations, best_values
 from modeconn.symmetry.groups import without_ones
 from modeconn.symmetry.kinds import ORTHOGONAL, ORTHOGONAL_ONES
@@ -172,9 +172,3 @@ def test_methods_that_move_whole_units_refuse_rotations(method):
         ValueError, match=f"{type(method).__name__} permutes units, and this spec has 5 groups that rot"
     ):
         modeconn.align(a, b, loader, method=method, symmetries="orthogonal")
-
-
-def test_pam_refuses_rotations():
-    a, b = (LanguageModel(nn.LayerNorm) for _ in range(2))
-    with pytest.raises(ValueError, match="refine= moves whole units, and align= gave a relabelling of another kind"):
-        modeconn.fit_curve(a, b, [(tokens(), tokens())] * 2, refine=PAM(), symmetries="orthogonal")

@@ -432,12 +432,14 @@ def test_settings_are_checked() -> None:
         ((name, value),) = setting.items()
         with pytest.raises(ValueError, match=f"{name} must be (?:positive|a number), got {name}={value}"):
             kind(**setting)
-    with pytest.raises(ValueError, match=r"'midpoint' or 'line' or 'weights' or a Curve, got objective='middle'"):
-        Sinkhorn(objective="middle")
+    with pytest.raises(
+        ValueError, match=r"'midpoint' or 'middle' or 'line' or 'weights' or a Curve, got objective='centre'"
+    ):
+        Sinkhorn(objective="centre")
     for kind in (Sinkhorn, StraightThrough):
         with pytest.raises(ValueError, match=r"Bezier\(degree=2, free_ends=True\) frees its ends"):
             kind(objective=Bezier(2, free_ends=True))
-    with pytest.raises(ValueError, match=r"'line' or 'midpoint' or a Curve, got objective='weights'"):
+    with pytest.raises(ValueError, match=r"'line' or 'middle' or 'midpoint' or a Curve, got objective='weights'"):
         StraightThrough(objective="weights")
 
 

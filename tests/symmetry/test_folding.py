@@ -152,12 +152,28 @@ KEEPING = {
     "padded by ones": (lambda m, x: m.last(rms(F.pad(m.first(x), (0, 0, 1, 0), value=1.0))), "orthogonal-ones"),
     "rolled": (lambda m, x: m.last(rms(m.first(x).roll(1, 1))), "orthogonal"),
     "summed up": (lambda m, x: m.last(rms(m.first(x).cumsum(1))), "orthogonal"),
+    "a list summed from 0": (lambda m, x: m.last(rms(sum([y := m.first(x), m.square(rms(y))]))), "orthogonal"),
+    "a number added": (lambda m, x: m.last(rms(m.first(x) + 1)), "orthogonal-ones"),
+    "a mean by a number": (lambda m, x: m.last(rms(torch.lerp(y := m.first(x), m.square(y), 0.3))), "orthogonal"),
+    "a mean by places": (lambda m, x: m.last(rms(torch.lerp(y := m.first(x), m.square(y), WEIGHTS))), "orthogonal"),
+    "one gain at two places": (
+        lambda m, x: m.last(rms((y := m.first(x)) + m.square(rms(y) * m.g)) * m.g),
+        "orthogonal",
+    ),
+    "one gain that layers read twice": (
+        lambda m, x: m.last(rms((y := m.first(x)) + m.square(z := rms(y) * m.g) + m.square(z)) * m.g),
+        "orthogonal",
+    ),
+    "nearly constant": (
+        lambda m, x: m.last(rms((y := m.first(x)) / (y.norm(dim=-1, keepdim=True) + 1e-6))),
+        "orthogonal",
+    ),
 }
 
 
 @pytest.mark.parametrize(("forward", "kind"), KEEPING.values(), ids=KEEPING)
 def test_what_is_linear_keeps_rotations(forward, kind):
-    net = Net(forward, g=vector(WIDTH), wide=nn.Linear(2 * WIDTH, 3)).eval()
+    net = Net(forward, g=vector(WIDTH), wide=nn.Linear(2 * WIDTH, 3), square=nn.Linear(WIDTH, WIDTH)).eval()
     inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64)
     spec = modeconn.discover(net, inputs, symmetries="orthogonal")
     assert [group.kind.name for group in spec.groups] == [kind] and spec.verify(net, inputs) < 1e-9
@@ -177,10 +193,68 @@ def test_nothing_is_folded_into_frozen_parameters():
 
 def test_the_way_out_of_a_gain_of_zero_works():
     net = Net(lambda m, x: m.more(m.norm(m.first(x))), more=nn.Linear(WIDTH, 2, bias=False)).eval()
-    with torch.no_grad():
-        net.norm.weight[2] = 0
     inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64)
-    with pytest.raises(ValueError, match=r"Pass freeze=\['norm.bias'\] to modeconn.discover"):
-        modeconn.fold_gains(net, inputs)
+    for zero in (2, slice(None)):  # one of them, or all: there is no largest one to compare with
+        with torch.no_grad():
+            net.norm.weight[zero] = 0
+        with pytest.raises(ValueError, match=r"Pass freeze=\['norm.bias'\] to modeconn.discover"):
+            modeconn.fold_gains(net, inputs)
     spec = modeconn.discover(net, inputs, symmetries="orthogonal", freeze=["norm.bias"])
     assert torch.allclose(spec.random().apply(net)(inputs), net(inputs), atol=1e-9)
+
+
+def test_a_gain_that_is_not_finite_is_named():
+    net = Net(lambda m, x: m.last(m.norm(m.first(x)))).eval()
+    inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64)
+    with torch.no_grad():
+        net.norm.weight[2] = torch.inf
+    with pytest.raises(ValueError, match=r"the gain 'norm\.weight' holds NaN or infinite entries"):
+        modeconn.fold_gains(net, inputs)
+
+
+def test_networks_without_data_are_folded():
+    net = Net(lambda m, x: m.last(m.norm(m.first(x)))).to("meta")
+    inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64, device="meta")
+    spec = modeconn.discover(net, inputs, symmetries="orthogonal")
+    assert all(p.is_meta for p in spec.random().apply(net).parameters())
+
+
+class Embedded(nn.Module):
+    """Tokens and a head that may be one tensor."""
+
+    def __init__(self, tied: bool) -> None:
+        super().__init__()
+        self.tokens, self.norm, self.head = nn.Embedding(7, 8), nn.RMSNorm(8), nn.Linear(8, 7, bias=False)
+        if tied:
+            self.head.weight = self.tokens.weight
+        nn.init.normal_(self.norm.weight)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.tokens(x)))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_spec_of_weights_of_their_own_is_refused_by_a_network_that_ties_them(saved):
+    x = torch.tensor([[1, 2, 3]])
+    spec = modeconn.discover(Embedded(tied=False), x, symmetries="orthogonal")
+    spec = modeconn.PermutationSpec.from_json(spec.to_json()) if saved else spec
+    tied = Embedded(tied=True)
+    for call in (spec.random().apply, lambda net: modeconn.fold_gains(net, spec=spec)):
+        with pytest.raises(ValueError, match=r"'tokens\.weight' and 'head\.weight' are one tensor here, and were two"):
+            call(tied)
+    untied = modeconn.discover(tied, x, symmetries="orthogonal", untie=True)
+    assert torch.allclose(untied.random().apply(tied)(x), tied(x), atol=1e-5)
+    both, apart = modeconn.discover(tied, x, symmetries="orthogonal"), Embedded(tied=False)
+    assert torch.allclose(both.random().apply(apart)(x), apart(x), atol=1e-5)
+
+
+def test_permutations_of_layers_of_their_own_are_refused_by_a_network_that_ties_them():
+    def build(tied: bool) -> nn.Module:
+        net = nn.Sequential(nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 8), nn.ReLU(), nn.Linear(8, 3))
+        if tied:
+            net[2].weight = net[0].weight
+        return net
+
+    spec = modeconn.discover(build(tied=False), torch.rand(2, 8))
+    with pytest.raises(ValueError, match=r"'0\.weight' and '2\.weight' are one tensor here"):
+        spec.random().apply(build(tied=True))

@@ -54,9 +54,10 @@ _COPIES, _EXPANSIONS = frozenset({"clone", "contiguous", "to", "_to_copy", "alia
 def total(walk: Walk, terms: Sequence[Any], num_dims: int) -> list[Axis]:
     """Return the axes of a sum: what is the same along an axis may be added to it where the ones vector is kept."""
     tensors = [term for term in terms if isinstance(term, Traced)]
+    has_number = any(not isinstance(term, Traced) and term != 0 for term in terms)  # sum() of a list begins with 0
     axes = broadcast(walk, tensors, num_dims)
     for dim in range(-num_dims, 0):
-        if len(tensors) < len(terms) or any(-dim > len(t.axes) or has_one_value(t, dim) for t in tensors):
+        if has_number or any(-dim > len(t.axes) or has_one_value(t, dim) for t in tensors):
             walk.lower(axes[dim], ORTHOGONAL_ONES, "something is added to all of its units alike")
     return axes
 
@@ -72,6 +73,19 @@ def add(walk: Walk, input: Any, other: Any, **scales: Any) -> list[Axis]:
                 if len(dims) == 1 and walk.is_vector(bias):
                     walk.use(bias, "added", dims[0])
     return total(walk, [input, other], len(walk.shape))
+
+
+@leaves(LINEAR)
+@reads_shapes
+def between(walk: Walk, input: Traced, end: Traced, weight: Any) -> list[Axis]:
+    """``lerp``: a mean of two tensors, weighted by a number, or unit by unit."""
+    axes = total(walk, [input, end], len(walk.shape))
+    if isinstance(weight, Traced):
+        axes = broadcast(walk, [Traced(tuple(axes)), weight], len(axes))
+        for dim in range(-len(weight.axes), 0):
+            if not has_one_value(weight, dim):
+                walk.lower(axes[dim], PERMUTATION, "weighted unit by unit")
+    return axes
 
 
 @leaves(LINEAR)
@@ -274,6 +288,7 @@ RULES = table(
         same: "clone contiguous detach alias to _to_copy type_as dropout feature_dropout alpha_dropout "
         "feature_alpha_dropout lift_fresh lift_fresh_copy positive resolve_conj resolve_neg _conj _neg_view",
         add: "add sub rsub subtract",
+        between: "lerp",
         opposite: "neg negative",
         multiply: "mul multiply",
         divide: "div divide true_divide",
