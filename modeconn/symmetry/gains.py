@@ -223,11 +223,8 @@ def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> Iterator[tup
         gain = read(fold.gain) + fold.offset
         if not (gain.is_meta or bool(torch.isfinite(gain).all())):
             raise ValueError(f"the gain '{fold.gain}' holds NaN or infinite entries, so it cannot be folded.")
-        if (
-            not gain.is_meta
-            and bool((gain == 1).all())
-            and (fold.bias is None or not fold.shifts or not read(fold.bias).any())
-        ):
+        needs_no_shift = fold.bias is None or not fold.shifts
+        if not gain.is_meta and bool((gain == 1).all()) and (needs_no_shift or not read(fold.bias).any()):
             continue
         vector = gain.flatten()
         if fold.bias is not None:
