@@ -157,6 +157,8 @@ def decompose(node: Node) -> Any:
     if not isinstance(node.target, torch._ops.OpOverload):
         return None
     leaves, structure = pytree.tree_flatten((tuple(node.args), dict(node.kwargs)))
+    if any(isinstance(leaf, torch.fx.Node) and "val" not in leaf.meta for leaf in leaves):
+        return None  # it reads an object that is no tensor, such as the packed weights of a quantised layer
     leaves = [value(leaf) for leaf in leaves]
     places = [i for i, leaf in enumerate(leaves) if isinstance(leaf, Tensor)]
 

@@ -1111,3 +1111,10 @@ def test_keys_and_values_may_serve_different_numbers_of_query_heads() -> None:
     spec = discover(model, x)
     assert sorted(group.shape for group in spec.groups) == [(2,), (2, 2), (2, 2, 3), (2, 3)]
     assert spec.verify(model, x) < 1e-12 and largest_change(spec, model, x) < 1e-12
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_packed_weights_that_are_no_tensors_leave_units_in_place():
+    net = nn.Sequential(nn.Linear(6, 8), nn.ReLU(), nn.Linear(8, 3))
+    packed = torch.ao.quantization.quantize_dynamic(net, {nn.Linear}, torch.qint8)
+    assert not modeconn.discover(packed, torch.randn(2, 6)).groups
