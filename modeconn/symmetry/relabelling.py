@@ -146,7 +146,9 @@ class Relabelling(ABC):
             if found is None:
                 raise ValueError("it says that there is no relabelling in it, so it is damaged. Write it again.")
         if cls is not Relabelling and found.kind != cls.kind:
-            raise ValueError(f"{os.fspath(path)!r} is of the kind {found.kind}, not a {cls.kind}.")
+            raise ValueError(
+                f"{os.fspath(path)!r} is of the kind {found.kind}, not {cls.kind}: use {type(found).__name__}.load."
+            )
         provenance.keep(found, about.get(provenance.ATTRIBUTE))
         return found
 

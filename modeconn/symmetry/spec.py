@@ -705,9 +705,10 @@ def _check_names(spec: PermutationSpec, elements: Mapping[str, Tensor], what: st
     """Raise a ValueError unless there is one element for each group of a spec, and no other."""
     names = {group.name for group in spec.groups}
     if names != elements.keys():
-        odd = sorted(names ^ elements.keys())[0]
-        problem = f"is missing from the {what}" if odd in names else "is no group of this spec"
-        raise ValueError(f"group '{odd}' {problem}.")
+        unknown, missing = sorted(elements.keys() - names), sorted(names - elements.keys())
+        if unknown:
+            raise ValueError(f"group '{unknown[0]}' is no group of this spec.")
+        raise ValueError(f"group '{missing[0]}' is missing from the {what}.")
 
 
 def _check_perm(group: Group, perm: Tensor) -> None:

@@ -164,7 +164,7 @@ def test_files_hold_it_and_take_part_in_commands(spec, tmp_path):
     assert same(Relabelling.load(tmp_path / "p").apply(model), p.apply(model))
     found = CliRunner().invoke(app, ["info", str(tmp_path / "p")])
     assert found.exit_code == 0 and "signed permutation" in found.stdout and "6 units" in found.stdout
-    with pytest.raises(ValueError, match="is of the kind signed permutation, not a permutation"):
+    with pytest.raises(ValueError, match=r"is of the kind signed permutation, not permutation: use Signed\.load"):
         Permutation.load(tmp_path / "p")
     given = modeconn.fit_curve(network(1), model, loader(), align=Relabelling.load(tmp_path / "p"), recipe=Recipe(1))
     assert same(given.model_at(1), p.apply(model))

@@ -181,6 +181,21 @@ def test_what_is_linear_keeps_rotations(forward, kind):
         assert torch.allclose(net(inputs), other(inputs), rtol=1e-9, atol=1e-9)
 
 
+@pytest.mark.parametrize("affine", [True, False])
+@pytest.mark.parametrize("groups", [1, 2])
+def test_channels_of_one_group_rotate(groups, affine):
+    torch.manual_seed(0)
+    norm = nn.GroupNorm(groups, WIDTH, affine=affine)
+    net = nn.Sequential(nn.Conv2d(3, WIDTH, 2), norm, nn.AvgPool2d(2), nn.Conv2d(WIDTH, 3, 1)).double().eval()
+    for parameter in norm.parameters():
+        nn.init.uniform_(parameter, 0.5, 1.5)
+    images = torch.randn(2, 3, 9, 9, dtype=torch.float64)
+    spec = modeconn.discover(net, images, symmetries="orthogonal")
+    assert {group.kind.name for group in spec.groups} == {"orthogonal-ones" if groups == 1 else "permutation"}
+    assert spec.verify(net, images) < 1e-9
+    assert torch.allclose(spec.random().apply(net)(images), net(images), rtol=1e-9, atol=1e-9)
+
+
 def test_nothing_is_folded_into_frozen_parameters():
     net = Net(lambda m, x: m.last(m.norm(m.first(x)))).eval()
     inputs = torch.randn(2, 5, WIDTH, dtype=torch.float64)

@@ -112,7 +112,7 @@ def test_files_keep_relabelling_and_spec(grouped, tmp_path):
     assert read == spec and read.folds == spec.folds and read.symmetries == "orthogonal"
     assert [group.kind for group in read.groups] == [group.kind for group in spec.groups]
     assert modeconn.symmetry.report.SymmetryReport.from_json(spec.report().to_json()).dimension == spec.dimension > 0
-    with pytest.raises(ValueError, match="is of the kind orthogonal, not a permutation"):
+    with pytest.raises(ValueError, match=r"is of the kind orthogonal, not permutation: use Orthogonal\.load"):
         modeconn.Permutation.load(tmp_path / "r.safetensors")
 
 

@@ -91,10 +91,19 @@ def _normalized(
     return list(input.axes)
 
 
+@leaves(LINEAR)
 def group_norm(
     walk: Walk, input: Traced, num_groups: int, weight: Traced | None = None, bias: Traced | None = None, *settings: Any
 ) -> list[Axis]:
-    """Statistics per example and group of neighbouring channels."""
+    """Statistics per example and group of neighbouring channels; of one group, layer norm over channels and places."""
+    if num_groups == 1:
+        walk.lower(input.axes[0], PERMUTATION, "normalized by itself")
+        for axis in input.axes[1:]:
+            walk.lower(axis, ORTHOGONAL_ONES, "its mean and variance are read")
+        walk.show(input.axes[:1])
+        return list(input.axes) if weight is None else input.replace({1: walk.scale(input.axes[1], weight, bias)})
+    for axis in input.axes:
+        walk.lower(axis, PERMUTATION, "normalized in groups")
     for scale in (weight, bias):
         if scale is not None:
             walk.unify(input.axes[1], scale.axes[0])
