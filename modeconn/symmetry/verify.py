@@ -453,9 +453,9 @@ def _tensors(x: Any, y: Any, axes: Any) -> Iterator[tuple[Tensor, Tensor, Any]]:
 def _relative(expected: Tensor, actual: Tensor, scale: float) -> float:
     """Return the largest difference in standard deviations of the tensor; infinite values must be the same.
 
-    One that hardly varies is measured against a thousandth of its own size, whose rounding it holds: the mean square of
-    what was normalised before. It is also measured against ``scale``, the size of what it was computed from: the mean
-    of something centred is nothing but rounding.
+    A tensor of equal entries is measured against its own size. One that hardly varies is measured against a thousandth
+    of its size, whose rounding it holds: the mean square of what was normalised before; and against ``scale``, the size
+    of what it was computed from: the mean of something centred is nothing but rounding.
     """
     difference = float((expected - actual).abs().max())
     if not math.isfinite(difference):
@@ -468,7 +468,8 @@ def _relative(expected: Tensor, actual: Tensor, scale: float) -> float:
         return 0.0
     size = float(expected.abs().max())
     spread = float(expected.std()) if expected.numel() > 1 else 0.0
-    return difference / max(spread, 1e-3 * size, 1e-6 * scale, 1e-300)
+    spread = max(spread, 1e-3 * size) if spread > 1e-9 * size else size
+    return difference / max(spread, 1e-6 * scale, 1e-300)
 
 
 def _is_tensor(axes: Any) -> bool:

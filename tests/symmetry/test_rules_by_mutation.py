@@ -199,6 +199,7 @@ OPERATORS: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
     "bags": lambda h, w: F.embedding_bag(torch.tensor([[0, 2], [1, 1]]), w) * h[:, 0],
     "bags of maxima": lambda h, w: F.embedding_bag(torch.tensor([[0, 2], [1, 1]]), w, mode="max") * h[:, 0],
     "reflections": lambda h, w: torch.linalg.householder_product(h.mT, w[:2, :4].sigmoid()).mT * w,
+    "mean by weights": lambda h, w: torch.lerp(h.tanh(), h.exp(), w.sigmoid()) + torch.lerp(h, h.cos(), 0.3),
     "select": lambda h, w: h.index_select(1, ORDER) * w,
     "select what is computed": lambda h, w: h.index_select(1, ORDER + (w.sum() > 99)) * w,
     "index": lambda h, w: h[:, ORDER] * w,
