@@ -65,7 +65,7 @@ Known = Callable[["Node"], Tensor | None]
 """Returns the entries of a tensor that no weight and no input decides, None for all others."""
 
 
-def cut_before_views(graph: Any, live: Sequence[Node], known: Known) -> bool:
+def cut_before_views(graph: Any, live: Sequence[Node], known: Known, rely_on: Callable[[Node], None]) -> bool:
     """Cut pieces before the views from which a graph cuts them, and return whether there were any.
 
     Views stay as they are if anything but a cut along one dimension reads them, if that dimension is no part of a
@@ -75,6 +75,7 @@ def cut_before_views(graph: Any, live: Sequence[Node], known: Known) -> bool:
         graph: What an export or a recording made; it is changed.
         live: Its nodes that count; what else reads a view is left as it is.
         known: Returns the entries of tensors that are known.
+        rely_on: Called with each tensor whose entries decided what was cut.
     """
     changed, counted = False, set(live)
     for view in [node for node in live if node.target in _VIEWS]:
@@ -85,7 +86,11 @@ def cut_before_views(graph: Any, live: Sequence[Node], known: Known) -> bool:
         end = _end_of_run(view.args[0].meta["val"].shape, view.meta["val"].shape, cuts[0].dim)
         if end is None or not any(1 < cut.stop - cut.start < size for cut in cuts):
             continue
-        changed |= _rewrite(graph, view, cuts, end)
+        if _rewrite(graph, view, cuts, end):
+            changed = True
+            for index in [i for cut in cuts if cut.node.target is aten.index.Tensor for i in cut.node.args[1]]:
+                if index is not None:
+                    rely_on(index)
     return changed
 
 

@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from modeconn.network.copies import in_one_storage, untied_copy
 from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.axes import Axis, atoms_of, expand
-from modeconn.symmetry.export import ExportError, export
+from modeconn.symmetry.export import WHOLE, ExportError, export
 from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
 from modeconn.symmetry.gains import Fold, Known, judged
 from modeconn.symmetry.graph import Example, Graph
@@ -89,9 +89,9 @@ def explore(
     example = example_for(model, example_input)
     model = untied_copy(model) if untie else model
     outputs = Outputs.of(outputs)
-    graphs = [export(model, example, training=False, outputs=outputs)]
+    graphs = [export(model, example, training=False, outputs=outputs, freeze=freeze)]
     try:
-        graphs.append(export(model, example, training=True, outputs=outputs))
+        graphs.append(export(model, example, training=True, outputs=outputs, freeze=freeze))
     except ExportError as error:
         warn(f"{error} The groups hold for eval mode only.")
     is_of_one_path = any(graph.is_recorded for graph in graphs)
@@ -173,6 +173,7 @@ class Exploration(Walk):
         super().__init__(top if top is PERMUTATION else LINEAR)
         self._largest = top
         self._untouchable: dict[str, str] = {}  # parameters that nothing may be folded into, and why
+        self._whole = {name: x for name, x in model.named_buffers(remove_duplicate=False) if x.dtype in WHOLE}
         self._first_name: dict[str, str] = {}  # the first name of each tensor of the state, by all of its names
         self._aliases: dict[str, list[str]] = {}  # all names of each tensor of the state, by the first
         self._rules = rules
@@ -231,10 +232,13 @@ class Exploration(Walk):
                 self.fix(axis, _OVERLAP)
 
     def freeze(self, patterns: Sequence[str]) -> None:
-        """Fix the parameters and buffers that match a name or pattern."""
+        """Fix the parameters and buffers that match a name or pattern; of whole numbers, units that are read by them.
+
+        These are fixed where no value is known, as `explore` sees to.
+        """
         for pattern in patterns:
             names = [name for name in self.state if fnmatch.fnmatchcase(name, pattern)]
-            if not names:
+            if not names and not any(fnmatch.fnmatchcase(name, pattern) for name in self._whole):
                 raise ValueError(
                     f"freeze={pattern!r} matches no parameter or buffer. The model has {_some(self.state)}."
                 )
@@ -421,6 +425,11 @@ class Exploration(Walk):
         """Return the entries of a small tensor that no weight and no input decides, None of all others."""
         return None if tensor.node is None else self._graphs[-1].known(tensor.node)
 
+    def rely_on(self, tensor: Traced) -> None:
+        """Note that what is found holds where a tensor has the entries that `values` returned."""
+        if tensor.node is not None:
+            self._graphs[-1].rely_on(tensor.node)
+
     def _rule_for(self, target: Any) -> Rule | None:
         packet = getattr(target, "overloadpacket", None)
         name = getattr(packet, "_qualified_op_name", None)
@@ -534,10 +543,16 @@ class Exploration(Walk):
             unknown=tuple(self._costs()),
             traces=tuple(self._trace(i, structure) for i in range(len(self._graphs))),
             costs_of_outputs=self._costs_of_outputs(),
+            positions=self._relied_on(),
             tied=tuple(tuple(names) for names in self._aliases.values() if len(names) > 1),
             folds=tuple(folds),
             limited=self._limited(state, structure),
         )
+
+    def _relied_on(self) -> dict[str, tuple[int, ...]]:
+        """Return what the buffers hold by which units were told apart."""
+        names = sorted({name for graph in self._graphs for name in graph.relied_on})
+        return {name: tuple(self._whole[name].flatten().tolist()) for name in names}
 
     def _fold_gains(self) -> list[Fold]:
         """Let scaled units be the units that they were: of gains that can be folded nothing is left, others lower."""

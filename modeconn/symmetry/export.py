@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import copy
 import enum
+import fnmatch
 import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
 from typing import Any
 
@@ -38,16 +39,25 @@ class UnreadableOutput(TypeError):
     """Something among the outputs in which no tensors can be found, such as a function."""
 
 
-def export(model: nn.Module, example: Example, *, training: bool, outputs: Outputs = ALL) -> Graph:
+def export(
+    model: nn.Module,
+    example: Example,
+    *,
+    training: bool,
+    outputs: Outputs = ALL,
+    freeze: Sequence[str] = (),
+) -> Graph:
     """Export a model in one mode, with a free batch size where it allows one.
 
     The model is not changed: a copy that shares its tensors is traced, and fake tensors stand in for them. What it
-    computes for other ``outputs`` than those that count is not in the graph.
+    computes for other ``outputs`` than those that count is not in the graph. Saved buffers of whole numbers are
+    read as a part of the architecture, but for those that match a name or pattern of ``freeze``.
 
     Raises:
         ValueError: If the model cannot run on the example, or cannot be exported.
     """
     check_no_inference(model)
+    positions = _positions(model, freeze)
     shadow = _shadow(model).train(training)
     for module in shadow.modules():
         if isinstance(module, _NormBase) and module.momentum is None:
@@ -57,10 +67,10 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with preserved(device if device.type != "meta" else "cpu"), _traceable():  # a model may seed generators itself
         try:
-            graph = _exported(shadow, example, training)
+            graph = _exported(shadow, example, training, positions)
         except Exception as error:
-            graph = None if _is_about_values(error) else _without_gradients(shadow, example, training)
-            graph = graph or _recorded(shadow, example, training)
+            graph = None if _is_about_values(error) else _without_gradients(shadow, example, training, positions)
+            graph = graph or _recorded(shadow, example, training, positions)
             if graph is None:
                 raise _export_error(model, example, training, outputs, error) from error
     if not (outputs.are_all or graph.outputs):
@@ -71,18 +81,31 @@ def export(model: nn.Module, example: Example, *, training: bool, outputs: Outpu
     return graph
 
 
-def _exported(model: nn.Module, example: Example, training: bool) -> Graph:
+def _positions(model: nn.Module, freeze: Sequence[str]) -> dict[str, Tensor]:
+    saved = set(model.state_dict(keep_vars=True))
+    return {
+        name: buffer.detach()
+        for name, buffer in model.named_buffers(remove_duplicate=False)
+        if name in saved and buffer.dtype in WHOLE and not any(fnmatch.fnmatchcase(name, each) for each in freeze)
+    }
+
+
+WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+"""Types of tensors that may hold positions."""
+
+
+def _exported(model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor]) -> Graph:
     batched = example.with_batch_of_two()
     if batched is None:
-        return Graph(_export(model, example, None), training)
+        return Graph(_export(model, example, None), training, positions)
     why = "it becomes a number on the way"
     try:
-        graph = Graph(_export(model, batched, _free_first_dims(model, batched)), training)
+        graph = Graph(_export(model, batched, _free_first_dims(model, batched)), training, positions)
         if graph.free_batch:
             return graph
     except Exception as error:  # what is wrong with one of any size shows without it too
         why = first_line(error)
-    graph = Graph(_export(model, example, None), training)
+    graph = Graph(_export(model, example, None), training, positions)
     graph.why_batch_is_fixed = why
     _LOGGER.info("the batch size of %s is that of the example: %s", type(model).__name__, why)
     return graph
@@ -93,11 +116,13 @@ def _is_about_values(error: Exception) -> bool:
     return "DataDependent" in type(error).__name__
 
 
-def _without_gradients(model: nn.Module, example: Example, training: bool) -> Graph | None:
+def _without_gradients(
+    model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor]
+) -> Graph | None:
     """Export a model of operators that have no gradients here, as flex_attention on the CPU; None if it is not that."""
     try:
         with torch.no_grad():
-            return _exported(model, example, training)
+            return _exported(model, example, training, positions)
     except Exception as error:
         _LOGGER.debug("%s cannot be exported without gradients: %s", type(model).__name__, first_line(error))
         return None
@@ -109,7 +134,7 @@ def _export(model: nn.Module, example: Example, shapes: Any) -> Program:
     return _of_export(export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False))
 
 
-def _recorded(model: nn.Module, example: Example, training: bool) -> Graph | None:
+def _recorded(model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor]) -> Graph | None:
     """Return the graph of one run of a model that export cannot follow, None if it cannot be recorded either."""
     device = next((t.device for t in (*model.parameters(), *model.buffers(), *example.tensors())), None)
     if device is not None and device.type == "meta":
@@ -119,7 +144,7 @@ def _recorded(model: nn.Module, example: Example, training: bool) -> Graph | Non
         try:
             with seeded(0, device or torch.device("cpu")):
                 found = record(model, example.args, example.kwargs, as_called=as_called)
-            graph = Graph(_of_recording(model, found), training)
+            graph = Graph(_of_recording(model, found), training, positions)
         except Exception as error:  # tracing raises errors of many types
             _LOGGER.debug("%s cannot be recorded: %s", type(model).__name__, first_line(error))
             continue

@@ -139,18 +139,26 @@ class Graph:
         free_batch: Whether it runs for any batch size, or only for that of the example.
         is_recorded: Whether it is of one run, and so of one path through the model.
         why_batch_is_fixed: Why the batch size is that of the example, where that could have been another.
+        relied_on: Names of the saved buffers whose values decided what is in the graph, or what was found in it.
+
+    Args:
+        program: What was exported or recorded.
+        training: The mode.
+        positions: Saved buffers of whole numbers that may be taken for constants, by name.
     """
 
-    def __init__(self, program: Program, training: bool) -> None:
+    def __init__(self, program: Program, training: bool, positions: Mapping[str, Tensor]) -> None:
         self.training = training
         self.why_batch_is_fixed: str | None = None
         self.is_recorded = program.is_recorded
         self._program = program
         self.state = program.state
         self._known: dict[Node, Tensor | None] = {}
+        self._positions = positions
+        self.relied_on: set[str] = set()
         graph = inlined(program.module)
         self._read(graph)
-        if cut_before_views(graph, self.nodes, self.known):
+        if cut_before_views(graph, self.nodes, self.known, self.rely_on):
             self._read(graph)
         (returned,) = self.nodes[-1].args
         self.outputs: dict[str, str] = {}
@@ -269,11 +277,22 @@ class Graph:
         return self._program.constants.get(source.name) if source.kind == "constant" else None
 
     def known(self, node: Node) -> Tensor | None:
-        """Return the value of a node that is small, and made of constants alone; None for all others."""
+        """Return the value of a node that is small, and made of constants alone; None for all others.
+
+        Saved buffers of whole numbers count as constants: what is decided by such a value is told to `rely_on`.
+        """
         if node not in self._known:
             value = self._value_of_constants(node)
             self._known[node] = None if value is None or value.is_meta else value.cpu()
         return self._known[node]
+
+    def rely_on(self, node: Node) -> None:
+        """Note that what is found holds for networks whose buffers hold what a known node is made of."""
+        source = self.state.get(node.name)
+        if source is not None and source.kind == "buffer":
+            self.relied_on.add(source.name)
+        for given in node.all_input_nodes:
+            self.rely_on(given)
 
     def _value_of_constants(self, node: Node) -> Tensor | None:
         made = node.meta.get("val")
@@ -283,6 +302,8 @@ class Graph:
             return None
         if node.op == "placeholder":
             source = self.state.get(node.name)
+            if source is not None and source.kind == "buffer":
+                return self._positions.get(source.name)
             return None if source is None else self.constant(source)
         tags = getattr(node.target, "tags", ())
         if node.op != "call_function" or _schema(node) is None or torch.Tag.nondeterministic_seeded in tags:

@@ -55,6 +55,8 @@ class PermutationSpec(Findings):
         costs_of_outputs: How many hidden units outputs but the first keep fixed, by output; empty for a loaded spec.
         symmetries: The largest kind of group that `modeconn.discover` was asked for.
         untied: Whether the groups are those of networks in which tied parameters have a tensor for each of their names.
+        positions: Buffers of whole numbers by which units are read, and what they hold: those of every network that
+            the groups are of hold the same.
         folds: Gains that are ones in the networks that the groups are of, and what takes them up.
         limited: Why the group on each axis that moves is no larger than it is, by name.
         freeze: What `modeconn.discover` was told to leave fixed.
@@ -210,6 +212,20 @@ class PermutationSpec(Findings):
                 )
         if self.tied is not None and not self.untied:
             self._check_ties(tensors)
+        for name, positions in self.positions.items():
+            self._check_positions(name, positions, tensors)
+
+    def _check_positions(self, name: str, positions: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError if a buffer by which units are read holds other positions than it did."""
+        if name not in tensors:
+            raise ValueError(f"this spec is of another model: it has no buffer '{name}', by which units were read.")
+        if tensors[name].is_meta or tensors[name].flatten().tolist() == list(positions):
+            return
+        raise ValueError(
+            f"this spec is of another model: the buffer '{name}', by which units are read, holds other positions "
+            f"than in the model that the spec was found in. Pass freeze=['{name}'] to discover, which leaves the units "
+            f"that it tells apart in place, and align with that spec."
+        )
 
     def _check_ties(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise a ValueError if names are one tensor here that may move in different ways, as they were two before."""
@@ -375,11 +391,12 @@ class PermutationSpec(Findings):
         )
 
     def _beyond_permutations(self) -> dict[str, Any]:
-        """Return what specs of permutations alone do not say, so that versions that know no others can read them."""
-        if self.symmetries == "permutation" and not self.untied:
+        """Return what versions that know permutations alone cannot read; nothing where there is nothing of it."""
+        if self.symmetries == "permutation" and not self.untied and not self.positions:
             return {}
         return {
             "format": FORMAT + 1,
+            "positions": dict(self.positions),
             "symmetries": self.symmetries,
             "untied": self.untied,
             "folds": to_plain(self.folds),
@@ -411,6 +428,8 @@ class PermutationSpec(Findings):
             more["symmetries"], more["untied"] = data.get("symmetries", "permutation"), bool(data.get("untied", False))
             tied = data.get("tied")  # older files do not say it
             more["tied"] = None if tied is None else tuple(tuple(map(str, names)) for names in tied)
+            read_by = data.get("positions", {})
+            more["positions"] = {str(name): tuple(map(int, held)) for name, held in read_by.items()}
             more["folds"] = from_plain(data.get("folds", ()))
             more["limited"] = {name: tuple(why) for name, why in data.get("limited", {}).items()}
             found = cls(structure, state, fixed, tuple(data["unread"]), unknown, **more)

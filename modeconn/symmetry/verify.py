@@ -41,6 +41,7 @@ class Provable(Protocol):
     outputs: Outputs
     one_path: bool
     untied: bool
+    freeze: tuple[str, ...]
     folds: tuple[Fold, ...]
 
     @property
@@ -112,7 +113,7 @@ def verify(
     spec = spec.with_traces(model, given)
     model = untied_copy(model) if spec.untied else model
     traces = spec.traces
-    _check_function(traces, model, given, spec.outputs)
+    _check_function(spec, model, given)
     _check_outputs(spec)
     generator = torch.Generator().manual_seed(seed)
     if spec.one_path:
@@ -179,12 +180,13 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: x.double() if x.is_floating_point() else x.clone() for name, x in tensors.items()}
 
 
-def _check_function(traces: Sequence[Trace], model: nn.Module, example: Example, outputs: Outputs) -> None:
+def _check_function(spec: Provable, model: nn.Module, example: Example) -> None:
     """Raise a ValueError unless the graphs are those of this model: found in it, or the same as its own."""
-    graphs = [trace.graph for trace in traces if trace.model() is not model]
+    graphs = [trace.graph for trace in spec.traces if trace.model() is not model]
     written = {name for graph in graphs for name in graph.written_state}
     for graph in graphs:
-        if not export(model, example, training=graph.training, outputs=outputs).is_like(graph, written):
+        own = export(model, example, training=graph.training, outputs=spec.outputs, freeze=spec.freeze)
+        if not own.is_like(graph, written):
             raise ValueError(
                 f"this spec is of another model: {type(model).__name__} does not compute what the model does in which "
                 f"the spec was found. Call discover on it."

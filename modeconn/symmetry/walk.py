@@ -244,8 +244,14 @@ class Walk(Space):
         return after
 
     def values(self, tensor: Traced) -> torch.Tensor | None:
-        """Return the entries of a small tensor that no weight and no input decides, None of all others."""
+        """Return the entries of a small tensor that no weight and no input decides, None of all others.
+
+        Rules that decide something by them say so by `rely_on`.
+        """
         return None
+
+    def rely_on(self, tensor: Traced) -> None:
+        """Note that what is found holds where a tensor has the entries that `values` returned."""
 
     def dtype(self, tensor: Traced) -> torch.dtype | None:
         """Return the type of a tensor of the graph."""

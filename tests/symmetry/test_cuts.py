@@ -26,7 +26,7 @@ def rewritten(function: Callable[[Tensor], Any], x: Tensor) -> tuple[Any, bool]:
             node = node.args[0]
         return getattr(traced, node.target) if node.op == "get_attr" else None
 
-    changed = cut_before_views(traced.graph, list(traced.graph.nodes), known)
+    changed = cut_before_views(traced.graph, list(traced.graph.nodes), known, lambda index: None)
     traced.graph.lint()
     traced.recompile()
     return traced, changed

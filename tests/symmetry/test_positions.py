@@ -1,0 +1,131 @@
+"""Units that are read by the positions that a buffer holds, as pruned networks keep them."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import modeconn
+from modeconn import PermutationSpec, WeightMatching
+
+
+class Pruned(nn.Module):
+    """A perceptron of which a second layer reads a few hidden units by number: of a buffer, or written in the model."""
+
+    def __init__(self, positions: list[int], where: str = "buffer", width: int = 12) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head, self.side = nn.Linear(4, width), nn.Linear(width, 3), nn.Linear(len(positions), 3)
+        self.written = positions if where == "written" else None
+        if self.written is None:
+            self.register_buffer("picked", torch.tensor(positions), persistent=where == "buffer")
+
+    def forward(self, x: Tensor) -> Tensor:
+        h = self.stem(x).relu()
+        return self.head(h) + self.side(h[:, self.written or self.picked])
+
+
+class Cut(nn.Module):
+    """Heads cut out of a view by positions: one query of two heads, and one key."""
+
+    def __init__(self, where: str, queries: tuple[int, int] = (0, 1)) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.project, self.out = nn.Linear(5, 9), nn.Linear(6, 2)
+        self.register_buffer("queries", torch.tensor(queries), persistent=where == "buffer")
+
+    def forward(self, x: Tensor) -> Tensor:
+        heads = self.project(x).view(-1, 3, 3)
+        return self.out((heads[:, self.queries] * heads[:, [2]].sum(-1, keepdim=True)).flatten(1))
+
+
+X = torch.rand(5, 4, generator=torch.Generator().manual_seed(0))
+EVEN, ODD = [0, 2, 4, 6, 8, 10], [1, 3, 5, 7, 9, 11]
+
+
+def groups(spec: PermutationSpec) -> list[tuple]:
+    """Return what moves, and where."""
+    return [(group.shape, group.places) for group in spec.groups]
+
+
+@settings(deadline=None, max_examples=15)
+@given(st.lists(st.integers(-12, 11), min_size=1, max_size=8, unique_by=lambda at: at % 12))
+def test_positions_of_a_buffer_are_those_written_in_the_model(positions):
+    kept, written = Pruned(positions), Pruned(positions, "written")
+    spec = modeconn.discover(kept, X)
+    assert groups(spec) == groups(modeconn.discover(written, X)) == groups(modeconn.discover(Pruned(positions, ""), X))
+    assert spec.verify(kept, X) < 1e-9
+    torch.testing.assert_close(spec.random(torch.Generator().manual_seed(0)).apply(kept)(X), kept(X))
+    assert spec.positions == ({"picked": tuple(positions)} if groups(spec) else spec.positions)
+
+
+def test_a_planted_permutation_is_found():
+    model = Pruned(EVEN)
+    spec = modeconn.discover(model, X)
+    assert [group.shape for group in spec.groups] == [(6,), (6,)]
+    planted = spec.random(torch.Generator().manual_seed(1))
+    assert modeconn.align(model, planted.apply(model), method=WeightMatching(), spec=spec).permutation == (
+        planted.inverse()
+    )
+
+
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda spec, other: spec.random().apply(other),
+        lambda spec, other: spec.verify(other, X),
+        lambda spec, other: modeconn.align(Pruned(EVEN), other, method=WeightMatching(), spec=spec),
+        lambda spec, other: PermutationSpec.from_json(spec.to_json()).random().apply(other),
+    ],
+    ids=["apply", "verify", "align", "apply from a file"],
+)
+def test_a_network_that_reads_others_is_refused(call):
+    spec = modeconn.discover(Pruned(EVEN), X)
+    with pytest.raises(ValueError, match=r"'picked', by which units are read, holds other .* freeze=\['picked'\]"):
+        call(spec, Pruned(ODD))
+
+
+def test_units_stay_where_the_buffer_is_frozen_and_both_networks_are_then_of_one_spec():
+    spec = modeconn.discover(Pruned(EVEN), X, freeze=["picked"])
+    assert not spec.groups and not spec.positions
+    aligned = modeconn.align(Pruned(EVEN), Pruned(ODD), method=WeightMatching(), spec=spec)
+    torch.testing.assert_close(aligned.model_b(X), Pruned(ODD)(X))
+
+
+def test_a_file_holds_positions_in_the_newer_format_and_without_them_the_older():
+    for model, number in ((Pruned(EVEN), 1), (Pruned(EVEN, "written"), 0)):
+        spec = modeconn.discover(model, X)
+        assert f'"format": {modeconn.symmetry.spec.FORMAT + number}' in spec.to_json()
+        again = PermutationSpec.from_json(spec.to_json())
+        assert again == spec and again.positions == spec.positions and again.verify(model, X) < 1e-9
+
+
+def test_a_cut_by_a_buffer_is_one_by_a_constant_and_is_remembered():
+    x = torch.rand(4, 5)
+    kept, constant = (modeconn.discover(Cut(where), x) for where in ("buffer", ""))
+    assert groups(kept) == groups(constant) and kept.positions == {"queries": (0, 1)} and not constant.positions
+    assert kept.verify(Cut("buffer"), x) < 1e-9
+    with pytest.raises(ValueError, match="'queries', by which units are read"):
+        kept.random().apply(Cut("buffer", (1, 0)))
+
+
+def test_buffers_that_decide_nothing_may_differ():
+    """An embedding of positions by number: nothing that moves is told apart by them."""
+
+    class Positions(nn.Module):
+        def __init__(self, first: int) -> None:
+            super().__init__()
+            self.table, self.stem, self.head = nn.Embedding(9, 4), nn.Linear(4, 6), nn.Linear(6, 2)
+            self.register_buffer("ids", torch.arange(first, first + 3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x + self.table(self.ids)).relu())
+
+    x = torch.rand(2, 3, 4)
+    spec = modeconn.discover(Positions(0), x)
+    assert not spec.positions
+    other = Positions(5)
+    torch.testing.assert_close(spec.random().apply(other)(x), other(x))
