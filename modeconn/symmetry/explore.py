@@ -29,7 +29,7 @@ from modeconn.symmetry.rules.elementwise import pointwise
 from modeconn.symmetry.rules.operators import is_written, name_of
 from modeconn.symmetry.rules.ties import SAME_ENTRIES
 from modeconn.symmetry.structure import Structure, dependencies
-from modeconn.symmetry.walk import Rule, Traced, Use, Walk, traced_in
+from modeconn.symmetry.walk import Rule, Traced, Use, Walk, module_of, traced_in
 from modeconn.tools.progress import passing_bar
 from modeconn.tools.warn import warn
 
@@ -341,7 +341,7 @@ class Exploration(Walk):
         kind = getattr(rule, "leaves", PERMUTATION)
         if not all(out.is_floating_point() for out in outputs):
             kind = PERMUTATION
-        name = name_of(node.target) or _name_of(node.target)
+        name = _called(node)
         why = f"{name} acts on each unit by itself" if rule is pointwise else f"{name} has no rule for rotations"
         for tensor in () if kind is LINEAR else (*given, *traced_in(_leaves(made))):
             for axis in tensor.axes:
@@ -453,9 +453,7 @@ class Exploration(Walk):
         return None
 
     def _unknown_operator(self, node: Node, arguments: Any) -> list[list[Axis]]:
-        stack = node.meta.get("nn_module_stack") or {"": ("", "")}
-        module = list(stack.values())[-1][0]
-        known = _Unknown(_name_of(node.target), module)
+        known = _Unknown(_name_of(node.target), module_of(node))
         for tensor in traced_in(arguments):
             known.axes += [axis for axis in tensor.axes if not self.is_fixed(axis)]
         why = f"read by {known.operator}, which has no rule"
@@ -560,7 +558,9 @@ class Exploration(Walk):
             self.join_members(gain.before)
             self.join_members(gain.after)
         state = {first: self.state[first] for first in self._aliases}
-        known = Known(self, state, cache(self._uses_of), self._aliases, _made_by, self._untouchable)
+        model = self._model()
+        bound = {first for first, names in self._aliases.items() if len({_holder(model, name) for name in names}) == 1}
+        known = Known(self, state, cache(self._uses_of), self._aliases, bound, _made_by, self._untouchable)
         folds, refused = judged(self.gains, known)
         for gain in self.gains:
             self.unify(gain.after, gain.before)
@@ -573,8 +573,8 @@ class Exploration(Walk):
             self.lower(axis, self._largest, None)
         return folds
 
-    def _uses_of(self, name: str) -> list[Use] | None:
-        """Return what all operators that read a parameter do with it, None if some of them is no linear layer."""
+    def _uses_of(self, name: str) -> list[Use] | str:
+        """Return what all operators that read a parameter do with it, or by what it is read that is no linear layer."""
         found: list[Use] = []
         for graph in self._graphs:
             live = set(graph.nodes)
@@ -587,8 +587,10 @@ class Exploration(Walk):
                     found += uses
                     if uses:
                         continue
-                    if name_of(user.target) not in (*_VIEWS, "add") or user.name in graph.outputs:
-                        return None
+                    if user.name in graph.outputs:
+                        return "is also an output of the model"
+                    if name_of(user.target) not in (*_VIEWS, "add"):
+                        return f"is also read by {_place_of(user)}"
                     waiting.append(user)
         return found
 
@@ -751,6 +753,21 @@ def _name_of(target: Any) -> str:
     if isinstance(target, torch._ops.OperatorBase):
         return str(target)
     return f"{getattr(target, '__module__', '')}.{getattr(target, '__qualname__', type(target).__qualname__)}"
+
+
+def _called(node: Node) -> str:
+    """Return what users call an operator."""
+    return name_of(node.target) or _name_of(node.target)
+
+
+def _place_of(node: Node) -> str:
+    """Return an operator and the module that calls it, in words."""
+    return f"{_called(node)} {module_of(node, in_words=True)}"
+
+
+def _holder(model: nn.Module, name: str) -> int:
+    """Return the identity of the module that holds a tensor, which has several names where its module has."""
+    return id(model.get_submodule(name.rpartition(".")[0]))
 
 
 def _without_node(value: Any) -> Any:

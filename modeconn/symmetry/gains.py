@@ -63,16 +63,19 @@ class Known:
     Args:
         space: All atoms.
         state: The axes of each parameter and saved buffer, each tensor once.
-        uses: Returns what all operators that read a parameter do with it, None if some of them is no linear layer.
+        uses: Returns what all operators that read a parameter do with it, or in words what else is done with it, if
+            some of them is no linear layer.
         aliases: All names of a tensor, by the one in ``state``.
+        bound: Names in ``state`` of tensors that have several because the module that holds them has.
         made_by: Returns the operator whose entries a tensor holds, as they are but for their arrangement.
         untouchable: Parameters that nothing may be folded into, and why.
     """
 
     space: Space
     state: Mapping[str, tuple[Axis, ...]]
-    uses: Callable[[str], list[Use] | None]
+    uses: Callable[[str], list[Use] | str]
     aliases: Mapping[str, Sequence[str]]
+    bound: Set[str]
     made_by: Callable[[Node | None], Node | None]
     untouchable: Mapping[str, str]
 
@@ -110,7 +113,9 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
     if any(space.normal(getattr(other, other_end)) == axis for other in gains):
         return "another gain scales the same units once more"
     of_gain = known.uses(gain.name)
-    if of_gain is None or not all(use.role == "gain" and use.axis in {g.after for g in alike} for use in of_gain):
+    if isinstance(of_gain, str) or not all(
+        use.role == "gain" and use.axis in {g.after for g in alike} for use in of_gain
+    ):
         return _read_otherwise(gain.name, known)
     own = {gain.bias: "gain"} if role == "contracted" else {}
     into: list[Place] = []
@@ -123,8 +128,10 @@ def _absorbed(gain: Gain, gains: Sequence[Gain], known: Known, role: Role) -> Fo
         wanted = {own[name]} if name in own else {role, "added" if role == "contracted" else "bias"}
         found, here = known.uses(name), []
         starts = _starts(axis, space.normal(axes[dims[0]]), space)
-        if found is None or len(dims) > 1 or not starts:
+        if isinstance(found, str):
             return _read_otherwise(name, known)
+        if len(dims) > 1 or not starts:
+            return f"'{name}' holds the units twice" if len(dims) > 1 else f"'{name}' holds them cut into parts"
         here = [use for use in found if space.normal(use.axis) == space.normal(axes[dims[0]])]
         if not {use.role for use in here} <= wanted or (len(starts) > 1 and role == "made"):
             return _read_otherwise(name, known)
@@ -173,9 +180,12 @@ def _num_readers(uses: Sequence[Use]) -> int:
 
 def _read_otherwise(name: str, known: Known) -> str:
     names = known.aliases.get(name, (name,))
+    if len(names) > 1 and name in known.bound:
+        return f"'{names[0]}' and '{names[1]}' are one, as a module has two names"
     if len(names) > 1:
         return f"'{names[0]}' is tied to '{names[1]}': untie=True gives each a copy of its own"
-    return f"'{name}' is also read in another way"
+    found = known.uses(name)
+    return f"'{name}' {found if isinstance(found, str) else 'is also read by a layer that does not take it up'}"
 
 
 def _shifts(norms: Set[Node], into: Sequence[Place], uses: Sequence[Use], known: Known) -> tuple[str, ...]:
@@ -193,7 +203,7 @@ def _shifts(norms: Set[Node], into: Sequence[Place], uses: Sequence[Use], known:
             return ()
         found = known.uses(bias)
         readers = {use.reader for use in uses if use.name == name}
-        if len(known.state[name]) != 2 or found is None or {use.reader for use in found} != readers:
+        if len(known.state[name]) != 2 or isinstance(found, str) or {use.reader for use in found} != readers:
             return ()
         if {use.role for use in found} != {"bias"}:
             return ()

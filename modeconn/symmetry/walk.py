@@ -104,6 +104,14 @@ class Gain:
     node: Node
 
 
+def module_of(node: Node, *, in_words: bool = False) -> str:
+    """Return the name of the module in which an operator is called."""
+    name = list((node.meta.get("nn_module_stack") or {"": ("", "")}).values())[-1][0]
+    if not in_words:
+        return name
+    return f"in '{name}'" if name else "in the model itself"
+
+
 def _only_axis(tensor: Traced) -> Axis:
     """Return the one axis of a vector, which may have others of one position."""
     return next((axis for axis in tensor.axes if axis != UNIT), UNIT)

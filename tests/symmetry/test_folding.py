@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable
 
 import pytest
@@ -273,3 +274,40 @@ def test_permutations_of_layers_of_their_own_are_refused_by_a_network_that_ties_
     spec = modeconn.discover(build(tied=False), torch.rand(2, 8))
     with pytest.raises(ValueError, match=r"'0\.weight' and '2\.weight' are one tensor here"):
         spec.random().apply(build(tied=True))
+
+
+class Read(nn.Module):
+    """A stream with a norm whose head is read in one more way."""
+
+    def __init__(self, further: Callable[[nn.Module, Tensor], Tensor], two_names: bool = False) -> None:
+        super().__init__()
+        self.first, self.norm, self.head = nn.Linear(WIDTH, WIDTH), nn.RMSNorm(WIDTH), nn.Linear(WIDTH, 3, bias=False)
+        self.pool = nn.Module()
+        self.pool.forward = lambda y: F.softmax(y @ y.mT, -1).mean()
+        self.further = further
+        if two_names:
+            self.other = self.head
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        y = self.norm(x)
+        return self.head(y) + self.further(self, x, y)
+
+
+@pytest.mark.parametrize(
+    ("further", "two_names", "why"),
+    [
+        (
+            lambda m, x, y: m.norm.weight.square().mean(),
+            False,
+            r"'norm\.weight' is also read by (pow|square) in the model itself",
+        ),
+        (lambda m, x, y: m.pool(y), False, "read by a product of two computed tensors in 'pool'"),
+        (lambda m, x, y: m.other(x), True, r"'head\.weight' and 'other\.weight' are one, as a module has two names"),
+    ],
+    ids=["another operator", "a product", "a module of two names"],
+)
+def test_a_report_names_what_keeps_a_gain_from_being_folded(further, two_names, why):
+    spec = modeconn.discover(Read(further, two_names), torch.rand(2, 4, WIDTH), symmetries="orthogonal", untie=True)
+    assert [group.kind.name for group in spec.groups] == ["permutation"]
+    assert re.search(f"the gain 'norm.weight' cannot be folded, since .*{why}", repr(spec.report()))

@@ -11,7 +11,7 @@ from modeconn.symmetry.rules.elementwise import broadcast, total
 from modeconn.symmetry.rules.grouping import counted
 from modeconn.symmetry.rules.operators import leaves, table
 from modeconn.symmetry.rules.shapes import transpose
-from modeconn.symmetry.walk import Rule, Traced, Walk, traced_in
+from modeconn.symmetry.walk import Rule, Traced, Walk, module_of, traced_in
 
 
 @leaves(LINEAR)
@@ -57,7 +57,15 @@ def _lower_labels(
         elif len(holders) < 2:
             walk.lower(axis, ORTHOGONAL_ONES, "summed")
         elif sum(holders) != 1:
-            walk.lower(axis, ORTHOGONAL, "both sides of a product are made by the model")
+            walk.lower(
+                axis,
+                ORTHOGONAL,
+                f"read by a product of two {'parameters' if any(holders) else 'computed tensors'}{_here(walk)}",
+            )
+
+
+def _here(walk: Walk) -> str:
+    return "" if walk.node is None else f" {module_of(walk.node, in_words=True)}"
 
 
 def _record_uses(
