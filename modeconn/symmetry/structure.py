@@ -106,11 +106,12 @@ class Structure:
     def relabel(self, x: Tensor, axes: Sequence[Axis], perms: Perms) -> Tensor:
         """Return ``x`` with its entries moved: place ``i`` of an axis holds what unit ``perm[i]`` held.
 
-        Rotations are computed in double precision; permutations move entries as they are.
+        Rotations are computed in double precision; permutations move entries as they are, and what does not rotate
+        keeps every bit: large whole numbers have more than a double holds.
         """
         matrices = {atom: g for atom, g in perms.items() if g.is_floating_point()}
-        if matrices:
-            perms = {atom: perm for atom, perm in perms.items() if atom not in matrices}
+        perms = {atom: perm for atom, perm in perms.items() if atom not in matrices}
+        if any(self.moving_atoms(axis) & matrices.keys() for axis in axes):
             exact = torch.complex128 if x.is_complex() else torch.float64
             return self.turn(self.relabel(x, axes, perms).to(exact), axes, matrices).to(x.dtype)
         for dims in self._coupled(axes, perms):

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 import modeconn
 from modeconn import RULES, Orthogonal, PermutationSpec, Relabelling, VerificationError
@@ -323,3 +323,23 @@ def test_declarations_of_rules_are_as_large_as_they_may_be(case):
             assert other.dimension <= right.dimension and other.verify(model, inputs) < 1e-9
         else:
             assert is_noticed(other, model, inputs), rule.__qualname__
+
+
+def test_whole_numbers_beyond_those_of_a_double_stay_as_they_are():
+    """T5 numbers distances by logarithms, of which the least, as a whole number, is the least there is."""
+
+    class Distances(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 2)
+            self.table = nn.Embedding(9, 6)
+
+        def forward(self, x: Tensor) -> Tensor:
+            place = torch.arange(x.shape[1])
+            far = (place.float() / 4).log().to(torch.int64) + 8  # of the first place minus 2 ** 63
+            return self.last(self.norm(self.first(x) + self.table(torch.where(place < 1, place, far))))
+
+    model, x = Distances(), torch.rand(2, 5, 4)
+    spec = modeconn.discover(model, x, symmetries="orthogonal")
+    assert [group.kind.name for group in spec.groups] == ["orthogonal"]
+    assert spec.verify(model, x) < 1e-9
