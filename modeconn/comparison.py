@@ -21,11 +21,15 @@ from modeconn.matching import Match, Method, match_units
 from modeconn.matching.alignment import Symmetry, find_spec
 from modeconn.matching.method import check_method
 from modeconn.measure.meter import Meter, fetch
+from modeconn.measure.metrics import TemperedLoss
 from modeconn.measure.profile import Profile
 from modeconn.network.batch_norm import norm_layers
-from modeconn.network.batches import check_loader, first_batch, num_examples, tensors_of
+from modeconn.network.batches import check_loader, first_batch, inputs_and_targets, num_examples, run, tensors_of
+from modeconn.network.copies import copy_of
+from modeconn.network.ensemble import Ensemble
 from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
+from modeconn.network.scores import IGNORED, axis_of_classes, setting_of
 from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.outputs import Selection
@@ -46,6 +50,9 @@ if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
 BASELINES = ("identity", "random")
+"""The rows that are always there."""
+REFERENCES = ("random direction", "ensemble")
+"""The rows of ``references=True``, which match nothing."""
 
 _QUADRATIC = Bezier(2)
 _Record = dict[str, Any]
@@ -57,10 +64,13 @@ class Comparison:
 
     Columns are "line", "repaired" and "curve", the barrier of the loss (see `Profile.barrier`) on the straight line as
     it is, on the straight line repaired, and on a fitted curve; the same with " accuracy" for `Profile.accuracy_drop`,
-    a fraction; "seconds" and "peak bytes" of the matching alone. Columns that were not measured are absent.
+    a fraction; "length" and "curve length" in weight space, in the Euclidean norm; "seconds" and "peak bytes" of the
+    matching alone, "curve seconds" of the fit. "Tempered" is the barrier of the straight line if each network on it
+    has its best temperature, see `modeconn.metrics.TemperedLoss`. Columns that were not measured are absent.
 
     Args:
-        values: By row and column one value for each pair; rows are "identity", "random" and the methods.
+        values: By row and column one value for each pair; rows are "identity", "random", the methods and the
+            references, see `compare`. What a reference does not have is NaN.
         num_points: At how many points of each connection the barriers were measured.
         num_examples: On how many examples.
 
@@ -210,6 +220,7 @@ def compare(
     symmetries: str = "permutation",
     untie: bool = False,
     checkpoint: str | os.PathLike[str] | None = None,
+    references: bool = False,
     seed: int = 0,
     progress: bool = False,
 ) -> Comparison:
@@ -241,7 +252,12 @@ def compare(
         checkpoint: A file of finished measurements, one line of JSON each. What is in it is not measured again, also
             if pairs or methods have been added meanwhile. Networks, methods, settings, symmetries, all that is measured
             on, and the first batch and the number of batches of ``loader`` tell measurements apart.
-        seed: Of the random relabellings (each pair has its own), the order of data and the curves.
+        references: Whether to add what a low barrier has to be held against: the column "tempered", and two rows.
+            "Random direction" goes from the nearer end as far as the straight line goes, but anywhere; "ensemble" is
+            the loss, and the accuracy lost, of the mean of both ends' probabilities, less the mean of the ends: mostly
+            negative. Without classes that can be told from outputs and targets, "random direction" alone.
+        seed: Of the random relabellings (each pair has its own), the random directions, the order of data and the
+            curves.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -258,7 +274,7 @@ def compare(
         >>> train, test = data.load("digits")
         >>> networks = [models.mlp(64, (8,), 10, seed=seed) for seed in range(2)]
         >>> compare([networks], {"weights": WeightMatching()}, train, test, num_points=3, repair=False).columns
-        ['line', 'line accuracy', 'seconds', 'peak bytes']
+        ['line', 'line accuracy', 'length', 'seconds', 'peak bytes']
     """
     if not isinstance(num_points, int) or num_points < 2:
         raise ValueError(f"num_points must be an integer of at least 2, got num_points={num_points!r}.")
@@ -272,7 +288,7 @@ def compare(
     with seeded(seed, space.device):
         check_loader(test) if forward is None else first_batch(test)
         measured = fetch(test, space.device)
-        about = [forward or loss_fn, curve, recipe, num_points, repair, seed, _num_batches(loader)]
+        about = [forward or loss_fn, curve, recipe, num_points, repair, seed, _num_batches(loader), "with lengths"]
         about += [[(group.name, group.parents, group.places) for group in spec.groups]]
         about += [
             digest(tensors_of(check_loader(loader) if forward is None else first_batch(loader))),
@@ -280,10 +296,14 @@ def compare(
         ]
         # Taken before a method changes its own settings.
         names = {row: identify(method) for row, method in named.items()}
-    trial = _Matching(spec, TrainingData(loader, loss_fn, forward), measured, num_points, repair, recipe, curve, seed)
+        axis = _axis_of_classes(pairs[0][0], measured, loss_fn) if references and forward is None else None
+        about += [f"tempered along {axis}"] if axis is not None else []
+    data = TrainingData(loader, loss_fn, forward)
+    trial = _Matching(spec, data, measured, num_points, repair, recipe, curve, seed, axis)
+    extra = list(REFERENCES[: 1 + (axis is not None)]) if references else []
     match_units(torch.eye(2))  # imported now, so that no method pays time and memory for one-time imports
     with Records(checkpoint) as known:
-        records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named)}
+        records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named, *extra)}
         bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
         for number, (a, b) in enumerate(pairs):
             if spec.prepares:
@@ -295,7 +315,20 @@ def compare(
                     known.add(key, trial.run(method, a, b))
                 records[row].append(known.get(key, trial.columns))
                 bar.update()
+            for row in extra:
+                key = record_key(*about, row, number if row == REFERENCES[0] else "", digest(a), digest(b))
+                if key not in known:
+                    known.add(key, trial.refer(row, a, b, seed + number))
+                records[row].append(known.get(key, trial.columns_of_reference))
+                bar.update()
     return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured))
+
+
+@torch.no_grad()
+def _axis_of_classes(model: nn.Module, test: Iterable[Any], loss_fn: LossFn) -> int | None:
+    """Return along which axis of the outputs classes lie, None where nobody knows."""
+    inputs, targets = inputs_and_targets(next(iter(test)))
+    return axis_of_classes(run(copy_of(model).eval(), inputs), targets, loss_fn)
 
 
 def _num_batches(loader: Iterable[Any]) -> int | None:
@@ -314,12 +347,13 @@ class _Matching:
     recipe: Recipe | None
     curve: Curve
     seed: int
+    axis: int | None  # of the classes, if lines are to be measured with temperatures too
 
     def columns(self, record: _Record) -> _Record:
         """Return the numbers of a record, by column; raise unless they are those of this comparison."""
         kinds = ["line", *["repaired"] * self.repair, *["curve"] * (self.recipe is not None)]
         found = {name: numbers(value) for name, value in record.items()}
-        if not {"seconds", *kinds} <= found.keys():
+        if not {"seconds", "length", *kinds} <= found.keys():
             raise ValueError(f"columns are missing, there are {list(found)}")
         return found
 
@@ -327,10 +361,11 @@ class _Matching:
         """Return the numbers of one row for one pair, by column."""
         permutation, cost = self._match(method, model_a, model_b)
         line = Connection.straight_between(model_a, permutation.apply(model_b), training=self.training)
-        record = _barriers("line", self._measure_as_it_is(line))
+        record = self._of_line(self._measure_as_it_is(line), line.length())
         if self.repair:
             record |= _barriers("repaired", line.evaluate(self.test, num_points=self.num_points, repair=True))
         if self.recipe is not None:
+            begin = time.perf_counter()
             fitted = fit_curve(
                 model_a,
                 model_b,
@@ -342,8 +377,43 @@ class _Matching:
                 forward=self.training.forward,
                 seed=self.seed,
             )
+            record |= {"curve length": fitted.length(), "curve seconds": time.perf_counter() - begin}
             record |= _barriers("curve", fitted.evaluate(self.test, num_points=self.num_points))
         return record | cost
+
+    def columns_of_reference(self, record: _Record) -> _Record:
+        """Return the numbers of a record of a reference, by column."""
+        found = {name: numbers(value) for name, value in record.items()}
+        if "line" not in found:
+            raise ValueError(f"columns are missing, there are {list(found)}")
+        return found
+
+    def refer(self, row: str, model_a: nn.Module, model_b: nn.Module, seed: int) -> _Record:
+        """Return the numbers of a reference for one pair, by column."""
+        line = Connection.straight_between(model_a, model_b, training=self.training)
+        if row == REFERENCES[0]:
+            generator = torch.Generator().manual_seed(seed)
+            step = torch.randn(line.space.num_parameters, generator=generator, dtype=torch.float64)
+            step = (step * line.length() / step.norm()).to(line.device, line.space.dtype)
+            return self._of_line(self._measure_as_it_is(line, step), line.length())
+        meter = self._meter()
+        for model in (model_a, model_b, Ensemble([model_a, model_b], axis=self.axis or 1)):
+            meter.measure(copy_of(model).eval())
+        found = meter.results()
+        more = {} if found.accuracy is None else {"line accuracy": float(found.accuracy[:2].mean() - found.accuracy[2])}
+        return {"line": float(found.loss[2] - found.loss[:2].mean()), **more}
+
+    def _of_line(self, profile: Profile, length: float) -> _Record:
+        tempered = {name: profile.barrier_of(name) for name in profile.metrics}
+        return _barriers("line", profile) | tempered | {"length": length}
+
+    def _meter(self) -> Meter:
+        metrics = {} if self.axis is None else {"tempered": self._tempered()}
+        return Meter(self.test, self.training.loss_fn, self.training.forward, metrics)
+
+    def _tempered(self) -> TemperedLoss:
+        ignored = setting_of(self.training.loss_fn, "ignore_index", IGNORED)
+        return TemperedLoss(ignored, axis=self.axis)
 
     def _match(self, method: Method, model_a: nn.Module, model_b: nn.Module) -> tuple[Relabelling, _Record]:
         device = device_of(model_a)
@@ -353,21 +423,30 @@ class _Matching:
             seconds = time.perf_counter() - begin  # relabellings are on the CPU, so an accelerator has finished too
         return permutation, {"seconds": seconds, **({} if peak.num_bytes is None else {"peak bytes": peak.num_bytes})}
 
-    def _measure_as_it_is(self, line: Connection) -> Profile:
-        """Measure a straight line with running statistics of batch norm on the straight line too."""
+    def _measure_as_it_is(self, line: Connection, step: Tensor | None = None) -> Profile:
+        """Measure a straight line with running statistics of batch norm on the straight line too.
+
+        With a ``step`` ``(P,)``, as long as the line, networks lie in that direction from the nearer end, as far from
+        it as those of the line, whose statistics they have.
+        """
         model, (at_a, at_b) = line.model_at(0), line.buffers
         running = {
             f"{layer}.{kind}".lstrip(".") for layer in norm_layers(model) for kind in ("running_mean", "running_var")
         }
-        meter = Meter(self.test, self.training.loss_fn, self.training.forward)
+        meter = self._meter()
         t = torch.linspace(0, 1, self.num_points, dtype=torch.float64)
         for position in t.tolist():
-            line.space.load(line.weights_at(position), model)
+            weights = line.weights_at(position)
+            if step is not None:
+                weights = line.weights_at(round(position)) + min(position, 1 - position) * step
+            line.space.load(weights, model)
             mixed = {name: torch.lerp(at_a[name], at_b[name], position) for name in running}
             load_buffers({**(at_b if position == 1 else at_a), **mixed}, model)
             meter.measure(model)
         found = meter.results()
-        return Profile(t, found.loss, found.accuracy, arc_length=t * line.length())
+        worse = dict.fromkeys(found.metrics, False)
+        length = t * line.length()
+        return Profile(t, found.loss, found.accuracy, length, metrics=found.metrics, higher_is_better=worse)
 
 
 @dataclass(frozen=True)
@@ -395,11 +474,11 @@ def _named(methods: Mapping[str, Method] | Sequence[Method]) -> dict[str, Method
         methods_by_name = [(type(method).__name__, method) for method in methods]
     for _, method in methods_by_name:
         check_method(method, name="methods")
-    names = [*BASELINES, *(name for name, _ in methods_by_name)]
+    names = [*BASELINES, *REFERENCES, *(name for name, _ in methods_by_name)]
     for name in names:
         if names.count(name) > 1:
             raise ValueError(
-                f"two rows have the name {name!r}; pass methods as a dict, none of them named {BASELINES}."
+                f"two rows have the name {name!r}; pass methods as a dict, none of them named {BASELINES + REFERENCES}."
             )
     return dict(methods_by_name)
 
@@ -422,22 +501,31 @@ def _barriers(column: str, profile: Profile) -> _Record:
 
 
 def _values(records: Mapping[str, Sequence[_Record]]) -> dict[str, dict[str, list[float]]]:
-    """Return the records by row and column, with the columns that all of them have."""
-    everything = [record for row in records.values() for record in row]
+    """Return the records by row and column, with the columns that all of them have; of references NaN for others."""
+    everything = [record for row, found in records.items() if row not in REFERENCES for record in found]
     columns = [column for column in everything[0] if all(column in record for record in everything)]
-    return {row: {column: [one[column] for one in found] for column in columns} for row, found in records.items()}
+    return {
+        row: {column: [one.get(column, math.nan) for one in found] for column in columns}
+        for row, found in records.items()
+    }
 
 
 def _moments(cells: Sequence[float]) -> dict[str, float]:
+    if any(map(math.isnan, cells)):  # of which the standard library has no deviation
+        return dict.fromkeys(("mean", "median", "max", "std")[: 3 + (len(cells) > 1)], math.nan)
     found = {"mean": statistics.fmean(cells), "median": statistics.median(cells), "max": max(cells)}
     return {**found, "std": statistics.stdev(cells)} if len(cells) > 1 else found
 
 
 def _cell(column: str, found: Mapping[str, float]) -> str:
+    if math.isnan(found["mean"]):
+        return ""
     if column == "peak bytes":
         return f"{found['max'] / 1e6:.1f} MB"
-    if column == "seconds":
+    if column.endswith("seconds"):
         return f"{found['median']:.3g} s"
+    if column.endswith("length"):
+        return f"{found['mean']:.4g}"
     scale, form, unit = (100, ".2f", " %") if column.endswith("accuracy") else (1, ".4f", "")
     spread = f" ± {scale * found['std']:{form}}" if "std" in found else ""
     return f"{scale * found['mean']:{form}}{spread}{unit}"

@@ -292,6 +292,12 @@ def _quantity(column: str) -> str:
     """Name a column of a comparison, with its unit."""
     if column in ("seconds", "peak bytes"):
         return f"{column} of matching"
+    if column == "curve seconds":
+        return "seconds of the fit"
+    if column.endswith("length"):
+        return f"length in weight space, {column.partition(' ')[0] if ' ' in column else 'line'}"
+    if column == "tempered":
+        return "barrier of the loss, line, best temperatures"
     connection, _, accuracy = column.partition(" ")
     return f"accuracy lost, {connection} (%)" if accuracy else f"barrier of the loss, {connection}"
 

@@ -112,7 +112,7 @@ def test_without_recalibration_running_statistics_lie_on_the_line_too():
 
 def test_columns_that_are_not_asked_for_are_absent(pairs):
     found = compare(pairs, METHODS, *digits(), num_points=3, repair=False)
-    assert [column for column in found.columns if column not in TIMES] == ["line", "line accuracy"]
+    assert [column for column in found.columns if column not in TIMES] == ["line", "line accuracy", "length"]
 
 
 def test_a_list_of_methods_is_named_by_their_classes(pairs):
@@ -373,3 +373,99 @@ def test_both_matchings_leave_at_most_8_percent_of_the_barrier_on_the_digits():
     assert found.summary()["identity"]["line"]["mean"] > 0.5
     assert 0.8 < found.ratio("random")[0] < 1.25
     assert all(found.ratio(row)[0] <= 0.08 for row in METHODS)
+
+
+# -- references
+
+
+@pytest.fixture(scope="module")
+def referred(pairs) -> Comparison:
+    return compare(pairs, METHODS, *digits(), num_points=5, references=True)
+
+
+def test_references_come_last_and_change_no_other_row(pairs, referred):
+    assert list(referred.values) == ["identity", "random", *METHODS, "random direction", "ensemble"]
+    plain = compare(pairs, METHODS, *digits(), num_points=5)
+    for row, columns in untimed(plain).items():
+        assert columns.items() <= referred.values[row].items()
+    assert set(referred.columns) - set(plain.columns) == {"tempered"}
+
+
+def test_a_random_direction_goes_as_far_from_the_nearer_end_as_the_line(pairs, referred):
+    _, test = digits()
+    meter = Meter(list(test), modeconn.network.loss.cross_entropy)
+    for number, (a, b) in enumerate(pairs):
+        ends = [torch.nn.utils.parameters_to_vector(model.parameters()).detach() for model in (a, b)]
+        length = float((ends[1] - ends[0]).double().norm())
+        drawn = torch.randn(len(ends[0]), generator=torch.Generator().manual_seed(number), dtype=torch.float64)
+        losses = []
+        for nearer, share in ((0, 0.0), (0, 0.25), (0, 0.5), (1, 0.25), (1, 0.0)):
+            model = copy.deepcopy(pairs[number][nearer])
+            there = ends[nearer] + share * length * (drawn / drawn.norm()).float()
+            torch.nn.utils.vector_to_parameters(there, model.parameters())
+            meter = Meter(list(test), modeconn.network.loss.cross_entropy)
+            meter.measure(model)
+            losses.append(float(meter.results().loss))
+        straight = torch.linspace(losses[0], losses[-1], 5, dtype=torch.float64)
+        assert referred.values["random direction"]["line"][number] == pytest.approx(
+            float((torch.tensor(losses, dtype=torch.float64) - straight).max()), abs=1e-5
+        )
+        assert referred.values["random direction"]["length"][number] == pytest.approx(length)
+        assert referred.values["identity"]["length"][number] == pytest.approx(length)
+
+
+def test_the_ensemble_is_the_mean_of_both_ends_probabilities(pairs, referred):
+    _, test = digits()
+    inputs, targets = (torch.cat(parts) for parts in zip(*test, strict=True))
+    for number, pair in enumerate(pairs):
+        with torch.no_grad():
+            both = [model(inputs).double().softmax(1) for model in pair]
+        losses = [-p[torch.arange(len(targets)), targets].log().mean().item() for p in (*both, sum(both) / 2)]
+        right = [(p.argmax(1) == targets).double().mean().item() for p in (*both, sum(both) / 2)]
+        cells = {column: cells[number] for column, cells in referred.values["ensemble"].items()}
+        assert cells["line"] == pytest.approx(losses[2] - sum(losses[:2]) / 2, abs=1e-6)
+        assert cells["line accuracy"] == pytest.approx(sum(right[:2]) / 2 - right[2])
+        assert all(math.isnan(cells[column]) for column in ("repaired", "tempered", "length", "seconds"))
+
+
+def test_a_comparison_with_references_comes_back_from_a_file_and_a_checkpoint(pairs, referred, tmp_path):
+    again = Comparison.from_json(referred.to_json())
+    assert again.to_csv() == referred.to_csv() and repr(again) == repr(referred) and again.to_json()
+    assert "nan" not in repr(referred)
+    settings = {"num_points": 5, "references": True, "checkpoint": tmp_path / "kept"}
+    first = compare(pairs, {}, *digits(), **settings)
+    more = compare(pairs, METHODS, *digits(), **settings)
+    assert repr({row: more.values[row] for row in first.values}) == repr(first.values)  # also of NaN, and of seconds
+    plot = referred.plot(column="tempered")
+    assert plot.get_ylabel() == "barrier of the loss, line, best temperatures"
+
+
+def test_without_classes_there_is_a_random_direction_alone():
+    ends = [nn.Linear(3, 2), nn.Linear(3, 2)]
+    loader = [(torch.rand(8, 3), torch.rand(8, 2))]
+    found = compare(
+        [ends], {}, loader, loader, num_points=3, repair=False, loss_fn=nn.functional.mse_loss, references=True
+    )
+    assert list(found.values) == ["identity", "random", "random direction"] and "tempered" not in found.columns
+    found = compare(
+        [ends],
+        {},
+        loader,
+        loader,
+        num_points=3,
+        repair=False,
+        forward=lambda model, batch: model(batch[0]).square().mean(),
+        references=True,
+    )
+    assert list(found.values) == ["identity", "random", "random direction"]
+
+
+def test_classes_of_tokens_lie_along_the_last_axis():
+    tokens = torch.randint(0, 7, (6, 5), generator=torch.Generator().manual_seed(0))
+    ends = [nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)) for _ in range(2)]
+    loader = [(tokens, tokens)]
+    found = compare([ends], {}, loader, loader, num_points=3, repair=False, references=True)
+    with torch.no_grad():
+        both = [model(tokens).double().softmax(-1) for model in ends]
+    losses = [-p.gather(-1, tokens[..., None]).log().mean().item() for p in (*both, sum(both) / 2)]
+    assert found.values["ensemble"]["line"][0] == pytest.approx(losses[2] - sum(losses[:2]) / 2, abs=1e-6)

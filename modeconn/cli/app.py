@@ -715,6 +715,13 @@ def compare(
     curve: Annotated[str, typer.Option(help="bezier:DEGREE or polychain:SEGMENTS, fitted if --epochs is given.")] = (
         "bezier:2"
     ),
+    references: Annotated[
+        bool,
+        typer.Option(
+            help="Whether to add rows for a random direction and the ensemble of the ends, and a column with best "
+            "temperatures."
+        ),
+    ] = False,
     seed: Annotated[int, typer.Option(help="Of random relabellings, the order of the data and the curves.")] = 0,
     checkpoint: options.Finished = None,
     progress: options.Progress = None,
@@ -758,6 +765,7 @@ def compare(
             symmetries=shape.symmetries,
             untie=shape.untie,
             checkpoint=kept,
+            references=references,
             seed=seed,
             progress=_bars(progress),
         )

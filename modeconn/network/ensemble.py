@@ -25,6 +25,7 @@ class Ensemble(nn.Module):
     Args:
         models: Classifiers of the same inputs and classes, which stay the caller's: they are not copied. The ensemble
             is in train mode if one of them is.
+        axis: Along which axis of their outputs classes lie: 1 for ``(N, C, ...)``, -1 for ``(N, ..., C)``.
 
     Raises:
         ValueError: If there is none.
@@ -36,8 +37,9 @@ class Ensemble(nn.Module):
         5.0
     """
 
-    def __init__(self, models: Iterable[nn.Module]) -> None:
+    def __init__(self, models: Iterable[nn.Module], *, axis: int = 1) -> None:
         super().__init__()
+        self.axis = axis
         check("models", models, Iterable[nn.Module])
         models = list(models)
         check("models", models, Iterable[nn.Module])  # an iterator can only be looked into by reading it
@@ -47,6 +49,6 @@ class Ensemble(nn.Module):
         self.training = self.members.training = any(member.training for member in self.members)
 
     def forward(self, *inputs: Any, **named: Any) -> Tensor:
-        """Return the logarithm of the mean probabilities, ``(N, C)``, for what each member takes."""
-        votes = torch.stack([main_output(member(*inputs, **named)).log_softmax(1) for member in self.members])
+        """Return the logarithm of the mean probabilities, in the shape of the outputs, for what each member takes."""
+        votes = torch.stack([main_output(member(*inputs, **named)).log_softmax(self.axis) for member in self.members])
         return votes.logsumexp(0) - math.log(len(self.members))

@@ -160,15 +160,21 @@ def classes_of(outputs: Any, targets: Any, loss_fn: Any = None) -> Classes | Non
         targets: What the batch says.
         loss_fn: The loss, where there is one: torch's own say what axis and which label they ignore.
     """
+    scores, axis = scores_of(outputs), axis_of_classes(outputs, targets, loss_fn)
+    if scores is None or axis is None:
+        return None
+    return Classes(scores.movedim(axis, 1), comparable(targets), setting_of(loss_fn, "ignore_index", IGNORED))
+
+
+def axis_of_classes(outputs: Any, targets: Any, loss_fn: Any = None) -> int | None:
+    """Return along which axis of the scores classes lie, None if there are none or nobody knows."""
     scores = scores_of(outputs)
     if scores is None or not is_integer(targets):
         return None
     axes = class_axes(scores, targets)
     if 1 in axes and knows_its_axis(loss_fn):
         axes = [1]
-    if len(axes) != 1 or scores.shape[axes[0]] < 2:
-        return None
-    return Classes(scores.movedim(axes[0], 1), comparable(targets), setting_of(loss_fn, "ignore_index", IGNORED))
+    return axes[0] if len(axes) == 1 and scores.shape[axes[0]] >= 2 else None
 
 
 def weighs(classes: Classes, loss_fn: Any) -> Tensor:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 
 import pytest
+import scipy.optimize
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -225,3 +226,29 @@ def test_names_ends_and_results_out_of_range_are_refused():
 def test_settings_of_another_kind_are_refused_where_they_are_written(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 5.0])
+def test_a_tempered_loss_is_the_least_over_temperatures(scale):
+    generator = torch.Generator().manual_seed(0)
+    targets = torch.randint(0, 5, (400,), generator=generator)
+    scores = scale * (torch.randn(400, 5, generator=generator) + 2 * F.one_hot(targets, 5))
+    least = scipy.optimize.minimize_scalar(
+        lambda log_t: F.cross_entropy(scores.double() / math.exp(log_t), targets).item(), bounds=(-2, 2)
+    ).fun
+    metric, last = metrics.TemperedLoss(), metrics.TemperedLoss(axis=-1)
+    for part in torch.arange(400).split(150):
+        metric.update(scores[part], targets[part])
+        last.update(scores[part].view(-1, 50, 5), targets[part].view(-1, 50))
+    assert float(metric.compute()) == pytest.approx(least, abs=2e-5)
+    assert float(last.compute()) == pytest.approx(least, abs=2e-5)
+    assert float(metric.compute()) <= F.cross_entropy(scores, targets).item() + 1e-6
+
+
+def test_a_tempered_loss_of_a_network_that_is_always_right_is_that_of_the_coldest():
+    targets = torch.arange(3)
+    metric = metrics.TemperedLoss()
+    metric.update(torch.eye(3), targets)
+    assert float(metric.compute()) == pytest.approx(
+        F.cross_entropy(torch.eye(3).double() * math.exp(2), targets).item()
+    )
