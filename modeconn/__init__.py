@@ -50,7 +50,7 @@ from modeconn.network.loss import TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe, constant, halving, one_cycle, piecewise_linear
 from modeconn.network.repair import repair
 from modeconn.network.weights import WeightSpace
-from modeconn.refinement import PAM, BestSwap, ProximalLinear, RelaxedStep, SinkhornStep, best_swap
+from modeconn.refinement import PAM, BestSwap, ProximalLinear, RelaxedStep, RotationStep, SinkhornStep, best_swap
 from modeconn.symmetry import (
     RULES,
     Orthogonal,
@@ -77,7 +77,7 @@ __all__ = [  # in the order of the stages
     "align", "Alignment", "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
     "StraightThrough",
     "callbacks", "Checkpoint", "History",
-    "PAM", "ProximalLinear", "SinkhornStep", "RelaxedStep", "best_swap", "BestSwap",
+    "PAM", "ProximalLinear", "SinkhornStep", "RelaxedStep", "RotationStep", "best_swap", "BestSwap",
     "DeepAlign", "models",
     "Connection", "interpolate", "merge_many", "Merge", "fit_curve", "compare", "Comparison",
 ]  # fmt: skip

@@ -44,6 +44,7 @@ PERMUTATION_STEPS = {
     "proximal_linear": modeconn.ProximalLinear,
     "sinkhorn": modeconn.SinkhornStep,
     "relaxed": modeconn.RelaxedStep,
+    "rotation": modeconn.RotationStep,
 }
 SCHEDULES = {one.__name__: one for one in (recipe.piecewise_linear, recipe.halving, recipe.one_cycle, recipe.constant)}
 OPTIMIZERS = {

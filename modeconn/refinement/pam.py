@@ -59,8 +59,8 @@ class PAM:
 
     Args:
         iterations: How many turns.
-        step: How P is improved: `ProximalLinear`, which also turns groups that rotate their units, `SinkhornStep` or
-            `RelaxedStep`.
+        step: How P is improved: `ProximalLinear`, which also turns groups that rotate their units, `SinkhornStep`,
+            `RelaxedStep`, or `RotationStep`, which learns rotations and the curve together.
         num_batches: Batches of the loader on which the step in P measures the loss, each at its own t, drawn anew in
             each turn; None for all of them. One pass at most; where that is fewer than 16 batches, they are used again
             and again, so that the curve is looked at in 16 places.
@@ -129,6 +129,11 @@ class PAM:
                     f"{type(self.step).__name__} permutes units, and align= found groups that rotate them. Use "
                     f"refine=PAM(step=ProximalLinear()), or symmetries='permutation'."
                 )
+        elif isinstance(relabelling, Permutation) and not getattr(self.step, "permutes", True):
+            raise ValueError(
+                f"{type(self.step).__name__} turns groups that rotate their units, and align= found none. Pass "
+                f"symmetries='orthogonal', or use refine=PAM(step=ProximalLinear())."
+            )
         elif not isinstance(relabelling, Permutation):
             raise ValueError(
                 f"refine= moves units, and align= gave a relabelling of another kind, {relabelling.kind}. Pass a "
@@ -176,7 +181,7 @@ def improve_permutation(
         )
     with bar:
         pam.step(b)
-    points[1:-1] = straight(curve, points[0], points[-1]) + bend
+    points[1:-1] = straight(curve, points[0], points[-1]) + b.bend
     moved = (b.permutation @ permutation.inverse()).num_moved
     _LOGGER.info("PAM before epoch %d: loss %.4f -> %.4f, %d units moved", epoch, before, b.value, moved)
     return b.permutation, {

@@ -32,7 +32,7 @@ class Relabelled:
         space: Weight space of the networks.
         loss: The loss of the curve on the sample.
         theta_b: Relabelled b, ``(P,)``; changed in place.
-        bend: Inner control points less the straight line's, ``(K - 2, P)``.
+        bend: Inner control points less the straight line's, ``(K - 2, P)``; never changed in place.
         permutation: How b was relabelled so far.
         nu: The proximal weight; infinite for none.
         standard_errors: By how many standard errors of the paired differences the loss must fall.
@@ -119,10 +119,16 @@ class Relabelled:
         self._write(before)
         return value
 
-    def replace(self, permutation: Permutation | Orthogonal) -> bool:
-        """Relabel b at once as ``permutation`` says, if loss and proximal term fall; whether they did."""
-        step = permutation @ self.permutation.inverse()
-        return self.try_move(Move(step.spec, step.tensors(), 0.0))
+    def replace(self, permutation: Permutation | Orthogonal, bend: Tensor | None = None) -> bool:
+        """Relabel b at once as ``permutation`` says, if loss and proximal term fall; whether they did.
+
+        With a ``bend``, the curve takes that one if b is relabelled, and else keeps its own.
+        """
+        step, before = permutation @ self.permutation.inverse(), self.bend
+        self.bend = before if bend is None else bend
+        is_kept = self.try_move(Move(step.spec, step.tensors(), 0.0))
+        self.bend = self.bend if is_kept else before
+        return is_kept
 
     def _make(self, move: Move) -> dict[str, Tensor]:
         """Relabel b; return the parameters that changed as they were."""
