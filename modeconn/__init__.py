@@ -53,6 +53,7 @@ from modeconn.network.weights import WeightSpace
 from modeconn.refinement import PAM, BestSwap, ProximalLinear, RelaxedStep, RotationStep, SinkhornStep, best_swap
 from modeconn.symmetry import (
     RULES,
+    Invertible,
     Orthogonal,
     Permutation,
     PermutationSpec,
@@ -69,7 +70,7 @@ __all__ = [  # in the order of the stages
     "WeightSpace", "TrainingData", "cross_entropy", "Recipe", "constant", "piecewise_linear", "halving", "one_cycle",
     "AdversarialExamples", "repair", "Ensemble",
     "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Relabelling", "Permutation", "Orthogonal",
-    "fold_gains", "verify",
+    "Invertible", "fold_gains", "verify",
     "VerificationError",
     "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
     "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature",

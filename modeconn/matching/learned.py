@@ -20,15 +20,19 @@ from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.matching.soft import SoftPermutation
 from modeconn.matching.turned import TurnedWeights
 from modeconn.network.batch_norm import calibration_batches
-from modeconn.network.batches import check_loader, endless_batches, first_batch
+from modeconn.network.batches import check_loader, endless_batches, first_batch, inputs_of
 from modeconn.network.loss import Forward, LossFn, cross_entropy, loss_alone, supervised
 from modeconn.network.weights import WeightSpace, Workspace, pull_back, write_weights
+from modeconn.symmetry.invertible import duals_of
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_integers, check_positive
 from modeconn.tools.door import check_settings
 from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
+from modeconn.tools.warn import warn
 
+_FEW = 4
+"""How many examples are enough to see which maps leave the function."""
 _POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _BANDS = {"midpoint": (0.5, 0.5), "middle": (0.4, 0.6)}
 """Parts of the line that an objective is about."""
@@ -67,6 +71,7 @@ class LearnedMatching(ABC):
     num_rounds: int = 30
     seed: int = 0
     forward: Forward | None = None
+    invertible: bool = False
 
     objectives: ClassVar[tuple[str, ...]] = ("midpoint", "middle", "line")
 
@@ -87,6 +92,11 @@ class LearnedMatching(ABC):
             )
         if isinstance(objective, Curve) and objective.free_ends:
             raise ValueError(f"objective must be a curve with fixed ends, but {objective!r} frees its ends.")
+        if self.invertible and objective == "weights":
+            raise ValueError(
+                "invertible=True is learned through the loss: maps that are not orthogonal change how long weights "
+                "are, so objective='weights' says nothing of them. Pass objective='middle'."
+            )
 
     def match(
         self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module, loader: Iterable[Any] | None = None
@@ -97,6 +107,11 @@ class LearnedMatching(ABC):
             ValueError: If data is missing, or the loss at the start is not finite.
         """
         check_data(self, loader)
+        if self.invertible and not spec.has_rotations:
+            raise ValueError(
+                "invertible=True maps units inside of heads, but the spec has no group that rotates. Pass "
+                "symmetries='orthogonal', or leave it out."
+            )
         space = WeightSpace(model_a)
         theta_b = space.flatten(model_b, name="b")
         with seeded(self.seed, space.device):
@@ -106,7 +121,7 @@ class LearnedMatching(ABC):
                 return Match(start)
             incumbent = Incumbent(spec, space, theta_b, target, start)
             if spec.has_rotations:
-                self._learn_rotations(target, incumbent)
+                self._learn_rotations(target, incumbent, self._duals(spec, model_a, loader))
             else:
                 self._learn(model_a, model_b, target, incumbent)
         return Match(incumbent.permutation, history=tuple(incumbent.history))
@@ -129,9 +144,19 @@ class LearnedMatching(ABC):
     def _learn(self, model_a: nn.Module, model_b: nn.Module, target: Target, incumbent: Incumbent) -> None:
         """Take all steps, offering permutations to the incumbent on the way."""
 
-    def _learn_rotations(self, target: Target, incumbent: Incumbent) -> None:
+    def _duals(self, spec: PermutationSpec, model: nn.Module, loader: Iterable[Any] | None) -> dict[str, Tensor]:
+        """Return the groups that any invertible map may act on, if that is asked for."""
+        if not self.invertible:
+            return {}
+        inputs = inputs_of(first_batch(loader))
+        found = duals_of(spec, model, inputs[:_FEW] if isinstance(inputs, Tensor) and not spec.fixed_batch else inputs)
+        if not found:
+            warn("invertible=True has no effect: no group of this spec may be mapped by any invertible matrix.")
+        return found
+
+    def _learn_rotations(self, target: Target, incumbent: Incumbent, duals: Mapping[str, Tensor]) -> None:
         """Turn b's units from the start, offering where they are to the incumbent on the way."""
-        turned = TurnedWeights(incumbent.spec, incumbent.space, incumbent.theta_b, incumbent.permutation)
+        turned = TurnedWeights(incumbent.spec, incumbent.space, incumbent.theta_b, incumbent.permutation, duals)
         optimizer = self._adam(turned.parameters, target, learning_rate=self.rotation_learning_rate)
         schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, self.num_steps)
         looks = evenly(self.num_rounds, self.num_steps)

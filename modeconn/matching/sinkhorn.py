@@ -41,6 +41,8 @@ class Sinkhorn(LearnedMatching):
         num_rounds: How many times the matrices are rounded and compared.
         seed: Of batch order, augmentation and points on the line.
         forward: ``forward(model, batch) -> loss`` in place of ``loss_fn``.
+        invertible: Where units rotate inside of heads, map them by any invertible matrix instead, and those that they
+            meet by its inverse transposed; the result is a `modeconn.Invertible`.
         strength: The logits begin as ``strength`` where the start puts a unit, and 0 elsewhere. The weaker, the less
             the result depends on the start. (MLP 64-32-32-32-10 on digits, 16 pairs, weight matching first: barrier
             0.081 at the start; 0.010, 0.011, 0.011, 0.015, 0.022 with strength 0.5, 1, 2, 3, 5 at the midpoint, and

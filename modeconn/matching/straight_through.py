@@ -46,6 +46,8 @@ class StraightThrough(LearnedMatching):
         num_rounds: How many times the present permutation is compared with the best.
         seed: Of batch order, augmentation, points on the line and the order of groups.
         forward: ``forward(model, batch) -> loss`` in place of ``loss_fn``.
+        invertible: Where units rotate inside of heads, map them by any invertible matrix instead, and those that they
+            meet by its inverse transposed; the result is a `modeconn.Invertible`.
 
     References:
         Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836; Theus et al., 2025, https://arxiv.org/abs/2506.22712

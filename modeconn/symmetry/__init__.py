@@ -3,6 +3,7 @@
 from modeconn.symmetry.discover import UnknownOperatorWarning, discover
 from modeconn.symmetry.folding import fold_gains
 from modeconn.symmetry.groups import Group
+from modeconn.symmetry.invertible import Invertible
 from modeconn.symmetry.kinds import LINEAR, PERMUTATION
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.rules import RULES
@@ -17,6 +18,7 @@ __all__ = [
     "PERMUTATION",
     "RULES",
     "Group",
+    "Invertible",
     "Orthogonal",
     "Permutation",
     "PermutationSpec",

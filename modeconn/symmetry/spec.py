@@ -622,7 +622,7 @@ class Orthogonal(Relabelling):
         for group in self.spec.groups:
             if group.rotates:
                 turned = self.elements[group.name].transpose(-1, -2)
-                back[group.name] = self._blocks(group, turned, Permutation(self._frame(), self._perms(back)))
+                back[group.name] = self.blocks(group, turned, Permutation(self._frame(), self._perms(back)))
         return Orthogonal(self.spec, back)
 
     def after(self, first: Orthogonal) -> Orthogonal:
@@ -631,7 +631,7 @@ class Orthogonal(Relabelling):
         found = own.after(first._permuting()).perms
         for group in self.spec.groups:
             if group.rotates:
-                inner = self._blocks(group, first.elements[group.name], own)
+                inner = self.blocks(group, first.elements[group.name], own)
                 found[group.name] = nearest(group, self.elements[group.name] @ inner)
         return Orthogonal(self.spec, found)
 
@@ -652,9 +652,9 @@ class Orthogonal(Relabelling):
     def _permuting(self) -> Permutation:
         return Permutation(self._frame(), self._perms(self.elements))
 
-    def _blocks(self, group: Group, matrices: Tensor, moved: Permutation) -> Tensor:
-        """Return the matrices of the blocks that take the places of a group's parents under a permutation."""
-        sources = moved.sources_of_parents(self.spec.structure, group)
+    def blocks(self, group: Group, matrices: Tensor, moved: Permutation | None = None) -> Tensor:
+        """Return the matrices of the blocks that take the places of a group's parents here, or as ``moved`` says."""
+        sources = (moved or self._permuting()).sources_of_parents(self.spec.structure, group)
         return matrices[tuple(sources)] if sources else matrices
 
     def __eq__(self, other: object) -> bool:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Container, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from itertools import repeat
 from math import prod
 from typing import Any
 
@@ -128,7 +129,12 @@ class Structure:
         """Return ``x`` with units turned where they lie, in its own precision; differentiable in the matrices."""
         if not any(self.moving_atoms(axis) & matrices.keys() for axis in axes):
             return x
-        parts = [self._rotate_piece(piece, labels, matrices) for piece, labels in self.pieces(x, axes)]
+        return self.turn_pieces(x, axes, repeat(matrices))
+
+    def turn_pieces(self, x: Tensor, axes: Sequence[Axis], matrices: Iterable[Perms]) -> Tensor:
+        """Return ``x`` with units mapped where they lie, in each of its `pieces` by matrices of its own."""
+        pieces = zip(self.pieces(x, axes), matrices, strict=False)
+        parts = [self._rotate_piece(piece, labels, each) for (piece, labels), each in pieces]
         if len(parts) == 1:
             return parts[0].reshape(x.shape)
         turned = torch.empty(x.shape, dtype=x.dtype, device=x.device)

@@ -118,8 +118,8 @@ def verify(
     generator = torch.Generator().manual_seed(seed)
     if spec.one_path:
         return _worst_of_one_path(spec, model, _as_given(given.to("cpu")), tolerance, seed)
-    _check_folding(spec, model, _float64(given.to("cpu")), generator, tolerance, seed)
-    proof = _Proof(spec, _redraw_folded(spec, model, generator), _float64(given.to("cpu")), seed)
+    _check_folding(spec, model, in_double(given.to("cpu")), generator, tolerance, seed)
+    proof = _Proof(spec, redraw_folded(spec, model, generator), in_double(given.to("cpu")), seed)
     worst = 0.0
     for number, perms in enumerate(telling_relabellings(spec.groups, generator), 1):
         worst = max(worst, *(proof.worst(trace, perms, tolerance, f"relabelling {number}") for trace in traces))
@@ -127,7 +127,7 @@ def verify(
     for number in range(1, _REDRAWN + 1):  # other weights choose other entries
         if not empty:
             break
-        again = replace(proof, state=_redraw_folded(spec, model, generator), empty=set())
+        again = replace(proof, state=redraw_folded(spec, model, generator), empty=set())
         perms = random_perms(spec.groups, generator)
         worst = max(worst, *(again.worst(trace, perms, tolerance, f"other weights {number}") for trace in traces))
         empty &= again.empty
@@ -145,7 +145,7 @@ def _worst_of_one_path(spec: Provable, model: nn.Module, example: Example, toler
     perms = list(islice(telling_relabellings(spec.groups, generator), _RELABELLINGS))
     for number in range(_PATHS + 1):
         is_last = number == _PATHS
-        state = own_state(spec.prepared(model)) if is_last else _redraw_folded(spec, model, generator)
+        state = own_state(spec.prepared(model)) if is_last else redraw_folded(spec, model, generator)
         proof = _Proof(spec, state, example, seed)
         try:
             worst = max(proof.worst(t, p, tolerance, "one path") for p in perms for t in spec.traces)
@@ -280,7 +280,7 @@ def _check_folding(
                     )
 
 
-def _redraw_folded(spec: Provable, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
+def redraw_folded(spec: Provable, model: nn.Module, generator: torch.Generator) -> dict[str, Tensor]:
     """Return redrawn parameters and buffers, but for gains that are ones in the networks that the groups are of."""
     state = redraw_state(model, generator)
     for fold in spec.folds:
@@ -478,7 +478,9 @@ def _is_tensor(axes: Any) -> bool:
     return isinstance(axes, tuple)
 
 
-def _float64(example: Example) -> Example:
+def in_double(example: Example) -> Example:
+    """Return inputs in double precision; those on the meta device get values."""
+
     def convert(leaf: Any) -> Any:
         if not isinstance(leaf, Tensor):
             return leaf

@@ -12,6 +12,7 @@ import modeconn
 from modeconn import Bezier, Sinkhorn, StraightThrough, WeightMatching
 from modeconn.matching.turned import TurnedWeights
 from modeconn.network.weights import WeightSpace
+from modeconn.symmetry.invertible import duals_of
 from tests.matching.test_rotations import generic
 from tests.symmetry.rotating import LanguageModel, RMSNorm, tokens
 
@@ -129,3 +130,86 @@ def test_a_curve_begins_at_rotations_that_were_learned():
     method = Sinkhorn(start=WeightMatching(), num_steps=3)
     curve = modeconn.fit_curve(a, b, LOADER, align=method, spec=spec_of("layer norm"))
     assert torch.allclose(curve.model_at(1.0)(tokens()), b(tokens()), atol=1e-4)
+
+
+# -- invertible maps inside of heads
+
+
+def mapped(name, seed: int = 0):
+    """As `turned`, with maps inside of heads that are somewhere."""
+    model, spec = generic(NETWORKS[name], seed), spec_of(name)
+    model, duals = spec.prepared(model), duals_of(spec, model, tokens())
+    space = WeightSpace(model)
+    start = spec.random(torch.Generator().manual_seed(seed))
+    return TurnedWeights(spec, space, space.flatten(model), start, duals), model, space, start
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_maps_begin_at_the_start_and_are_those_of_the_relabelling_they_stand_for(name):
+    weights, model, space, start = mapped(name)
+    seen = []
+    weights.backward(lambda theta: seen.append(theta.clone()) or torch.ones_like(theta))
+    torch.testing.assert_close(seen[0], space.flatten(start.apply(model)), atol=1e-13, rtol=1e-13)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for z in weights.parameters:
+            z.copy_(0.2 * torch.randn(z.shape, generator=generator, dtype=z.dtype))
+    weights.backward(lambda theta: seen.append(theta.clone()) or torch.ones_like(theta))
+    moved = weights.relabelling().apply(model)
+    torch.testing.assert_close(seen[1], space.flatten(moved))
+    torch.testing.assert_close(moved(tokens()), model(tokens()), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_gradients_of_maps_are_those_of_finite_differences(name):
+    weights, _, space, _ = mapped(name)
+    generator = torch.Generator().manual_seed(1)
+    slope = torch.randn(space.num_parameters, generator=generator, dtype=torch.float64)
+    with torch.no_grad():
+        for z in weights.parameters:
+            z.copy_(0.2 * torch.randn(z.shape, generator=generator, dtype=z.dtype))
+
+    def loss() -> float:
+        seen = []
+        weights.backward(lambda theta: seen.append(float((theta**2 * slope).sum())) or 2 * theta * slope)
+        return seen[0]
+
+    for z in weights.parameters:
+        z.grad = None
+    loss()
+    for z in weights.parameters:
+        gradient, step = z.grad.clone(), torch.randn(z.shape, generator=generator, dtype=z.dtype)
+        with torch.no_grad():
+            z += 1e-5 * step
+            above = loss()
+            z -= 2e-5 * step
+            below = loss()
+            z += 1e-5 * step
+        assert (above - below) / 2e-5 == pytest.approx(float((gradient * step).sum()), rel=1e-5, abs=1e-6)
+
+
+@pytest.mark.parametrize("kind", [Sinkhorn, StraightThrough], ids=lambda kind: kind.__name__)
+def test_learned_maps_leave_the_function_and_are_never_worse_than_the_start(kind, tmp_path):
+    a, b = (generic(NETWORKS["layer norm"], seed).float() for seed in (0, 1))
+    settings = {"num_steps": 20, "num_rounds": 2, "num_examples": 4, "objective": "middle", "invertible": True}
+    method = kind(start=WeightMatching(), **settings)
+    aligned = modeconn.align(a, b, LOADER, method=method, spec=spec_of("layer norm"))
+    assert isinstance(aligned.permutation, modeconn.Invertible) and aligned.history[-1] < aligned.history[0]
+    torch.testing.assert_close(aligned.model_b(tokens()), b(tokens()), atol=1e-4, rtol=1e-4)
+    again = modeconn.align(a, b, LOADER, method=method, spec=spec_of("layer norm"))
+    assert again.permutation == aligned.permutation
+    connection = modeconn.fit_curve(a, b, LOADER, align=aligned, recipe=modeconn.Recipe(epochs=1))
+    connection.save(tmp_path / "c")
+    assert modeconn.Connection.load(tmp_path / "c", a).permutation == aligned.permutation
+
+
+def test_maps_are_refused_where_nothing_rotates_and_for_distances_and_warned_of_where_there_are_none():
+    a, b = (nn.Sequential(nn.Linear(4, 6), nn.ReLU(), nn.Linear(6, 3)) for _ in range(2))
+    loader = [(torch.rand(5, 4), torch.arange(5) % 3)]
+    with pytest.raises(ValueError, match="invertible=True maps units inside of heads, but the spec has no group"):
+        modeconn.align(a, b, loader, method=Sinkhorn(num_steps=1, invertible=True))
+    with pytest.raises(ValueError, match="invertible=True is learned through the loss"):
+        Sinkhorn(objective="weights", invertible=True)
+    a, b = (nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 3)) for _ in range(2))
+    with pytest.warns(UserWarning, match="invertible=True has no effect"):
+        modeconn.align(a, b, loader, method=Sinkhorn(num_steps=1, invertible=True), symmetries="orthogonal")
