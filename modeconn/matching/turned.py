@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from modeconn.network.weights import WeightSpace, pull_back, write_weights
 from modeconn.symmetry.groups import Group, without_ones
-from modeconn.symmetry.invertible import Invertible, mapped, pieces_of
+from modeconn.symmetry.invertible import Invertible, both_sides, mapped, pieces_of
 from modeconn.symmetry.kinds import ORTHOGONAL_ONES
 from modeconn.symmetry.spec import Orthogonal, Permutation, PermutationSpec, nearest
 
@@ -57,7 +57,7 @@ class TurnedWeights:
         """Add to the gradients of the parameters; ``gradient`` is called with the turned weights ``(P,)``."""
         own = list(zip(self._groups, self.parameters, strict=True))
         matrices = {g.atom: _turn(g, z) for g, z in own if g.name not in self._duals}
-        maps = {g.atom: _map(y) for g, y in own if g.name in self._duals}
+        maps = {g.atom: both_sides(_map(y)) for g, y in own if g.name in self._duals}
         structure, state = self._spec.structure, self._spec.state
         turned = {
             name: structure.turn(weight, state[name], matrices) if name in state else weight

@@ -72,7 +72,7 @@ class Invertible(Relabelling):
     def relabel(self, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Return named parameters and buffers of a folded network relabelled; names the spec does not know stay."""
         moved, pieces = self.rotation.relabel(tensors), pieces_of(self.spec, self.duals)
-        maps = {self.spec[name].atom: found for name, found in self.maps.items()}
+        maps = {self.spec[name].atom: both_sides(found) for name, found in self.maps.items()}
         for name, each in pieces.items():
             if name in moved and any(each):
                 exact = moved[name].double()
@@ -170,8 +170,17 @@ def pieces_of(spec: PermutationSpec, duals: Mapping[str, Tensor]) -> Pieces:
     return found
 
 
+BothSides = tuple[Tensor, Tensor]
+"""A map ``(*parent sizes, n, n)``, and its inverse transposed."""
+
+
+def both_sides(found: Tensor) -> BothSides:
+    """Return a map and its inverse transposed; differentiable."""
+    return found, torch.linalg.inv(found).mT
+
+
 def mapped(
-    spec: PermutationSpec, name: str, x: Tensor, pieces: Sequence[Mapping[int, bool]], maps: Mapping[int, Tensor]
+    spec: PermutationSpec, name: str, x: Tensor, pieces: Sequence[Mapping[int, bool]], maps: Mapping[int, BothSides]
 ) -> Tensor:
     """Return a parameter, or one relabelled by rotations, with maps inside of heads; differentiable in them.
 
@@ -180,12 +189,9 @@ def mapped(
         name: Of the parameter.
         x: The parameter.
         pieces: What `pieces_of` says of it.
-        maps: By atom, ``(*parent sizes, n, n)``.
+        maps: By atom, what `both_sides` makes of a map.
     """
-    matrices = [
-        {atom: torch.linalg.inv(maps[atom]).mT if is_dual else maps[atom] for atom, is_dual in piece.items()}
-        for piece in pieces
-    ]
+    matrices = [{atom: maps[atom][is_dual] for atom, is_dual in piece.items()} for piece in pieces]
     return spec.structure.turn_pieces(x, spec.state[name], matrices)
 
 
