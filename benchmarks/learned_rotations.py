@@ -32,9 +32,9 @@ from modeconn import Bezier, Line, Recipe, Sinkhorn, WeightMatching, one_cycle
 RECIPE = Recipe(epochs=1, optimizer=partial(torch.optim.AdamW, lr=1e-3), schedule=one_cycle, weight_decay=0.0)
 
 
-def measured(a: nn.Module, b: nn.Module, steps: dict[str, Any], test: Any) -> dict[str, float]:
+def measured(a: nn.Module, b: nn.Module, steps: dict[str, Any], test: Any) -> dict[str, Any]:
     """Return the barrier and the lowest accuracy of the line and of curves, and how good the ends are."""
-    found: dict[str, float] = {}
+    found: dict[str, Any] = {}
     for name, batches in {"line": [], **steps}.items():
         curve = Bezier(2) if batches else Line()
         begin = time.perf_counter()
@@ -44,6 +44,7 @@ def measured(a: nn.Module, b: nn.Module, steps: dict[str, Any], test: Any) -> di
         found[f"seconds of the {name}"] = time.perf_counter() - begin
         profile = connection.evaluate(test, num_points=POINTS)
         found[f"barrier of the {name}"] = profile.barrier
+        found[f"losses on the {name}"] = profile.loss.tolist()
         found[f"lowest accuracy of the {name}"] = float(profile.accuracy.min())
         found[f"accuracy in the middle of the {name}"] = float(profile.accuracy[POINTS // 2])
         found["loss of the ends"] = float(profile.loss[[0, -1]].mean())
@@ -51,7 +52,7 @@ def measured(a: nn.Module, b: nn.Module, steps: dict[str, Any], test: Any) -> di
     return found
 
 
-def rows_of(a: nn.Module, b: nn.Module, train: Any, test: Any, specs: dict[str, Any]) -> dict[str, dict[str, float]]:
+def rows_of(a: nn.Module, b: nn.Module, train: Any, test: Any, specs: dict[str, Any]) -> dict[str, dict[str, Any]]:
     """Return a row for each way to bring b to a."""
     steps = train.with_(batch_size=16) if hasattr(train, "tokens") else train
     few = {"curve": drawn(steps, 200)}
