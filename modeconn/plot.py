@@ -57,6 +57,14 @@ class Alignment(Protocol):
     correlation: Mapping[str, tuple[float, float]]
 
 
+class Rotation(Protocol):
+    """What `eigen_angles` draws: angles ``(..., n)`` by group, from 0 to pi."""
+
+    def angles(self) -> Mapping[str, Tensor]:
+        """Return the angles of each group that rotates."""
+        ...
+
+
 class History(Protocol):
     """What `history` draws: the loss of each epoch, and its means in bins of t."""
 
@@ -215,6 +223,40 @@ def correlation(
     ax.set_ylabel("mean correlation of paired units")
     ax.set_ylim(min(0.0, values.min()) - 0.05, 1.02)
     ax.axhline(0, color="black", linewidth=0.6)
+    return _finished(ax, legend=True)
+
+
+def eigen_angles(rotation: Rotation, *, labels: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+    """Draw by how much a relabelling turns the units of each group: the angles of its matrices, in rising order.
+
+    Where a line lies at 0, directions stay; at 180 degrees they are turned round. The dashed line is that of matrices
+    drawn at random.
+
+    Args:
+        rotation: The ``permutation`` of an alignment whose groups rotate, or any `modeconn.Orthogonal`.
+        labels: Other names for the groups, in their order.
+        ax: Where to draw. Default: a new figure.
+
+    Raises:
+        ValueError: If nothing rotates, or a label is missing.
+    """
+    _check("rotation", rotation, "a modeconn.Orthogonal, as align finds it with symmetries='orthogonal'", "angles")
+    angles = rotation.angles()
+    if not angles:
+        raise ValueError("no group of this relabelling rotates its units, so there are no angles to draw.")
+    names = _labels(labels, list(angles), "group") if labels is not None else list(angles)
+    ax = _axes(ax)
+    ax.plot([0, 100], [0, 180], "--", color=_BEFORE, linewidth=1.2, label="drawn at random")
+    for number, (name, found) in enumerate(zip(names, angles.values(), strict=True)):
+        degrees = np.sort(np.degrees(found.numpy()).ravel())
+        share = 100 * (np.arange(len(degrees)) + 0.5) / len(degrees)
+        colour, dashes = _style(number)
+        ax.plot(share, degrees, dashes, color=colour, linewidth=1.6, label=name)
+    ax.set_xlabel("share of directions (%)")
+    ax.set_ylabel("turned by at most (degrees)")
+    ax.set_xlim(0, 100)
+    ax.set_ylim(0, 180)
+    ax.set_yticks(range(0, 181, 45))
     return _finished(ax, legend=True)
 
 

@@ -165,6 +165,7 @@ def find_alignment(
     """Do what `align` does for networks that were checked, with data of which one pass has begun."""
     with seeded(0, device_of(model_a)):
         spec = find_spec(model_a, data, known)
+        spec.check_model(model_b)  # before the work of matching
         prepared = spec.prepared if spec.prepares else lambda model: model
         model_a, moving = prepared(model_a), prepared(model_b)
         match = method.match(spec, model_a, moving, data)

@@ -184,6 +184,7 @@ class Exploration(Walk):
         self._unknown: list[_Unknown] = []
         self._shapes_only: set[Node] = set()  # nodes of whose values nothing is read
         self._of_values: set[int] = set()  # atoms whose size depends on values
+        self._told_apart: list[tuple[Graph, Node, Axis]] = []  # axes, and the positions by which they were cut
         self._asked: list[tuple[str, Axis]] = []  # what outputs but the first fixed
         self.state = self._place_state(model)
 
@@ -329,6 +330,8 @@ class Exploration(Walk):
         if result is None:
             self._fix_positions(given, "its positions are read as numbers")
             result = self._visit_parts(node, args, kwargs)
+        if result is None and rule is not None and _unknown_numbers((args, kwargs)):
+            result = self._fixed_by_values(node, given)
         if result is None:
             result = self._unknown_operator(node, (args, kwargs))
         made = self._outputs(node, result, counted)
@@ -425,10 +428,10 @@ class Exploration(Walk):
         """Return the entries of a small tensor that no weight and no input decides, None of all others."""
         return None if tensor.node is None else self._graphs[-1].known(tensor.node)
 
-    def rely_on(self, tensor: Traced) -> None:
-        """Note that what is found holds where a tensor has the entries that `values` returned."""
+    def rely_on(self, tensor: Traced, axis: Axis) -> None:
+        """Note that an axis was told apart by the entries that `values` returned of a tensor."""
         if tensor.node is not None:
-            self._graphs[-1].rely_on(tensor.node)
+            self._told_apart.append((self._graphs[-1], tensor.node, axis))
 
     def _rule_for(self, target: Any) -> Rule | None:
         packet = getattr(target, "overloadpacket", None)
@@ -451,6 +454,12 @@ class Exploration(Walk):
             if any(torch.Tag.pointwise in overload.tags for overload in overloads):
                 return pointwise
         return None
+
+    def _fixed_by_values(self, node: Node, given: Sequence[Traced]) -> list[list[Axis]]:
+        """Fix what an operator reads at a place, or in a size, that is a number that values decide."""
+        why = f"read by {_called(node)} where values say"
+        self._fix_all(given, why)
+        return [[self.fixed(n, why) for n in shape] for shape in self.shapes]
 
     def _unknown_operator(self, node: Node, arguments: Any) -> list[list[Axis]]:
         known = _Unknown(_name_of(node.target), module_of(node))
@@ -548,8 +557,16 @@ class Exploration(Walk):
         )
 
     def _relied_on(self) -> dict[str, tuple[int, ...]]:
-        """Return what the buffers hold by which units were told apart."""
-        names = sorted({name for graph in self._graphs for name in graph.relied_on})
+        """Return what the buffers hold by which units that move were told apart, or of which numbers were read.
+
+        Not of those that some run writes to, such as counters: they differ between any two networks.
+        """
+        for graph, node, axis in self._told_apart:
+            if not self.is_fixed(axis):
+                graph.rely_on(node)
+        relied = {name for graph in self._graphs for name in graph.relied_on}
+        read = {name for graph in self._graphs for name in graph.read_as_numbers} - set(self._written)
+        names = sorted(relied | read)
         return {name: tuple(self._whole[name].flatten().tolist()) for name in names}
 
     def _fold_gains(self) -> list[Fold]:

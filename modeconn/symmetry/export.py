@@ -50,7 +50,7 @@ def export(
     """Export a model in one mode, with a free batch size where it allows one.
 
     The model is not changed: a copy that shares its tensors is traced, and fake tensors stand in for them. What it
-    computes for other ``outputs`` than those that count is not in the graph. Saved buffers of whole numbers are
+    computes for other ``outputs`` than those that count is not in the graph. Buffers of whole numbers are
     read as a part of the architecture, but for those that match a name or pattern of ``freeze``.
 
     Raises:
@@ -81,12 +81,11 @@ def export(
     return graph
 
 
-def _positions(model: nn.Module, freeze: Sequence[str]) -> dict[str, Tensor]:
-    saved = set(model.state_dict(keep_vars=True))
+def _positions(model: nn.Module, freeze: Sequence[str]) -> dict[str, Tensor | None]:
     return {
-        name: buffer.detach()
+        name: None if any(fnmatch.fnmatchcase(name, each) for each in freeze) else buffer.detach()
         for name, buffer in model.named_buffers(remove_duplicate=False)
-        if name in saved and buffer.dtype in WHOLE and not any(fnmatch.fnmatchcase(name, each) for each in freeze)
+        if buffer.dtype in WHOLE
     }
 
 
@@ -94,7 +93,7 @@ WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
 """Types of tensors that may hold positions."""
 
 
-def _exported(model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor]) -> Graph:
+def _exported(model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor | None]) -> Graph:
     batched = example.with_batch_of_two()
     if batched is None:
         return Graph(_export(model, example, None), training, positions)
@@ -117,7 +116,7 @@ def _is_about_values(error: Exception) -> bool:
 
 
 def _without_gradients(
-    model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor]
+    model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor | None]
 ) -> Graph | None:
     """Export a model of operators that have no gradients here, as flex_attention on the CPU; None if it is not that."""
     try:
@@ -134,7 +133,9 @@ def _export(model: nn.Module, example: Example, shapes: Any) -> Program:
     return _of_export(export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False))
 
 
-def _recorded(model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor]) -> Graph | None:
+def _recorded(
+    model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor | None]
+) -> Graph | None:
     """Return the graph of one run of a model that export cannot follow, None if it cannot be recorded either."""
     device = next((t.device for t in (*model.parameters(), *model.buffers(), *example.tensors())), None)
     if device is not None and device.type == "meta":

@@ -139,15 +139,16 @@ class Graph:
         free_batch: Whether it runs for any batch size, or only for that of the example.
         is_recorded: Whether it is of one run, and so of one path through the model.
         why_batch_is_fixed: Why the batch size is that of the example, where that could have been another.
-        relied_on: Names of the saved buffers whose values decided what is in the graph, or what was found in it.
+        relied_on: Names of the buffers whose values decided what is in the graph, or what was found in it.
+        read_as_numbers: Names of the buffers of which a number was read in a recorded run, which holds for that number.
 
     Args:
         program: What was exported or recorded.
         training: The mode.
-        positions: Saved buffers of whole numbers that may be taken for constants, by name.
+        positions: Buffers of whole numbers, which may be taken for constants, by name; None for those that may not.
     """
 
-    def __init__(self, program: Program, training: bool, positions: Mapping[str, Tensor]) -> None:
+    def __init__(self, program: Program, training: bool, positions: Mapping[str, Tensor | None]) -> None:
         self.training = training
         self.why_batch_is_fixed: str | None = None
         self.is_recorded = program.is_recorded
@@ -160,6 +161,14 @@ class Graph:
         self._read(graph)
         if cut_before_views(graph, self.nodes, self.known, self.rely_on):
             self._read(graph)
+        self.read_as_numbers = {
+            name
+            for node in self.nodes
+            if self.is_recorded and _is_reading(node)
+            for given in node.all_input_nodes
+            if self.known(given) is not None
+            for name in self._buffers_behind(given)
+        }
         (returned,) = self.nodes[-1].args
         self.outputs: dict[str, str] = {}
         for place, name in program.outputs.items():
@@ -279,7 +288,7 @@ class Graph:
     def known(self, node: Node) -> Tensor | None:
         """Return the value of a node that is small, and made of constants alone; None for all others.
 
-        Saved buffers of whole numbers count as constants: what is decided by such a value is told to `rely_on`.
+        Buffers of whole numbers count as constants: what is decided by such a value is told to `rely_on`.
         """
         if node not in self._known:
             value = self._value_of_constants(node)
@@ -288,11 +297,15 @@ class Graph:
 
     def rely_on(self, node: Node) -> None:
         """Note that what is found holds for networks whose buffers hold what a known node is made of."""
+        self.relied_on.update(self._buffers_behind(node))
+
+    def _buffers_behind(self, node: Node) -> Iterator[str]:
+        """Yield the names of the buffers that a known node is made of."""
         source = self.state.get(node.name)
-        if source is not None and source.kind == "buffer":
-            self.relied_on.add(source.name)
+        if source is not None and source.name in self._positions:
+            yield source.name
         for given in node.all_input_nodes:
-            self.rely_on(given)
+            yield from self._buffers_behind(given)
 
     def _value_of_constants(self, node: Node) -> Tensor | None:
         made = node.meta.get("val")
@@ -302,8 +315,8 @@ class Graph:
             return None
         if node.op == "placeholder":
             source = self.state.get(node.name)
-            if source is not None and source.kind == "buffer":
-                return self._positions.get(source.name)
+            if source is not None and source.name in self._positions:
+                return self._positions[source.name]
             return None if source is None else self.constant(source)
         tags = getattr(node.target, "tags", ())
         if node.op != "call_function" or _schema(node) is None or torch.Tag.nondeterministic_seeded in tags:

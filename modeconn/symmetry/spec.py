@@ -223,14 +223,23 @@ class PermutationSpec(Findings):
             return
         raise ValueError(
             f"this spec is of another model: the buffer '{name}', by which units are read, holds other positions "
-            f"than in the model that the spec was found in. Pass freeze=['{name}'] to discover, which leaves the units "
-            f"that it tells apart in place, and align with that spec."
+            f"than in the model that the spec was found in. Pass freeze=['{name}'] to discover, and align with that "
+            f"spec: units that it tells apart then stay in place, and numbers that are read of it count as alike."
         )
 
     def _check_ties(self, tensors: Mapping[str, Tensor]) -> None:
-        """Raise a ValueError if names are one tensor here that may move in different ways, as they were two before."""
+        """Raise a ValueError if names are one tensor here that may move in different ways, as they were two before.
+
+        Or if they were one before and are two here, of which gains would be folded into or out of the first alone.
+        """
         known = {name: names for names in self.tied or () for name in names}
         folding = {name for fold in self.folds for name in fold.names}
+        for names in self.tied or ():
+            if set(names) & folding and len({id(tensors[name]) for name in names if name in tensors}) > 1:
+                raise ValueError(
+                    f"this spec is of another model: '{names[0]}' and '{names[1]}' are two tensors here, and were one "
+                    f"in the model that it was found in. Discover this one anew."
+                )
         first: dict[int, str] = {}
         for name in filter(tensors.__contains__, self.state):
             other = first.setdefault(id(tensors[name]), name)
@@ -665,6 +674,17 @@ class Orthogonal(Relabelling):
         )
 
     __hash__ = None
+
+    def angles(self) -> dict[str, Tensor]:
+        """Return by how much each group that rotates turns its units: the angles of the eigenvalues of its matrices.
+
+        Returns:
+            By group name float64 ``(*parent sizes, n)``, from 0 (a direction that stays) to pi (one that is turned
+            round), rising. Those of a matrix drawn at random lie evenly between.
+        """
+        turning = [group for group in self.spec.groups if group.rotates]
+        found = {group.name: torch.linalg.eigvals(self.elements[group.name]).angle().abs() for group in turning}
+        return {name: angles.sort(-1).values for name, angles in found.items()}
 
     def sources(self, name: str) -> Tensor | None:
         """Return which unit takes each place of a group, ``(N,)``; None of a group that rotates its units."""

@@ -258,8 +258,8 @@ class Walk(Space):
         """
         return None
 
-    def rely_on(self, tensor: Traced) -> None:
-        """Note that what is found holds where a tensor has the entries that `values` returned."""
+    def rely_on(self, tensor: Traced, axis: Axis) -> None:
+        """Note that an axis was told apart by the entries that `values` returned of a tensor."""
 
     def dtype(self, tensor: Traced) -> torch.dtype | None:
         """Return the type of a tensor of the graph."""

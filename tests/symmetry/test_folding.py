@@ -276,6 +276,38 @@ def test_permutations_of_layers_of_their_own_are_refused_by_a_network_that_ties_
         spec.random().apply(build(tied=True))
 
 
+class Normed(nn.Module):
+    """Two blocks whose norms may share a gain."""
+
+    def __init__(self, shared: bool) -> None:
+        super().__init__()
+        self.first, self.norms = nn.Linear(WIDTH, WIDTH), nn.ModuleList(nn.RMSNorm(WIDTH) for _ in range(3))
+        self.inner, self.last = nn.ModuleList(nn.Linear(WIDTH, WIDTH) for _ in range(2)), nn.Linear(WIDTH, 3)
+        if shared:
+            self.norms[1].weight = self.norms[0].weight
+        for norm in self.norms:
+            nn.init.uniform_(norm.weight, 0.5, 1.5)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = self.first(x)
+        for norm, inner in zip(self.norms, self.inner, strict=False):
+            x = x + inner(norm(x))
+        return self.last(self.norms[2](x))
+
+
+@pytest.mark.parametrize("saved", [False, True])
+def test_a_spec_of_a_shared_gain_is_refused_by_a_network_with_two(saved):
+    x = torch.rand(4, WIDTH)
+    spec = modeconn.discover(Normed(shared=True), x, symmetries="orthogonal")
+    spec = modeconn.PermutationSpec.from_json(spec.to_json()) if saved else spec
+    free = Normed(shared=False)
+    for call in (spec.random().apply, lambda net: modeconn.fold_gains(net, spec=spec)):
+        with pytest.raises(
+            ValueError, match=r"'norms\.0\.weight' and 'norms\.1\.weight' are two tensors here, and were one"
+        ):
+            call(free)
+
+
 class Read(nn.Module):
     """A stream with a norm whose head is read in one more way."""
 

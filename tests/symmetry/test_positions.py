@@ -56,7 +56,11 @@ def groups(spec: PermutationSpec) -> list[tuple]:
 def test_positions_of_a_buffer_are_those_written_in_the_model(positions):
     kept, written = Pruned(positions), Pruned(positions, "written")
     spec = modeconn.discover(kept, X)
-    assert groups(spec) == groups(modeconn.discover(written, X)) == groups(modeconn.discover(Pruned(positions, ""), X))
+    assert (
+        groups(spec)
+        == groups(modeconn.discover(written, X))
+        == groups(modeconn.discover(Pruned(positions, "unsaved"), X))
+    )
     assert spec.verify(kept, X) < 1e-9
     torch.testing.assert_close(spec.random(torch.Generator().manual_seed(0)).apply(kept)(X), kept(X))
     assert spec.positions == ({"picked": tuple(positions)} if groups(spec) else spec.positions)
@@ -105,8 +109,8 @@ def test_a_file_holds_positions_in_the_newer_format_and_without_them_the_older()
 
 def test_a_cut_by_a_buffer_is_one_by_a_constant_and_is_remembered():
     x = torch.rand(4, 5)
-    kept, constant = (modeconn.discover(Cut(where), x) for where in ("buffer", ""))
-    assert groups(kept) == groups(constant) and kept.positions == {"queries": (0, 1)} and not constant.positions
+    kept, unsaved = (modeconn.discover(Cut(where), x) for where in ("buffer", ""))
+    assert groups(kept) == groups(unsaved) and kept.positions == unsaved.positions == {"queries": (0, 1)}
     assert kept.verify(Cut("buffer"), x) < 1e-9
     with pytest.raises(ValueError, match="'queries', by which units are read"):
         kept.random().apply(Cut("buffer", (1, 0)))
@@ -129,3 +133,91 @@ def test_buffers_that_decide_nothing_may_differ():
     assert not spec.positions
     other = Positions(5)
     torch.testing.assert_close(spec.random().apply(other)(x), other(x))
+
+
+class Sliced(nn.Module):
+    """Hidden units from a number on that a buffer holds, which only a recorded run can follow."""
+
+    def __init__(self, first: int) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head, self.side = nn.Linear(4, 12), nn.Linear(12, 3), nn.Linear(3, 3)
+        self.register_buffer("first", torch.tensor(first))
+
+    def forward(self, x: Tensor) -> Tensor:
+        h, first = self.stem(x).relu(), int(self.first)
+        return self.head(h) + self.side(h[:, first : first + 3])
+
+
+@pytest.mark.filterwarnings("ignore:torch.export cannot follow")
+def test_a_number_that_a_recorded_run_reads_of_a_buffer_is_remembered():
+    spec = modeconn.discover(Sliced(1), X)
+    assert spec.positions == {"first": (1,)} and spec.verify(Sliced(1), X) < 1e-9
+    with pytest.raises(ValueError, match="'first', by which units are read"):
+        modeconn.align(Sliced(1), Sliced(2), method=WeightMatching(), example_input=X)
+    assert not modeconn.discover(Sliced(1), X, freeze=["first"]).positions
+
+
+class Counting(nn.Module):
+    """A layer that counts its calls, and reads the number."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+        self.register_buffer("calls", torch.tensor(1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.training:
+            self.calls += 1
+        return self.head(self.stem(x).relu() if int(self.calls) else x)
+
+
+@pytest.mark.filterwarnings("ignore:torch.export cannot follow")
+def test_counters_may_differ():
+    spec, other = modeconn.discover(Counting(), X), Counting()
+    other.calls += 5
+    assert [group.shape for group in spec.groups] == [(6,)] and not spec.positions
+    torch.testing.assert_close(spec.random().apply(other.eval())(X), other(X))
+
+
+@pytest.mark.parametrize("where", ["buffer", ""])
+def test_a_buffer_that_is_not_saved_counts_too_and_is_frozen_too(where):
+    spec = modeconn.discover(Pruned(EVEN, where), X)
+    assert spec.positions == {"picked": tuple(EVEN)}
+    with pytest.raises(ValueError, match="'picked', by which units are read"):
+        modeconn.align(Pruned(EVEN, where), Pruned(ODD, where), method=WeightMatching(), spec=spec)
+    assert not modeconn.discover(Pruned(EVEN, where), X, freeze=["picked"]).groups
+
+
+def test_positions_along_what_stays_may_differ():
+    """Tokens in another order: no unit is told apart by it."""
+
+    class Reordered(nn.Module):
+        def __init__(self, order: list[int]) -> None:
+            super().__init__()
+            torch.manual_seed(0)
+            self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.register_buffer("order", torch.tensor(order))
+
+        def forward(self, x: Tensor) -> Tensor:
+            return self.head(self.stem(x).relu()[:, self.order].cumsum(1))
+
+    x, other = torch.rand(2, 3, 4), Reordered([1, 2, 0])
+    spec = modeconn.discover(Reordered([0, 2, 1]), x)
+    assert [group.shape for group in spec.groups] == [(6,)] and not spec.positions
+    torch.testing.assert_close(spec.random().apply(other)(x), other(x))
+
+
+def test_a_place_that_a_number_says_is_no_operator_without_a_rule():
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 2)
+            self.register_buffer("place", torch.tensor(3))
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x).relu()
+            return self.head(h) + h[:, self.place][:, None]
+
+    report = modeconn.discover(Chosen(), X).report()
+    assert "has no rule" not in repr(report) and "values say" in repr(report)

@@ -73,12 +73,12 @@ def _in_parts(walk: Walk, input: Traced, dim: int, index: Traced) -> list[Axis] 
     positions = [position % size for position in chosen.tolist()]
     step = size // len(positions)
     if step > 1 and size % step == 0 and positions == list(range(positions[0] % step, size, step)):
-        walk.rely_on(index)
+        walk.rely_on(index, input.axes[dim])
         return stepped(walk, input, dim, positions[0], step)
     begins = [0, *(at for at in range(1, len(positions)) if positions[at] != positions[at - 1] + 1)]
     if len(begins) > _RANGES:
         return None
-    walk.rely_on(index)
+    walk.rely_on(index, input.axes[dim])
     ranges = [(positions[begin], positions[end - 1] + 1) for begin, end in pairwise([*begins, len(positions)])]
     return cat(walk, [Traced(tuple(piece(walk, input, dim, start, stop))) for start, stop in ranges], dim)
 
