@@ -106,6 +106,17 @@ def test_group_names_turn_as_they_get_more_and_can_be_replaced(ax, count, angle)
     assert labels[1].get_text() == "g1" and {label.get_rotation() for label in labels} == {angle}
 
 
+def test_angles_are_drawn_in_rising_order_beside_those_of_chance(ax):
+    angles = {"stream": torch.tensor([3.0, 0.0, 1.0]), "head": torch.tensor([[1.0, 2.0], [0.5, 0.5]])}
+    plot.eigen_angles(types.SimpleNamespace(angles=lambda: angles), ax=ax)
+    chance, stream, head = ax.lines
+    np.testing.assert_allclose(chance.get_ydata(), [0, 180])
+    np.testing.assert_allclose(stream.get_ydata(), np.degrees([0.0, 1.0, 3.0]), rtol=1e-6)
+    np.testing.assert_allclose(head.get_ydata(), np.degrees([0.5, 0.5, 1.0, 2.0]), rtol=1e-6)
+    np.testing.assert_allclose(head.get_xdata(), [12.5, 37.5, 62.5, 87.5])
+    assert texts(ax.get_legend()) == ["drawn at random", "stream", "head"]
+
+
 def test_negative_correlations_stay_in_sight(ax):
     plot.correlation({"fc": (-0.4, 0.5)}, ax=ax)
     assert ax.get_ylim()[0] < -0.4
@@ -152,6 +163,8 @@ def test_two_histories_share_one_entry_for_their_range(ax):
         (lambda: plot.correlation(3), "alignment 0 must be what modeconn.align returns, or its correlation, got 3"),
         (lambda: plot.correlation({"a": 3}), r"must hold \(before, after\) by group, two numbers, got {'a': 3}"),
         (lambda: plot.history(BUMP), "fit 0 must be what modeconn.fit_curve returns, or its history, got Profile"),
+        (lambda: plot.eigen_angles(3), "rotation must be a modeconn.Orthogonal, .*, got 3"),
+        (lambda: plot.eigen_angles(types.SimpleNamespace(angles=dict)), "no group of this relabelling rotates"),
         (lambda: plot.comparison(3), "compared must be what modeconn.compare returns, got 3"),
         (lambda: plot.correlation({"a": (0, 1)}, labels=[]), r"must name each group: 1 to draw, got labels=\[\]"),
         (lambda: plot.history(types.SimpleNamespace(history=None)), "fit 0 has no history"),

@@ -343,3 +343,19 @@ def test_whole_numbers_beyond_those_of_a_double_stay_as_they_are():
     spec = modeconn.discover(model, x, symmetries="orthogonal")
     assert [group.kind.name for group in spec.groups] == ["orthogonal"]
     assert spec.verify(model, x) < 1e-9
+
+
+def test_angles_say_by_how_much_units_are_turned():
+    model, x = LanguageModel(nn.LayerNorm), tokens()
+    spec = modeconn.discover(model, x, symmetries="orthogonal")
+    still = spec.identity().angles()
+    assert still.keys() == {group.name for group in spec.groups if group.rotates}
+    assert all(not angles.any() for angles in still.values())
+    moved = spec.random(torch.Generator().manual_seed(0))
+    for group in spec.groups:
+        if group.rotates:
+            angles, matrices = moved.angles()[group.name], moved.elements[group.name]
+            assert angles.shape == (*group.shape,) and bool((angles.diff() >= 0).all())
+            traces = matrices.diagonal(dim1=-2, dim2=-1).sum(-1)
+            torch.testing.assert_close(angles.cos().sum(-1), traces)  # of eigenvalues on the unit circle
+            torch.testing.assert_close(moved.inverse().angles()[group.name].sum(), angles.sum())
