@@ -459,8 +459,8 @@ def fit(
     refine: Annotated[
         str,
         typer.Option(
-            help="none, pam, or pam:KEY=VALUE,... such as pam:iterations=4,step=sinkhorn. Steps: proximal_linear, "
-            "sinkhorn, relaxed."
+            help="none, pam, or pam:KEY=VALUE,... such as pam:iterations=4,step=sinkhorn. Steps: "
+            f"{', '.join(parse.PERMUTATION_STEPS)}."
         ),
     ] = "none",
     seed: Annotated[int, typer.Option(help="Of t, order and augmentation of the data, dropout.")] = 0,
