@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from itertools import product
 from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 
-from modeconn.network.copies import untied_copy
-from modeconn.symmetry.graph import Example
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.kinds import ORTHOGONAL
 from modeconn.symmetry.relabelling import Relabelling
+from modeconn.symmetry.slopes import SlopesOfOutputs, places, shaped
 from modeconn.symmetry.spec import Orthogonal, PermutationSpec
-from modeconn.symmetry.verify import VerificationError, in_double, redraw_folded
+from modeconn.symmetry.verify import VerificationError
 from modeconn.tools.door import check_settings
 
 Pieces = Mapping[str, Sequence[Mapping[int, bool]]]
@@ -143,21 +141,6 @@ class Invertible(Relabelling):
         return cls(Orthogonal.restore(spec, parts["element"]), parts["map"], parts["dual"])
 
 
-def places(spec: PermutationSpec, group: Group) -> list[tuple[str, int]]:
-    """Return where units of a group lie: parameters by name, and which piece of each."""
-    return [
-        (name, number)
-        for name, axes in spec.state.items()
-        for number, (_, labels) in enumerate(spec.structure.pieces(_shaped(spec, name), axes))
-        for atom, _ in labels
-        if atom == group.atom
-    ]
-
-
-def _shaped(spec: PermutationSpec, name: str) -> Tensor:
-    return torch.empty(spec.shapes[name], device="meta")
-
-
 def pieces_of(spec: PermutationSpec, duals: Mapping[str, Tensor]) -> Pieces:
     """Return which pieces of which parameters are mapped, and which by the inverse transposed."""
     found: dict[str, list[dict[int, bool]]] = {}
@@ -165,7 +148,7 @@ def pieces_of(spec: PermutationSpec, duals: Mapping[str, Tensor]) -> Pieces:
         group = spec[group_name]
         for (name, number), is_dual in zip(places(spec, group), flags.tolist(), strict=True):
             if name not in found:
-                found[name] = [{} for _ in spec.structure.pieces(_shaped(spec, name), spec.state[name])]
+                found[name] = [{} for _ in spec.structure.pieces(shaped(spec, name), spec.state[name])]
             found[name][number][group.atom] = is_dual
     return found
 
@@ -217,20 +200,17 @@ def duals_of(spec: PermutationSpec, model: nn.Module, example_input: Any, *, see
         VerificationError: If maps with these signs change the function all the same.
     """
     generator = torch.Generator().manual_seed(seed)
-    run = _Outputs(spec, model, example_input, generator)
+    outputs = SlopesOfOutputs(spec, model, example_input, generator)
     found: dict[str, Tensor] = {}
     for group in spec.groups:
         if group.kind is not ORTHOGONAL:
             continue
-        at = places(spec, group)
-        if not 2 <= len(at) <= _MOST_PLACES or len(set(at)) < len(at):  # a piece with the units twice
-            continue
         drawn = torch.randn(*group.shape, group.size, generator=generator, dtype=torch.float64)
-        signs = _signs(torch.stack([run.slope(group, place, (drawn + drawn.mT) / 2) for place in at]))
+        signs = outputs.signs(group, (drawn + drawn.mT) / 2)
         if signs is not None:
             found[group.name] = signs
     maps = {name: _far_from_identity(spec[name], generator) for name in found}
-    change = run.change(Invertible(spec.identity(), maps, found)) if found else 0.0
+    change = outputs.change(Invertible(spec.identity(), maps, found).relabel) if found else 0.0
     if not change < _LARGEST_CHANGE:
         raise VerificationError(
             f"invertible maps inside of heads change the function by {change:.1e} standard deviations, though small "
@@ -239,66 +219,9 @@ def duals_of(spec: PermutationSpec, model: nn.Module, example_input: Any, *, see
     return found
 
 
-class _Outputs:
-    """The outputs of a model in eval mode on redrawn weights, as one vector."""
-
-    def __init__(self, spec: PermutationSpec, model: nn.Module, example: Any, generator: torch.Generator) -> None:
-        spec = spec.with_traces(model, example)
-        self._spec, self._graph = spec, spec.traces[0].graph
-        self._example = in_double(Example.of(example).to("cpu"))
-        self._state = redraw_folded(spec, untied_copy(model) if spec.untied else model, generator)
-
-    def _of(self, state: Mapping[str, Tensor]) -> Tensor:
-        named = self._graph.outputs
-        return torch.cat(
-            [
-                _some(value.flatten()).clone()
-                for node, value in self._graph.run(state, self._example, dtype=torch.float64)
-                if node.name in named and isinstance(value, Tensor) and value.is_floating_point()
-            ]
-        )
-
-    def slope(self, group: Group, place: tuple[str, int], direction: Tensor) -> Tensor:
-        """Return how the outputs change if the units in one place of a group are mapped in a direction."""
-        (name, number), axes = place, self._spec.state[place[0]]
-        identity = torch.eye(group.size, dtype=torch.float64)
-        both = []
-        for step in (_STEP, -_STEP):
-            count = sum(1 for _ in self._spec.structure.pieces(self._state[name], axes))
-            matrices = [{group.atom: identity + step * direction} if at == number else {} for at in range(count)]
-            changed = self._spec.structure.turn_pieces(self._state[name], axes, matrices)
-            both.append(self._of({**self._state, **self._tied(name, changed)}))
-        return (both[0] - both[1]) / (2 * _STEP)
-
-    def _tied(self, name: str, changed: Tensor) -> dict[str, Tensor]:
-        """Return a tensor under all names that it has."""
-        return {other: changed for other, x in self._state.items() if x is self._state[name]}
-
-    def change(self, relabelling: Invertible) -> float:
-        """Return the largest change of an output under a relabelling, in standard deviations of all."""
-        before = self._of(self._state)
-        after = self._of({**self._state, **relabelling.relabel({n: self._state[n] for n in self._spec.state})})
-        return float((after - before).abs().max() / before.std())
-
-
-def _some(values: Tensor) -> Tensor:
-    """Return entries from all over, as many as are enough."""
-    return values[:: len(values) // _ENOUGH | 1]
-
-
-def _signs(slopes: Tensor) -> Tensor | None:
-    """Return which of the slopes ``(P, outputs)`` to subtract so that nothing is left, None if there is no such way."""
-    ways = torch.tensor([(False, *rest) for rest in product((False, True), repeat=len(slopes) - 1)])
-    left = ((1.0 - 2.0 * ways.double()) @ slopes).norm(dim=1)
-    right = (left < _NOTHING * slopes.norm()).nonzero()
-    return ways[int(right[0])] if len(right) and bool(slopes.any()) else None
-
-
 def _far_from_identity(group: Group, generator: torch.Generator) -> Tensor:
     drawn = torch.randn(*group.shape, group.size, generator=generator, dtype=torch.float64)
     return torch.linalg.matrix_exp(drawn / (2 * group.size**0.5))
 
 
-_STEP = 1e-5
-_NOTHING, _LARGEST_CHANGE = 1e-6, 1e-8
-_MOST_PLACES, _ENOUGH = 12, 1 << 15
+_LARGEST_CHANGE = 1e-8

@@ -9,7 +9,8 @@ from torch import Tensor, nn
 import modeconn
 from modeconn import Invertible, Relabelling
 from modeconn.symmetry import invertible
-from modeconn.symmetry.invertible import duals_of, places
+from modeconn.symmetry.invertible import duals_of
+from modeconn.symmetry.slopes import cancelling, places
 from tests.matching.test_rotations import generic
 from tests.symmetry.rotating import ROTATING, LanguageModel, RMSNorm, Rotating, tokens
 
@@ -136,5 +137,5 @@ def test_what_is_no_map_is_refused():
 def test_signs_are_those_that_cancel():
     parts = torch.randn(4, 50, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
     slopes = torch.cat([parts[:3], -(parts[0] - parts[1] + parts[2])[None]])
-    assert invertible._signs(slopes).tolist() == [False, True, False, False]
-    assert invertible._signs(parts) is None and invertible._signs(0 * parts) is None
+    assert cancelling(slopes).tolist() == [False, True, False, False]
+    assert cancelling(parts) is None and cancelling(0 * parts) is None
