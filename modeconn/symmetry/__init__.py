@@ -1,5 +1,6 @@
 """Which hidden units of a model may be relabelled together without changing its function."""
 
+from modeconn.symmetry.balancing import balance
 from modeconn.symmetry.discover import UnknownOperatorWarning, discover
 from modeconn.symmetry.folding import fold_gains
 from modeconn.symmetry.groups import Group
@@ -28,6 +29,7 @@ __all__ = [
     "UnknownOperatorWarning",
     "VerificationError",
     "Walk",
+    "balance",
     "broadcast",
     "discover",
     "fold_gains",
