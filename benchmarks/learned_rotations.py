@@ -1,6 +1,7 @@
 """Barriers between transformers whose rotations are learned, of the straight line and of a curve that is fitted then.
 
     python -m benchmarks.learned_rotations gpt --text tinyshakespeare.txt --folder runs --out table.json
+    python -m benchmarks.learned_rotations llama --folder runs
     python -m benchmarks.learned_rotations fashion_mnist --root DIR --folder runs
 
 Networks and data are those of `benchmarks.rotations`, trained if the folder does not hold them. Each way to bring b to
@@ -96,8 +97,10 @@ PATHS = ("line", "curve", "curve of 1,000 steps")
 def main() -> None:
     """Measure each pair of three networks; print, and write what was found after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("gpt", "fashion_mnist", "cifar10"))
-    parser.add_argument("--text", type=Path, help="a text file, for gpt")
+    parser.add_argument("task", choices=("gpt", "llama", "fashion_mnist", "cifar10"))
+    parser.add_argument(
+        "--text", type=Path, help="a text file, for gpt and llama; default the sources of Python's library"
+    )
     parser.add_argument("--root", type=Path, help="folder of the data set, for the others")
     parser.add_argument("--folder", type=Path, required=True, help="where the networks are kept")
     parser.add_argument("--out", type=Path, help="write the rows to this file")

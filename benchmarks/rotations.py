@@ -27,7 +27,7 @@ from torch import nn
 
 import modeconn
 from benchmarks.timing import environment
-from benchmarks.transformers import CharGPT, SmallViT, with_products
+from benchmarks.transformers import CharGPT, CharLlama, SmallViT, with_products
 from modeconn import ActivationMatching, WeightMatching, data
 
 SEEDS = (1, 2, 3)
@@ -67,16 +67,27 @@ GPT, VIT = Training(1, 1e-3, 0.01), Training(15, 1e-3, 0.01)
 
 def task(arguments: argparse.Namespace) -> tuple[Callable[[int], nn.Module], Any, Any, Training]:
     """Return how to build a network from a seed, the data and the training."""
-    if arguments.task == "gpt":
-        train, test = data.text(arguments.text)
+    if arguments.task in ("gpt", "llama"):
+        train, test = data.text(arguments.text or source_text(arguments.folder))
         test = test.with_(tokens=test.tokens[: 256 * 64 + 1], batch_size=64)
-        return lambda seed: CharGPT(train.num_classes, seed=seed), train, test, GPT
+        network = CharGPT if arguments.task == "gpt" else CharLlama
+        return lambda seed: network(train.num_classes, seed=seed), train, test, GPT
     train, test = data.load(arguments.task, arguments.root, augment=False)
     few = torch.randperm(train.num_examples, generator=torch.Generator().manual_seed(0))[:10_000]
     train = train.subset(few).with_(batch_size=64)
     if arguments.task == "cifar10":
         return lambda seed: SmallViT(channels=3, size=32, patch=4, seed=seed), train, test, VIT
     return lambda seed: SmallViT(seed=seed), train, test, VIT
+
+
+def source_text(folder: Path) -> Path:
+    """Write a million characters of the sources of Python's standard library to a file, and return it."""
+    folder.mkdir(parents=True, exist_ok=True)
+    path, found = folder / "sources.txt", ""
+    for source in sorted(Path(json.__file__).parent.parent.glob("*.py")):
+        found += source.read_text(encoding="utf-8")
+    path.write_text("".join(letter for letter in found if letter.isascii())[:1_100_000], encoding="utf-8")
+    return path
 
 
 def trained(build: Callable[[int], nn.Module], train: Any, training: Training, seed: int, folder: Path) -> nn.Module:

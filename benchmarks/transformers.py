@@ -92,6 +92,40 @@ class CharGPT(nn.Module):
         return torch.arange(2 * length).view(2, length) % self.tokens.num_embeddings
 
 
+class GatedBlock(nn.Module):
+    """Pre-norm as in Llama: RMS norms, no biases, grouped queries, and a gated perceptron."""
+
+    def __init__(self, width: int, num_heads: int, num_shared: int, hidden: int) -> None:
+        super().__init__()
+        self.size = width // num_heads
+        self.norm1, self.norm2 = nn.RMSNorm(width), nn.RMSNorm(width)
+        self.q, self.out = nn.Linear(width, width, bias=False), nn.Linear(width, width, bias=False)
+        self.k, self.v = (nn.Linear(width, num_shared * self.size, bias=False) for _ in range(2))
+        self.gate, self.up = (nn.Linear(width, hidden, bias=False) for _ in range(2))
+        self.down = nn.Linear(hidden, width, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map a stream ``(B, T, width)``."""
+        y = self.norm1(x)
+        q, k, v = (part(y).unflatten(-1, (-1, self.size)).transpose(1, 2) for part in (self.q, self.k, self.v))
+        heads = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=True)
+        x = x + self.out(heads.transpose(1, 2).flatten(2))
+        y = self.norm2(x)
+        return x + self.down(F.silu(self.gate(y)) * self.up(y))
+
+
+class CharLlama(CharGPT):
+    """Predicts the next character with blocks as in Llama, but with positions that are learned."""
+
+    def __init__(
+        self, vocabulary: int, *, length: int = 64, width: int = 128, num_heads: int = 4, depth: int = 4, seed: int = 0
+    ) -> None:
+        super().__init__(vocabulary, length=length, width=width, num_heads=num_heads, depth=0, seed=seed)
+        self.blocks = nn.Sequential(*(GatedBlock(width, num_heads, 2, 3 * width) for _ in range(depth)))
+        self.norm = nn.RMSNorm(width)
+        _initialise(self, seed)
+
+
 class SmallViT(nn.Module):
     """Classifies images by patches and a class token."""
 
