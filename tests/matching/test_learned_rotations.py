@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 import modeconn
-from modeconn import Bezier, Sinkhorn, StraightThrough, WeightMatching
+from modeconn import Bezier, Sinkhorn, StraightThrough, WeightMatching, callbacks
 from modeconn.matching.turned import TurnedWeights
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.invertible import duals_of
@@ -213,3 +213,23 @@ def test_maps_are_refused_where_nothing_rotates_and_for_distances_and_warned_of_
     a, b = (nn.Sequential(nn.Linear(4, 6), nn.RMSNorm(6), nn.Linear(6, 3)) for _ in range(2))
     with pytest.warns(UserWarning, match="invertible=True has no effect"):
         modeconn.align(a, b, loader, method=Sinkhorn(num_steps=1, invertible=True), symmetries="orthogonal")
+
+
+class Stop(callbacks.Callback):
+    """Ends a run after its first epoch."""
+
+    def after_epoch(self, event) -> None:
+        """Do what a user's Ctrl-C does."""
+        raise KeyboardInterrupt
+
+
+@pytest.mark.parametrize("invertible", [False, True])
+def test_a_fit_that_was_stopped_goes_on_with_the_learned_relabelling_to_the_bit(invertible, tmp_path):
+    a, b = (generic(NETWORKS["layer norm"], seed).float() for seed in (0, 1))
+    method = Sinkhorn(start=WeightMatching(), num_steps=5, num_rounds=1, num_examples=4, invertible=invertible)
+    how = {"align": method, "spec": spec_of("layer norm"), "recipe": modeconn.Recipe(epochs=2)}
+    whole = modeconn.fit_curve(a, b, LOADER, **how)
+    with pytest.raises(KeyboardInterrupt):
+        modeconn.fit_curve(a, b, LOADER, checkpoint=tmp_path / "kept", callbacks=[Stop()], **how)
+    resumed = modeconn.fit_curve(a, b, LOADER, checkpoint=tmp_path / "kept", **how)
+    assert torch.equal(resumed.control_points, whole.control_points) and resumed.permutation == whole.permutation
