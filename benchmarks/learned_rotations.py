@@ -3,6 +3,7 @@
     python -m benchmarks.learned_rotations gpt --text tinyshakespeare.txt --folder runs --out table.json
     python -m benchmarks.learned_rotations llama --folder runs
     python -m benchmarks.learned_rotations fashion_mnist --root DIR --folder runs
+    python -m benchmarks.learned_rotations tables --folder benchmarks/results
 
 Networks and data are those of `benchmarks.rotations`, trained if the folder does not hold them. Each way to bring b to
 a has a row: the barrier of the straight line over 11 points on the test set, of a quadratic Bezier curve after 200
@@ -28,7 +29,7 @@ from torch import nn
 import modeconn
 from benchmarks.rotations import POINTS, SEEDS, task, trained
 from benchmarks.timing import environment
-from modeconn import Bezier, Line, Recipe, Sinkhorn, WeightMatching, one_cycle
+from modeconn import Bezier, Line, Recipe, Sinkhorn, WeightMatching, one_cycle, plot
 
 RECIPE = Recipe(epochs=1, optimizer=partial(torch.optim.AdamW, lr=1e-3), schedule=one_cycle, weight_decay=0.0)
 
@@ -94,17 +95,91 @@ def drawn(loader: Any, num_steps: int) -> list[Any]:
 PATHS = ("line", "curve", "curve of 1,000 steps")
 
 
+def write_tables(folder: Path) -> None:
+    """Write what the runs in a folder found as one page, and draw each."""
+    lines = [
+        "# Barriers of transformers, with rotations that are learned, and of curves from there",
+        "",
+        "Made by [benchmarks/learned_rotations.py](../learned_rotations.py), which says what each row is. The barrier",
+        "of the straight line over 11 points on the test set, as a share of that of the networks as they are, for each",
+        "pair of seeds and in the mean; the same of a quadratic Bezier curve of 200 steps from there, and of 1,000; the",
+        "lowest accuracy on line and curve; and the seconds of the alignment (discovery apart).",
+    ]
+    for path in sorted(folder.glob("learned_rotations_*.json")):
+        found = json.loads(path.read_text())
+        pairs = found["pairs"]
+        lines += ["", f"## {found['task']}", "", f"{found['environment']}; {found['minutes']:.0f} minutes.", ""]
+        head = [*pairs, "mean", "curve", "1,000 steps", "lowest on the line", "on the curve", "seconds"]
+        lines += [f"| | {' | '.join(head)} |", "| --- |" + " --- |" * len(head)]
+        naive = [rows["as they are"]["barrier of the line"] for rows in pairs.values()]
+        for name in next(iter(pairs.values())):
+            rows = [of_pair[name] for of_pair in pairs.values()]
+            of_path = {path: _shares(rows, naive, path) for path in PATHS}
+            cells = [f"{share:.3f}" for share in of_path["line"]]
+            cells += [f"{sum(shares) / len(shares):.3f}" if shares else "" for shares in of_path.values()]
+            cells += [f"{min(row[f'lowest accuracy of the {path}'] for row in rows):.1%}" for path in PATHS[:2]]
+            lines.append(
+                f"| {name} | {' | '.join(cells)} | {max(row['seconds of the alignment'] for row in rows):.0f} |"
+            )
+        ends = [row["as they are"] for row in pairs.values()]
+        loss, accuracy = (sum(end[f"{what} of the ends"] for end in ends) / len(ends) for what in ("loss", "accuracy"))
+        lines += ["", f"The ends have a loss of {loss:.3f} and an accuracy of {accuracy:.1%} in the mean.", ""]
+        draw(pairs, path.with_suffix(".png"))
+        lines.append(f"![losses along the lines and curves]({path.stem}.png)")
+    (folder / "learned_rotations.md").write_text("\n".join(lines) + "\n")
+
+
+def _shares(rows: list[dict[str, Any]], naive: list[float], path: str) -> list[float]:
+    key = f"barrier of the {path}"
+    return [row[key] / whole for row, whole in zip(rows, naive, strict=True)] if key in rows[0] else []
+
+
+def draw(pairs: dict[str, Any], path: Path) -> None:
+    """Draw the mean loss over pairs along lines and curves, side by side, on one scale."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(8, 3.4), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for ax, what, title in zip(axes, PATHS, ("straight line", "curve of 200 steps"), strict=False):
+        for number, (name, label) in enumerate(DRAWN.items()):
+            losses = torch.tensor([rows[name][f"losses on the {what}"] for rows in pairs.values()])
+            colour, dashes = plot._style(number)
+            t = torch.linspace(0, 1, losses.shape[1])
+            ax.plot(t, losses.mean(0), dashes, color=colour, label=label, linewidth=1.8)
+            ax.fill_between(t, losses.min(0).values, losses.max(0).values, color=colour, alpha=0.15, linewidth=0)
+        ax.set_title(title, fontsize="medium")
+        ax.set_xlabel("t")
+        ax.set_xlim(0, 1)
+        ax.spines[["top", "right"]].set_visible(False)
+    axes[0].set_ylabel("test loss")
+    axes[0].legend(frameon=False, fontsize="small")
+    figure.savefig(path, dpi=150)
+
+
+DRAWN = {
+    "as they are": "as they are",
+    "permutations by weights": "permuted",
+    "orthogonal by weights": "rotated",
+    "orthogonal, learned 200 steps": "learned, 200 steps",
+    "mapped, learned 600 steps": "learned, 600 steps, any maps in heads",
+}
+
+
 def main() -> None:
     """Measure each pair of three networks; print, and write what was found after each."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("task", choices=("gpt", "llama", "fashion_mnist", "cifar10"))
+    parser.add_argument("task", choices=("gpt", "llama", "fashion_mnist", "cifar10", "tables"))
     parser.add_argument(
         "--text", type=Path, help="a text file, for gpt and llama; default the sources of Python's library"
     )
     parser.add_argument("--root", type=Path, help="folder of the data set, for the others")
-    parser.add_argument("--folder", type=Path, required=True, help="where the networks are kept")
+    parser.add_argument("--folder", type=Path, required=True, help="where networks are kept; of tables, the results")
     parser.add_argument("--out", type=Path, help="write the rows to this file")
     arguments = parser.parse_args()
+    if arguments.task == "tables":
+        write_tables(arguments.folder)
+        return
+    arguments.folder.mkdir(parents=True, exist_ok=True)
     begin = time.perf_counter()
     build, train, test, training = task(arguments)
     ends = {seed: trained(build, train, training, seed, arguments.folder) for seed in SEEDS}
