@@ -73,6 +73,8 @@ def balance(
     elif outputs is not None:
         raise ValueError("outputs= is for discovery, and spec= was discovered: pass it to discover.")
     spec.check_model(model)
+    if any(parameter.is_meta for parameter in model.parameters()):
+        raise ValueError("model is on the meta device, so it has no weights to balance. Build it on a real one.")
     scaling = _scaled_groups(spec, model, example.args or example.kwargs)
     twin = copy_of(model)
     named = {name: x for name, x in named_state(twin) if name in spec.state}

@@ -17,10 +17,12 @@ from modeconn.symmetry.verify import in_double, redraw_folded
 
 
 def places(spec: PermutationSpec, group: Group) -> list[tuple[str, int]]:
-    """Return where units of a group lie: parameters by name, and which piece of each."""
+    """Return where units of a group lie: parameters by name, and which piece of each; tensors of several names once."""
+    others = {name for names in spec.tied or () if not spec.untied for name in names[1:]}
     return [
         (name, number)
         for name, axes in spec.state.items()
+        if name not in others
         for number, (_, labels) in enumerate(spec.structure.pieces(shaped(spec, name), axes))
         for atom, _ in labels
         if atom == group.atom
@@ -50,13 +52,12 @@ class SlopesOfOutputs:
 
     def _of(self, state: Mapping[str, Tensor]) -> Tensor:
         named = self._graph.outputs
-        return torch.cat(
-            [
-                _some(value.flatten()).clone()
-                for node, value in self._graph.run(state, self._example, dtype=torch.float64)
-                if node.name in named and isinstance(value, Tensor) and value.is_floating_point()
-            ]
-        )
+        found = [
+            _some(value.flatten()).clone()
+            for node, value in self._graph.run(state, self._example, dtype=torch.float64)
+            if node.name in named and isinstance(value, Tensor) and value.is_floating_point()
+        ]
+        return torch.cat(found or [torch.zeros(0, dtype=torch.float64)])
 
     def signs(self, group: Group, direction: Tensor) -> Tensor | None:
         """Return which places of a group have to be mapped the other way so that nothing changes.
@@ -92,7 +93,11 @@ class SlopesOfOutputs:
     def change(self, relabel: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> float:
         """Return the largest change of an output if all weights are relabelled, in standard deviations of all."""
         before = self._of(self._state)
-        after = self._of({**self._state, **relabel({n: self._state[n] for n in self._spec.state})})
+        moved = relabel({name: self._state[name] for name in self._spec.state})
+        changed: dict[str, Tensor] = {}
+        for name in reversed(self._spec.state):  # of a tensor of several names what the first one says
+            changed |= self._tied(name, moved[name])
+        after = self._of({**self._state, **changed})
         return float((after - before).abs().max() / before.std())
 
 

@@ -117,3 +117,26 @@ def test_single_precision_and_what_is_no_part_of_it():
         balance(nn.Sequential(*other[:3]), x.float(), spec=modeconn.discover(other, x.float()))
     with pytest.raises(ValueError, match="outputs= is for discovery"):
         balance(other, x.float(), spec=modeconn.discover(other, x.float()), outputs="x")
+
+
+def test_layers_that_share_their_weights_are_scaled_as_one():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 6), nn.ReLU(), nn.Linear(6, 3)).double()
+    model[2].weight, model[2].bias = model[0].weight, model[0].bias
+    x = torch.rand(5, 6, dtype=torch.float64)
+    even = balance(model, x)
+    torch.testing.assert_close(even(x), model(x))
+    assert even[2].weight is even[0].weight
+    residual, inputs = drawn("residual")
+    residual.up[1].weight, residual.up[1].bias = residual.up[0].weight, residual.up[0].bias
+    residual.down[1].weight = residual.down[0].weight
+    even = balance(residual, inputs)
+    torch.testing.assert_close(even(inputs), residual(inputs))
+    assert sum_of_squares(even) < sum_of_squares(residual) - 1e-3
+
+
+def test_a_model_without_weights_is_refused():
+    with torch.device("meta"):
+        model = perceptron(nn.ReLU())
+    with pytest.raises(ValueError, match="model is on the meta device"):
+        balance(model, torch.rand(2, 4))

@@ -139,3 +139,20 @@ def test_signs_are_those_that_cancel():
     slopes = torch.cat([parts[:3], -(parts[0] - parts[1] + parts[2])[None]])
     assert cancelling(slopes).tolist() == [False, True, False, False]
     assert cancelling(parts) is None and cancelling(0 * parts) is None
+
+
+@pytest.mark.parametrize("what", ["attention", "queries", "values and outputs"])
+def test_tensors_of_several_names_are_mapped_once(what):
+    model = generic(NETWORKS["layer norm"], 0)
+    first, second = (layer.attention for layer in model.layers)
+    if what == "attention":
+        model.layers[1].attention = first
+    elif what == "queries":
+        second.q.weight, second.q.bias = first.q.weight, first.q.bias
+    else:
+        second.v.weight, second.v.bias, second.o.weight = first.v.weight, first.v.bias, first.o.weight
+    spec = modeconn.discover(model, tokens(), symmetries="orthogonal")
+    duals = duals_of(spec, model, tokens())
+    assert duals.keys() == {group.name for group in spec.groups if group.rotates and len(group.shape) > 1}
+    moved = drawn(spec, duals, 1).apply(model)
+    torch.testing.assert_close(moved(tokens()), model(tokens()), atol=1e-9, rtol=1e-9)
