@@ -328,7 +328,10 @@ def compare(
 def _axis_of_classes(model: nn.Module, test: Iterable[Any], loss_fn: LossFn) -> int | None:
     """Return along which axis of the outputs classes lie, None where nobody knows."""
     inputs, targets = inputs_and_targets(next(iter(test)))
-    return axis_of_classes(run(copy_of(model).eval(), inputs), targets, loss_fn)
+    outputs = run(copy_of(model).eval(), inputs)
+    if not isinstance(outputs, Tensor) and loss_fn is not cross_entropy:
+        return None  # a loss that takes apart what this model returns cannot read an ensemble's scores
+    return axis_of_classes(outputs, targets, loss_fn)
 
 
 def _num_batches(loader: Iterable[Any]) -> int | None:

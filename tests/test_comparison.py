@@ -469,3 +469,21 @@ def test_classes_of_tokens_lie_along_the_last_axis():
         both = [model(tokens).double().softmax(-1) for model in ends]
     losses = [-p.gather(-1, tokens[..., None]).log().mean().item() for p in (*both, sum(both) / 2)]
     assert found.values["ensemble"]["line"][0] == pytest.approx(losses[2] - sum(losses[:2]) / 2, abs=1e-6)
+
+
+def test_a_loss_that_takes_apart_what_a_model_returns_is_given_no_ensemble():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.layer = nn.Linear(3, 4)
+
+        def forward(self, x: torch.Tensor) -> dict:
+            return {"logits": self.layer(x)}
+
+    ends, loader = [Named(), Named()], [(torch.rand(8, 3), torch.arange(8) % 4)]
+    settings = {"num_points": 3, "repair": False, "references": True}
+    own = compare(
+        [ends], {}, loader, loader, loss_fn=lambda o, y: nn.functional.cross_entropy(o["logits"], y), **settings
+    )
+    assert list(own.values) == ["identity", "random", "random direction"]
+    assert list(compare([ends], {}, loader, loader, **settings).values)[-1] == "ensemble"

@@ -23,6 +23,7 @@ from modeconn.network.batch_norm import calibration_batches
 from modeconn.network.batches import check_loader, endless_batches, first_batch, inputs_of
 from modeconn.network.loss import Forward, LossFn, cross_entropy, loss_alone, supervised
 from modeconn.network.weights import WeightSpace, Workspace, pull_back, write_weights
+from modeconn.symmetry.graph import InputMismatch
 from modeconn.symmetry.invertible import duals_of
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_integers, check_positive
@@ -31,8 +32,6 @@ from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
 from modeconn.tools.warn import warn
 
-_FEW = 4
-"""How many examples are enough to see which maps leave the function."""
 _POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
 _BANDS = {"midpoint": (0.5, 0.5), "middle": (0.4, 0.6)}
 """Parts of the line that an objective is about."""
@@ -148,8 +147,13 @@ class LearnedMatching(ABC):
         """Return the groups that any invertible map may act on, if that is asked for."""
         if not self.invertible:
             return {}
-        inputs = inputs_of(first_batch(loader))
-        found = duals_of(spec, model, inputs[:_FEW] if isinstance(inputs, Tensor) and not spec.fixed_batch else inputs)
+        try:
+            found = duals_of(spec, model, inputs_of(first_batch(loader)))
+        except InputMismatch:
+            raise ValueError(
+                "invertible=True runs the model on the inputs of the first batch, but the batches of this loader are "
+                "something else, which forward= reads. Leave invertible= out."
+            ) from None
         if not found:
             warn("invertible=True has no effect: no group of this spec may be mapped by any invertible matrix.")
         return found

@@ -28,7 +28,7 @@ class Ensemble(nn.Module):
         axis: Along which axis of their outputs classes lie: 1 for ``(N, C, ...)``, -1 for ``(N, ..., C)``.
 
     Raises:
-        ValueError: If there is none.
+        ValueError: If there is none, or ``axis`` is no integer.
 
     Example:
         >>> from modeconn import models
@@ -37,8 +37,12 @@ class Ensemble(nn.Module):
         5.0
     """
 
+    axis = 1  # of those that were pickled before there was a choice
+
     def __init__(self, models: Iterable[nn.Module], *, axis: int = 1) -> None:
         super().__init__()
+        if not isinstance(axis, int):
+            raise ValueError(f"axis must be an integer, got axis={axis!r}.")
         self.axis = axis
         check("models", models, Iterable[nn.Module])
         models = list(models)

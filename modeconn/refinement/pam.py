@@ -137,7 +137,7 @@ class PAM:
         elif not isinstance(relabelling, Permutation):
             raise ValueError(
                 f"refine= moves units, and align= gave a relabelling of another kind, {relabelling.kind}. Pass a "
-                f"method that finds a permutation, or leave refine= out."
+                f"method that finds a permutation or rotations (without invertible=), or leave refine= out."
             )
 
 

@@ -80,7 +80,7 @@ def _gradients(b: Relabelled, bend: nn.Parameter) -> Callable[[Tensor], Tensor]:
 
     def gradient(theta_b: Tensor) -> Tensor:
         _, towards_b, towards_bend = b.loss.gradient(theta_b, bend.detach(), [next(places)])
-        bend.grad = towards_bend
+        bend.grad = towards_bend * b.space.trainable
         return towards_b
 
     return gradient

@@ -3,21 +3,20 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from functools import partial
 from itertools import islice
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from modeconn.network.copies import copy_of
+from modeconn.network.copies import copy_of, untied_copy
 from modeconn.network.weights import named_state
 from modeconn.symmetry.discover import discover
-from modeconn.symmetry.explore import example_for
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.outputs import Selection
-from modeconn.symmetry.slopes import SlopesOfOutputs, places
+from modeconn.symmetry.slopes import SlopesOfOutputs, in_wide, places
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.symmetry.verify import VerificationError
 from modeconn.tools.door import checked
 
 
@@ -39,9 +38,9 @@ def balance(
     .. math:: s_i = \left( \lVert w_i^{out} \rVert^2 / \lVert w_i^{in} \rVert^2 \right)^{1/4}
 
     for each unit in turn, until nothing changes. Balance both networks before they are aligned. Which units have this
-    freedom is found by small steps on redrawn weights, and tried out by large ones: those before ReLU, leaky ReLU,
-    PReLU and max pooling have it, those before GELU or tanh have not, nor those that a norm reads, and stay. Units of
-    one group inside of another, as in heads, stay too.
+    freedom is found by small steps on redrawn weights, and tried out by scales from 1/1000 to 1000: those before ReLU,
+    leaky ReLU and max pooling have it; those before GELU, tanh or ReLU6 have not, nor those that a norm reads, nor
+    those with slopes of their own (``nn.PReLU(n)``), and stay. Units inside of others, as in heads, stay too.
 
     Args:
         model: Any module; it is not changed.
@@ -55,7 +54,8 @@ def balance(
         network agree to 1e-10 of their size, of a float32 one to 1e-5.
 
     Raises:
-        ValueError: If the model cannot be looked at, or is not of the spec.
+        ValueError: If the model cannot be looked at, is not of the spec, has no weights, or takes paths that values
+            choose.
 
     References:
         Neyshabur et al., 2015, https://arxiv.org/abs/1506.02617; Stock et al., 2019, https://arxiv.org/abs/1902.10416
@@ -67,22 +67,28 @@ def balance(
         >>> torch.allclose(made, even[2].weight.norm(dim=0), rtol=1e-3)
         True
     """
-    example = example_for(model, example_input)
+    example = model.example_input() if example_input is None and hasattr(model, "example_input") else example_input
     if spec is None:
-        spec = discover(model, (example.args, example.kwargs) if example.kwargs else example.args, outputs=outputs)
+        spec = discover(model, example, outputs=outputs)
     elif outputs is not None:
         raise ValueError("outputs= is for discovery, and spec= was discovered: pass it to discover.")
     spec.check_model(model)
     if any(parameter.is_meta for parameter in model.parameters()):
         raise ValueError("model is on the meta device, so it has no weights to balance. Build it on a real one.")
-    scaling = _scaled_groups(spec, model, example.args or example.kwargs)
-    twin = copy_of(model)
-    named = {name: x for name, x in named_state(twin) if name in spec.state}
-    exact = {id(x): x.detach().double().cpu() for x in named.values()}
-    _balance({name: exact[id(x)] for name, x in named.items()}, spec, scaling)
+    if spec.one_path:
+        raise ValueError(
+            f"torch.export cannot follow {type(model).__name__}, so it cannot be balanced: where values choose the "
+            f"path, other scales may choose another one."
+        )
+    scaling = _scaled_groups(spec, model, example)
+    twin = untied_copy(model) if spec.untied else copy_of(model)
+    scaled = {name for group, _ in scaling.items() for name, _ in places(spec, spec[group])}
+    named = {name: x for name, x in named_state(twin) if name in scaled}
+    exact = {name: in_wide(x) for name, x in named.items()}
+    _balance(exact, spec, scaling)
     with torch.no_grad():
-        for x in named.values():
-            x.copy_(exact[id(x)])
+        for name, x in named.items():
+            x.copy_(exact[name])
     return twin
 
 
@@ -91,39 +97,32 @@ Scaling = Mapping[str, Tensor]
 
 
 def _scaled_groups(spec: PermutationSpec, model: nn.Module, example: Any, *, seed: int = 0) -> Scaling:
-    """Return the groups of which each unit may have any positive scale.
-
-    Raises:
-        VerificationError: If large scales change the function, though small changes of them do not.
-    """
+    """Return the groups of which each unit may have any positive scale: also very large ones and very small ones."""
     generator = torch.Generator().manual_seed(seed)
     slopes = SlopesOfOutputs(spec, model, example, generator)
+    parents = {name for group in spec.groups for name, _ in group.parents}
     found: dict[str, Tensor] = {}
     for group in spec.groups:
-        if (
-            group.rotates
-            or len(group.shape) > 1
-            or any(group.name == name for g in spec.groups for name, _ in g.parents)
-        ):
+        if group.rotates or len(group.shape) > 1 or group.name in parents:
             continue
         signs = slopes.signs(group, torch.rand(group.size, generator=generator, dtype=torch.float64).diag())
-        if signs is not None:
+        if signs is None:
+            continue
+        exponents = 6 * torch.rand(group.size, generator=generator, dtype=torch.float64) - 3
+        if (
+            slopes.change(partial(_rescaled, spec=spec, group=group, signs=signs, scales=10**exponents))
+            < _LARGEST_CHANGE
+        ):
             found[group.name] = signs
-    scales = {name: torch.rand(spec[name].size, generator=generator, dtype=torch.float64) + 0.5 for name in found}
-
-    def rescaled(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        moved = {name: x.clone() for name, x in tensors.items()}
-        for name, signs in found.items():
-            _scale(moved, spec, spec[name], signs, scales[name])
-        return moved
-
-    change = slopes.change(rescaled) if found else 0.0
-    if not change < _LARGEST_CHANGE:
-        raise VerificationError(
-            f"scales of hidden units change the function by {change:.1e} standard deviations, though small changes of "
-            f"them do not: this network cannot be balanced."
-        )
     return found
+
+
+def _rescaled(
+    tensors: Mapping[str, Tensor], *, spec: PermutationSpec, group: Group, signs: Tensor, scales: Tensor
+) -> dict[str, Tensor]:
+    moved = {name: x.clone() for name, x in tensors.items()}
+    _scale(moved, spec, group, signs, scales)
+    return moved
 
 
 def _scale(tensors: Mapping[str, Tensor], spec: PermutationSpec, group: Group, signs: Tensor, scales: Tensor) -> None:
@@ -147,7 +146,7 @@ def _balance(tensors: Mapping[str, Tensor], spec: PermutationSpec, scaling: Scal
             group = spec[name]
             sums = [torch.zeros(group.size, dtype=torch.float64) for _ in range(2)]
             for units, is_read in zip(_units(tensors, spec, group), signs.tolist(), strict=True):
-                sums[is_read] += units.reshape(group.size, -1).square().sum(1)
+                sums[is_read] += units.reshape(group.size, -1).abs().square().sum(1)
             has_both = (sums[0] > 0) & (sums[1] > 0)
             scales = torch.where(has_both, sums[1] / sums[0].clamp(min=1e-300), 1.0) ** 0.25
             largest = max(largest, float(scales.log().abs().max()))

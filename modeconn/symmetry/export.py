@@ -82,11 +82,9 @@ def export(
 
 
 def _positions(model: nn.Module, freeze: Sequence[str]) -> dict[str, Tensor | None]:
-    return {
-        name: None if any(fnmatch.fnmatchcase(name, each) for each in freeze) else buffer.detach()
-        for name, buffer in model.named_buffers(remove_duplicate=False)
-        if buffer.dtype in WHOLE
-    }
+    whole = [(name, x) for name, x in model.named_buffers(remove_duplicate=False) if x.dtype in WHOLE]
+    frozen = {id(x) for name, x in whole if any(fnmatch.fnmatchcase(name, each) for each in freeze)}
+    return {name: None if id(x) in frozen else x.detach() for name, x in whole}
 
 
 WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)

@@ -299,13 +299,17 @@ class Graph:
         """Note that what is found holds for networks whose buffers hold what a known node is made of."""
         self.relied_on.update(self._buffers_behind(node))
 
-    def _buffers_behind(self, node: Node) -> Iterator[str]:
-        """Yield the names of the buffers that a known node is made of."""
-        source = self.state.get(node.name)
-        if source is not None and source.name in self._positions:
-            yield source.name
-        for given in node.all_input_nodes:
-            yield from self._buffers_behind(given)
+    def _buffers_behind(self, node: Node) -> set[str]:
+        """Return the names of the buffers that a known node is made of."""
+        found, seen, waiting = set(), {node}, [node]
+        while waiting:
+            node = waiting.pop()
+            source = self.state.get(node.name)
+            if source is not None and source.name in self._positions:
+                found.add(source.name)
+            waiting += [given for given in node.all_input_nodes if given not in seen]
+            seen.update(node.all_input_nodes)
+        return found
 
     def _value_of_constants(self, node: Node) -> Tensor | None:
         made = node.meta.get("val")

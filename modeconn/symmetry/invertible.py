@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.kinds import ORTHOGONAL
 from modeconn.symmetry.relabelling import Relabelling
-from modeconn.symmetry.slopes import SlopesOfOutputs, places, shaped
+from modeconn.symmetry.slopes import SlopesOfOutputs, in_wide, places, shaped
 from modeconn.symmetry.spec import Orthogonal, PermutationSpec
 from modeconn.symmetry.verify import VerificationError
 from modeconn.tools.door import check_settings
@@ -73,7 +73,7 @@ class Invertible(Relabelling):
         maps = {self.spec[name].atom: both_sides(found) for name, found in self.maps.items()}
         for name, each in pieces.items():
             if name in moved and any(each):
-                exact = moved[name].double()
+                exact = in_wide(moved[name]).to(moved[name].device)
                 moved[name] = mapped(self.spec, name, exact, each, maps).to(moved[name].dtype)
         return moved
 
@@ -213,8 +213,8 @@ def duals_of(spec: PermutationSpec, model: nn.Module, example_input: Any, *, see
     change = outputs.change(Invertible(spec.identity(), maps, found).relabel) if found else 0.0
     if not change < _LARGEST_CHANGE:
         raise VerificationError(
-            f"invertible maps inside of heads change the function by {change:.1e} standard deviations, though small "
-            f"ones do not. Leave invertible= out."
+            f"invertible maps inside of heads change the function by {change:.1e} of their size, though small ones "
+            f"do not. Leave invertible= out."
         )
     return found
 

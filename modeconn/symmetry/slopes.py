@@ -8,12 +8,15 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from modeconn.network.copies import untied_copy
-from modeconn.symmetry.graph import Example
+from modeconn.network.weights import named_state
+from modeconn.symmetry.graph import Example, Graph
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.symmetry.verify import in_double, redraw_folded
+from modeconn.symmetry.verify import check_function, in_double, redraw_folded
+from modeconn.tools.rng import seeded
 
 
 def places(spec: PermutationSpec, group: Group) -> list[tuple[str, int]]:
@@ -35,29 +38,48 @@ def shaped(spec: PermutationSpec, name: str) -> Tensor:
 
 
 class SlopesOfOutputs:
-    """How the outputs of a model change, in eval mode and on redrawn weights, if units of one place are mapped.
+    """How the outputs of a model change, in both modes and on redrawn weights, if units of one place are mapped.
 
     Args:
         spec: The groups.
         model: A model of this spec.
-        example: What ``model(...)`` takes.
+        example: What ``model(...)`` takes; a few examples of it are used.
         generator: For the weights.
+
+    Raises:
+        ValueError: If the model is not the one that the spec was found for.
     """
 
     def __init__(self, spec: PermutationSpec, model: nn.Module, example: Any, generator: torch.Generator) -> None:
+        model = untied_copy(model) if spec.untied else model
         spec = spec.with_traces(model, example)
-        self._spec, self._graph = spec, spec.traces[0].graph
-        self._example = in_double(Example.of(example).to("cpu"))
-        self._state = redraw_folded(spec, untied_copy(model) if spec.untied else model, generator)
+        check_function(spec, model, Example.of(example))
+        self._spec = spec
+        self._runs = [(trace.graph, self._few(trace.graph, Example.of(example))) for trace in spec.traces]
+        own = {name: x for name, x in named_state(spec.prepared(model))}
+        wide = {id(x): in_wide(x) for x in own.values()}
+        self._states = [redraw_folded(spec, model, generator), {name: wide[id(x)] for name, x in own.items()}]
 
-    def _of(self, state: Mapping[str, Tensor]) -> Tensor:
-        named = self._graph.outputs
-        found = [
-            _some(value.flatten()).clone()
-            for node, value in self._graph.run(state, self._example, dtype=torch.float64)
-            if node.name in named and isinstance(value, Tensor) and value.is_floating_point()
-        ]
-        return torch.cat(found or [torch.zeros(0, dtype=torch.float64)])
+    def _few(self, graph: Graph, example: Example) -> Example:
+        """Return inputs in double precision, few of them: the more units a step changes, the more meet a kink."""
+
+        def cut(leaf: Any) -> Any:
+            return leaf[:_FEW] if graph.free_batch and isinstance(leaf, Tensor) and example.has_batch(leaf) else leaf
+
+        return in_double(Example(*pytree.tree_map(cut, (example.args, example.kwargs))).to("cpu"))
+
+    def _of(self, state: Mapping[str, Tensor], *, whole: bool = False) -> Tensor:
+        """Return the outputs as one vector; those of whole numbers only if ``whole``."""
+        found = [torch.zeros(0, dtype=torch.float64)]
+        for graph, example in self._runs:
+            with seeded(0):
+                for node, value in graph.run(state, example, dtype=torch.float64):
+                    if node.name not in graph.outputs or not isinstance(value, Tensor):
+                        continue
+                    value = torch.view_as_real(value) if value.is_complex() else value
+                    if value.is_floating_point() or whole:
+                        found.append(_some(value.flatten()).double())
+        return torch.cat(found)
 
     def signs(self, group: Group, direction: Tensor) -> Tensor | None:
         """Return which places of a group have to be mapped the other way so that nothing changes.
@@ -76,29 +98,44 @@ class SlopesOfOutputs:
 
     def _slope(self, group: Group, place: tuple[str, int], direction: Tensor) -> Tensor:
         """Return how the outputs change if the units in one place of a group are mapped in a direction."""
-        (name, number), axes = place, self._spec.state[place[0]]
-        identity = torch.eye(group.size, dtype=torch.float64)
+        (name, number), state = place, self._states[0]
+        axes, identity = self._spec.state[name], torch.eye(group.size, dtype=torch.float64)
         both = []
         for step in (_STEP, -_STEP):
-            count = sum(1 for _ in self._spec.structure.pieces(self._state[name], axes))
+            count = sum(1 for _ in self._spec.structure.pieces(state[name], axes))
             matrices = [{group.atom: identity + step * direction} if at == number else {} for at in range(count)]
-            changed = self._spec.structure.turn_pieces(self._state[name], axes, matrices)
-            both.append(self._of({**self._state, **self._tied(name, changed)}))
+            changed = self._spec.structure.turn_pieces(state[name], axes, matrices)
+            both.append(self._of({**state, **_tied(state, name, changed)}))
         return (both[0] - both[1]) / (2 * _STEP)
 
-    def _tied(self, name: str, changed: Tensor) -> dict[str, Tensor]:
-        """Return a tensor under all names that it has."""
-        return {other: changed for other, x in self._state.items() if x is self._state[name]}
+    def change(self, relabel: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], *, own: bool = True) -> float:
+        """Return the largest change of an output if all weights are relabelled, relative to the largest output.
 
-    def change(self, relabel: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> float:
-        """Return the largest change of an output if all weights are relabelled, in standard deviations of all."""
-        before = self._of(self._state)
-        moved = relabel({name: self._state[name] for name in self._spec.state})
-        changed: dict[str, Tensor] = {}
-        for name in reversed(self._spec.state):  # of a tensor of several names what the first one says
-            changed |= self._tied(name, moved[name])
-        after = self._of({**self._state, **changed})
-        return float((after - before).abs().max() / before.std())
+        On the redrawn weights and, with ``own``, on the model's own: bounds may be met by these alone.
+        """
+        worst = 0.0
+        for state in self._states if own else self._states[:1]:
+            before = self._of(state, whole=True)
+            moved = relabel({name: state[name] for name in self._spec.state})
+            changed: dict[str, Tensor] = {}
+            for name in reversed(self._spec.state):  # of a tensor of several names what the first one says
+                changed |= _tied(state, name, moved[name])
+            after = self._of({**state, **changed}, whole=True)
+            if before.numel():
+                difference, size = float((after - before).abs().max()), float(before.abs().max())
+                worst = max(worst, difference / size if size else difference, key=lambda x: (x != x, x))
+        return worst
+
+
+def _tied(state: Mapping[str, Tensor], name: str, changed: Tensor) -> dict[str, Tensor]:
+    """Return a tensor under all names that it has in a state."""
+    return {other: changed for other, x in state.items() if x is state[name]}
+
+
+def in_wide(x: Tensor) -> Tensor:
+    """Return a parameter or buffer in double precision, one of whole numbers as it is, on the CPU."""
+    x = x.detach().cpu()
+    return x.to(torch.complex128) if x.is_complex() else x.double() if x.is_floating_point() else x
 
 
 def _some(values: Tensor) -> Tensor:
@@ -114,5 +151,5 @@ def cancelling(slopes: Tensor) -> Tensor | None:
     return ways[int(right[0])] if len(right) and bool(slopes.any()) else None
 
 
-_STEP, _NOTHING = 1e-5, 1e-6
-_MOST_PLACES, _ENOUGH = 12, 1 << 15
+_STEP, _NOTHING = 1e-6, 1e-6
+_MOST_PLACES, _ENOUGH, _FEW = 12, 1 << 15, 4

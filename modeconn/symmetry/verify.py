@@ -113,7 +113,7 @@ def verify(
     spec = spec.with_traces(model, given)
     model = untied_copy(model) if spec.untied else model
     traces = spec.traces
-    _check_function(spec, model, given)
+    check_function(spec, model, given)
     _check_outputs(spec)
     generator = torch.Generator().manual_seed(seed)
     if spec.one_path:
@@ -180,7 +180,7 @@ def own_state(model: nn.Module) -> dict[str, Tensor]:
     return {name: x.double() if x.is_floating_point() else x.clone() for name, x in tensors.items()}
 
 
-def _check_function(spec: Provable, model: nn.Module, example: Example) -> None:
+def check_function(spec: Provable, model: nn.Module, example: Example) -> None:
     """Raise a ValueError unless the graphs are those of this model: found in it, or the same as its own."""
     graphs = [trace.graph for trace in spec.traces if trace.model() is not model]
     written = {name for graph in graphs for name in graph.written_state}

@@ -133,3 +133,15 @@ def test_a_step_that_only_turns_is_refused_where_nothing_turns():
         modeconn.fit_curve(
             a, b, LOADER, refine=PAM(iterations=1, step=RotationStep()), spec=modeconn.discover(a, tokens())
         )
+
+
+def test_frozen_parameters_stay_on_the_line():
+    a, b = (generic(NETWORKS["layer norm"], seed).float() for seed in (0, 1))
+    for model in (a, b):
+        model.head.requires_grad_(False)
+    space, identity = WeightSpace(a), spec_of("layer norm").identity()
+    places = [(t, batch) for t in (0.3, 0.7) for batch in LOADER]
+    loss = CurveLoss(Workspace(a), Bezier(2), space.flatten(a), supervised(cross_entropy), places)
+    moving = Relabelled(space, loss, space.flatten(b), torch.zeros(1, space.num_parameters), identity)
+    RotationStep(num_steps=20, num_rounds=2, curve_learning_rate=1e-2)(moving)
+    assert moving.bend.any() and not moving.bend[:, ~space.trainable].any()

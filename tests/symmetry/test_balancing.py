@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from itertools import pairwise
+from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import modeconn
 from modeconn import WeightMatching, balance
+from modeconn.symmetry import balancing
 
 
 class Residual(nn.Module):
@@ -140,3 +144,103 @@ def test_a_model_without_weights_is_refused():
         model = perceptron(nn.ReLU())
     with pytest.raises(ValueError, match="model is on the meta device"):
         balance(model, torch.rand(2, 4))
+
+
+class Two(nn.Module):
+    """A hidden layer with a head, and something else that reads its units."""
+
+    def __init__(self, also: Callable[[nn.Module, Tensor, Tensor], Any]) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.stem, self.head, self.side = nn.Linear(4, 6), nn.Linear(6, 3), nn.Linear(6, 2)
+        self.also = also
+        self.double()
+
+    def forward(self, x: Tensor) -> Any:
+        h = self.stem(x).relu()
+        return self.also(self, self.head(h), self.side(h))
+
+
+X = torch.rand(5, 4, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+READERS = {
+    "in train mode alone": lambda m, y, z: (y, z) if m.training else y,
+    "as complex numbers": lambda m, y, z: (y, torch.complex(z, z)),
+    "as the largest": lambda m, y, z: (y, z.argmax(1)),
+    "beside it": lambda m, y, z: (y, z),
+}
+
+
+@pytest.mark.parametrize("also", READERS.values(), ids=READERS)
+def test_all_that_reads_a_unit_counts_whatever_the_mode_and_the_type(also):
+    model = Two(also)
+    even = balance(model, X)
+    for mode in (True, False):
+        ours, theirs = (pytree.tree_leaves(net.train(mode)(X)) for net in (even, model))
+        assert all(torch.allclose(x, y) for x, y in zip(ours, theirs, strict=True))
+
+
+def test_bounds_that_only_the_own_weights_or_large_scales_meet_count():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Linear(4, 16), nn.ReLU6(), nn.Linear(16, 3)).double()
+    with torch.no_grad():
+        model[2].weight *= 20
+    torch.testing.assert_close(balance(model, X)(X), model(X))
+    normed = nn.Sequential(
+        nn.Linear(4, 6), nn.BatchNorm1d(6, eps=1e-7, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3)
+    )
+    torch.testing.assert_close(balance(normed.double(), X)(X), normed(X))
+
+
+def test_many_examples_hide_no_unit():
+    torch.manual_seed(0)
+    layers = [layer for _ in range(4) for layer in (nn.Linear(12, 12), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(12, 3)).double()
+    x = torch.randn(2000, 12, dtype=torch.float64)
+    spec = modeconn.discover(model, x)
+    assert balancing._scaled_groups(spec, model, x).keys() == {group.name for group in spec.groups}
+
+
+def test_a_spec_of_untied_layers_and_one_of_another_model():
+    torch.manual_seed(0)
+    tied = nn.Sequential(nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU(), nn.Linear(4, 3)).double()
+    tied[2].weight = tied[0].weight
+    even = balance(tied, X, spec=modeconn.discover(tied, X, untie=True))
+    torch.testing.assert_close(even(X), tied(X))
+    assert even[2].weight is not even[0].weight
+    smooth = nn.Sequential(nn.Linear(4, 8), nn.GELU(), nn.Linear(8, 3)).double()
+    plain = nn.Sequential(nn.Linear(4, 8), nn.ReLU(), nn.Linear(8, 3)).double()
+    with pytest.raises(ValueError, match="this spec is of another model"):
+        balance(smooth, X, spec=modeconn.discover(plain, X))
+
+
+@pytest.mark.filterwarnings("ignore:torch.export cannot follow")
+def test_paths_that_values_choose_are_refused():
+    class Chosen(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(4, 6), nn.Linear(6, 3)
+
+        def forward(self, x: Tensor) -> Tensor:
+            h = self.stem(x).relu()
+            return self.head(3 * h if float(h.sum()) > 40 else h)
+
+    with pytest.raises(ValueError, match=r"torch\.export cannot follow Chosen, so it cannot be balanced"):
+        balance(Chosen().double(), X)
+
+
+def test_inputs_by_name_and_a_single_number():
+    class Named(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.net = perceptron(nn.ReLU()).double()
+            self.turn = nn.Parameter(torch.tensor([0.5 + 1j], dtype=torch.complex128))
+
+        def forward(self, image: Tensor) -> Tensor:
+            return self.net(image) * self.turn.abs()
+
+    model = Named()
+    even = balance(model, {"image": X})
+    torch.testing.assert_close(even(X), model(X))
+    assert torch.equal(even.turn, model.turn) and not torch.equal(even.net[0].weight, model.net[0].weight)
+    one = nn.Sequential(nn.Linear(4, 16), nn.ReLU(), nn.Linear(16, 1)).double()
+    assert not torch.equal(balance(one, X[:1])[0].weight, one[0].weight)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import modeconn
 from modeconn import Invertible, Relabelling
@@ -156,3 +157,25 @@ def test_tensors_of_several_names_are_mapped_once(what):
     assert duals.keys() == {group.name for group in spec.groups if group.rotates and len(group.shape) > 1}
     moved = drawn(spec, duals, 1).apply(model)
     torch.testing.assert_close(moved(tokens()), model(tokens()), atol=1e-9, rtol=1e-9)
+
+
+@pytest.mark.parametrize("also", ["in train mode alone", "as the largest"])
+def test_all_that_reads_values_counts_whatever_the_mode_and_the_type(also):
+    class Two(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.q, self.k, self.v, self.o, self.r = (nn.Linear(6, 6) for _ in range(5))
+
+        def forward(self, x: Tensor) -> object:
+            heads = ((self.q(x) @ self.k(x).mT).softmax(-1)) @ self.v(x)
+            if also == "as the largest":
+                return self.o(heads), self.r(heads).argmax(-1)
+            return (self.o(heads), self.r(heads)) if self.training else self.o(heads)
+
+    torch.manual_seed(0)
+    model, x = Two().double(), torch.rand(2, 5, 6, dtype=torch.float64)
+    spec = modeconn.discover(model, x, symmetries="orthogonal")
+    moved = drawn(spec, duals_of(spec, model, x), 0).apply(model)
+    for mode in (True, False):
+        ours, theirs = (pytree.tree_leaves(net.train(mode)(x)) for net in (moved, model))
+        assert all(torch.allclose(y, z, atol=1e-9) for y, z in zip(ours, theirs, strict=True))

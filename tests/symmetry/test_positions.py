@@ -221,3 +221,19 @@ def test_a_place_that_a_number_says_is_no_operator_without_a_rule():
 
     report = modeconn.discover(Chosen(), X).report()
     assert "has no rule" not in repr(report) and "values say" in repr(report)
+
+
+def test_a_buffer_of_two_names_is_frozen_by_either_and_long_chains_are_followed_once():
+    model = Pruned(EVEN)
+    model.register_buffer("again", model.picked)
+    for name in ("picked", "again"):
+        assert not modeconn.discover(model, X, freeze=[name]).groups
+
+    class Chain(Pruned):
+        def forward(self, x: Tensor) -> Tensor:
+            picked = self.picked
+            for _ in range(60):
+                picked = torch.maximum(picked, picked - 1)
+            return self.side(self.stem(x).relu()[:, picked])
+
+    assert modeconn.discover(Chain(EVEN), X).positions == {"picked": tuple(EVEN)}
