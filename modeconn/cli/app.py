@@ -460,7 +460,7 @@ def fit(
         str,
         typer.Option(
             help="none, pam, or pam:KEY=VALUE,... such as pam:iterations=4,step=sinkhorn. Steps: "
-            f"{', '.join(parse.PERMUTATION_STEPS)}."
+            f"{', '.join(parse.STEPS)}."
         ),
     ] = "none",
     seed: Annotated[int, typer.Option(help="Of t, order and augmentation of the data, dropout.")] = 0,

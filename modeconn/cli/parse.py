@@ -40,7 +40,7 @@ METHODS = {
     "straight_through": modeconn.StraightThrough,
     "deep_align": DeepAlign.load,
 }
-PERMUTATION_STEPS = {
+STEPS = {
     "proximal_linear": modeconn.ProximalLinear,
     "sinkhorn": modeconn.SinkhornStep,
     "relaxed": modeconn.RelaxedStep,
@@ -103,7 +103,7 @@ def refinement(text: str) -> PAM | None:
     """
     if text == "none":
         return None
-    return _call(text, {"pam": PAM}, "refinement", step=lambda name: _look_up(name, PERMUTATION_STEPS, "step of PAM")())
+    return _call(text, {"pam": PAM}, "refinement", step=lambda name: _look_up(name, STEPS, "step of PAM")())
 
 
 def adversary(

@@ -180,13 +180,13 @@ class Perplexity:
 
 
 class TemperedLoss:
-    r"""The least mean cross entropy of all targets that scores divided by one temperature can have.
+    r"""The least mean cross entropy of all targets over temperatures that scores are divided by, nearly.
 
     .. math:: \min_T \; \frac1N \sum_{i=1}^N -\log \operatorname{softmax}(z_i / T)_{y_i}
 
     Of networks on a curve it tells what of a barrier is wrong confidence, which one number mends (Guo et al., 2017).
     The temperature is each network's own, the best on the data that are measured on, from 1/7 to 7: 65 of them are
-    tried, and the least of the parabola through the best three is taken.
+    tried, and the least of the parabola through the best three is taken, which is right to some 1e-5.
 
     Args:
         ignore_index: A target that does not count.

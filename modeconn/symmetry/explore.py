@@ -235,7 +235,7 @@ class Exploration(Walk):
     def freeze(self, patterns: Sequence[str]) -> None:
         """Fix the parameters and buffers that match a name or pattern; of whole numbers, units that are read by them.
 
-        These are fixed where no value is known, as `explore` sees to.
+        Of frozen buffers `export` makes no value known, and units that are read by unknown positions are fixed.
         """
         for pattern in patterns:
             names = [name for name in self.state if fnmatch.fnmatchcase(name, pattern)]

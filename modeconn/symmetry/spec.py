@@ -55,8 +55,8 @@ class PermutationSpec(Findings):
         costs_of_outputs: How many hidden units outputs but the first keep fixed, by output; empty for a loaded spec.
         symmetries: The largest kind of group that `modeconn.discover` was asked for.
         untied: Whether the groups are those of networks in which tied parameters have a tensor for each of their names.
-        positions: Buffers of whole numbers by which units are read, and what they hold: those of every network that
-            the groups are of hold the same.
+        positions: Buffers of whole numbers by which units are read, by name, and what they hold. The groups are those
+            of networks whose buffers hold the same.
         folds: Gains that are ones in the networks that the groups are of, and what takes them up.
         limited: Why the group on each axis that moves is no larger than it is, by name.
         freeze: What `modeconn.discover` was told to leave fixed.
@@ -400,7 +400,7 @@ class PermutationSpec(Findings):
         )
 
     def _beyond_permutations(self) -> dict[str, Any]:
-        """Return what versions that know permutations alone cannot read; nothing where there is nothing of it."""
+        """Return what versions that know permutations alone cannot read; empty where a spec has nothing of the kind."""
         if self.symmetries == "permutation" and not self.untied and not self.positions:
             return {}
         return {
