@@ -19,7 +19,7 @@ from modeconn import WeightMatching, align, discover
 from modeconn.symmetry import UnknownOperatorWarning
 from tests.symmetry.oracle import largest_change
 
-EXAMPLES = int(os.environ.get("MODECONN_EXAMPLES", "40"))
+EXAMPLES = int(os.environ.get("MODECONN_EXAMPLES", "24"))
 CHANNELS = (2, 3, 4, 6, 8)
 
 

@@ -51,7 +51,7 @@ def groups(spec: PermutationSpec) -> list[tuple]:
     return [(group.shape, group.places) for group in spec.groups]
 
 
-@settings(deadline=None, max_examples=15)
+@settings(deadline=None, max_examples=8)
 @given(st.lists(st.integers(-12, 11), min_size=1, max_size=8, unique_by=lambda at: at % 12))
 def test_positions_of_a_buffer_are_those_written_in_the_model(positions):
     kept, written = Pruned(positions), Pruned(positions, "written")
