@@ -641,7 +641,7 @@ def _(agreement: Agreement) -> None:
     def table(at: Place) -> Any:
         settings = {"num_points": 5, "spec": spec_of("mlp"), "recipe": SHORT, "checkpoint": at.folder / "records"}
         found = modeconn.compare([at.networks("mlp")], methods, at.batches("mlp"), at.test("mlp"), **settings)
-        columns = [column for column in found.columns if column not in ("seconds", "peak bytes")]
+        columns = [column for column in found.columns if column not in ("seconds", "curve seconds", "peak bytes")]
         return {f"{r} {c}": torch.tensor(v[c]) for r, v in found.values.items() for c in columns}
 
     agreement.both(table)

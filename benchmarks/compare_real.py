@@ -84,9 +84,9 @@ def markdown(found: modeconn.Comparison) -> str:
 def _cell(column: str, values: dict[str, float]) -> str:
     if column == "peak bytes":
         return f"{values['mean'] / 1e6:.1f}"
-    if column == "seconds":
+    if column.endswith("seconds"):
         return f"{values['mean']:.2f}"
-    form = ".1%" if "accuracy" in column else ".4f"
+    form = ".1%" if "accuracy" in column else ".1f" if column.endswith("length") else ".4f"
     return format(values["mean"], form) + (f" ± {format(values['std'], form)}" if "std" in values else "")
 
 

@@ -117,7 +117,7 @@ def content(folder: Path) -> dict[str, Any]:
 
 def _timeless(value: Any) -> Any:
     if isinstance(value, dict):
-        timed = ("seconds", "sha256", "peak bytes", "summary")
+        timed = ("seconds", "curve seconds", "sha256", "peak bytes", "summary")
         return {name: _timeless(one) for name, one in value.items() if name not in timed}
     return [_timeless(one) for one in value] if isinstance(value, list) else value
 

@@ -26,7 +26,7 @@ from tests.cases import Residual
 
 RECIPE = Recipe(2, partial(torch.optim.Adam, lr=3e-3), weight_decay=0.0)
 METHODS = {"weights": WeightMatching(), "activations": ActivationMatching()}
-TIMES = ("seconds", "peak bytes")
+TIMES = ("seconds", "curve seconds", "peak bytes")
 
 
 def digits() -> tuple[TensorLoader, TensorLoader]:
