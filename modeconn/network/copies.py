@@ -18,7 +18,8 @@ def copy_of(model: M) -> M:
     As `torch.nn.utils.weight_norm` does with the weight that it computes; `copy.deepcopy` refuses those. What cannot be
     copied by its nature, such as a lock or an open file, the copy shares with the model.
     """
-    computed = {id(tensor): tensor.detach().clone() for tensor in plain_tensors(model) if tensor.grad_fn is not None}
+    plain = plain_tensors(model).values()
+    computed = {id(tensor): tensor.detach().clone() for tensor in plain if tensor.grad_fn is not None}
     return copy_with(model, computed | _copies_in_one_storage(model))
 
 
@@ -86,9 +87,14 @@ def check_no_inference(model: nn.Module) -> None:
         )
 
 
-def plain_tensors(model: nn.Module) -> list[Tensor]:
-    """Return the tensors that modules hold as ordinary attributes."""
-    return [value for module in model.modules() for value in vars(module).values() if isinstance(value, Tensor)]
+def plain_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Return the tensors that modules hold as ordinary attributes, by name."""
+    return {
+        f"{path}.{name}".lstrip("."): value
+        for path, module in model.named_modules()
+        for name, value in vars(module).items()
+        if isinstance(value, Tensor)
+    }
 
 
 def untied_copy(model: M) -> M:

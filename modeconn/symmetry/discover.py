@@ -46,8 +46,9 @@ def discover(
             unless `PermutationSpec.fixed_batch` says why it is for those of the example's size.
         rules: Rule by operator; extend with ``{**RULES, torch.ops.mylib.scan.default: my_rule}``.
         freeze: Names of parameters or buffers, or patterns such as ``"blocks.0.*"``, all of whose axes stay fixed.
-            A buffer of whole numbers by which units are read is otherwise a part of the architecture: networks with
-            another one are refused. If it is frozen, the units that it tells apart stay in place instead.
+            A buffer, or a tensor that is a plain attribute, of whole numbers by which units are read is otherwise a
+            part of the architecture: networks with another one are refused. If it is frozen, the units that it tells
+            apart stay in place instead.
         outputs: Which of the model's outputs have to stay as they are: names (``"logits"``), positions in a tuple, or a
             function of what the model returns (``lambda o: o.logits``). Default: all of them. What nothing reads, such
             as a cache or hidden states, often fixes most of a model; what is computed for it alone may then change.

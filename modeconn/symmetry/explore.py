@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 from modeconn.network.copies import in_one_storage, untied_copy
 from modeconn.network.weights import device_of, named_state
 from modeconn.symmetry.axes import Axis, atoms_of, expand
-from modeconn.symmetry.export import WHOLE, ExportError, export
+from modeconn.symmetry.export import ExportError, export, whole_numbers
 from modeconn.symmetry.findings import Findings, Tap, Trace, UnknownOperator
 from modeconn.symmetry.gains import Fold, Known, judged
 from modeconn.symmetry.graph import Example, Graph
@@ -173,7 +173,7 @@ class Exploration(Walk):
         super().__init__(top if top is PERMUTATION else LINEAR)
         self._largest = top
         self._untouchable: dict[str, str] = {}  # parameters that nothing may be folded into, and why
-        self._whole = {name: x for name, x in model.named_buffers(remove_duplicate=False) if x.dtype in WHOLE}
+        self._whole = whole_numbers(model)
         self._first_name: dict[str, str] = {}  # the first name of each tensor of the state, by all of its names
         self._aliases: dict[str, list[str]] = {}  # all names of each tensor of the state, by the first
         self._rules = rules
@@ -233,9 +233,9 @@ class Exploration(Walk):
                 self.fix(axis, _OVERLAP)
 
     def freeze(self, patterns: Sequence[str]) -> None:
-        """Fix the parameters and buffers that match a name or pattern; of whole numbers, units that are read by them.
+        """Fix parameters and buffers that match a name or pattern; of whole numbers, the units that are read by them.
 
-        Of frozen buffers `export` makes no value known, and units that are read by unknown positions are fixed.
+        Of frozen ones `export` makes no value known, and units that are read by unknown positions are fixed.
         """
         for pattern in patterns:
             names = [name for name in self.state if fnmatch.fnmatchcase(name, pattern)]

@@ -9,8 +9,9 @@ import inspect
 import io
 import logging
 import warnings
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
+from functools import partial
 from typing import Any
 
 import torch
@@ -50,14 +51,14 @@ def export(
     """Export a model in one mode, with a free batch size where it allows one.
 
     The model is not changed: a copy that shares its tensors is traced, and fake tensors stand in for them. What it
-    computes for other ``outputs`` than those that count is not in the graph. Buffers of whole numbers are
-    read as a part of the architecture, but for those that match a name or pattern of ``freeze``.
+    computes for other ``outputs`` than those that count is not in the graph. Whole numbers that it holds are read as a
+    part of the architecture, but for those that match a name or pattern of ``freeze``.
 
     Raises:
         ValueError: If the model cannot run on the example, or cannot be exported.
     """
     check_no_inference(model)
-    positions = _positions(model, freeze)
+    as_graph = partial(Graph, training=training, positions=_positions(model, freeze))
     shadow = _shadow(model).train(training)
     for module in shadow.modules():
         if isinstance(module, _NormBase) and module.momentum is None:
@@ -67,10 +68,10 @@ def export(
     device = next((t.device for t in (*model.parameters(), *model.buffers())), torch.device("cpu"))
     with preserved(device if device.type != "meta" else "cpu"), _traceable():  # a model may seed generators itself
         try:
-            graph = _exported(shadow, example, training, positions)
+            graph = _exported(shadow, example, as_graph)
         except Exception as error:
-            graph = None if _is_about_values(error) else _without_gradients(shadow, example, training, positions)
-            graph = graph or _recorded(shadow, example, training, positions)
+            graph = None if _is_about_values(error) else _without_gradients(shadow, example, as_graph)
+            graph = graph or _recorded(shadow, example, as_graph)
             if graph is None:
                 raise _export_error(model, example, training, outputs, error) from error
     if not (outputs.are_all or graph.outputs):
@@ -82,27 +83,36 @@ def export(
 
 
 def _positions(model: nn.Module, freeze: Sequence[str]) -> dict[str, Tensor | None]:
-    whole = [(name, x) for name, x in model.named_buffers(remove_duplicate=False) if x.dtype in WHOLE]
-    frozen = {id(x) for name, x in whole if any(fnmatch.fnmatchcase(name, each) for each in freeze)}
-    return {name: None if id(x) in frozen else x.detach() for name, x in whole}
+    whole = whole_numbers(model)
+    frozen = {id(x) for name, x in whole.items() if any(fnmatch.fnmatchcase(name, each) for each in freeze)}
+    return {name: None if id(x) in frozen else x.detach() for name, x in whole.items()}
 
 
-WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
-"""Types of tensors that may hold positions."""
+def whole_numbers(model: nn.Module) -> dict[str, Tensor]:
+    """Return the buffers and plain attributes that may hold positions, by name."""
+    held = {**plain_tensors(model), **dict(model.named_buffers(remove_duplicate=False))}
+    return {name: x for name, x in held.items() if x.dtype in _WHOLE}
 
 
-def _exported(model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor | None]) -> Graph:
+_WHOLE = (torch.uint8, torch.int8, torch.int16, torch.int32, torch.int64)
+
+
+_AsGraph = Callable[[Program], Graph]
+"""Makes a graph, in one mode, of what was exported or recorded."""
+
+
+def _exported(model: nn.Module, example: Example, as_graph: _AsGraph) -> Graph:
     batched = example.with_batch_of_two()
     if batched is None:
-        return Graph(_export(model, example, None), training, positions)
+        return as_graph(_export(model, example, None))
     why = "it becomes a number on the way"
     try:
-        graph = Graph(_export(model, batched, _free_first_dims(model, batched)), training, positions)
+        graph = as_graph(_export(model, batched, _free_first_dims(model, batched)))
         if graph.free_batch:
             return graph
     except Exception as error:  # what is wrong with one of any size shows without it too
         why = first_line(error)
-    graph = Graph(_export(model, example, None), training, positions)
+    graph = as_graph(_export(model, example, None))
     graph.why_batch_is_fixed = why
     _LOGGER.info("the batch size of %s is that of the example: %s", type(model).__name__, why)
     return graph
@@ -113,13 +123,11 @@ def _is_about_values(error: Exception) -> bool:
     return "DataDependent" in type(error).__name__
 
 
-def _without_gradients(
-    model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor | None]
-) -> Graph | None:
+def _without_gradients(model: nn.Module, example: Example, as_graph: _AsGraph) -> Graph | None:
     """Export a model of operators that have no gradients here, as flex_attention on the CPU; None if it is not that."""
     try:
         with torch.no_grad():
-            return _exported(model, example, training, positions)
+            return _exported(model, example, as_graph)
     except Exception as error:
         _LOGGER.debug("%s cannot be exported without gradients: %s", type(model).__name__, first_line(error))
         return None
@@ -131,9 +139,7 @@ def _export(model: nn.Module, example: Example, shapes: Any) -> Program:
     return _of_export(export(model, example.args, example.kwargs, dynamic_shapes=shapes, strict=False))
 
 
-def _recorded(
-    model: nn.Module, example: Example, training: bool, positions: Mapping[str, Tensor | None]
-) -> Graph | None:
+def _recorded(model: nn.Module, example: Example, as_graph: _AsGraph) -> Graph | None:
     """Return the graph of one run of a model that export cannot follow, None if it cannot be recorded either."""
     device = next((t.device for t in (*model.parameters(), *model.buffers(), *example.tensors())), None)
     if device is not None and device.type == "meta":
@@ -143,7 +149,7 @@ def _recorded(
         try:
             with seeded(0, device or torch.device("cpu")):
                 found = record(model, example.args, example.kwargs, as_called=as_called)
-            graph = Graph(_of_recording(model, found), training, positions)
+            graph = as_graph(_of_recording(model, found))
         except Exception as error:  # tracing raises errors of many types
             _LOGGER.debug("%s cannot be recorded: %s", type(model).__name__, first_line(error))
             continue
@@ -188,7 +194,7 @@ _WITHOUT_TENSORS = (torch.dtype, torch.device, torch.layout, complex, bytes, ran
 
 def _shadow(model: nn.Module) -> nn.Module:
     """Copy the modules but not the tensors."""
-    tensors = [*model.parameters(), *model.buffers(), *plain_tensors(model)]
+    tensors = [*model.parameters(), *model.buffers(), *plain_tensors(model).values()]
     return copy_with(model, {id(tensor): tensor for tensor in tensors})
 
 
@@ -304,8 +310,11 @@ def _of_recording(model: nn.Module, found: Recording) -> Program:
         node: State("parameter" if name not in buffers else "buffer" if name in saved else "constant", name)
         for node, name in found.state.items()
     }
-    state |= {node: State("constant", node) for node in found.constants}
-    constants = {name: buffer for name, buffer in buffers.items() if name not in saved} | found.constants
+    places = {(x.data_ptr(), x.shape): name for name, x in plain_tensors(model).items()}
+    named = {node: places.get((x.data_ptr(), x.shape), node) for node, x in found.constants.items()}
+    state |= {node: State("constant", name) for node, name in named.items()}
+    constants = {name: buffer for name, buffer in buffers.items() if name not in saved}
+    constants |= {named[node]: x for node, x in found.constants.items()}
     return Program(found.module, state, constants, found.outputs, found.structure, True, found.others)
 
 

@@ -83,8 +83,8 @@ class Findings:
         symmetries: The largest kind of group that was looked for.
         untied: Whether the groups are those of networks in which tied parameters have a tensor for each of their names.
         tied: The names of each parameter that has several; None if that is not known.
-        positions: Buffers of whole numbers by which units are read, by name, and what they hold. The groups are those
-            of networks whose buffers hold the same.
+        positions: Buffers and plain attributes by which units are read, by name, and the whole numbers that they hold.
+            The groups are those of networks that hold the same.
         folds: Gains that are ones in the networks that the groups are of, and what takes them up.
         limited: Why the group on each axis that moves is no larger than it is, None where it is as large as it may be,
             by name; empty if nothing but permutations was looked for.

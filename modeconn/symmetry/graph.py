@@ -139,13 +139,14 @@ class Graph:
         free_batch: Whether it runs for any batch size, or only for that of the example.
         is_recorded: Whether it is of one run, and so of one path through the model.
         why_batch_is_fixed: Why the batch size is that of the example, where that could have been another.
-        relied_on: Names of the buffers whose values decided what is in the graph, or what was found in it.
-        read_as_numbers: Names of the buffers of which a number was read in a recorded run, which holds for that number.
+        relied_on: Names of the buffers and attributes whose values decided what is in the graph or was found in it.
+        read_as_numbers: Names of those of which a number was read in a recorded run, which holds for that number.
 
     Args:
         program: What was exported or recorded.
         training: The mode.
-        positions: Buffers of whole numbers, which may be taken for constants, by name; None for those that may not.
+        positions: Buffers and plain attributes of whole numbers by name, which may be taken for constants; None for
+            those that may not.
     """
 
     def __init__(self, program: Program, training: bool, positions: Mapping[str, Tensor | None]) -> None:
@@ -288,7 +289,7 @@ class Graph:
     def known(self, node: Node) -> Tensor | None:
         """Return the value of a node that is small, and made of constants alone; None for all others.
 
-        Buffers of whole numbers count as constants: what is decided by such a value is told to `rely_on`.
+        Buffers and attributes of whole numbers count as constants: what such a value decides is told to `rely_on`.
         """
         if node not in self._known:
             value = self._value_of_constants(node)

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor, nn
 
-from modeconn.network.copies import copy_of, untied_copy
+from modeconn.network.copies import copy_of, plain_tensors, untied_copy
 from modeconn.network.weights import named_state
 from modeconn.symmetry.axes import Axis, atoms_of
 from modeconn.symmetry.explore import explore, own_rules
@@ -55,8 +55,8 @@ class PermutationSpec(Findings):
         costs_of_outputs: How many hidden units outputs but the first keep fixed, by output; empty for a loaded spec.
         symmetries: The largest kind of group that `modeconn.discover` was asked for.
         untied: Whether the groups are those of networks in which tied parameters have a tensor for each of their names.
-        positions: Buffers of whole numbers by which units are read, by name, and what they hold. The groups are those
-            of networks whose buffers hold the same.
+        positions: Buffers and plain attributes by which units are read, by name, and the whole numbers that they hold.
+            The groups are those of networks that hold the same.
         folds: Gains that are ones in the networks that the groups are of, and what takes them up.
         limited: Why the group on each axis that moves is no larger than it is, by name.
         freeze: What `modeconn.discover` was told to leave fixed.
@@ -212,17 +212,18 @@ class PermutationSpec(Findings):
                 )
         if self.tied is not None and not self.untied:
             self._check_ties(tensors)
+        held = {**plain_tensors(model), **tensors} if self.positions else {}
         for name, positions in self.positions.items():
-            self._check_positions(name, positions, tensors)
+            self._check_positions(name, positions, held)
 
     def _check_positions(self, name: str, positions: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-        """Raise a ValueError if a buffer by which units are read holds other positions than it did."""
+        """Raise a ValueError if a tensor by which units are read holds other positions than it did."""
         if name not in tensors:
-            raise ValueError(f"this spec is of another model: it has no buffer '{name}', by which units were read.")
+            raise ValueError(f"this spec is of another model: it has no tensor '{name}', by which units were read.")
         if tensors[name].is_meta or tensors[name].flatten().tolist() == list(positions):
             return
         raise ValueError(
-            f"this spec is of another model: the buffer '{name}', by which units are read, holds other positions "
+            f"this spec is of another model: '{name}', by which units are read, holds other positions "
             f"than in the model that the spec was found in. Pass freeze=['{name}'] to discover, and align with that "
             f"spec: units that it tells apart then stay in place, and numbers that are read of it count as alike."
         )

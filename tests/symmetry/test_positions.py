@@ -20,7 +20,9 @@ class Pruned(nn.Module):
         torch.manual_seed(0)
         self.stem, self.head, self.side = nn.Linear(4, width), nn.Linear(width, 3), nn.Linear(len(positions), 3)
         self.written = positions if where == "written" else None
-        if self.written is None:
+        if where == "attribute":
+            self.picked = torch.tensor(positions)
+        elif self.written is None:
             self.register_buffer("picked", torch.tensor(positions), persistent=where == "buffer")
 
     def forward(self, x: Tensor) -> Tensor:
@@ -81,15 +83,16 @@ def test_a_planted_permutation_is_found():
     [
         lambda spec, other: spec.random().apply(other),
         lambda spec, other: spec.verify(other, X),
-        lambda spec, other: modeconn.align(Pruned(EVEN), other, method=WeightMatching(), spec=spec),
+        lambda spec, other: modeconn.align(other, other, method=WeightMatching(), spec=spec),
         lambda spec, other: PermutationSpec.from_json(spec.to_json()).random().apply(other),
     ],
     ids=["apply", "verify", "align", "apply from a file"],
 )
 def test_a_network_that_reads_others_is_refused(call):
-    spec = modeconn.discover(Pruned(EVEN), X)
-    with pytest.raises(ValueError, match=r"'picked', by which units are read, holds other .* freeze=\['picked'\]"):
-        call(spec, Pruned(ODD))
+    for where in ("buffer", "unsaved", "attribute"):
+        spec = modeconn.discover(Pruned(EVEN, where), X)
+        with pytest.raises(ValueError, match=r"'picked', by which units are read, holds other .* freeze=\['picked'\]"):
+            call(spec, Pruned(ODD, where))
 
 
 def test_units_stay_where_the_buffer_is_frozen_and_both_networks_are_then_of_one_spec():
@@ -150,6 +153,18 @@ class Sliced(nn.Module):
 
 
 @pytest.mark.filterwarnings("ignore:torch.export cannot follow")
+def test_an_attribute_is_known_by_its_name_in_a_recorded_run_too():
+    class Recorded(Pruned):
+        def forward(self, x: Tensor) -> Tensor:
+            return super().forward(x) * (2 if float(x.sum()) > -1 else 1)
+
+    spec = modeconn.discover(Recorded(EVEN, "attribute"), X)
+    assert spec.one_path and spec.positions == {"picked": tuple(EVEN)}
+    with pytest.raises(ValueError, match="'picked', by which units are read"):
+        spec.random().apply(Recorded(ODD, "attribute"))
+
+
+@pytest.mark.filterwarnings("ignore:torch.export cannot follow")
 def test_a_number_that_a_recorded_run_reads_of_a_buffer_is_remembered():
     spec = modeconn.discover(Sliced(1), X)
     assert spec.positions == {"first": (1,)} and spec.verify(Sliced(1), X) < 1e-9
@@ -180,12 +195,9 @@ def test_counters_may_differ():
     torch.testing.assert_close(spec.random().apply(other.eval())(X), other(X))
 
 
-@pytest.mark.parametrize("where", ["buffer", ""])
-def test_a_buffer_that_is_not_saved_counts_too_and_is_frozen_too(where):
-    spec = modeconn.discover(Pruned(EVEN, where), X)
-    assert spec.positions == {"picked": tuple(EVEN)}
-    with pytest.raises(ValueError, match="'picked', by which units are read"):
-        modeconn.align(Pruned(EVEN, where), Pruned(ODD, where), method=WeightMatching(), spec=spec)
+@pytest.mark.parametrize("where", ["buffer", "unsaved", "attribute"])
+def test_a_tensor_that_is_not_saved_counts_too_and_is_frozen_too(where):
+    assert modeconn.discover(Pruned(EVEN, where), X).positions == {"picked": tuple(EVEN)}
     assert not modeconn.discover(Pruned(EVEN, where), X, freeze=["picked"]).groups
 
 
