@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, Literal, Protocol, runtime_checkable
+from typing import Any, ClassVar, Literal, Protocol, runtime_checkable
 
 import numpy as np
 import torch
@@ -148,15 +148,11 @@ def top_k(k: int, *, axis: int = 1, ignore_index: int = IGNORED) -> Metric:
     return Quotient(right, f"top_k({k})", higher_is_better=True)
 
 
-class Perplexity:
-    """The exponential of the mean cross entropy of all targets.
-
-    Args:
-        ignore_index: A target that does not count.
-        axis: Of the classes in the outputs: 1 for ``(N, C, ...)``, as torch has it, -1 for ``(N, ..., C)``.
-    """
+class _CrossEntropies:
+    """Sums of the cross entropy of all targets, at each of some temperatures that scores are divided by."""
 
     higher_is_better = False
+    log_temperatures: ClassVar[Sequence[float]] = (0.0,)
 
     @looked_at
     def __init__(self, ignore_index: int = IGNORED, *, axis: int = 1) -> None:
@@ -165,21 +161,36 @@ class Perplexity:
 
     def reset(self) -> None:
         """Forget all batches."""
-        self._sum: Any = 0.0
+        self._sums: Any = 0.0
         self._count: Any = 0
 
     def update(self, outputs: Tensor, targets: Tensor) -> None:
         """Take in one batch: scores of classes and targets of as many places."""
         scores, flat = _classes_last(outputs, targets, self._axis).flatten(0, -2).double(), targets.flatten().long()
-        self._sum = self._sum + F.cross_entropy(scores, flat, ignore_index=self._ignored, reduction="sum")
+        divided = (scores * math.exp(-step) for step in self.log_temperatures)
+        self._sums = self._sums + torch.stack(
+            [F.cross_entropy(one, flat, ignore_index=self._ignored, reduction="sum") for one in divided]
+        )
         self._count = self._count + (flat != self._ignored).sum()
+
+    def _means(self) -> Tensor:
+        return self._sums / self._count
+
+
+class Perplexity(_CrossEntropies):
+    """The exponential of the mean cross entropy of all targets.
+
+    Args:
+        ignore_index: A target that does not count.
+        axis: Of the classes in the outputs: 1 for ``(N, C, ...)``, as torch has it, -1 for ``(N, ..., C)``.
+    """
 
     def compute(self) -> Tensor:
         """Return the perplexity over all batches."""
-        return torch.exp(self._sum / self._count)
+        return self._means()[0].exp()
 
 
-class TemperedLoss:
+class TemperedLoss(_CrossEntropies):
     r"""The least mean cross entropy of all targets over temperatures that scores are divided by, nearly.
 
     .. math:: \min_T \; \frac1N \sum_{i=1}^N -\log \operatorname{softmax}(z_i / T)_{y_i}
@@ -196,38 +207,16 @@ class TemperedLoss:
         Guo et al., 2017, https://arxiv.org/abs/1706.04599
     """
 
-    higher_is_better = False
-
-    @looked_at
-    def __init__(self, ignore_index: int = IGNORED, *, axis: int = 1) -> None:
-        self._ignored, self._axis = ignore_index, axis
-        self.reset()
-
-    def reset(self) -> None:
-        """Forget all batches."""
-        self._sums: Any = 0.0
-        self._count: Any = 0
-
-    def update(self, outputs: Tensor, targets: Tensor) -> None:
-        """Take in one batch: scores of classes and targets of as many places."""
-        scores, flat = _classes_last(outputs, targets, self._axis).flatten(0, -2).double(), targets.flatten().long()
-        cooled = (scores * math.exp(-step) for step in _LOG_TEMPERATURES)
-        self._sums = self._sums + torch.stack(
-            [F.cross_entropy(one, flat, ignore_index=self._ignored, reduction="sum") for one in cooled]
-        )
-        self._count = self._count + (flat != self._ignored).sum()
+    log_temperatures = tuple(step / 16 for step in range(-32, 33))
 
     def compute(self) -> Tensor:
         """Return the loss at the best temperature over all batches."""
-        means = self._sums / self._count
+        means = self._means()
         best = means.argmin().clamp(1, len(means) - 2)
         before, here, after = means[best - 1], means[best], means[best + 1]
         bend = before - 2 * here + after
         vertex = here - (before - after) ** 2 / (8 * bend)
         return torch.where((here <= before) & (here <= after) & (bend > 0), vertex, means.min())
-
-
-_LOG_TEMPERATURES = [step / 16 for step in range(-32, 33)]
 
 
 # -- metrics of a network and one end of the curve

@@ -108,11 +108,9 @@ def _scaled_groups(spec: PermutationSpec, model: nn.Module, example: Any, *, see
         signs = slopes.signs(group, torch.rand(group.size, generator=generator, dtype=torch.float64).diag())
         if signs is None:
             continue
-        exponents = 6 * torch.rand(group.size, generator=generator, dtype=torch.float64) - 3
-        if (
-            slopes.change(partial(_rescaled, spec=spec, group=group, signs=signs, scales=10**exponents))
-            < _LARGEST_CHANGE
-        ):
+        scales = 10 ** (6 * torch.rand(group.size, generator=generator, dtype=torch.float64) - 3)
+        rescaled = partial(_rescaled, spec=spec, group=group, signs=signs, scales=scales)
+        if slopes.change(rescaled) < _LARGEST_CHANGE:
             found[group.name] = signs
     return found
 

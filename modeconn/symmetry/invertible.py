@@ -56,10 +56,8 @@ class Invertible(Relabelling):
                 raise ValueError(f"the map of {name!r} must be float64 of shape {shape}, got {tuple(found.shape)}.")
             if self.duals[name].shape != (count,) or self.duals[name].dtype != torch.bool:
                 raise ValueError(f"the duals of {name!r} must be bool of shape ({count},).")
-            if (
-                not bool(torch.isfinite(torch.linalg.inv_ex(found).inverse).all())
-                or torch.linalg.inv_ex(found).info.any()
-            ):
+            back, failed = torch.linalg.inv_ex(found)
+            if failed.any() or not back.isfinite().all():
                 raise ValueError(f"the map of {name!r} cannot be inverted.")
 
     @property
@@ -137,6 +135,8 @@ class Invertible(Relabelling):
         parts: dict[str, dict[str, Tensor]] = {"element": {}, "map": {}, "dual": {}}
         for name, tensor in tensors.items():
             part, _, group = name.partition(".")
+            if part not in parts:
+                raise ValueError(f"this is no invertible relabelling: it holds a tensor {name!r}.")
             parts[part][group] = tensor
         return cls(Orthogonal.restore(spec, parts["element"]), parts["map"], parts["dual"])
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from functools import cached_property
 from itertools import product
 from typing import Any
 
@@ -81,6 +82,11 @@ class SlopesOfOutputs:
                         found.append(_some(value.flatten()).double())
         return torch.cat(found)
 
+    @cached_property
+    def _as_they_are(self) -> list[Tensor]:
+        """The outputs on the redrawn weights and on the model's own."""
+        return [self._of(state, whole=True) for state in self._states]
+
     def signs(self, group: Group, direction: Tensor) -> Tensor | None:
         """Return which places of a group have to be mapped the other way so that nothing changes.
 
@@ -108,14 +114,13 @@ class SlopesOfOutputs:
             both.append(self._of({**state, **_tied(state, name, changed)}))
         return (both[0] - both[1]) / (2 * _STEP)
 
-    def change(self, relabel: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]], *, own: bool = True) -> float:
+    def change(self, relabel: Callable[[Mapping[str, Tensor]], Mapping[str, Tensor]]) -> float:
         """Return the largest change of an output if all weights are relabelled, relative to the largest output.
 
-        On the redrawn weights and, with ``own``, on the model's own: bounds may be met by these alone.
+        On the redrawn weights and on the model's own: bounds may be met by these alone.
         """
         worst = 0.0
-        for state in self._states if own else self._states[:1]:
-            before = self._of(state, whole=True)
+        for state, before in zip(self._states, self._as_they_are, strict=True):
             moved = relabel({name: state[name] for name in self._spec.state})
             changed: dict[str, Tensor] = {}
             for name in reversed(self._spec.state):  # of a tensor of several names what the first one says
