@@ -284,6 +284,8 @@ def compare(
         spec = find_spec(
             pairs[0][0], loader, Symmetry(spec, example_input, outputs, symmetries=symmetries, untie=untie)
         )
+    for model in (model for pair in pairs for model in pair):
+        spec.check_model(model)
     # Seeded anew, so that the first batch does not depend on whether the spec is known.
     with seeded(seed, space.device):
         check_loader(test) if forward is None else first_batch(test)

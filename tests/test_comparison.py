@@ -487,3 +487,20 @@ def test_a_loss_that_takes_apart_what_a_model_returns_is_given_no_ensemble():
     )
     assert list(own.values) == ["identity", "random", "random direction"]
     assert list(compare([ends], {}, loader, loader, **settings).values)[-1] == "ensemble"
+
+
+def test_networks_that_are_not_of_the_spec_are_refused_before_any_work(monkeypatch):
+    monkeypatch.setattr(WeightMatching, "match", lambda *given: pytest.fail("nothing is matched"))
+
+    class Picks(nn.Module):
+        def __init__(self, first: int) -> None:
+            super().__init__()
+            self.stem, self.head = nn.Linear(3, 4), nn.Linear(2, 3)
+            self.register_buffer("picked", torch.tensor([first, first + 2]))
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            return self.head(self.stem(x).relu()[:, self.picked])
+
+    loader = [(torch.rand(8, 3), torch.arange(8) % 3)]
+    with pytest.raises(ValueError, match="'picked', by which units are read, holds other positions"):
+        compare([(Picks(0), Picks(1))], [WeightMatching()], loader, loader, num_points=3)
