@@ -183,7 +183,7 @@ def test_bounds_that_only_the_own_weights_or_large_scales_meet_count():
     torch.manual_seed(0)
     model = nn.Sequential(nn.Linear(4, 16), nn.ReLU6(), nn.Linear(16, 3)).double()
     with torch.no_grad():
-        model[2].weight *= 20
+        model[2].weight *= 2000
     torch.testing.assert_close(balance(model, X)(X), model(X))
     normed = nn.Sequential(
         nn.Linear(4, 6), nn.BatchNorm1d(6, eps=1e-7, track_running_stats=False), nn.ReLU(), nn.Linear(6, 3)
@@ -193,9 +193,9 @@ def test_bounds_that_only_the_own_weights_or_large_scales_meet_count():
 
 def test_many_examples_hide_no_unit():
     torch.manual_seed(0)
-    layers = [layer for _ in range(4) for layer in (nn.Linear(12, 12), nn.ReLU())]
-    model = nn.Sequential(*layers, nn.Linear(12, 3)).double()
-    x = torch.randn(2000, 12, dtype=torch.float64)
+    layers = [layer for _ in range(5) for layer in (nn.Linear(24, 24), nn.ReLU())]
+    model = nn.Sequential(*layers, nn.Linear(24, 3)).double()
+    x = torch.randn(20_000, 24, dtype=torch.float64)
     spec = modeconn.discover(model, x)
     assert balancing._scaled_groups(spec, model, x).keys() == {group.name for group in spec.groups}
 
