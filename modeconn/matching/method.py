@@ -113,8 +113,8 @@ def check_permutes(spec: PermutationSpec, method: Any) -> None:
     if rotating:
         raise ValueError(
             f"{type(method).__name__} permutes units, and this spec has {len(rotating)} groups that rotate them, such "
-            f"as {rotating[0]!r}. WeightMatching, ActivationMatching and Sinkhorn rotate them; or look for "
-            f"permutations alone, with symmetries='permutation'."
+            f"as {rotating[0]!r}. WeightMatching, ActivationMatching, Sinkhorn and StraightThrough rotate them; or "
+            f"look for permutations alone, with symmetries='permutation'."
         )
 
 
