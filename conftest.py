@@ -27,3 +27,13 @@ def _exports_forgotten():
     from torch._subclasses.fake_tensor import FakeTensorMode
 
     FakeTensorMode.cache_clear()
+
+
+@pytest.fixture(scope="session")
+def pool(tmp_path_factory):
+    """Return processes that run functions of tests as one group, see `tests.pool`."""
+    from tests.pool import Pool
+
+    made = Pool(tmp_path_factory.mktemp("pool"))
+    yield made
+    made.close()

@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from modeconn.data.augment import Augmentation
+from modeconn.data.share import Share
 from modeconn.tools.door import check_settings, looked_at
 
 _CHUNK = 4096
@@ -91,16 +92,29 @@ class TensorLoader:
         return full + (rest > 1) if full else 1
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        order = (
-            torch.randperm(self.num_examples, device="cpu")
-            if self.shuffle
-            else torch.arange(self.num_examples, device="cpu")
-        )
-        order = order.to(self.device)
-        for batch in range(len(self)):
-            stop = self.num_examples if batch == len(self) - 1 else (batch + 1) * self.batch_size
-            chosen = order[batch * self.batch_size : stop]
-            yield self._augmented(_unit_range(self.inputs[chosen])), self.targets[chosen]
+        order = self.drawn_order()
+        for number in range(len(self)):
+            yield self.batch_at(order, number)
+
+    def drawn_order(self) -> Tensor:
+        """Draw the order of a pass from torch's global CPU generator; int64 ``(N,)``."""
+        draw = torch.randperm if self.shuffle else torch.arange
+        return draw(self.num_examples, device="cpu").to(self.device)
+
+    def batch_at(self, order: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Return one batch of a pass of this order, augmented."""
+        stop = self.num_examples if number == len(self) - 1 else (number + 1) * self.batch_size
+        chosen = order[number * self.batch_size : stop]
+        return self._augmented(_unit_range(self.inputs[chosen])), self.targets[chosen]
+
+    @property
+    def draws_each_batch(self) -> bool:
+        """Whether making a batch draws random numbers."""
+        return bool(self.augment)
+
+    def share(self, number: int, count: int) -> Share:
+        """Return every ``count``-th batch, from batch ``number`` on: what one of several processes reads."""
+        return Share(self, number, count)
 
     def _augmented(self, inputs: Tensor) -> Tensor:
         for augmentation in self.augment:

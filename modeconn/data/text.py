@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from modeconn.data.share import Share
 from modeconn.tools.door import check_settings, checked, looked_at
 
 
@@ -82,16 +83,33 @@ class TextLoader:
         return -(-self.num_examples // self.batch_size)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor]]:
-        count, first = self.num_examples, 0
-        order = torch.arange(count, device="cpu")
-        if self.shuffle:
-            spare = len(self.tokens) - 1 - count * self.length
-            first = int(torch.randint(spare + 1, (), device="cpu"))
-            order = torch.randperm(count, device="cpu")
-        within = torch.arange(self.length, device=self.device)
-        for numbers in order.split(self.batch_size):
-            places = first + numbers.to(self.device)[:, None] * self.length + within
-            yield self.tokens[places], self.tokens[places + 1]
+        order = self.drawn_order()
+        for number in range(len(self)):
+            yield self.batch_at(order, number)
+
+    def drawn_order(self) -> Tensor:
+        """Draw where the windows of a pass begin from torch's global CPU generator, in order; int64 ``(N,)``."""
+        count = self.num_examples
+        if not self.shuffle:
+            return torch.arange(count, device="cpu").to(self.device) * self.length
+        spare = len(self.tokens) - 1 - count * self.length
+        first = int(torch.randint(spare + 1, (), device="cpu"))
+        return first + torch.randperm(count, device="cpu").to(self.device) * self.length
+
+    def batch_at(self, order: Tensor, number: int) -> tuple[Tensor, Tensor]:
+        """Return one batch of a pass of this order."""
+        begins = order[number * self.batch_size : (number + 1) * self.batch_size]
+        places = begins[:, None] + torch.arange(self.length, device=self.device)
+        return self.tokens[places], self.tokens[places + 1]
+
+    @property
+    def draws_each_batch(self) -> bool:
+        """Whether making a batch draws random numbers: it does not."""
+        return False
+
+    def share(self, number: int, count: int) -> Share:
+        """Return every ``count``-th batch, from batch ``number`` on: what one of several processes reads."""
+        return Share(self, number, count)
 
     def with_(self, **changes: Any) -> TextLoader:
         """Return a loader of the same text with other settings, such as ``with_(batch_size=64)``."""

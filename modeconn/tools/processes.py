@@ -1,0 +1,366 @@
+"""Several processes that share one call: each does its part, and all get the result, or all end with one error.
+
+`torch.distributed` carries what they tell each other. All that they exchange begins with a header of one form, and a
+process that fails sends its error in place of it: so the others hear of it wherever they are, and nobody waits.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import pickle
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from contextvars import ContextVar
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+T = TypeVar("T")
+
+_PATIENCE = timedelta(minutes=5)
+"""How long processes wait for the last of them to come to a call; they may have loaded data before it."""
+
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+_WAY_OUT = (
+    "Call it in every process with the same arguments, or `with modeconn.alone():` in those that are to work by "
+    "themselves."
+)
+
+
+_NUMBERS = 6
+"""How many numbers an exchange carries."""
+
+_PLAIN, _OBJECT, _OF_FIRST, _FAILED = range(4)
+"""Kinds of messages."""
+
+
+class OtherProcessError(RuntimeError):
+    """Another process failed or ended, so this one cannot go on."""
+
+
+class Processes:
+    """The processes that share the work of a call; this one is number ``rank`` of ``size``.
+
+    Args:
+        rank: Which one this is, from 0.
+        size: How many there are.
+        control: The group in which they exchange objects, over gloo; None if there is one process.
+    """
+
+    def __init__(self, rank: int = 0, size: int = 1, control: Any = None) -> None:
+        self.rank, self.size, self._control = rank, size, control
+        self._told: BaseException | None = None
+        self.speaker: int | None = None
+
+    @property
+    def is_first(self) -> bool:
+        """Whether this is the process that writes and prints."""
+        return self.rank == 0
+
+    def each(self, work: Callable[[], T]) -> list[T]:
+        """Do ``work`` in every process; return what each of them returned, in their order, in all.
+
+        Results are pickled, and reach every process: keep them small, and their tensors on the CPU.
+
+        Raises:
+            OtherProcessError: If another one failed; the one that did raises what ``work`` raised.
+        """
+        if self.size == 1:
+            return [work()]
+        with self._failing_is_told():
+            mine = pickle.dumps(work())
+        lengths = self._headers(_OBJECT, len(mine))[:, 1]
+        return [pickle.loads(part) for part in self._padded(lengths, mine)]
+
+    def first(self, work: Callable[[], T]) -> T:
+        """Do ``work`` in the first process alone; return what it returned in all of them.
+
+        Raises:
+            OtherProcessError: If another one failed; the first one raises what ``work`` raised.
+        """
+        if self.size == 1:
+            return work()
+        with self._failing_is_told():
+            mine = pickle.dumps(work()) if self.is_first else b""
+        size = int(self._headers(_OF_FIRST, len(mine))[0, 1])
+        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+        if self.is_first:
+            buffer.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+        with _lost_is_told():
+            dist.broadcast(buffer, src=0, group=self._control)
+        return pickle.loads(buffer.numpy().tobytes())
+
+    def numbers(self, work: Callable[[], Sequence[float]]) -> Tensor:
+        """Do ``work`` in every process, which returns up to `_NUMBERS` numbers; return those of all.
+
+        It is a single message, fit for every step of a run.
+
+        Returns:
+            float64 ``(size, _NUMBERS)`` on the CPU.
+        """
+        if self.size == 1:
+            return torch.tensor([_filled(work())], dtype=torch.float64, device="cpu")
+        with self._failing_is_told():
+            mine = work()
+        return self._headers(_PLAIN, 0, mine)[:, 2:]
+
+    def sum(self, work: Callable[[], Tensor]) -> Tensor:
+        """Do ``work`` in every process, which returns a tensor; return the sum of all, the same bits in each.
+
+        The sum takes the place of the tensor.
+        """
+        if self.size == 1:
+            return work()
+        with self._failing_is_told():
+            mine = work().contiguous()
+        self._headers(_PLAIN, 0)
+        self.add(mine)
+        return mine
+
+    def add(self, tensor: Tensor) -> None:
+        """Replace a tensor by the sum of those of all processes, right after an exchange in which none failed."""
+        if self.size > 1:
+            with _lost_is_told():
+                dist.all_reduce(tensor)
+
+    def agree(self, facts: Mapping[str, Any]) -> None:
+        """Raise in all processes unless they state the same facts.
+
+        Raises:
+            ValueError: Naming the first fact that differs, and both values.
+        """
+        of_all = self.each(lambda: {name: str(value) for name, value in facts.items()})
+        for rank, theirs in enumerate(of_all[1:], 1):
+            for name in [*of_all[0], *theirs]:
+                if of_all[0].get(name) != theirs.get(name):
+                    raise ValueError(
+                        f"processes differ: {name} is {_short(of_all[0].get(name))} in process 0 and "
+                        f"{_short(theirs.get(name))} in process {rank}. Start all with the same arguments, versions "
+                        f"and data."
+                    )
+
+    def mine(self, items: Any) -> Any:
+        """Return the part of a sequence that this process works on: every ``size``-th item from ``rank`` on."""
+        return items[self.rank :: self.size]
+
+    def in_order(self, parts: list[list[T]]) -> list[T]:
+        """Return the items that `mine` distributed in their order, from what each process made of its part."""
+        count = sum(map(len, parts))
+        return [parts[place % self.size][place // self.size] for place in range(count)]
+
+    def tell(self, error: BaseException) -> None:
+        """Tell the others of an error, once, in place of what they wait for."""
+        if self.size == 1 or self._told is error or isinstance(error, OtherProcessError):
+            return
+        self._told = error
+        with contextlib.suppress(OtherProcessError):  # which says that others failed too, or are gone
+            said = _said(error).encode()
+            self._headers(_FAILED, len(said), said=said)
+
+    @contextmanager
+    def _failing_is_told(self) -> Iterator[None]:
+        try:
+            yield
+        except BaseException as error:
+            self.tell(error)
+            raise
+
+    def _headers(self, kind: int, length: int, numbers: Sequence[float] = (), *, said: bytes = b"") -> Tensor:
+        """Exchange what every message begins with: its kind, the length of what follows, and a few numbers.
+
+        So a process that fails is heard whatever the others wait for.
+        """
+        mine = torch.tensor([kind, length, *_filled(numbers)], dtype=torch.float64, device="cpu")
+        found = [torch.empty_like(mine) for _ in range(self.size)]
+        with _lost_is_told():
+            dist.all_gather(found, mine, group=self._control)
+        headers = torch.stack(found)
+        kinds = headers[:, 0].tolist()
+        if _FAILED in kinds:
+            self.speaker = kinds.index(_FAILED)
+            lengths = torch.where(headers[:, 0] == _FAILED, headers[:, 1], 0)
+            why = self._padded(lengths, said)[self.speaker].decode()
+            raise OtherProcessError(f"process {self.speaker} of {self.size} failed: {why}")
+        if len(set(kinds)) > 1:
+            raise OtherProcessError(f"the processes are at different places of the call. {_WAY_OUT}")
+        return headers
+
+    def _padded(self, lengths: Tensor, mine: bytes) -> list[bytes]:
+        """Exchange bytes of these lengths."""
+        buffer = torch.zeros(int(lengths.max()), dtype=torch.uint8, device="cpu")
+        buffer[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else 0
+        found = [torch.empty_like(buffer) for _ in range(self.size)]
+        with _lost_is_told():
+            dist.all_gather(found, buffer, group=self._control)
+        return [part[: int(length)].numpy().tobytes() for part, length in zip(found, lengths, strict=True)]
+
+    def _begin(self) -> None:
+        """Wait for all processes to come to the call."""
+        try:
+            dist.monitored_barrier(group=self._control, timeout=_PATIENCE, wait_all_ranks=True)
+        except RuntimeError as error:
+            raise OtherProcessError(
+                f"not all {self.size} processes of the group came to this call within {_PATIENCE.seconds // 60} "
+                f"minutes, or one of them has ended. {_WAY_OUT}"
+            ) from error
+
+
+_ONE = Processes()
+_group: list[tuple[Any, Processes]] = []
+_joined: ContextVar[Processes | None] = ContextVar("the processes that share the call at work", default=None)
+_is_alone: ContextVar[bool] = ContextVar("whether this process works by itself", default=False)
+
+
+@contextmanager
+def alone() -> Iterator[None]:
+    """Let this process work by itself in the block, whatever group of processes it belongs to.
+
+    Without it, `modeconn.fit_curve`, `modeconn.compare` and the other verbs share their work among the processes of an
+    initialised group of `torch.distributed`, all of which must call them.
+    """
+    token = _is_alone.set(True)
+    try:
+        yield
+    finally:
+        _is_alone.reset(token)
+
+
+@contextmanager
+def together() -> Iterator[Processes]:
+    """Give the processes that share the work of the block: all come to it, and all leave it, or fail.
+
+    Inside of another such block, its processes; this process alone where `alone` says so, or there is no group.
+
+    Raises:
+        RuntimeError: If a launcher started several processes, and none of them made a group.
+        OtherProcessError: If not all come to the block, or another one fails in it.
+    """
+    if _is_alone.get():
+        yield _ONE
+        return
+    if (outer := _joined.get()) is not None:
+        yield outer
+        return
+    them = _current()
+    if them.size == 1:
+        yield them
+        return
+    them._begin()
+    token = _joined.set(them)
+    try:
+        yield them
+    except BaseException as error:
+        them.tell(error)
+        raise
+    else:
+        them.each(lambda: None)
+    finally:
+        _joined.reset(token)
+
+
+def number() -> int:
+    """Return how many processes share the call that is at work."""
+    them = None if _is_alone.get() else _joined.get()
+    return 1 if them is None else them.size
+
+
+def is_first() -> bool:
+    """Whether this process prints, warns and writes for all that share the call at work."""
+    them = None if _is_alone.get() else _joined.get()
+    return them is None or them.is_first
+
+
+def _current() -> Processes:
+    """Return the processes of the initialised group."""
+    if not (dist.is_available() and dist.is_initialized()):
+        if is_launched():
+            raise RuntimeError(
+                f"a launcher started {os.environ['WORLD_SIZE']} processes, of which this is number "
+                f"{os.environ.get('RANK')}, but they are no group yet: call "
+                f"torch.distributed.init_process_group('gloo') first, or `with modeconn.alone():` where each is to "
+                f"work by itself."
+            )
+        return _ONE
+    if dist.get_world_size() == 1:
+        return _ONE
+    world = dist.group.WORLD
+    if not _group or _group[0][0] is not world:
+        is_gloo = dist.get_backend() == "gloo"
+        control = world if is_gloo else dist.new_group(backend="gloo")
+        _group[:] = [(world, Processes(dist.get_rank(), dist.get_world_size(), control))]
+    return _group[0][1]
+
+
+def is_launched() -> bool:
+    """Whether a launcher such as torchrun started this process as one of several."""
+    count = os.environ.get("WORLD_SIZE", "1")
+    return count.isdigit() and int(count) > 1
+
+
+@contextmanager
+def launched() -> Iterator[None]:
+    """Make a group of the processes that a launcher started, for the block; nothing if it started one, or made it.
+
+    The program ``modeconn`` does so under ``torchrun``. GPUs, if there are any, speak over NCCL.
+
+    Raises:
+        ValueError: If the launcher did not say enough, or the processes do not find each other.
+    """
+    if not is_launched() or dist.is_initialized():
+        yield
+        return
+    missing = [name for name in _NEEDED if not os.environ.get(name)]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE={os.environ['WORLD_SIZE']} says that this is one of several processes, but "
+            f"{', '.join(missing)} {'is' if len(missing) == 1 else 'are'} not set. Start them with torchrun, or unset "
+            f"WORLD_SIZE."
+        )
+    on_gpus = torch.cuda.is_available() and dist.is_nccl_available()
+    if on_gpus:
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+    try:
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+    except (ValueError, RuntimeError, OSError) as error:
+        lines = str(error).strip().splitlines()
+        raise ValueError(
+            f"process {os.environ['RANK']} of {os.environ['WORLD_SIZE']} did not find the others at "
+            f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({lines[0] if lines else error!r}). If the port "
+            f"is in use, choose another one: torchrun --master-port."
+        ) from error
+    try:
+        yield
+    finally:
+        _group.clear()
+        dist.destroy_process_group()
+
+
+@contextmanager
+def _lost_is_told() -> Iterator[None]:
+    """Turn what torch raises when a process of the group is gone into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        if isinstance(error, torch.OutOfMemoryError):
+            raise
+        raise OtherProcessError(
+            "another process of the group ended, or its connection was lost, while this one waited for its part."
+        ) from error
+
+
+def _filled(numbers: Sequence[float]) -> list[float]:
+    return [*map(float, numbers), *[0.0] * (_NUMBERS - len(numbers))]
+
+
+def _said(error: BaseException) -> str:
+    lines = str(error).strip().splitlines()
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+
+
+def _short(value: Any, length: int = 80) -> str:
+    text = "missing" if value is None else str(value)
+    return text if len(text) <= length else text[: length - 3] + "..."
