@@ -21,6 +21,7 @@ from modeconn.curves.step import CurveStep
 from modeconn.learning.checkpoint import Checkpoint, RunFile
 from modeconn.learning.epochs import Run
 from modeconn.learning.history import History
+from modeconn.learning.shared_epochs import SharedRun
 from modeconn.learning.step_loss import StepLoss
 from modeconn.matching import ActivationMatching, Alignment, Method, WeightMatching
 from modeconn.matching.alignment import Symmetry, find_alignment, find_spec
@@ -29,15 +30,18 @@ from modeconn.network.batches import Opened, check_pair
 from modeconn.network.estimates import differing, warn_of
 from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
+from modeconn.network.shares import facts_of
 from modeconn.network.weights import WeightSpace, Workspace, named_buffers
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.pam import PAM, Refinement
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.outputs import Selection
-from modeconn.symmetry.relabelling import Relabelling
+from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
+from modeconn.tools import provenance
 from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
+from modeconn.tools.processes import joined, shared
 from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
 from modeconn.tools.warn import warn
@@ -47,6 +51,7 @@ _QUADRATIC = Bezier(2)
 _RECIPE = Recipe()
 
 
+@shared
 @checked
 def fit_curve(
     model_a: nn.Module,
@@ -66,6 +71,7 @@ def fit_curve(
     symmetries: str = "permutation",
     untie: bool = False,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    sharded: bool = False,
     seed: int = 0,
     callbacks: Sequence[Any] = (),
     progress: bool = False,
@@ -78,6 +84,11 @@ def fit_curve(
     by one optimizer step per batch, each at its own t (Garipov et al., 2018). The t of 64 consecutive batches fall
     into the 64 equal parts of [0, 1], in random order; each is uniform by itself, and their mean varies less. The
     penalty acts on the interpolated weights, not on the control points. Batch norm trains with batch statistics.
+
+    Where several processes are an initialised group of `torch.distributed`, all must make this call, and share its
+    work: each step takes a batch and a t of each of them, and moves the curve along their mean gradient. The first
+    process aligns the networks, and reads and writes the checkpoint. Batch norm sees the batch of its own process.
+    All get the same connection, bit for bit. `modeconn.alone` lets a process work by itself.
 
     Args:
         model_a: Network at t=0; any module. It is not changed, nor is ``model_b``.
@@ -105,6 +116,9 @@ def fit_curve(
         untie: Give tied weights a tensor for each of their names, see `modeconn.discover`.
         checkpoint: A file, or a `Checkpoint` that also says how often to write it. If it exists, the run goes on from
             it and ends with the same bits as one that was never interrupted, on the same machine and versions.
+        sharded: Of several processes: whether ``loader`` yields other examples in each of them. Not needed for the
+            loaders of `modeconn.data`, which share themselves out, and for a DataLoader with a
+            `torch.utils.data.DistributedSampler`.
         seed: For t, data order, augmentation, dropout and attacks. The caller's random state is left as it was.
         callbacks: What is told of every step, epoch and relabelling that is tried, see `modeconn.callbacks.Callback`.
             They change nothing, but may end the run after an epoch. A line has no epochs; ``PAM(exact=True)`` counts
@@ -115,7 +129,9 @@ def fit_curve(
         The connection, with the history of the fit.
 
     Raises:
-        ValueError: If the networks or the data do not fit together, or the checkpoint belongs to another run.
+        ValueError: If the networks or the data do not fit together, or the checkpoint belongs to another run; or if
+            several processes were given other arguments or data, would read the same batches, or are more than there
+            are batches.
         OSError: If the checkpoint cannot be written.
         FloatingPointError: If the loss stops being finite; the last good checkpoint is left in place.
 
@@ -127,7 +143,8 @@ def fit_curve(
         space.check(model, name=end)
     _check_settings(align, refine, curve, recipe, adversary, loader)
     told = Callbacks(callbacks, space.device)
-    loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward)
+    loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward, sharded)
+    them = joined()
     if loader is None:
         curve, checkpoint = Line(), None
         warn(
@@ -146,10 +163,15 @@ def fit_curve(
     with seeded(seed, space.device), ExitStack() as until_end:
         data = None if loader is None else _opened(loader, space, forward)
         about = partial(_identified, settings, space, ends)
-        file = until_end.enter_context(RunFile(checkpoint, about, space.device, loader=loader))
+        if them.size > 1:
+            them.agree({**about(), **facts_of(loader, sharded=sharded), **_versions(checkpoint)})
+        file = RunFile(checkpoint, about, space.device, loader=loader, sharded=sharded)
+        until_end.enter_context(file)
         how = align if file.saved is None else file.relabelling(model_b) or False
         known = Symmetry(spec, example_input, outputs, symmetries=symmetries, untie=untie)
         with bars(progress):
+            if them.size > 1 and file.saved is None:
+                how = _found_by_first(ends, data, how, known, refine)
             permutation, model_a, relabelled = _relabel(ends, data, how, known, refine)
         space = space if model_a is ends[0] else WeightSpace(model_a)  # an untied a has more tensors
         file.keep(permutation)
@@ -205,17 +227,12 @@ class _Learner:
             if not step.curve.num_trained:
                 return between.relabel_only(file)
         # Seeded anew, so that the data's order does not depend on the alignment.
+        settings = {"seed": seed, "file": file, "between": between, "callbacks": callbacks, "connection": self._now}
         with seeded(seed, step.control_points.device):
-            run = Run(
-                step,
-                training.loader,
-                self.loss,
-                seed=seed,
-                file=file,
-                between=between,
-                callbacks=callbacks,
-                connection=self._now,
-            )
+            if joined().size > 1:
+                run = SharedRun(step, training.loader, self.loss, sharded=training.sharded, **settings)
+            else:
+                run = Run(step, training.loader, self.loss, **settings)
             return run.train(progress=progress)
 
     def connection(self, points: Tensor, history: History | None = None) -> Connection:
@@ -271,6 +288,26 @@ def _identified(settings: dict[str, Any], space: WeightSpace, ends: tuple[nn.Mod
         **{name: identify(value) for name, value in settings.items()},
         **{f"the digest of network {end}": digest(model) for end, model in zip("ab", ends, strict=True)},
     }
+
+
+def _versions(checkpoint: Any) -> dict[str, Any]:
+    """Return what else has to be the same in processes that share a fit."""
+    file = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
+    return {**dict(provenance.versions()), "checkpoint": None if file is None else os.fspath(file)}
+
+
+def _found_by_first(
+    ends: tuple[nn.Module, nn.Module],
+    data: Opened | None,
+    align: bool | Relabelling | Alignment | Method,
+    known: Symmetry,
+    refine: PAM | None,
+) -> bool | Relabelling | Alignment | Method:
+    """Return how b is relabelled as the first of several processes finds it, for all of them."""
+    if finished(align) is not None:
+        return align
+    packed = joined().first(lambda: pack(_relabel(ends, data, align, known, refine)[0], MOVED))
+    return unpack(*packed, MOVED) or False
 
 
 def _relabel(

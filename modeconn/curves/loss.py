@@ -15,6 +15,7 @@ from modeconn.network.loss import Forward, weight_by
 from modeconn.network.modes import backward_in_eval_mode, flags_kept, use_batch_statistics
 from modeconn.network.recipe import autocast
 from modeconn.network.weights import Workspace
+from modeconn.tools.processes import joined
 from modeconn.tools.rng import preserved, reseed
 
 Sample = Sequence[tuple[float, Any]]
@@ -29,7 +30,8 @@ class CurveLoss:
     .. math:: \theta(t) = (1 - t) \, a + t \, P b + \sum_k B_k(t) \, \varphi_k,
 
     so that its middle moves with :math:`P` (Tatro et al., 2020). All evaluations use the same batches at the same
-    positions, with the same random numbers if ``forward`` draws any: two values differ by the networks alone. Batch
+    positions, with the same random numbers if ``forward`` draws any: two values differ by the networks alone. Several
+    processes, which must have the same sample, share its places. Batch
     norm uses the statistics of the batch, dropout is off. Places count as the targets of their batches do in the loss.
 
     Args:
@@ -54,6 +56,7 @@ class CurveLoss:
         precision: torch.dtype | None = None,
     ) -> None:
         self._workspace, self._theta_a, self._forward = workspace, theta_a, forward
+        self._them = joined()
         self._batches = [batch for _, batch in sample]
         self._shares = _shares(forward, self._batches)
         basis = curve.basis(torch.tensor([t for t, _ in sample], dtype=torch.float64))
@@ -81,9 +84,14 @@ class CurveLoss:
     def values(self, theta_b: Tensor, bend: Tensor, places: Sequence[int] | None = None) -> Tensor:
         """Return the loss at each place of the sample, or at those of ``places``, float64 ``(S,)`` on the CPU."""
         places = range(len(self)) if places is None else places
-        with self._quiet():
-            losses = torch.stack([self._loss_at(place, theta_b, bend).double() for place in places])
-        return losses.cpu()
+
+        def mine() -> list[float]:
+            with self._quiet():
+                losses = [self._loss_at(place, theta_b, bend).double() for place in self._them.mine(places)]
+            return torch.stack(losses).tolist() if losses else []
+
+        losses = self._them.in_order(self._them.each(mine))
+        return torch.tensor(losses, dtype=torch.float64, device="cpu")
 
     def gradient(
         self, theta_b: Tensor, bend: Tensor, places: Sequence[int] | None = None
@@ -93,20 +101,25 @@ class CurveLoss:
         With ``places``, over these places of the sample only.
         """
         places = range(len(self)) if places is None else places
-        total = 0.0
-        towards_b, towards_bend = torch.zeros_like(theta_b), torch.zeros_like(bend)
-        with torch.enable_grad(), self._quiet():
-            for place in places:
+        # Row 0 is towards b, the others towards the bend: one tensor, so that processes exchange one.
+        towards, losses = theta_b.new_zeros((1 + len(bend), theta_b.numel())), []
+
+        def mine() -> Tensor:
+            with torch.enable_grad(), self._quiet():
+                for place in self._them.mine(places):
+                    self._workspace.zero_grad()
+                    loss = self._loss_at(place, theta_b, bend)
+                    loss.backward()
+                    gradient = self._workspace.gather_grad()
+                    losses.append(float(loss.detach()))
+                    for row, weight in zip(towards, [self._share_of_b[place], *self._inner[place]], strict=True):
+                        row.add_(gradient, alpha=weight / len(places))
                 self._workspace.zero_grad()
-                loss = self._loss_at(place, theta_b, bend)
-                loss.backward()
-                gradient = self._workspace.gather_grad()
-                total += float(loss.detach())
-                towards_b.add_(gradient, alpha=self._share_of_b[place] / len(places))
-                for row, weight in zip(towards_bend, self._inner[place], strict=True):
-                    row.add_(gradient, alpha=weight / len(places))
-            self._workspace.zero_grad()
-        return total / len(places), towards_b, towards_bend
+            return towards
+
+        self._them.sum(mine)
+        losses = self._them.in_order(self._them.each(lambda: losses))
+        return sum(losses) / len(places), towards[0], towards[1:]
 
     def __len__(self) -> int:
         """Return the number of places of the sample."""

@@ -74,14 +74,33 @@ class CurveStep:
         Returns:
             The loss, a scalar on the device, without the penalty.
         """
+        loss = self.differentiate(batch, weights, forward)
+        self.update()
+        return loss
+
+    def differentiate(self, batch: Any, weights: Sequence[float], forward: Forward) -> Tensor:
+        """Bring the gradient of the loss on a batch, and that of the penalty, to `gradient`; return the loss.
+
+        Arguments are those of a step.
+        """
         mix(self.control_points, weights, self.workspace.theta)
         self.workspace.zero_grad()
         with autocast(self.control_points.device, self.recipe.autocast):
             loss = forward(self._model, batch)
         self._pull_back(loss, weights[self.curve.trained])
+        return loss.detach()
+
+    @property
+    def gradient(self) -> Tensor:
+        """Where the gradient of the trained control points is, ``(M, P)``; scaled where there is a scaler."""
+        return self._trained.grad
+
+    def update(self) -> None:
+        """Let the optimizer move the trained control points along `gradient`."""
+        if self._anchor is not None:
+            self._trained.grad.add_(self._trained.detach() - self._anchor, alpha=self._pull * self._scaler.get_scale())
         self._scaler.step(self.optimizer)
         self._scaler.update()
-        return loss.detach()
 
     def hold(self, nu: float) -> None:
         r"""Keep the trained control points near where they are now, :math:`c_0`, from here on.
@@ -101,8 +120,8 @@ class CurveStep:
         if not self._is_single:
             for weight, row in zip(weights, self._trained.grad, strict=True):
                 torch.mul(gradient, weight, out=row)
-        if self._anchor is not None:
-            self._trained.grad.add_(self._trained.detach() - self._anchor, alpha=self._pull * self._scaler.get_scale())
+
+    own = ("buffer.",)
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return all that changes from step to step, as tensors and as JSON can hold it."""

@@ -8,6 +8,7 @@ import os
 import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,9 +17,11 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.network.batches import checksum, described, first_batch
+from modeconn.network.shares import is_shared_out
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files, provenance
 from modeconn.tools.door import check_settings, shortened
+from modeconn.tools.processes import joined
 from modeconn.tools.rng import seeded
 from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, held
@@ -28,13 +31,18 @@ ALIGNER = "checkpoint of DeepAlign.fit"
 """The kinds of runs that save themselves."""
 
 _FORMAT = 2
+_PROCESSES = "processes"
+"""Where a file holds what each process has of its own, but for the first."""
 
 State = tuple[dict[str, Tensor], dict[str, Any]]
 """All that changes in a part of a run: as tensors, and as JSON can hold it."""
 
 
 class Resumable(Protocol):
-    """A part of a run that can be taken up where it was."""
+    """A part of a run that can be taken up where it was.
+
+    A part may have an attribute ``own``: how names of its state begin of which each of several processes has its own.
+    """
 
     def state(self) -> State:
         """Return all that changes from step to step; no other part of the run uses these names."""
@@ -79,7 +87,7 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
     """The file of one run: read when the run begins, written as it goes on, held against other runs until its end.
 
     A context manager, which lets the file go. A run that is not kept has one too, which holds nothing and writes
-    nothing.
+    nothing. Of several processes the first one reads and writes, for all.
 
     Args:
         checkpoint: Where and how often to save; None for a run that is not kept.
@@ -88,6 +96,7 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         device: Where the run computes.
         kind: What the file says it is.
         loader: The data of the run, None for a run without.
+        sharded: Whether the loader yields other examples in each process.
 
     Attributes:
         saved: What the file held, or None.
@@ -108,7 +117,9 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         *,
         kind: str = FIT,
         loader: Any = None,
+        sharded: bool = False,
     ) -> None:
+        self._them = joined()
         is_path = checkpoint is not None and not isinstance(checkpoint, Checkpoint)
         checkpoint = Checkpoint(checkpoint) if is_path else checkpoint
         self._checkpoint, self._device, self._kind = checkpoint, device, kind
@@ -119,18 +130,25 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         self._until_end = contextlib.ExitStack()
         if checkpoint is None:
             return
-        check_writable(checkpoint.path)
-        with contextlib.ExitStack() as stack:
-            stack.enter_context(held(checkpoint.path))
-            self._read(checkpoint, settings, loader)
-            self._until_end = stack.pop_all()
+
+        def open_file() -> State | None:
+            check_writable(checkpoint.path)
+            with contextlib.ExitStack() as stack:
+                stack.enter_context(held(checkpoint.path))
+                self._read(checkpoint, settings, loader, is_whole=not is_shared_out(loader, sharded=sharded))
+                self._until_end = stack.pop_all()
+            return self.saved
+
+        self.saved = self._them.first(open_file)
 
     def __exit__(self, *_: Any) -> None:
         self._until_end.close()
 
-    def _read(self, checkpoint: Checkpoint, settings: Callable[[], dict[str, Any]], loader: Any) -> None:
+    def _read(
+        self, checkpoint: Checkpoint, settings: Callable[[], dict[str, Any]], loader: Any, *, is_whole: bool
+    ) -> None:
         device = self._device
-        about_data, first = ({}, None) if loader is None else _identified(loader, device)
+        about_data, first = ({}, None) if loader is None or not is_whole else _identified(loader, device)
         self._about = {"format": _FORMAT, "settings": {**settings(), **about_data}, "first": first, **pack(None)[1]}
         self._about |= {provenance.ATTRIBUTE: provenance.now()}
         if not Path(checkpoint.path).exists():
@@ -175,10 +193,21 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         if self._checkpoint is None:
             return
         tensors, about = dict(self._tensors), {**self._about, "environment": environment(self._device)}
-        for part_tensors, part_about in (part.state() for part in parts):
+        own_tensors: dict[str, Tensor] = {}
+        own_about: dict[str, Any] = {}
+        for part in parts:
+            part_tensors, part_about = part.state()
             tensors |= part_tensors
             about |= part_about
-        files.write(self._checkpoint.path, self._kind, tensors, about)
+            beginnings = getattr(part, "own", ())
+            own_tensors |= {name: tensor.cpu() for name, tensor in part_tensors.items() if name.startswith(beginnings)}
+            own_about |= {name: value for name, value in part_about.items() if name.startswith(beginnings)}
+        if self._them.size > 1:
+            others = self._them.each(lambda: None if self._them.is_first else (own_tensors, own_about))
+            for rank, (part_tensors, _) in enumerate(others[1:], 1):
+                tensors |= {f"{_process(rank)}{name}": tensor for name, tensor in part_tensors.items()}
+            about[_PROCESSES] = [None, *(part_about for _, part_about in others[1:])]
+        self._them.first(partial(files.write, self._checkpoint.path, self._kind, tensors, about))
         self._last_saved = time.monotonic()
 
     def resume(self, *parts: Resumable) -> bool:
@@ -186,12 +215,28 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         if self.saved is None or self._checkpoint is None:
             return False
         with files.taken_from(self._checkpoint.path):
+            saved = self._saved_here()
             for part in parts:
                 tensors, about = part.state()
-                check_alike(tensors, self.saved[0])
-                _check_kinds(about, self.saved[1])
-                part.load_state(*self.saved)
+                check_alike(tensors, saved[0])
+                _check_kinds(about, saved[1])
+                part.load_state(*saved)
         return True
+
+    def _saved_here(self) -> State:
+        """Return what the file held, with what is this process's own."""
+        tensors, about = self.saved
+        before, now = processes_of(about), self._them.size
+        if before != now:
+            warn(
+                f"the run was interrupted with {_counted(before)} and goes on with {_counted(now)}: it will not end "
+                f"with the same bits as an uninterrupted one."
+            )
+        elif not self._them.is_first:
+            mark = _process(self._them.rank)
+            own = {name.removeprefix(mark): tensor for name, tensor in tensors.items() if name.startswith(mark)}
+            return {**tensors, **own}, {**about, **about[_PROCESSES][self._them.rank]}
+        return tensors, about
 
     @property
     def is_kept(self) -> bool:
@@ -203,6 +248,20 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         return (
             "" if self._checkpoint is None else f" The last good checkpoint is kept in {str(self._checkpoint.path)!r}."
         )
+
+
+def processes_of(about: Mapping[str, Any]) -> int:
+    """Return how many processes the run had when it saved itself."""
+    return len(about.get(_PROCESSES, [None]))
+
+
+def _process(rank: int) -> str:
+    """Return how names of tensors begin that are the own ones of a process, but for the first."""
+    return f"process {rank}."
+
+
+def _counted(number: int) -> str:
+    return f"{number} process{'es' if number > 1 else ''}"
 
 
 def check_alike(fresh: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> None:

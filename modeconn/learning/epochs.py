@@ -17,20 +17,24 @@ import torch
 from torch import Tensor
 
 from modeconn.curves.step import BLOCK, CurveStep, stratified_positions
-from modeconn.learning.checkpoint import Resumable, RunFile, State, warn_of_own_generator
+from modeconn.learning.checkpoint import Resumable, RunFile, State, processes_of, warn_of_own_generator
 from modeconn.learning.history import History
 from modeconn.learning.parts import pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.batches import batches, check_length, checksum
+from modeconn.network.shares import begin_epoch
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
 from modeconn.tools.door import check_settings
+from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import rng_state, set_rng_state
 from modeconn.tools.warn import warn
 
 _LOGGER = logging.getLogger(__name__)
 
-_END: Any = object()
+END: Any = object()
+"""What stands for the batch after the last one of an epoch."""
+
 NUM_BINS = 10
 """Bins of t in the history."""
 
@@ -42,6 +46,7 @@ class _Progress:
     epoch: int = 0
     batch: int = 0
     step: int = 0
+    drawn: int = 0  # positions t; more than steps where several processes take a step together
     batches_per_epoch: int | None = None
     loss_sums: list[float] = field(default_factory=lambda: [0.0] * NUM_BINS)
     counts: list[float] = field(default_factory=lambda: [0.0] * NUM_BINS)
@@ -131,14 +136,15 @@ class Run:
         self._data_stream = torch.get_rng_state()
         torch.default_generator.manual_seed(int(np.random.SeedSequence([seed, 1]).generate_state(1)[0]))
         self._epoch_start = self._states()
+        self._saved_by = joined().size  # processes
         self._seen: int | None = None  # checksum of the batch before the checkpoint, while its epoch is taken up
 
-        self._positions: list[float] = []
-        self._weights: list[list[float]] = []
+        self._block: tuple[int, list[float], list[list[float]]] | None = None
         self._pending: list[tuple[float, Tensor, Tensor | float]] = []
         self._last_batch: Any = None
         self._started = time.perf_counter()
         self._waiting = self._interrupted = False
+        self._interrupted_at = 0.0
 
     def train(self, *, progress: bool = False) -> History:
         """Train to the end, from where the run was saved if it was, and return the history.
@@ -167,19 +173,14 @@ class Run:
                 raise KeyboardInterrupt
         turns = self._between.turns if self._between else []
         done = self._progress
-        return History(done.loss, done.loss_by_t, done.seconds, turns, done.values)
+        return History(done.loss, done.loss_by_t, done.seconds, turns, done.values, joined().size)
 
     @property
     def _parts(self) -> tuple[Resumable, ...]:
         return self._step, self._loss, *([self._between] if self._between else []), self._callbacks, self
 
     def _train_epoch(self) -> None:
-        iterator = self._start_epoch()
-        self._set_positions()
-        while (batch := self._next(iterator)) is not _END:
-            self._train_batch(batch)
-            if self._file.is_due(self._progress.batch):
-                self._save()
+        self._train_batches(self._start_epoch())
         self._read_losses()
         check_length(self._progress.batch, self._progress.batches_per_epoch or self._progress.batch)
         self._progress.end_epoch()
@@ -201,48 +202,62 @@ class Run:
         finally:
             done.values.append({name: number_of(name, value) for name, value in event.values.items()})
 
-    def _train_batch(self, batch: Any) -> None:
-        for _ in range(self._loss.num_replays):
-            self._take_step(batch)
-        self._last_batch = batch
-        self._progress.batch += 1
+    def _train_batches(self, iterator: Iterator[Any]) -> None:
+        """Train on the batches of an epoch."""
+        while (batch := self._next(iterator)) is not END:
+            for _ in range(self._loss.num_replays):
+                self._take_step(batch)
+            self._last_batch = batch
+            self._progress.batch += 1
+            if self._file.is_due(self._progress.batch):
+                self._save()
 
     def _take_step(self, batch: Any) -> None:
         progress = self._progress
-        place = progress.step % BLOCK
-        if place == 0:
+        if progress.step % BLOCK == 0:
             self._read_losses()
-            self._set_positions()
         self._recipe.set_learning_rate(self._step.optimizer, progress.fractional_epoch)
-        loss = self._step(batch, self._weights[place], self._loss.at(progress.epoch))
-        self._pending.append((self._positions[place], *self._loss.weigh(batch, loss)))
-        if self._callbacks.hear("after_step"):
-            event = StepEnd(progress.epoch, progress.step, self._positions[place], loss.detach())
-            self._callbacks.tell("after_step", event)
+        t, weights = self._position(progress.drawn)
+        loss = self._step(batch, weights, self._loss.at(progress.epoch))
+        self._pending.append((t, *self._loss.weigh(batch, loss)))
+        self._tell_of_step(t, loss)
         progress.step += 1
+        progress.drawn += 1
 
-    def _set_positions(self) -> None:
-        """Draw the t of the block that the next step belongs to, and their basis weights."""
-        positions = stratified_positions(self._seed, self._progress.step // BLOCK)
-        self._positions = positions.tolist()
-        self._weights = self._step.curve.basis(positions).tolist()
+    def _tell_of_step(self, t: float, loss: Tensor) -> None:
+        if self._callbacks.hear("after_step"):
+            event = StepEnd(self._progress.epoch, self._progress.step, t, loss.detach())
+            self._callbacks.tell("after_step", event)
+
+    def _position(self, number: int) -> tuple[float, list[float]]:
+        """Return one of all t of the run, and the basis weights there."""
+        block, place = divmod(number, BLOCK)
+        if self._block is None or self._block[0] != block:
+            positions = stratified_positions(self._seed, block)
+            self._block = block, positions.tolist(), self._step.curve.basis(positions).tolist()
+        return self._block[1][place], self._block[2][place]
 
     def _read_losses(self) -> None:
         """Move pending losses to the history, all at once: reading each would make an accelerator wait every step."""
-        if not self._pending:
+        pending = self._pending_numbers()
+        if not pending:
             return
-        losses = torch.stack([loss for _, loss, _ in self._pending]).tolist()
-        weights = torch.stack(
-            [torch.as_tensor(weight, device=loss.device) for _, loss, weight in self._pending]
-        ).tolist()
-        for (t, *_), loss, weight in zip(self._pending, losses, weights, strict=True):
+        for t, loss, weight in pending:
             if not math.isfinite(loss):
                 raise FloatingPointError(self._lost(f"the training loss became {loss}", t))
             self._progress.add(t, loss, weight)
-        t = self._pending[-1][0]
-        self._pending.clear()
         if not torch.isfinite(self._step.control_points).all():
-            raise FloatingPointError(self._lost("the control points stopped being finite", t))
+            raise FloatingPointError(self._lost("the control points stopped being finite", pending[-1][0]))
+
+    def _pending_numbers(self) -> list[tuple[float, float, float]]:
+        """Return t, loss and weight of the steps since this was called before."""
+        if not self._pending:
+            return []
+        positions, losses, weights = zip(*self._pending, strict=True)
+        self._pending.clear()
+        on_device = [torch.as_tensor(weight, device=losses[0].device) for weight in weights]
+        numbers = (torch.stack(losses).tolist(), torch.stack(on_device).tolist())
+        return list(zip(positions, *numbers, strict=True))
 
     def _lost(self, what: str, t: float) -> str:
         where = f"in epoch {self._progress.epoch} at t={t:.4f}"
@@ -250,31 +265,43 @@ class Run:
 
     # -- randomness and data
 
+    own = ("rng_", "last_batch")
+
     def _fetch(self, iterator: Iterator[Any]) -> Any:
-        """Return the next batch, drawn from the loader's stream, or `_END`."""
+        """Return the next batch, drawn from the loader's stream, or `END`."""
         model_stream = torch.get_rng_state()
         torch.set_rng_state(self._data_stream)
         try:
-            batch = next(iterator, _END)
+            batch = next(iterator, END)
             self._data_stream = torch.get_rng_state()
         finally:
             torch.set_rng_state(model_stream)
         return batch
 
     def _start_epoch(self) -> Iterator[Any]:
+        begin_epoch(self._loader, self._progress.epoch)
         iterator = batches(self._loader, self._device)
-        if self._progress.batch and self._catch_up(iterator):
+        is_same = self._saved_by == joined().size
+        if self._progress.batch and is_same and self._catch_up(iterator):
             return iterator
         if self._progress.batch:
-            warn(
-                f"the loader's order does not follow from torch's random state: the run was interrupted after batch "
-                f"{self._progress.batch} of epoch {self._progress.epoch}, and now that batch is another one. The epoch "
-                f"starts anew, from the weights of the checkpoint, and the run will not end with the same bits."
-            )
+            self._warn_of_another_epoch(is_same)
             self._progress.start_epoch_anew()
             iterator = batches(self._loader, self._device)
         self._epoch_start = self._states()
         return iterator
+
+    def _warn_of_another_epoch(self, is_same: bool) -> None:
+        why = (
+            "the loader's order does not follow from torch's random state: "
+            if is_same
+            else "other processes read other batches: "
+        )
+        warn(
+            f"{why}the run was interrupted after batch {self._progress.batch} of epoch {self._progress.epoch}, and now "
+            f"that batch is another one. The epoch starts anew, from the weights of the checkpoint, and the run will "
+            f"not end with the same bits."
+        )
 
     def _catch_up(self, iterator: Iterator[Any]) -> bool:
         """Leave out the batches seen before the checkpoint; whether the last of them is the one it was."""
@@ -282,7 +309,8 @@ class Run:
         self._set_states(self._epoch_start)
         batch = None
         for _ in range(self._progress.batch):
-            batch = self._fetch(iterator)
+            fetched = self._fetch(iterator)
+            batch = batch if fetched is END else fetched
         self._last_batch = batch
         self._set_states(now)
         return checksum(batch) == self._seen
@@ -296,15 +324,20 @@ class Run:
 
     # -- interruptions
 
+    grace = 0.0
+    """For how many seconds a second Ctrl-C is taken for the first."""
+
     @contextlib.contextmanager
     def _interrupts_between_steps(self) -> Iterator[None]:
         """Let a first Ctrl-C wait until the run stands between two steps and can be saved; a second acts at once."""
         handler = signal.getsignal(signal.SIGINT)
 
         def on_interrupt(number: int, frame: Any) -> None:
-            if self._interrupted or self._waiting:
+            now = time.monotonic()
+            if self._waiting or (self._interrupted and now - self._interrupted_at >= self.grace):
                 signal.default_int_handler(number, frame)
-            self._interrupted = True
+            if not self._interrupted:
+                self._interrupted, self._interrupted_at = True, now
 
         in_main_thread = threading.current_thread() is threading.main_thread()
         if not self._file.is_kept or handler is not signal.default_int_handler or not in_main_thread:
@@ -351,11 +384,14 @@ class Run:
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
-        self._progress = _Progress(**about["progress"])
+        known, fresh = about["progress"], self._progress.batches_per_epoch
+        self._progress = _Progress(**{"drawn": known["step"], **known})  # older files do not say what was drawn
         check_settings(self._progress)
         self._epoch_start = unpack_rng(tensors, about["rng_start"], "rng_start.")
         at_start = self._progress.batch == 0
         self._set_states(self._epoch_start if at_start else unpack_rng(tensors, about["rng_now"], "rng_now."))
-        self._seen = about["last_batch"]
+        self._seen, self._saved_by = about["last_batch"], processes_of(about)
+        if self._saved_by != joined().size:
+            self._progress.batches_per_epoch = fresh
         if at_start and self._progress.epoch < self._recipe.epochs:
             warn_of_own_generator(self._loader)

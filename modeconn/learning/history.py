@@ -21,6 +21,7 @@ class History:
         seconds: Time of the run, steps of PAM and callbacks included, over all parts of an interrupted run.
         turns: What each step of `PAM` in the permutation did.
         values: What callbacks measured after each epoch, by name; empty if there were none.
+        num_processes: How many processes took the steps together, at last.
     """
 
     loss: list[float] = field(default_factory=list)
@@ -28,6 +29,7 @@ class History:
     seconds: float = 0.0
     turns: list[dict[str, Any]] = field(default_factory=list)
     values: list[dict[str, float]] = field(default_factory=list)
+    num_processes: int = 1
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -66,6 +66,12 @@ class StepLoss:
         # Of no target that counts the loss is NaN, and its gradient 0.
         return (torch.where(weight > 0, loss, 0.0) if isinstance(weight, Tensor) else loss), weight
 
+    def count(self, weight: Tensor | float) -> float:
+        """Return how much the gradient of a batch of such a weight counts beside those of other processes."""
+        return 1.0 if self._is_sum else float(weight)
+
+    own = ("perturbation",)
+
     def state(self) -> State:
         """Return what changes from step to step."""
         known = self._opponent.perturbation if isinstance(self._opponent, FreeRun) else None

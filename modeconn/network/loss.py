@@ -165,11 +165,13 @@ class TrainingData:
         loader: Training data, or None.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples.
         forward: ``forward(model, batch) -> loss`` in its place, or None.
+        sharded: Whether the loader yields other examples in each of several processes.
     """
 
     loader: Iterable[Any] | None = None
     loss_fn: LossFn = cross_entropy
     forward: Forward | None = None
+    sharded: bool = False
 
 
 def supervised(loss_fn: LossFn, *, check: bool = False) -> Forward:

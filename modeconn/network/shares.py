@@ -7,7 +7,7 @@ from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data.distributed import DistributedSampler
 
-from modeconn.network.batches import Opened, checksum, described, first_batch
+from modeconn.network.batches import checksum, described, first_batch, in_order
 from modeconn.tools.processes import Processes
 
 
@@ -83,7 +83,7 @@ def facts_of(loader: Any, *, sharded: bool) -> dict[str, Any]:
         return {}
     if is_shared_out(loader, sharded=sharded):
         return {"the first batch of loader": _kind(first_batch(loader))}
-    first = first_batch(loader.in_order() if isinstance(loader, Opened) else loader)
+    first = first_batch(in_order(loader))  # which draws nothing
     return {"the first batch of loader": f"{described(first)}, CRC-32 {checksum(first):08x}"}
 
 

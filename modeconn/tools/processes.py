@@ -7,6 +7,7 @@ process that fails sends its error in place of it: so the others hear of it wher
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pickle
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -20,6 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 T = TypeVar("T")
+F = TypeVar("F", bound=Callable[..., Any])
 
 _PATIENCE = timedelta(minutes=5)
 """How long processes wait for the last of them to come to a call; they may have loaded data before it."""
@@ -84,7 +86,7 @@ class Processes:
         """
         if self.size == 1:
             return work()
-        with self._failing_is_told():
+        with self._failing_is_told(), alone():
             mine = pickle.dumps(work()) if self.is_first else b""
         size = int(self._headers(_OF_FIRST, len(mine))[0, 1])
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
@@ -262,16 +264,20 @@ def together() -> Iterator[Processes]:
         _joined.reset(token)
 
 
-def number() -> int:
-    """Return how many processes share the call that is at work."""
-    them = None if _is_alone.get() else _joined.get()
-    return 1 if them is None else them.size
+def shared(function: F) -> F:
+    """Let the processes of the group share the work of a public function, see `together`."""
+
+    @functools.wraps(function)
+    def among_all(*args: Any, **kwargs: Any) -> Any:
+        with together():
+            return function(*args, **kwargs)
+
+    return among_all  # type: ignore[return-value]
 
 
-def is_first() -> bool:
-    """Whether this process prints, warns and writes for all that share the call at work."""
-    them = None if _is_alone.get() else _joined.get()
-    return them is None or them.is_first
+def joined() -> Processes:
+    """Return the processes that share the call at work; this one alone where there are no others."""
+    return (None if _is_alone.get() else _joined.get()) or _ONE
 
 
 def _current() -> Processes:

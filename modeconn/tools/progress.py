@@ -9,6 +9,8 @@ from typing import Any
 
 from tqdm import tqdm
 
+from modeconn.tools.processes import joined
+
 _DELAY = 1.0  # seconds
 _SHOWN: ContextVar[bool] = ContextVar("shown", default=False)
 
@@ -37,7 +39,7 @@ def progress_bar(*args: Any, show: bool | None = None, **kwargs: Any) -> tqdm:
         >>> sum(progress_bar(range(4)))
         6
     """
-    if not (_SHOWN.get() if show is None else show):
+    if not (_SHOWN.get() if show is None else show) or not joined().is_first:
         return tqdm(*args, disable=True, **kwargs)
     from tqdm.auto import tqdm as fitting
 

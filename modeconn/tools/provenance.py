@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn._version import __version__
+from modeconn.tools.processes import joined
 
 ATTRIBUTE = "made_by"
 """The attribute of a result that holds how it was made; in a file, the name under which it stands."""
@@ -50,7 +51,9 @@ def call_of(function: Any, bound: inspect.BoundArguments) -> Iterator[dict[str, 
         return
     text = _command.get()
     facts = {} if text is None else {"command": text}
-    facts |= {"call": _written(function, bound), "versions": dict(_versions())}
+    facts |= {"call": _written(function, bound), "versions": dict(versions())}
+    if joined().size > 1:
+        facts["processes"] = joined().size
     token = _facts.set(facts)
     try:
         yield facts
@@ -77,7 +80,8 @@ def now() -> dict[str, Any] | None:
 
 
 @functools.cache
-def _versions() -> tuple[tuple[str, str], ...]:
+def versions() -> tuple[tuple[str, str], ...]:
+    """Return names and versions of what results depend on."""
     python, numpy = platform.python_version(), np.__version__
     return (("modeconn", __version__), ("torch", torch.__version__), ("numpy", numpy), ("python", python))
 

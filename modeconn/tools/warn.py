@@ -7,6 +7,8 @@ import sys
 import warnings
 from pathlib import Path
 
+from modeconn.tools.processes import joined
+
 _INSIDE = (str(Path(__file__).parent.parent), contextlib.__file__)
 
 
@@ -19,7 +21,9 @@ def is_of_package(error: BaseException) -> bool:
 
 
 def warn(message: str, category: type[Warning] = UserWarning) -> None:
-    """Warn at the line outside of the package from which it was called."""
+    """Warn at the line outside of the package from which it was called; of processes that share a call, the first."""
+    if not joined().is_first:
+        return
     depth, frame = 1, sys._getframe(1)
     while frame.f_back is not None and frame.f_code.co_filename.startswith(_INSIDE):
         depth, frame = depth + 1, frame.f_back

@@ -20,8 +20,8 @@ def exchanged(rank):
             assert inner is them
         with processes.alone(), processes.together() as one:
             assert one.size == 1 and one.each(lambda: rank) == [rank]
-        assert processes.number() == them.size
-    assert processes.number() == 1
+        assert processes.joined() is them
+    assert processes.joined().size == 1
     return [part["rank"] for part in found], [len(part["tensor"]) for part in found], told, total, table[:, :2]
 
 
