@@ -6,8 +6,9 @@ import math
 import os
 import statistics
 import time
-from collections.abc import Iterable, Mapping, Sequence, Sized
+from collections.abc import Callable, Iterable, Mapping, Sequence, Sized
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -30,6 +31,7 @@ from modeconn.network.ensemble import Ensemble
 from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe
 from modeconn.network.scores import IGNORED, axis_of_classes, setting_of
+from modeconn.network.shares import check_whole
 from modeconn.network.weights import WeightSpace, device_of, load_buffers
 from modeconn.symmetry import PermutationSpec
 from modeconn.symmetry.outputs import Selection
@@ -41,6 +43,7 @@ from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_jso
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
 from modeconn.tools.memory import peak_memory
+from modeconn.tools.processes import joined, shared
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 from modeconn.tools.table import csv_table, html_table, table
@@ -201,6 +204,7 @@ class Comparison:
         return torch.tensor(self.values[row][column], dtype=torch.float64, device="cpu")
 
 
+@shared
 @checked
 def compare(
     pairs: Iterable[tuple[nn.Module, nn.Module]],
@@ -227,8 +231,9 @@ def compare(
     """Match pairs of networks by each of several methods and measure the barriers that are left.
 
     Two rows are always there: "identity", b as it is, which can win once repaired, and "random", b relabelled at
-    random. "Repaired" stands for recalibration where there is batch norm, whose running statistics are otherwise
-    interpolated like the weights, and for `modeconn.repair` where there is none.
+    random. Of processes that are a group of `torch.distributed`, all must make this call, with the same data, and share
+    the pairs and rows; all get the table. "Repaired" stands for recalibration where there is batch norm, whose running
+    statistics are otherwise interpolated like the weights, and for `modeconn.repair` where there is none.
 
     Args:
         pairs: Networks ``(a, b)`` of one architecture, which is discovered and proved once.
@@ -278,7 +283,9 @@ def compare(
     """
     if not isinstance(num_points, int) or num_points < 2:
         raise ValueError(f"num_points must be an integer of at least 2, got num_points={num_points!r}.")
-    pairs, named = list(pairs), _named(methods)
+    pairs, named, them = list(pairs), _named(methods), joined()
+    for name, data in {"loader": loader, "test": test}.items():
+        check_whole(data, name=name)
     space = _check_pairs(pairs)
     with seeded(seed, space.device):
         spec = find_spec(
@@ -300,6 +307,9 @@ def compare(
         names = {row: identify(method) for row, method in named.items()}
         axis = _axis_of_classes(pairs[0][0], measured, loss_fn) if references and forward is None else None
         about += [f"tempered along {axis}"] if axis is not None else []
+    if them.size > 1:
+        models = "".join(digest(model) for pair in pairs for model in pair)
+        them.agree({"the digest of all pairs": models, "methods": names, "settings and data": record_key(*about)})
     data = TrainingData(loader, loss_fn, forward)
     trial = _Matching(spec, data, measured, num_points, repair, recipe, curve, seed, axis)
     extra = list(REFERENCES[: 1 + (axis is not None)]) if references else []
@@ -307,22 +317,22 @@ def compare(
     with Records(checkpoint) as known:
         records: dict[str, list[_Record]] = {row: [] for row in (*BASELINES, *named, *extra)}
         bar = progress_bar(total=len(pairs) * len(records), show=progress, desc="compare", unit="match")
-        for number, (a, b) in enumerate(pairs):
-            if spec.prepares:
-                a, b = spec.prepared(a), spec.prepared(b)
+        tasks: list[tuple[str, Callable[[], _Record]]] = []
+        reads: list[tuple[str, str, Callable[[_Record], _Record]]] = []
+        for number, pair in enumerate(pairs):
+            digests = [digest(spec.prepared(model) if spec.prepares else model) for model in pair]
             baselines: dict[str, Method] = {"identity": _Identity(), "random": _Random(seed + number)}
             for row, method in {**baselines, **named}.items():
-                key = record_key(*about, names.get(row, method), digest(a), digest(b))
-                if key not in known:
-                    known.add(key, trial.run(method, a, b))
-                records[row].append(known.get(key, trial.columns))
-                bar.update()
+                key = record_key(*about, names.get(row, method), *digests)
+                tasks.append((key, partial(trial.run, method, *pair)))
+                reads.append((row, key, trial.columns))
             for row in extra:
-                key = record_key(*about, row, number if row == REFERENCES[0] else "", digest(a), digest(b))
-                if key not in known:
-                    known.add(key, trial.refer(row, a, b, seed + number))
-                records[row].append(known.get(key, trial.columns_of_reference))
-                bar.update()
+                key = record_key(*about, row, number if row == REFERENCES[0] else "", *digests)
+                tasks.append((key, partial(trial.refer, row, *pair, seed + number)))
+                reads.append((row, key, trial.columns_of_reference))
+        known.measure(tasks, bar.update)
+        for row, key, read in reads:
+            records[row].append(known.get(key, read))
     return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured))
 
 
@@ -364,6 +374,7 @@ class _Matching:
 
     def run(self, method: Method, model_a: nn.Module, model_b: nn.Module) -> _Record:
         """Return the numbers of one row for one pair, by column."""
+        model_a, model_b = self._prepared(model_a), self._prepared(model_b)
         permutation, cost = self._match(method, model_a, model_b)
         line = Connection.straight_between(model_a, permutation.apply(model_b), training=self.training)
         record = self._of_line(self._measure_as_it_is(line), line.length())
@@ -395,6 +406,7 @@ class _Matching:
 
     def refer(self, row: str, model_a: nn.Module, model_b: nn.Module, seed: int) -> _Record:
         """Return the numbers of a reference for one pair, by column."""
+        model_a, model_b = self._prepared(model_a), self._prepared(model_b)
         line = Connection.straight_between(model_a, model_b, training=self.training)
         if row == REFERENCES[0]:
             generator = torch.Generator().manual_seed(seed)
@@ -407,6 +419,9 @@ class _Matching:
         found = meter.results()
         more = {} if found.accuracy is None else {"line accuracy": float(found.accuracy[:2].mean() - found.accuracy[2])}
         return {"line": float(found.loss[2] - found.loss[:2].mean()), **more}
+
+    def _prepared(self, model: nn.Module) -> nn.Module:
+        return self.spec.prepared(model) if self.spec.prepares else model
 
     def _of_line(self, profile: Profile, length: float) -> _Record:
         tempered = {name: profile.barrier_of(name) for name in profile.metrics}

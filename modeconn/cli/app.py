@@ -174,7 +174,7 @@ def evaluate_network(network: nn.Module, loader: Any) -> modeconn.Profile:
     meter = Meter(fetch(loader, device_of(network)), modeconn.cross_entropy)
     meter.measure(network)
     found, here = meter.results(), torch.zeros(1, dtype=torch.float64)
-    return modeconn.Profile(here, found.loss, found.accuracy, None, num_examples=meter.num_examples)
+    return modeconn.Profile(here, found.loss, found.accuracy, None, num_examples=found.num_examples)
 
 
 def _result_files(base: Path, out: Path | None, *, overwrite: bool) -> list[Path]:

@@ -31,8 +31,8 @@ class CurveLoss:
 
     so that its middle moves with :math:`P` (Tatro et al., 2020). All evaluations use the same batches at the same
     positions, with the same random numbers if ``forward`` draws any: two values differ by the networks alone. Several
-    processes, which must have the same sample, share its places. Batch
-    norm uses the statistics of the batch, dropout is off. Places count as the targets of their batches do in the loss.
+    processes, which must have the same sample, share its places. Batch norm uses the statistics of the batch, dropout
+    is off. Places count as the targets of their batches do in the loss.
 
     Args:
         workspace: The module to run; its weights, gradient and buffers are scratch.

@@ -18,7 +18,9 @@ from modeconn.network.copies import copy_of
 from modeconn.network.estimates import differing, mixed, settle, warn_of
 from modeconn.network.loss import Forward, TrainingData
 from modeconn.network.repair import Statistics, impose, measure, mix
+from modeconn.network.shares import check_whole
 from modeconn.network.weights import WeightSpace, load_buffers, named_buffers
+from modeconn.tools.fingerprint import digest
 
 
 class Path:
@@ -103,6 +105,10 @@ class Path:
             return Networks(self, [], None)(t)
         return self.networks(recalibrate, num_examples, repair, forward)(t)
 
+    def facts(self) -> dict[str, str]:
+        """Return what has to be the same in processes that share work along the path."""
+        return {"the curve": repr(self.curve), "the digest of the control points": digest(self.control_points)}
+
     def arc_length(self, t: Sequence[float]) -> Tensor:
         """Return the length of the curve from 0 to each position, float64 ``(N,)``, in the Euclidean norm."""
         return self.curve.arc_length(self.control_points, torch.tensor(t, dtype=torch.float64, device="cpu"))
@@ -149,6 +155,7 @@ class Path:
         if isinstance(loader, AdversarialExamples) and not norm_layers(self.template):
             raise ValueError("repair knows clean data alone: pass recalibrate= a plain loader.")
         if loader is not None:
+            check_whole(loader, name="recalibrate")
             return calibration_batches(loader, device, limit=limit, name="recalibrate")
         if self.training.loader is None:
             raise ValueError(
@@ -157,6 +164,7 @@ class Path:
                 "a loader of such data."
             )
         if limit not in self._calibration:
+            check_whole(self.training.loader, sharded=self.training.sharded, name="recalibrate")
             self._calibration[limit] = calibration_batches(self.training.loader, device, limit=limit)
         return self._calibration[limit]
 

@@ -39,6 +39,7 @@ from modeconn.network.loss import (
 from modeconn.network.scores import Weighted, classes_of, weighs, weighted
 from modeconn.network.weights import WeightSpace, check_eval_mode, device_of
 from modeconn.tools.door import checked
+from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 from modeconn.tools.warn import warn
@@ -97,15 +98,18 @@ def curvature_along(
     **settings: Any,
 ) -> Curvature:
     """Return the largest eigenvalue at every t; ``settings`` are those of `largest_eigenvalue`."""
-    started, found = time.perf_counter(), []
-    for position in progress_bar(t, show=progress, desc="curvature"):
-        value, num_examples = largest_eigenvalue(model_at(position), loader, wrt=wrt, **settings)
-        found.append(value)
+    started, them = time.perf_counter(), joined()
+
+    def mine() -> list[tuple[float, int]]:
+        bar = progress_bar(them.mine(t), show=progress, desc="curvature")
+        return [largest_eigenvalue(model_at(position), loader, wrt=wrt, **settings) for position in bar]
+
+    found = them.in_order(them.each(mine))
     return Curvature(
         t=torch.tensor(t, dtype=torch.float64),
-        eigenvalue=torch.tensor(found, dtype=torch.float64),
+        eigenvalue=torch.tensor([value for value, _ in found], dtype=torch.float64),
         wrt=wrt,
-        num_examples=num_examples,
+        num_examples=found[0][1],
         arc_length=arc_length,
         seconds=time.perf_counter() - started,
         statistics=statistics,

@@ -21,8 +21,10 @@ from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.batches import check_loader, first_batch
 from modeconn.network.loss import Forward, LossFn, TrainingData
+from modeconn.network.shares import check_whole, facts_of
 from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.door import checked
+from modeconn.tools.processes import joined, shared
 from modeconn.tools.rng import seeded
 
 
@@ -31,6 +33,10 @@ class NetworksByPosition(Protocol):
 
     def networks(self, recalibrate: Any, num_examples: int | None, repair: bool, forward: Forward | None) -> Networks:
         """Return one network that can be moved along, its statistics set right in one way at every position."""
+        ...
+
+    def facts(self) -> dict[str, str]:
+        """Return what has to be the same in processes that share the measuring."""
         ...
 
     def arc_length(self, t: Sequence[float]) -> Tensor:
@@ -50,6 +56,7 @@ class Measurable:
     def __init__(self, path: NetworksByPosition, training: TrainingData, device: torch.device) -> None:
         self._path, self.training, self.device = path, training, device
 
+    @shared
     @checked
     def evaluate(
         self,
@@ -69,7 +76,8 @@ class Measurable:
         """Measure loss, accuracy and other metrics along the curve.
 
         Batch norm is recalibrated at each point, also at the ends. Test data and the data for recalibration are read
-        once. The caller's random state is left as it was.
+        once. The caller's random state is left as it was. Of processes that are a group of `torch.distributed`, all
+        must make this call, with the same data; each measures some of the points, and all get the whole profile.
 
         Args:
             loader: Data to measure on; it is never what batch norm is recalibrated on, unless you say so.
@@ -96,6 +104,7 @@ class Measurable:
                 or computes more than one number.
         """
         positions, named = chosen_positions(t, num_points), as_metrics(metrics)
+        self._check_alike(loader, recalibrate, positions)
         told = Callbacks(callbacks, self.device)
         if forward is None and loss_fn is None:
             forward = self.training.forward
@@ -105,10 +114,10 @@ class Measurable:
             networks = self._path.networks(recalibrate, recalibration_examples, repair, forward)
             meter = Meter(fetch(loader, self.device), loss_fn or self.training.loss_fn, forward, named)
             lengths = self._path.arc_length(positions)
-            return profile_along(
-                networks, meter, positions, lengths, started=started, callbacks=told, progress=progress
-            )
+            how = {"started": started, "device": self.device, "callbacks": told, "progress": progress}
+            return profile_along(networks, meter, positions, lengths, **how)
 
+    @shared
     @checked
     def robustness(
         self,
@@ -158,10 +167,12 @@ class Measurable:
                 attack leaves its ball or the pixel range.
             FloatingPointError: If an attack returns NaN.
         """
+        positions = chosen_positions(t, num_points)
+        self._check_alike(loader, recalibrate, positions)
         networks = self._path.networks(recalibrate, recalibration_examples, repair, None)
         return robustness_along(
             networks,
-            chosen_positions(t, num_points),
+            positions,
             loader,
             attacks,
             num_examples=num_examples,
@@ -173,6 +184,7 @@ class Measurable:
             progress=progress,
         )
 
+    @shared
     @checked
     def curvature(
         self,
@@ -217,6 +229,7 @@ class Measurable:
             ValueError: If a setting is out of range, or training data is needed to recalibrate.
         """
         positions = chosen_positions(t, num_points)
+        self._check_alike(loader, recalibrate, positions)
         if forward is None and loss_fn is None:
             forward = self.training.forward
         networks = self._path.networks(recalibrate, recalibration_examples, repair, forward)
@@ -234,3 +247,12 @@ class Measurable:
             seed=seed,
             progress=progress,
         )
+
+    def _check_alike(self, loader: Iterable[Any], recalibrate: Any, positions: Sequence[float]) -> None:
+        """Raise a ValueError unless all processes that share the measuring measure the same."""
+        them = joined()
+        if them.size > 1:
+            check_whole(loader)
+            plain = None if isinstance(recalibrate, AdversarialExamples) else recalibrate
+            facts = facts_of(loader) | facts_of(plain, name="recalibrate")
+            them.agree({"t": positions, **self._path.facts(), **facts})

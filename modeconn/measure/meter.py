@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
@@ -66,11 +66,38 @@ class Measured:
         loss: Mean loss, float64 ``(M,)`` on the CPU, as all others.
         accuracy: Fraction of right answers, ``(M,)``, or None where it is not certain what a right one is.
         metrics: Values of metrics by name, ``(M,)`` each.
+        num_examples: How many examples each network was measured on.
     """
 
     loss: Tensor
     accuracy: Tensor | None
     metrics: Mapping[str, Tensor]
+    num_examples: int
+
+    @classmethod
+    def joined(cls, parts: Sequence[Measured]) -> Measured:
+        """Return one result of networks that were dealt out to several meters, one after the other.
+
+        Raises:
+            ValueError: If they had different numbers of examples.
+        """
+        counts = {part.num_examples for part in parts}
+        if len(counts) > 1:
+            raise ValueError(f"processes measured networks on different data: on {sorted(counts)} examples.")
+        has_accuracy = all(part.accuracy is not None for part in parts)
+
+        def dealt(values: list[Tensor]) -> Tensor:
+            found = values[0].new_empty(sum(map(len, values)))
+            for number, value in enumerate(values):
+                found[number :: len(values)] = value
+            return found
+
+        return cls(
+            dealt([part.loss for part in parts]),
+            dealt([part.accuracy for part in parts]) if has_accuracy else None,  # type: ignore[misc]
+            {name: dealt([part.metrics[name] for part in parts]) for name in parts[0].metrics},
+            counts.pop(),
+        )
 
 
 @dataclass
@@ -166,7 +193,7 @@ class Meter:
         if not weight.all():
             raise ValueError("no target of loader counts: the loss ignores them all, or their classes weigh 0.")
         metrics = {name: torch.stack([value.cpu() for value in values]) for name, values in self._values.items()}
-        return Measured(loss / weight, correct / counted if self._has_accuracy else None, metrics)
+        return Measured(loss / weight, correct / counted if self._has_accuracy else None, metrics, self.num_examples)
 
     def _sums(self, answers: _Answers, size: int, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of a batch times its weight, that weight, right answers, and how many there could be."""

@@ -11,10 +11,12 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.measure.along import AlongCurve, Quantity
-from modeconn.measure.meter import Meter
+from modeconn.measure.meter import Measured, Meter
 from modeconn.measure.metrics import higher_is_better
 from modeconn.tools.callbacks import Callbacks, PointEnd
+from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
+from modeconn.tools.rng import reseed
 
 _QUANTITIES = {
     "loss": Quantity("{:.4f}", higher_is_better=False, unit="mean per example"),
@@ -146,10 +148,13 @@ def profile_along(
     arc_length: Tensor,
     *,
     started: float,
+    device: torch.device,
     callbacks: Callbacks,
     progress: bool,
 ) -> Profile:
     """Measure the networks at the positions ``t``, then both ends as they came, if these are among the positions.
+
+    Several processes share them.
 
     Args:
         networks: What is measured.
@@ -157,22 +162,31 @@ def profile_along(
         t: In [0, 1], rising.
         arc_length: Of the curve up to each position, ``(N,)``.
         started: When the work began, by `time.perf_counter`.
+        device: Where random numbers are drawn, within a stretch of `modeconn.tools.rng.seeded`.
         callbacks: What is told of every point.
         progress: Whether to show a progress bar.
     """
     for end, position in (("a", 0.0), ("b", 1.0)):
         if end in meter.ends:
             meter.compare_with(end, networks(position))
-    for number, position in enumerate(progress_bar(t, show=progress, desc="evaluate")):
-        meter.measure(networks(position))
-        callbacks.tell("after_point", PointEnd(position, number + 1, len(t)))
     count, own = len(t), [0, len(t) - 1]
     has_ends = t[0] == 0 and t[-1] == 1
+    to_measure: list[tuple[float, bool]] = [(position, False) for position in t]
     if has_ends and networks.ends_have_their_own:
         own = [count, count + 1]
-        for number in (0, 1):
-            meter.measure(networks.as_it_came(number))
-    found = meter.results()
+        to_measure += [(0, True), (1, True)]
+    them = joined()
+
+    def mine() -> Measured | None:
+        bar = progress_bar(them.mine(to_measure), show=progress, desc="evaluate")
+        for number, (position, as_it_came) in enumerate(bar):
+            reseed(0, device)  # what a network draws does not depend on which others are measured
+            meter.measure(networks.as_it_came(int(position)) if as_it_came else networks(position))
+            if not as_it_came:
+                callbacks.tell("after_point", PointEnd(position, number * them.size + them.rank + 1, len(t)))
+        return meter.results() if len(them.mine(to_measure)) else None
+
+    found = Measured.joined([part for part in them.each(mine) if part is not None])
     return Profile(
         t=torch.tensor(t, dtype=torch.float64),
         loss=found.loss[:count],
@@ -180,7 +194,7 @@ def profile_along(
         arc_length=arc_length,
         own_loss=found.loss[own] if has_ends else None,
         own_accuracy=found.accuracy[own] if has_ends and found.accuracy is not None else None,
-        num_examples=meter.num_examples,
+        num_examples=found.num_examples,
         seconds=time.perf_counter() - started,
         metrics={name: values[:count] for name, values in found.metrics.items()},
         own_metrics={name: values[own] for name, values in found.metrics.items()} if has_ends else {},

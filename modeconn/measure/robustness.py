@@ -43,6 +43,7 @@ from modeconn.tools.door import checked, is_iterable
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
+from modeconn.tools.processes import joined, shared
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 
@@ -52,6 +53,7 @@ _TOLERANCE = 1e-6  # tolerated distance outside of the ball and of the pixel ran
 _ORDERS = {"linf": math.inf, "l2": 2.0, "l1": 1.0}
 
 
+@shared
 @checked
 def robustness(
     model: nn.Module,
@@ -133,6 +135,10 @@ def robustness_along(
             "loss_fn= smooths labels and has classes of weight 0, so that their examples have no loss of their own. "
             "Pass one without label_smoothing, or with positive weights."
         )
+    them = joined()
+    # As many places at a time as there are processes; of more processes than places, several share its batches.
+    teams = min(len(t), them.size)
+    members = them.size // teams
     with Records(checkpoint) as known:
         networks = [copy_of(model_at(position)) for position in t] if transfer else []
         first = networks[0] if transfer else model_at(t[0])
@@ -142,13 +148,29 @@ def robustness_along(
         names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}
         rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
         bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
-        for place, position in enumerate(t):
-            model = networks[place] if transfer else first if place == 0 else model_at(position)
+        arrived: dict[int, nn.Module] = {}
+
+        def arrive(place: int) -> dict[str, str]:
+            """Move the network to a place, if it is one; return what tells its measurements from others, by row."""
+            arrived.clear()
+            if place >= len(t):
+                return {}
+            model = networks[place] if transfer else first if place == 0 else model_at(t[place])
             check_eval_mode(model)
-            network = digest(model)
+            arrived[place], network = model, digest(model)
+            return {row: record_key("robustness", name, network, trial.about) for row, name in names.items()}
+
+        team, part = divmod(them.rank, members)
+        for start in range(0, len(t), teams):
+            place = start + team if team < teams else len(t)
+            about_places = them.each(functools.partial(arrive, place))
+            here, model = about_places[them.rank], arrived.get(place)
             for row, attack in {CLEAN: None, **named}.items():
-                about = record_key("robustness", names[row], network, trial.about)
-                rows[row].append(trial.run(model, attack, about, f"{row} at t={position:g}", bar.update))
+                label = f"{row} at t={t[place]:g}" if here else ""
+                trial.run(model, attack, here.get(row, ""), label, slice(part, None, members))
+                found = [trial.found(about[row]) for about in about_places[::members] if about]
+                rows[row] += found
+                bar.update(len(found) * len(data))
     return RobustProfile(
         torch.tensor(t, dtype=torch.float64),
         {row: torch.stack([one.correct for one in points]) for row, points in rows.items()},
@@ -201,18 +223,36 @@ class _Attacking:
         by_class = setting_of(self._loss_fn, "weight", None) if is_weighted else None
         return None if by_class is None else by_class.cpu().float()[torch.cat([y.cpu() for _, y in self._data])]
 
-    def run(
-        self, model: nn.Module, attack: Attack | None, about: str, label: str, done: Callable[[], Any]
-    ) -> _Measured:
-        """Measure one network under one attack; what is known is read, what is new kept, batch by batch."""
-        parts = []
-        for number, (x, y) in enumerate(self._data):
-            seed = self._seed + number
-            key = record_key(about, self._digests[number], seed)
-            if key not in self._known:
-                self._known.add(key, {"label": label, **self._measure(model, attack, x, y, seed, label)})
-            parts.append(self._known.get(key, functools.partial(self._read, len(y))))
-            done()
+    def run(self, model: nn.Module | None, attack: Attack | None, about: str, label: str, part: slice) -> None:
+        """Measure one network under one attack on a part of the batches; keep what is new, as soon as it is there.
+
+        Processes come here together, those without a network to keep what the others find.
+        """
+        numbers = range(len(self._data))[part]
+
+        def measured(turn: int) -> dict[str, dict[str, Any]]:
+            if model is None or turn >= len(numbers):
+                return {}
+            number = numbers[turn]
+            (x, y), key = self._data[number], self._key(about, number)
+            if key in self._known:
+                return {}
+            return {key: {"label": label, **self._measure(model, attack, x, y, self._seed + number, label)}}
+
+        for turn in range(-(-len(self._data) // part.step)):
+            for found in joined().each(functools.partial(measured, turn)):
+                for key, record in found.items():
+                    self._known.add(key, record)
+
+    def _key(self, about: str, number: int) -> str:
+        return record_key(about, self._digests[number], self._seed + number)
+
+    def found(self, about: str) -> _Measured:
+        """Return what was measured of one network under one attack."""
+        parts = [
+            self._known.get(self._key(about, number), functools.partial(self._read, len(y)))
+            for number, (_, y) in enumerate(self._data)
+        ]
         correct, losses, elsewhere = zip(*parts, strict=True)
         return _Measured(torch.cat(correct), torch.cat(losses), torch.stack(elsewhere).sum(0) / sum(map(len, correct)))
 

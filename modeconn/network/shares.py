@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch.utils.data.distributed import DistributedSampler
 
 from modeconn.network.batches import checksum, described, first_batch, in_order
-from modeconn.tools.processes import Processes
+from modeconn.tools.processes import Processes, joined
 
 
 @runtime_checkable
@@ -70,6 +70,15 @@ def share_of(loader: Any, them: Processes, *, sharded: bool, name: str = "loader
     return loader
 
 
+def check_whole(loader: Any, *, sharded: bool = False, name: str = "loader") -> None:
+    """Raise a ValueError if processes that share a call would each measure on other data."""
+    if joined().size > 1 and is_shared_out(loader, sharded=sharded):
+        raise ValueError(
+            f"{name} yields other examples in each of {joined().size} processes, which share the networks that are "
+            f"measured: all need the same data. Pass {name}= a loader of all of it, without a DistributedSampler."
+        )
+
+
 def begin_epoch(loader: Any, epoch: int) -> None:
     """Tell a DistributedSampler which epoch begins, which its order depends on."""
     sampler = sampler_of(loader)
@@ -77,14 +86,14 @@ def begin_epoch(loader: Any, epoch: int) -> None:
         sampler.set_epoch(epoch)
 
 
-def facts_of(loader: Any, *, sharded: bool) -> dict[str, Any]:
+def facts_of(loader: Any, *, sharded: bool = False, name: str = "loader") -> dict[str, Any]:
     """Return what has to be the same in all processes of a loader: of one that each reads a share of, all of it."""
     if loader is None:
         return {}
     if is_shared_out(loader, sharded=sharded):
-        return {"the first batch of loader": _kind(first_batch(loader))}
+        return {f"the first batch of {name}": _kind(first_batch(loader))}
     first = first_batch(in_order(loader))  # which draws nothing
-    return {"the first batch of loader": f"{described(first)}, CRC-32 {checksum(first):08x}"}
+    return {f"the first batch of {name}": f"{described(first)}, CRC-32 {checksum(first):08x}"}
 
 
 def _kind(batch: Any) -> str:

@@ -7,13 +7,14 @@ import hashlib
 import json
 import os
 import zlib
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any, TypeVar
 
 from modeconn.tools.files import taken_from
 from modeconn.tools.fingerprint import identify
+from modeconn.tools.processes import alone, joined
 from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, held
 
@@ -24,7 +25,8 @@ _CHECKSUM = "crc32"
 class Records(contextlib.AbstractContextManager["Records"]):
     """Records by key, in memory and, if there is a path, in a file that only grows: one line of JSON each.
 
-    A context manager, which lets the file go; until then other runs are told that it is in use.
+    Processes that share a call have the same records: each adds what any has found. A context manager, which lets the
+    file go; until then other runs are told that it is in use.
 
     Args:
         path: The file, whose records are read if it exists; None keeps records in memory alone.
@@ -40,12 +42,16 @@ class Records(contextlib.AbstractContextManager["Records"]):
         self._until_end = contextlib.ExitStack()
         if self._path is None:
             return
+        self._known = joined().first(self._open)
+
+    def _open(self) -> dict[str, dict[str, Any]]:
+        """Hold the file, and return the records in it."""
         with contextlib.ExitStack() as stack:
             check_writable(self._path)
             stack.enter_context(held(self._path))
-            if self._path.exists():
-                self._known = read_records(self._path)
+            known = read_records(self._path) if self._path.exists() else {}
             self._until_end = stack.pop_all()
+        return known
 
     def __exit__(self, *_: Any) -> None:
         self._until_end.close()
@@ -63,14 +69,39 @@ class Records(contextlib.AbstractContextManager["Records"]):
             return read(self._known[key])
 
     def add(self, key: str, record: dict[str, Any]) -> None:
-        """Keep a record, also on disk before this returns."""
+        """Keep a record, also on disk before this returns; of several processes, all keep it, and the first writes."""
         self._known[key] = record
-        if self._path is not None:
+        if self._path is not None and joined().is_first:
             with self._path.open("a", encoding="utf-8") as file:
                 # Begin with a line break, because the last line may be incomplete.
                 file.write(f"\n{_line({key: record})}")
                 file.flush()
                 os.fsync(file.fileno())
+
+    def measure(
+        self, tasks: Sequence[tuple[str, Callable[[], dict[str, Any]]]], done: Callable[[], Any] = lambda: None
+    ) -> None:
+        """Add what is not known yet, one key after another; processes that share a call share the work.
+
+        Args:
+            tasks: Keys, each with what makes its record; in each process alike.
+            done: Called after each of them.
+        """
+        them = joined()
+        waiting = list({key: (key, work) for key, work in tasks if key not in self}.values())
+        for _ in range(len(tasks) - len(waiting)):
+            done()
+        for start in range(0, len(waiting), them.size):
+            mine = waiting[start + them.rank : start + them.rank + 1]
+
+            def records(mine: Sequence[tuple[str, Callable[[], dict[str, Any]]]] = mine) -> dict[str, dict[str, Any]]:
+                with alone():
+                    return {key: work() for key, work in mine}
+
+            for found in them.each(records):
+                for key, record in found.items():
+                    self.add(key, record)
+                    done()
 
 
 def read_records(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
