@@ -6,7 +6,7 @@ import torch
 import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 
-LIMIT = 120  # seconds that a function may take
+LIMIT = 40  # seconds that a function may take
 
 
 class Failure(Exception):

@@ -23,12 +23,14 @@ from modeconn.matching.alignment import Symmetry, find_spec
 from modeconn.matching.method import check_permutes
 from modeconn.network.batches import first_batch, inputs_of
 from modeconn.network.loss import LossFn, cross_entropy
+from modeconn.network.shares import facts_of
 from modeconn.network.weights import WeightSpace
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools import files, provenance
 from modeconn.tools.door import checked, shortened
 from modeconn.tools.fingerprint import digest, identify
+from modeconn.tools.processes import joined, shared
 from modeconn.tools.rng import preserved, seeded
 from modeconn.tools.warn import warn
 
@@ -115,6 +117,7 @@ class DeepAlign(Settings):
 
     fitted: Fitted | None = field(default=None, compare=False)
 
+    @shared
     @checked
     def fit(
         self,
@@ -127,12 +130,16 @@ class DeepAlign(Settings):
         example_input: Any = None,
         outputs: Selection = None,
         checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+        sharded: bool = False,
         progress: bool = False,
     ) -> DeepAlign:
         """Return a fitted copy of these settings; networks and global random state stay as they are.
 
         The weights of all networks are held together, on their device and in their dtype, which the encoder shares.
         Networks that hold NaN or infinite weights are left out, with a warning that counts them.
+
+        Where several processes are an initialised group of `torch.distributed`, all must make this call, with the same
+        networks: each step takes ``batch_size`` pairs in each of them.
 
         Args:
             population: Two or more networks of one architecture, of any origin; `models.train_population` makes many.
@@ -149,6 +156,8 @@ class DeepAlign(Settings):
             checkpoint: A file to which the run saves itself as it validates, after every ``validate_every`` steps. If
                 it exists, the run goes on from it and ends with the same bits as one that was never interrupted, on
                 the same machine and versions.
+            sharded: Of several processes: whether ``loader`` yields other examples in each of them, see
+                `modeconn.fit_curve`.
             progress: Whether to show a progress bar.
 
         Raises:
@@ -189,9 +198,11 @@ class DeepAlign(Settings):
             encoder = encoder.to(device=states.device, dtype=states.dtype)
             encoder.standardise(states)
             network = PopulationNetwork(models[0], loss_fn)
-            training = EncoderTraining(self, encoder, network, states, held_out, loader, example)
             about = partial(self._identified, loss_fn, spec, states, held_out)
-            with run_file(checkpoint, about, space.device, ALIGNER, loader) as file:
+            if (them := joined()).size > 1:
+                them.agree({**about(), **facts_of(loader, sharded=sharded), **dict(provenance.versions())})
+            training = EncoderTraining(self, encoder, network, states, held_out, loader, example, sharded=sharded)
+            with run_file(checkpoint, about, space.device, ALIGNER, loader, sharded=sharded) as file:
                 training.run(file, progress=progress)
         fitted = Fitted(encoder.requires_grad_(False), training.history, training.validations)
         return replace(self, fitted=fitted)

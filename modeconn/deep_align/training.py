@@ -18,6 +18,7 @@ from modeconn.deep_align.encoder import Encoder
 from modeconn.deep_align.settings import Settings
 from modeconn.learning.checkpoint import RunFile, State, check_alike
 from modeconn.learning.parts import BatchStream, Count, Learned, Randomness
+from modeconn.learning.shared_gradient import SharedGradient
 from modeconn.matching import match_units
 from modeconn.matching.sinkhorn_operator import soft_matrices
 from modeconn.network.batch_norm import calibration_batches, norm_layers
@@ -25,11 +26,14 @@ from modeconn.network.batches import check_loader, inputs_and_targets, run, to_d
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, checked, main_output, of_many
 from modeconn.network.recipe import one_cycle
+from modeconn.network.shares import share_of
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import named_places
 from modeconn.symmetry.explore import example_for
 from modeconn.symmetry.graph import Example
+from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
+from modeconn.tools.rng import reseed, seed_of
 
 _LOGGER = logging.getLogger(__name__)
 _CLIP = 1.0
@@ -47,6 +51,9 @@ class EncoderTraining:
         validation: Networks ``(V, P)`` of which fixed pairs choose the best step.
         loader: Training data, not read if the loss of the networks is not needed.
         example: Inputs of a network, by which rescaling is checked; None where the networks have some themselves.
+        sharded: Whether the loader yields other examples in each process.
+
+    Processes that share the run take pairs and batches of their own, and step along their mean gradient.
     """
 
     def __init__(
@@ -58,13 +65,19 @@ class EncoderTraining:
         validation: Tensor,
         loader: Iterable[Any] | None,
         example: Any = None,
+        *,
+        sharded: bool = False,
     ) -> None:
         self.settings, self.encoder, self.graph = settings, encoder, encoder.graph
         self.states = states
         spread = states.var(0).masked_fill(self.graph.is_buffer, 0).sum()
         self.distance = 2 * spread.clamp(min=1e-12)  # mean squared distance between two networks
         self.network = network
-        self.batches = None if not settings.connectivity else BatchStream(loader, states.device)
+        self._them = joined()
+        share = loader
+        if settings.connectivity:
+            share = share_of(loader, self._them, sharded=sharded)
+        self.batches = None if not settings.connectivity else BatchStream(share, states.device)
         if settings.connectivity:
             self.sample = list(
                 calibration_batches(loader, states.device, limit=_VALIDATION_EXAMPLES, seed=settings.seed)
@@ -77,6 +90,7 @@ class EncoderTraining:
         self.validation = validation[first], validation[second]
         self.history: dict[str, list[float]] = {name: [] for name in ("supervised", "alignment", "connectivity")}
         self.validations: list[tuple[int, float]] = []
+        self._gradient = None if self._them.size == 1 else SharedGradient(encoder.parameters())
         self._best: dict[str, Tensor] = {}  # the encoder where its validation was lowest
 
     def run(self, file: RunFile, *, progress: bool) -> None:
@@ -88,7 +102,10 @@ class EncoderTraining:
         done, randomness = Count("steps"), Randomness(self.states.device)
         parts = [self, Learned(self.encoder.state_dict(), optimizer), done, *([self.batches] if self.batches else [])]
         parts.append(randomness)  # last, because others draw random numbers while they restore their state
-        file.resume(*parts)
+        if not self._them.is_first:
+            reseed(seed_of(settings.seed, self._them.rank), self.states.device)  # for pairs of its own
+        if file.resume(*parts) and file.is_of_others:
+            reseed(seed_of(settings.seed, self._them.rank, done.value), self.states.device)
         if not self.validations:
             self._validate(0)
         steps = range(done.value + 1, settings.num_steps + 1)
@@ -126,6 +143,17 @@ class EncoderTraining:
             check_alike({f"best.{name}": tensor for name, tensor in self.encoder.state_dict().items()}, best)
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
+        optimizer.zero_grad()
+        found = self._them.numbers(lambda: self._differentiate(step))
+        if self._gradient is not None:
+            self._gradient.average(torch.ones(self._them.size))
+        nn.utils.clip_grad_norm_(self.encoder.parameters(), _CLIP)
+        optimizer.step()
+        for values, mean in zip(self.history.values(), found.mean(0).tolist(), strict=False):
+            values.append(mean)
+
+    def _differentiate(self, step: int) -> list[float]:
+        """Bring the gradient of the losses of the next pairs to the encoder; return them, 0 those left out."""
         losses = self.losses()
         settings = self.settings
         weights = {name: getattr(settings, name) for name in losses}
@@ -136,12 +164,8 @@ class EncoderTraining:
                 f"the loss became {total.item()} in step {step} of {settings.num_steps} ({values}); "
                 f"lower learning_rate."
             )
-        optimizer.zero_grad()
         total.backward()
-        nn.utils.clip_grad_norm_(self.encoder.parameters(), _CLIP)
-        optimizer.step()
-        for name, values in self.history.items():
-            values.append(losses[name].item() if name in losses else 0.0)
+        return [losses[name].item() if name in losses else 0.0 for name in self.history]
 
     def losses(self) -> dict[str, Tensor]:
         """Return the losses, those of weight 0 left out, on the next pairs."""

@@ -227,7 +227,7 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         """Return what the file held, with what is this process's own."""
         tensors, about = self.saved
         before, now = processes_of(about), self._them.size
-        if before != now:
+        if self.is_of_others:
             warn(
                 f"the run was interrupted with {_counted(before)} and goes on with {_counted(now)}: it will not end "
                 f"with the same bits as an uninterrupted one."
@@ -237,6 +237,11 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
             own = {name.removeprefix(mark): tensor for name, tensor in tensors.items() if name.startswith(mark)}
             return {**tensors, **own}, {**about, **about[_PROCESSES][self._them.rank]}
         return tensors, about
+
+    @property
+    def is_of_others(self) -> bool:
+        """Whether another number of processes saved the run."""
+        return self.saved is not None and processes_of(self.saved[1]) != self._them.size
 
     @property
     def is_kept(self) -> bool:
@@ -335,6 +340,8 @@ def run_file(
     device: torch.device,
     kind: str,
     loader: Any,
+    *,
+    sharded: bool = False,
 ) -> RunFile:
     """Return the file of a run that saves itself at fixed moments.
 
@@ -347,7 +354,7 @@ def run_file(
             f"this run saves itself at its own moments, after each epoch or validation, got {checkpoint!r}. Pass the "
             f"path alone."
         )
-    file = RunFile(checkpoint, settings, device, kind=kind, loader=loader)
+    file = RunFile(checkpoint, settings, device, kind=kind, loader=loader, sharded=sharded)
     if file.saved is not None:
         warn_of_own_generator(loader)
     return file

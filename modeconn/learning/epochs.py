@@ -21,7 +21,7 @@ from modeconn.learning.checkpoint import Resumable, RunFile, State, processes_of
 from modeconn.learning.history import History
 from modeconn.learning.parts import pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
-from modeconn.network.batches import batches, check_length, checksum
+from modeconn.network.batches import END, batches, check_length, checksum
 from modeconn.network.shares import begin_epoch
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
 from modeconn.tools.door import check_settings
@@ -31,9 +31,6 @@ from modeconn.tools.rng import rng_state, set_rng_state
 from modeconn.tools.warn import warn
 
 _LOGGER = logging.getLogger(__name__)
-
-END: Any = object()
-"""What stands for the batch after the last one of an epoch."""
 
 NUM_BINS = 10
 """Bins of t in the history."""

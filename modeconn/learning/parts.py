@@ -41,6 +41,8 @@ class Randomness:
         device: Where random numbers are drawn, beside the CPU.
     """
 
+    own = ("rng",)
+
     def __init__(self, device: torch.device) -> None:
         self._device = device
 

@@ -5,15 +5,15 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from modeconn.curves.step import BLOCK
-from modeconn.learning.epochs import END, Run
+from modeconn.learning.epochs import Run
+from modeconn.network.batches import END
 from modeconn.network.shares import is_shared_out, share_of
 from modeconn.tools.processes import joined
-from modeconn.tools.rng import reseed
+from modeconn.tools.rng import reseed, seed_of
 
 _UNREAD: Any = object()
 
@@ -55,9 +55,9 @@ class SharedRun(Run):
         if self._them.is_first and not place:
             return
         if self._is_shared_out:
-            torch.default_generator.manual_seed(_seed(self._seed, 4, self._them.rank, *place))
+            torch.default_generator.manual_seed(seed_of(self._seed, 4, self._them.rank, *place))
             self._data_stream = torch.get_rng_state()
-        reseed(_seed(self._seed, 1, self._them.rank, *place), self._device)
+        reseed(seed_of(self._seed, 1, self._them.rank, *place), self._device)
         self._epoch_start = self._states()
 
     def _train_batches(self, iterator: Iterator[Any]) -> None:
@@ -129,7 +129,3 @@ class SharedRun(Run):
         super().load_state(tensors, about)
         if self._saved_by != self._them.size:
             self._begin_streams(self._them.size, self._progress.step)
-
-
-def _seed(*numbers: int) -> int:
-    return int(np.random.SeedSequence(numbers).generate_state(1)[0])

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
-from modeconn.learning.checkpoint import TRAINING, Checkpoint, RunFile, State, run_file
+from modeconn.learning.checkpoint import TRAINING, Checkpoint, Resumable, RunFile, State, run_file
 from modeconn.learning.parts import Learned, pack_rng, unpack_rng
 from modeconn.models.training import count_batches, run_epochs, run_settings
 from modeconn.network.batches import check_loader, described, inputs_and_targets, is_dense, num_bytes, num_examples, run
@@ -21,11 +21,14 @@ from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, of_many
 from modeconn.network.loss import checked as checked_loss
 from modeconn.network.recipe import Recipe, autocast
+from modeconn.network.shares import check_whole, facts_of
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import WeightSpace, named_places
+from modeconn.tools import provenance
 from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import identify
-from modeconn.tools.rng import rng_state, seeded, set_rng_state
+from modeconn.tools.processes import joined, shared
+from modeconn.tools.rng import reseed, rng_state, seed_of, seeded, set_rng_state
 
 M = TypeVar("M", bound=nn.Module)
 
@@ -35,6 +38,7 @@ _READ_AHEAD_BYTES = 1 << 27
 _Batch = tuple[Tensor, Tensor]
 
 
+@shared
 @checked
 def train_population(
     models: Iterable[M],
@@ -52,6 +56,9 @@ def train_population(
     has its own order of the data, its own augmentation and its own batch-norm statistics. Dropout alone differs: it is
     drawn for each network, but not as it would be drawn for one. Worthwhile for small networks, whose single steps
     spend their time on overhead. Weights, gradients and the optimizer's state of all networks are in memory together.
+
+    Where several processes are an initialised group of `torch.distributed`, all must make this call, with the same
+    data, and share the networks; all get all of them.
 
     Args:
         models: Networks of one architecture, on one device; they are not changed.
@@ -88,13 +95,35 @@ def train_population(
         raise ValueError(f"seeds must hold one for each of the {len(trained)} networks, got {len(seeds)}.")
     device = next(trained[0].parameters()).device
     _check_recipe(recipe, device)
+    them = joined()
+    if them.size > len(trained):
+        raise ValueError(
+            f"there are {them.size} processes for {len(trained)} networks. Start at most one for each network."
+        )
+    check_whole(loader)
     settings = partial(run_settings, recipe, {"loss": loss_fn, "seeds": list(seeds)}, trained)
     with seeded(seeds[0], device):
         num_batches = count_batches(loader, any_batch=False)
+        if them.size > 1:
+            them.agree({**settings(), **facts_of(loader), **dict(provenance.versions())})
     with run_file(checkpoint, settings, device, TRAINING, loader) as file, seeded(seeds[0], device):
-        reading = _Reading(loader, seeds, device)
-        _PopulationRun(trained, recipe, loss_fn).run(reading, num_batches, file, progress=progress)
+        mine = them.mine(range(len(trained)))
+        reading = _Reading(loader, [seeds[number] for number in mine], device, numbers=mine)
+        run = _PopulationRun([trained[number] for number in mine], recipe, loss_fn)
+        if not them.is_first:
+            reseed(seed_of(seeds[0], them.rank), device)  # for dropout
+        run.run(reading, num_batches, file, progress=progress)
+    _exchange(trained)
     return [model.eval() for model in trained]
+
+
+def _exchange(models: Sequence[nn.Module]) -> None:
+    """Give every process the networks that the others trained."""
+    them = joined()
+    if them.size > 1:
+        states = them.each(lambda: [copy_of(model).cpu().state_dict() for model in them.mine(models)])
+        for model, state in zip(models, them.in_order(states), strict=True):
+            model.load_state_dict(state)
 
 
 class _Order:
@@ -131,9 +160,18 @@ class _Reading:
 
     As many batches as memory allows are read of one network's order before the next one's, since changing the random
     state takes longer than to draw from it.
+
+    Args:
+        loader: Batches.
+        seeds: One for each network.
+        device: Where batches go.
+        numbers: Which networks of the population these are.
     """
 
-    def __init__(self, loader: Iterable[Any], seeds: Sequence[int], device: torch.device) -> None:
+    def __init__(
+        self, loader: Iterable[Any], seeds: Sequence[int], device: torch.device, *, numbers: Sequence[int]
+    ) -> None:
+        self._numbers = numbers
         self._orders = [_Order(loader, seed, device) for seed in seeds]
         self._device = device
         first = _pair_of_tensors(check_loader(loader))
@@ -143,14 +181,14 @@ class _Reading:
         """Return the random state of every order, as a part of a run."""
         tensors: dict[str, Tensor] = {}
         about = {}
-        for number, order in enumerate(self._orders):
+        for number, order in zip(self._numbers, self._orders, strict=True):
             own, about[f"order {number}"] = pack_rng(order.state, f"order {number}.")
             tensors |= own
         return tensors, about
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
-        for number, order in enumerate(self._orders):
+        for number, order in zip(self._numbers, self._orders, strict=True):
             order.state = unpack_rng(tensors, about[f"order {number}"], f"order {number}.")
 
     def __iter__(self) -> Iterator[_Batch]:
@@ -206,14 +244,15 @@ class _PopulationRun:
         )
 
     def run(self, steps: _Reading, num_batches: int, file: RunFile, *, progress: bool) -> None:
+        parts = (Learned(self.state, self.optimizer), steps)
         run_epochs(
             self.recipe,
             self.optimizer,
-            lambda: steps,
+            lambda epoch: steps,
             self._step,
             num_batches=num_batches,
             file=file,
-            parts=(Learned(self.state, self.optimizer), steps),
+            parts=tuple(part if joined().size == 1 else _Dealt(part, len(self.models)) for part in parts),
             device=self.device,
             progress=progress,
         )
@@ -242,6 +281,53 @@ class _PopulationRun:
         for number, model in enumerate(self.models):
             for name, tensor in (*model.named_parameters(), *model.named_buffers()):
                 tensor.copy_(self.state[name][number])
+
+
+class _Dealt:
+    """A part of a run of which each process has that of its own networks; what is saved is that of all.
+
+    So a run goes on with any number of processes.
+
+    Args:
+        part: This process's.
+        count: How many networks it has.
+    """
+
+    def __init__(self, part: Resumable, count: int) -> None:
+        self._part, self._them = part, joined()
+        self._counts = self._them.each(lambda: count)
+
+    def state(self) -> State:
+        """Return the state of the networks of all processes."""
+
+        def own() -> State:
+            tensors, about = self._part.state()
+            return {name: tensor.detach().cpu() for name, tensor in tensors.items()}, about
+
+        parts = self._them.each(own)
+        tensors: dict[str, Tensor] = {}
+        about: dict[str, Any] = {}
+        for part_tensors, part_about in parts:
+            tensors |= part_tensors
+            about |= part_about
+        for name, tensor in parts[0][0].items():
+            if _is_stacked(name, tensor, self._counts[0]):
+                rows = self._them.in_order([list(part[name]) for part, _ in parts])
+                tensors[name] = torch.stack(rows)
+        return tensors, about
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Restore what `state` returned to the networks of this process."""
+        mine = {
+            name: self._them.mine(tensor) if _is_stacked(name, tensor, sum(self._counts)) else tensor
+            for name, tensor in tensors.items()
+        }
+        self._part.load_state(mine, about)
+
+
+def _is_stacked(name: str, tensor: Tensor, count: int) -> bool:
+    """Whether a tensor of a run has a row for each of its networks."""
+    return name.startswith(("model.", "optimizer.")) and tensor.ndim > 0 and len(tensor) == count
 
 
 def _check_networks(models: Sequence[nn.Module]) -> None:

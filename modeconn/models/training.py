@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import fields
 from functools import partial
 from typing import Any, TypeVar
@@ -16,19 +16,23 @@ from torch import Tensor, nn
 from modeconn.attacks.training import AdversaryLike, adversary_of
 from modeconn.learning.checkpoint import TRAINING, Checkpoint, Resumable, RunFile, run_file
 from modeconn.learning.parts import Count, Learned, Randomness
+from modeconn.learning.shared_gradient import SharedGradient
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import calibration_batches, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
-from modeconn.network.batches import batches, check_length, check_loader, first_batch, refuse_empty
+from modeconn.network.batches import END, batches, check_length, check_loader, first_batch, refuse_empty
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, LossFn, cross_entropy
 from modeconn.network.recipe import Recipe, autocast, one_cycle
+from modeconn.network.shares import begin_epoch, facts_of, is_shared_out, share_of
 from modeconn.network.weights import device_of
+from modeconn.tools import provenance
 from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
+from modeconn.tools.processes import joined, shared
 from modeconn.tools.progress import progress_bar
-from modeconn.tools.rng import seeded
+from modeconn.tools.rng import reseed, seed_of, seeded
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -40,6 +44,7 @@ DIGITS_RECIPE = Recipe(epochs=30, optimizer=partial(torch.optim.Adam, lr=3e-3), 
 """How the package's own experiments train a perceptron on the digits, in batches of 64: 97% right within a second."""
 
 
+@shared
 @checked
 def train(
     model: M,
@@ -50,6 +55,7 @@ def train(
     forward: Forward | None = None,
     adversary: AdversaryLike | None = None,
     recalibrate: Iterable[Any] | AdversarialExamples | bool | None = None,
+    sharded: bool = False,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
     progress: bool = False,
@@ -59,6 +65,11 @@ def train(
     The model itself, its mode and the global random state are left as they were. The same model, loader and seed give
     the same weights on the same machine, if the loader's order depends on the global generators alone, as that of
     `modeconn.data.TensorLoader` and of a `torch.utils.data.DataLoader` without a generator of its own does.
+
+    Where several processes are an initialised group of `torch.distributed`, all must make this call, and share its
+    work: each step takes a batch of each of them, and moves the weights along their mean gradient. Batch norm sees the
+    batch of its own process, and running statistics become the mean over processes after each epoch. All get the same
+    network, bit for bit.
 
     Args:
         model: Any module; parameters with ``requires_grad=False`` stay as they are.
@@ -74,6 +85,8 @@ def train(
         recalibrate: Training data, or `AdversarialExamples` of it, on which batch norm's statistics are estimated anew
             at the end, 2,048 examples; True for those of ``loader``; False to keep the running statistics of the
             batches trained on, adversarial ones among them. Default: True with an adversary, else False.
+        sharded: Of several processes: whether ``loader`` yields other examples in each of them, see
+            `modeconn.fit_curve`.
         seed: Of batch order, augmentation, dropout and attacks.
         checkpoint: A file to which the run saves itself after every epoch. If it exists, the run goes on from it and
             ends with the same bits as one that was never interrupted, on the same machine and versions.
@@ -101,18 +114,24 @@ def train(
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")
     device, loss = device_of(trained), StepLoss(loss_fn, forward, adversary)
+    them, share = joined(), share_of(loader, joined(), sharded=sharded)
 
     with seeded(seed, device):
-        num_batches = count_batches(loader, any_batch=forward is not None)
+        num_batches = max(them.each(lambda: count_batches(share, any_batch=forward is not None)))
     about = {"loss": forward or loss_fn, "adversary": None if adversary is None else adversary_of(adversary)}
     settings = partial(run_settings, recipe, {**about, "seed": seed}, [model])
-    with run_file(checkpoint, settings, device, TRAINING, loader) as file, seeded(seed, device):
-        _train(trained, loader, recipe, loss, file, num_batches=num_batches, progress=progress)
+    with seeded(seed, device):
+        if them.size > 1:
+            them.agree({**settings(), **facts_of(loader, sharded=sharded), **dict(provenance.versions())})
+    with run_file(checkpoint, settings, device, TRAINING, loader, sharded=sharded) as file, seeded(seed, device):
+        _train(trained, share, recipe, loss, file, num_batches=num_batches, seed=seed, progress=progress)
     if recalibrate is None:
         recalibrate = adversary is not None
     if recalibrate is not False and norm_layers(trained):
         data = calibration_batches(loader if recalibrate is True else recalibrate, device)
         recalibrate_statistics(trained, data, forward=forward)
+        if is_shared_out(loader, sharded=sharded):  # and so others in each process
+            _average_buffers(trained)
     return trained.eval()
 
 
@@ -128,28 +147,31 @@ def count_batches(loader: Iterable[Any], *, any_batch: bool) -> int:
 def run_epochs(
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
-    read: Callable[[], Iterable[Any]],
-    take_step: Callable[[Any, int], list[Tensor]],
+    read: Callable[[int], Iterable[Any]],
+    take_step: Callable[[Any, int], list[Tensor] | None],
     *,
     num_batches: int,
     file: RunFile,
     parts: Sequence[Resumable],
     device: torch.device,
     progress: bool,
+    end_epoch: Callable[[], None] | None = None,
 ) -> None:
     """Take the steps of a training run, epoch by epoch, from where the run was saved if it was.
 
     Args:
         recipe: Epochs and schedule.
         optimizer: Its learning rate is set before every batch.
-        read: Returns the batches of one epoch.
+        read: Returns the batches of an epoch of this number.
         take_step: Called with a batch and the number of the epoch; returns the losses of the steps it took, each a
-            scalar, or ``(M,)`` of M networks.
+            scalar, or ``(M,)`` of M networks. Where several processes share the steps, it is called with `END` when
+            there are no more batches, and returns None when no process has any.
         num_batches: How many batches an epoch has.
         file: Where the run saves itself after every epoch.
         parts: What changes from step to step.
         device: Where random numbers are drawn.
         progress: Whether to show a progress bar.
+        end_epoch: What processes that share the steps do at the end of each epoch; None if there are no others.
 
     Raises:
         FloatingPointError: If a loss is infinite or NaN. The losses of an epoch are looked at together at its end,
@@ -162,10 +184,17 @@ def run_epochs(
     bar = progress_bar(epochs, show=progress, desc="train", unit="epoch", initial=done.value, total=recipe.epochs)
     for epoch in bar:
         found: list[Tensor] = []
-        for number, batch in enumerate(read()):
+        number, iterator = 0, iter(read(epoch))
+        while (batch := next(iterator, END)) is not END or end_epoch is not None:
             recipe.set_learning_rate(optimizer, epoch + min(number / num_batches, 1.0))
-            found += take_step(batch, epoch)
-        check_length(number + 1, num_batches)
+            losses = take_step(batch, epoch)
+            if losses is None:
+                break
+            found += losses
+            number += 1
+        check_length(number, num_batches)
+        if end_epoch is not None:
+            end_epoch()
         losses = torch.stack(found)
         if not losses.isfinite().all():
             step, *networks = place = (~losses.isfinite()).nonzero()[0].tolist()
@@ -198,36 +227,95 @@ def _train(
     file: RunFile,
     *,
     num_batches: int,
+    seed: int,
     progress: bool,
 ) -> None:
     """Train ``model`` in place."""
+    them = joined()
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device, optimizer = parameters[0].device, recipe.make_optimizer(parameters, weight_decay=recipe.weight_decay)
     runner = torch.compile(model) if recipe.compile else model
     scaler = torch.amp.GradScaler(device.type, enabled=recipe.autocast is torch.float16)
 
-    def step(batch: Any, forward: Forward) -> Tensor:
-        optimizer.zero_grad()
+    gradient = SharedGradient(parameters) if them.size > 1 else None
+
+    def differentiate(batch: Any, forward: Forward) -> tuple[Tensor, float]:
+        """Bring the gradient of a batch to the parameters; return its loss, and what it counts."""
         with autocast(device, recipe.autocast):
             value = forward(runner, batch)
         scaler.scale(value).backward()
+        value, weight = loss.weigh(batch, value)
+        return value, loss.count(weight) if gradient is not None else 1.0
+
+    def step(batch: Any, forward: Forward) -> list[Tensor] | None:
+        optimizer.zero_grad()
+        found: list[Tensor] = []
+        if gradient is None:
+            found.append(differentiate(batch, forward)[0])
+        else:
+
+            def own() -> tuple[float, bool]:
+                if batch is END:
+                    return 0.0, False
+                value, count = differentiate(batch, forward)
+                found.append(value)
+                return count, True
+
+            counts, had_one, *_ = them.numbers(own).unbind(1)
+            if not had_one.any():
+                return None
+            gradient.average(counts)
         scaler.step(optimizer)
         scaler.update()
-        return loss.weigh(batch, value)[0]
+        return found
 
-    def steps(batch: Any, epoch: int) -> list[Tensor]:
-        refuse_empty(batch)
-        return [step(batch, loss.at(epoch)) for _ in range(loss.num_replays)]
+    def steps(batch: Any, epoch: int) -> list[Tensor] | None:
+        if batch is not END:
+            refuse_empty(batch)
+        found = [step(batch, loss.at(epoch)) for _ in range(loss.num_replays)]
+        return None if found[0] is None else [value for values in found for value in values]
 
+    def read(epoch: int) -> Iterator[Any]:
+        begin_epoch(loader, epoch)
+        return batches(loader, device) if them.size == 1 else _read_apart(loader, device, (seed, epoch))
+
+    tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     run_epochs(
         recipe,
         optimizer,
-        partial(batches, loader, device),
+        read,
         steps,
         num_batches=num_batches,
         file=file,
-        parts=(Learned({**dict(model.named_parameters()), **dict(model.named_buffers())}, optimizer, scaler), loss),
+        parts=(Learned(tensors, optimizer, scaler), loss),
         device=device,
         progress=progress,
+        end_epoch=None if them.size == 1 else partial(_average_buffers, model),
     )
     optimizer.zero_grad()
+
+
+def _average_buffers(model: nn.Module) -> None:
+    """Make buffers of floating point the mean of those of all processes; others are those of the first."""
+    them = joined()
+    if them.size == 1:
+        return
+    buffers = [buffer for buffer in model.buffers() if buffer.is_floating_point()]
+    others = [buffer for buffer in model.buffers() if not buffer.is_floating_point()]
+    if buffers:
+        mean = them.sum(lambda: torch.cat([buffer.double().flatten() for buffer in buffers])) / them.size
+        for buffer, part in zip(buffers, mean.split([buffer.numel() for buffer in buffers]), strict=True):
+            buffer.copy_(part.view_as(buffer))
+    for other, first in zip(others, them.first(lambda: [one.cpu() for one in others]), strict=True):
+        other.copy_(first)
+
+
+def _read_apart(loader: Iterable[Any], device: torch.device, place: tuple[int, ...]) -> Iterator[Any]:
+    """Yield the batches of an epoch, drawn in one order in all processes, in which the model draws other numbers."""
+    rank = joined().rank
+    reseed(seed_of(*place), device)
+    iterator = batches(loader, device)
+    batch = next(iterator)
+    reseed(seed_of(*place, rank + 1), device)
+    yield batch
+    yield from iterator

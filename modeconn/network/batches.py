@@ -21,6 +21,9 @@ from modeconn.tools.fingerprint import bytes_of, dense_parts
 from modeconn.tools.rng import rng_state, seeded, set_rng_state
 from modeconn.tools.warn import warn
 
+END: Any = object()
+"""What stands for the batch after the last one of a pass."""
+
 _WAY_OUT = "Pass a DataLoader or a list of (inputs, targets) batches."
 
 # -- one batch: tensors in mappings, sequences, data classes, and objects that know how to move to a device

@@ -40,8 +40,11 @@ _PLAIN, _OBJECT, _OF_FIRST, _FAILED = range(4)
 """Kinds of messages."""
 
 
-class OtherProcessError(RuntimeError):
-    """Another process failed or ended, so this one cannot go on."""
+class OtherProcessError(Exception):
+    """Another process failed or ended, so this one cannot go on.
+
+    It is no RuntimeError, of which some are taken for errors of models and files.
+    """
 
 
 class Processes:
@@ -55,7 +58,7 @@ class Processes:
 
     def __init__(self, rank: int = 0, size: int = 1, control: Any = None) -> None:
         self.rank, self.size, self._control = rank, size, control
-        self._told: BaseException | None = None
+        self._over: str | None = None  # why the call at work has failed, once that is known to all
         self.speaker: int | None = None
 
     @property
@@ -92,7 +95,7 @@ class Processes:
         buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
         if self.is_first:
             buffer.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
-        with _lost_is_told():
+        with self._lost_is_told():
             dist.broadcast(buffer, src=0, group=self._control)
         return pickle.loads(buffer.numpy().tobytes())
 
@@ -126,7 +129,7 @@ class Processes:
     def add(self, tensor: Tensor) -> None:
         """Replace a tensor by the sum of those of all processes, right after an exchange in which none failed."""
         if self.size > 1:
-            with _lost_is_told():
+            with self._lost_is_told():
                 dist.all_reduce(tensor)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
@@ -156,9 +159,8 @@ class Processes:
 
     def tell(self, error: BaseException) -> None:
         """Tell the others of an error, once, in place of what they wait for."""
-        if self.size == 1 or self._told is error or isinstance(error, OtherProcessError):
+        if self.size == 1 or self._over is not None:
             return
-        self._told = error
         with contextlib.suppress(OtherProcessError):  # which says that others failed too, or are gone
             said = _said(error).encode()
             self._headers(_FAILED, len(said), said=said)
@@ -176,9 +178,11 @@ class Processes:
 
         So a process that fails is heard whatever the others wait for.
         """
+        if self._over is not None:
+            raise OtherProcessError(self._over)
         mine = torch.tensor([kind, length, *_filled(numbers)], dtype=torch.float64, device="cpu")
         found = [torch.empty_like(mine) for _ in range(self.size)]
-        with _lost_is_told():
+        with self._lost_is_told():
             dist.all_gather(found, mine, group=self._control)
         headers = torch.stack(found)
         kinds = headers[:, 0].tolist()
@@ -186,9 +190,11 @@ class Processes:
             self.speaker = kinds.index(_FAILED)
             lengths = torch.where(headers[:, 0] == _FAILED, headers[:, 1], 0)
             why = self._padded(lengths, said)[self.speaker].decode()
-            raise OtherProcessError(f"process {self.speaker} of {self.size} failed: {why}")
+            self._over = f"process {self.speaker} of {self.size} failed: {why}"
+            raise OtherProcessError(self._over)
         if len(set(kinds)) > 1:
-            raise OtherProcessError(f"the processes are at different places of the call. {_WAY_OUT}")
+            self._over = f"the processes are at different places of the call. {_WAY_OUT}"
+            raise OtherProcessError(self._over)
         return headers
 
     def _padded(self, lengths: Tensor, mine: bytes) -> list[bytes]:
@@ -196,12 +202,26 @@ class Processes:
         buffer = torch.zeros(int(lengths.max()), dtype=torch.uint8, device="cpu")
         buffer[: len(mine)] = torch.frombuffer(bytearray(mine), dtype=torch.uint8) if mine else 0
         found = [torch.empty_like(buffer) for _ in range(self.size)]
-        with _lost_is_told():
+        with self._lost_is_told():
             dist.all_gather(found, buffer, group=self._control)
         return [part[: int(length)].numpy().tobytes() for part, length in zip(found, lengths, strict=True)]
 
+    @contextmanager
+    def _lost_is_told(self) -> Iterator[None]:
+        """Turn what torch raises when a process of the group is gone into one sentence."""
+        try:
+            yield
+        except RuntimeError as error:
+            if isinstance(error, torch.OutOfMemoryError):
+                raise
+            self._over = (
+                "another process of the group ended, or its connection was lost, while this one waited for its part."
+            )
+            raise OtherProcessError(self._over) from error
+
     def _begin(self) -> None:
         """Wait for all processes to come to the call."""
+        self._over = self.speaker = None
         try:
             dist.monitored_barrier(group=self._control, timeout=_PATIENCE, wait_all_ranks=True)
         except RuntimeError as error:
@@ -343,19 +363,6 @@ def launched() -> Iterator[None]:
     finally:
         _group.clear()
         dist.destroy_process_group()
-
-
-@contextmanager
-def _lost_is_told() -> Iterator[None]:
-    """Turn what torch raises when a process of the group is gone into one sentence."""
-    try:
-        yield
-    except RuntimeError as error:
-        if isinstance(error, torch.OutOfMemoryError):
-            raise
-        raise OtherProcessError(
-            "another process of the group ended, or its connection was lost, while this one waited for its part."
-        ) from error
 
 
 def _filled(numbers: Sequence[float]) -> list[float]:

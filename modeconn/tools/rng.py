@@ -97,6 +97,11 @@ def seeded(seed: int, device: torch.device | str = "cpu") -> Iterator[None]:
         yield
 
 
+def seed_of(*numbers: int) -> int:
+    """Return a seed that follows from some numbers."""
+    return int(np.random.SeedSequence(numbers).generate_state(1)[0])
+
+
 def reseed(seed: int, device: torch.device) -> None:
     """Seed torch, numpy and Python, inside of a stretch of `seeded` or `preserved`."""
     torch.default_generator.manual_seed(seed)
