@@ -11,9 +11,11 @@ def main() -> None:
 
     from modeconn.cli.app import app
     from modeconn.tools import program
+    from modeconn.tools.processes import joined
 
     def show_warning(message: Warning | str, *args: object, **kwargs: object) -> None:
-        typer.echo(f"modeconn: warning: {message}", err=True)
+        if joined().is_first:
+            typer.echo(f"modeconn: warning: {message}", err=True)
 
     program.interrupt()
     with warnings.catch_warnings():

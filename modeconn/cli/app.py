@@ -7,6 +7,7 @@ import os
 import re
 import shlex
 import sys
+import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -32,11 +33,12 @@ from modeconn.cli.options import (
     say,
 )
 from modeconn.cli.options import bars as _bars
+from modeconn.cli.sharing import launched_together, shared_command
 from modeconn.measure.along import AlongCurve
 from modeconn.measure.meter import Meter, fetch
 from modeconn.network.batches import check_loader, in_order
 from modeconn.network.weights import device_of
-from modeconn.tools import program, provenance
+from modeconn.tools import processes, program, provenance
 from modeconn.tools.door import checked
 from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.measurements import Records
@@ -57,16 +59,38 @@ class _Group(TyperGroup):
 
     def invoke(self, context: Any) -> Any:
         try:
-            return super().invoke(context)
+            with launched_together():
+                return self._invoke(context)
+        except ValueError as error:  # of the launcher
+            say(f"error: {error}")
+            raise typer.Exit(1) from None
+
+    def _invoke(self, context: Any) -> Any:
+        them = processes.joined()
+        try:
+            with shared_command() as them:
+                return super().invoke(context)
         except BrokenPipeError:  # whoever reads the output has seen enough
             sys.stdout = open(os.devnull, "w")  # until the process ends, which would write to it
             raise typer.Exit(_BROKEN_PIPE) from None
+        except processes.OtherProcessError as error:
+            if them.is_first and them.speaker is None:  # otherwise the one that failed says it
+                say(f"error: {error}")
+            raise typer.Exit(1) from None
         except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
-            say(f"error: {_in_options(str(error), context)}")
+            if them.speaks:
+                say(f"error: {_in_options(str(error), context)}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
-            say("interrupted.")
+            if them.is_first:
+                say("interrupted.")
             raise typer.Exit(_TERMINATED if program.was_terminated else _INTERRUPTED) from None
+        except Exception as error:
+            code = getattr(error, "exit_code", None)  # of a usage error, which is printed once
+            if code is None or them.speaks:
+                raise
+            time.sleep(1)  # the first process prints it later than all others that go wrong together
+            raise typer.Exit(code) from None
 
 
 app = typer.Typer(

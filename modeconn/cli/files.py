@@ -243,6 +243,8 @@ def _provenance(made_by: Any) -> str:
     if "command" in made_by and "call" in made_by:
         lines["call"] = made_by["call"]
     lines |= {f"its {name}": described for name, described in _items(made_by.get("data"))}
+    if made_by.get("processes"):
+        lines["together"] = f"{made_by['processes']} processes"
     lines["versions"] = ", ".join(f"{name} {version}" for name, version in _items(made_by.get("versions")))
     return _lines(lines)
 

@@ -20,6 +20,7 @@ from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversari
 from modeconn.cli import parse
 from modeconn.data import TensorLoader
 from modeconn.tools import provenance
+from modeconn.tools.processes import joined, writes
 from modeconn.tools.writing import replacing
 
 if TYPE_CHECKING:
@@ -113,7 +114,8 @@ def _made_by(kind: str) -> dict[str, str] | None:
 
 def say(text: str) -> None:
     """Tell the user something that is no result: on stderr, so that results can be piped."""
-    typer.echo(f"modeconn: {text}", err=True)
+    if joined().is_first:
+        typer.echo(f"modeconn: {text}", err=True)
 
 
 @contextmanager
@@ -129,7 +131,7 @@ def kept_until_done(path: Path, *, is_own: bool) -> Iterator[None]:
         if path.exists():
             say(f"the last good state of the run is kept in {path}.")
         raise
-    if not is_own:
+    if not is_own and writes():
         path.unlink(missing_ok=True)
 
 

@@ -66,6 +66,11 @@ class Processes:
         """Whether this is the process that writes and prints."""
         return self.rank == 0
 
+    @property
+    def speaks(self) -> bool:
+        """Whether this is the process that reports an error: the first of those that had one."""
+        return self.rank == (self.speaker or 0)
+
     def each(self, work: Callable[[], T]) -> list[T]:
         """Do ``work`` in every process; return what each of them returned, in their order, in all.
 
@@ -234,6 +239,7 @@ class Processes:
 _ONE = Processes()
 _group: list[tuple[Any, Processes]] = []
 _joined: ContextVar[Processes | None] = ContextVar("the processes that share the call at work", default=None)
+_first_writes: ContextVar[bool] = ContextVar("whether only the first process writes files", default=False)
 _is_alone: ContextVar[bool] = ContextVar("whether this process works by itself", default=False)
 
 
@@ -293,6 +299,29 @@ def shared(function: F) -> F:
             return function(*args, **kwargs)
 
     return among_all  # type: ignore[return-value]
+
+
+def wait_for_all(seconds: float) -> None:
+    """Wait until all processes of the group come here, or one of them has ended, or for so many seconds."""
+    if dist.is_initialized() and dist.get_world_size() > 1:
+        with contextlib.suppress(RuntimeError):
+            dist.monitored_barrier(group=_current()._control, timeout=timedelta(seconds=seconds))
+
+
+@contextmanager
+def one_writes() -> Iterator[None]:
+    """Let only the first of the processes that share the call at work write files in the block."""
+    token = _first_writes.set(True)
+    try:
+        yield
+    finally:
+        _first_writes.reset(token)
+
+
+def writes() -> bool:
+    """Whether this process writes files: where a command line is shared, the first alone."""
+    them = _joined.get()
+    return not _first_writes.get() or them is None or them.is_first
 
 
 def joined() -> Processes:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import hashlib
+import io
 import os
 import secrets
 import socket
@@ -14,6 +15,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from modeconn.tools.door import check
+from modeconn.tools.processes import writes
 
 try:
     import fcntl
@@ -29,8 +31,8 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
 
     Whoever reads ``path``, at any time, finds the old file or the new one. The new file is written under a name that no
     other file has, beside the target (of a link: beside what it links to), synced, renamed, and its folder synced; it
-    keeps the permissions of the old one. A target that is no regular file, such as a terminal, is written to, not
-    replaced.
+    keeps the permissions of the old one. Of processes that share a command line the first alone writes. A target that
+    is no regular file, such as a terminal, is written to, not replaced.
 
     Args:
         path: The file; its folder must exist.
@@ -39,6 +41,9 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[IO[bytes]]:
         OSError: If it cannot be written, naming it and the cause; ``path`` is as it was.
     """
     check("path", path, str | os.PathLike[str])
+    if not writes():
+        yield io.BytesIO()
+        return
     target = Path(path)
     with _named(target):
         mode = _mode(target)
@@ -75,6 +80,8 @@ def check_writable(path: str | os.PathLike[str]) -> None:
         OSError: Naming the file and the reason.
     """
     check("path", path, str | os.PathLike[str])
+    if not writes():
+        return
     target = Path(path)
     with _named(target):
         mode = _mode(target)

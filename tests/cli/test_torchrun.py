@@ -1,0 +1,123 @@
+"""The command line under torchrun."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+
+import pytest
+
+from modeconn import Connection
+
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "modeconn"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Return a folder with two networks and their connection, fitted by two processes."""
+    place = tmp_path_factory.mktemp("torchrun")
+    for seed in (1, 2):
+        alone(
+            place,
+            "train",
+            f"{seed}.safetensors",
+            *"--data digits --model mlp --model-arg hidden=16,16".split(),
+            f"--seed={seed}",
+        )
+    done = torchrun(
+        place, "fit", "1.safetensors", "2.safetensors", *"--out c.safetensors --data digits --epochs 2".split()
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("Wrote c.safetensors") == 1
+    return place
+
+
+def alone(place, *command):
+    command = [sys.executable, "-m", "modeconn", *command]
+    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=True, timeout=100)
+
+
+def torchrun(place, *command):
+    return subprocess.run([*TORCHRUN, *command], cwd=place, capture_output=True, text=True, timeout=100)
+
+
+def said(text):
+    return [line for line in text.splitlines() if line.startswith("modeconn: ")]
+
+
+def test_a_fit_says_how_many_processes_made_it(folder):
+    assert "2 processes" in alone(folder, "info", "c.safetensors").stdout
+    assert Connection.load(folder / "c.safetensors").history.num_processes == 2
+    assert not [path for path in folder.iterdir() if "checkpoint" in path.name or path.name.startswith(".")]
+
+
+def test_a_profile_is_that_of_one_process(folder):
+    done = torchrun(folder, *"evaluate c.safetensors --data digits --points 5 --out two.json".split())
+    assert done.returncode == 0 and done.stdout.count("Profile(") == 1
+    alone(folder, *"evaluate c.safetensors --data digits --points 5 --out one.json".split())
+    two, one = (json.loads((folder / name).read_text()) for name in ("two.json", "one.json"))
+    assert two["loss"] == one["loss"] and two["accuracy"] == one["accuracy"]
+    assert two["made_by"]["processes"] == 2 and "processes" not in one["made_by"]
+
+
+@pytest.mark.parametrize(
+    ("command", "message"),
+    [
+        (
+            "fit 1.safetensors 2.safetensors --out d.safetensors --data digits --train-examples 40",
+            "2 processes and fewer batches",
+        ),
+        ("evaluate c.safetensors --data digits --points 3 --out nowhere/c.json", "cannot write 'nowhere/c.json'"),
+    ],
+)
+def test_what_is_wrong_is_said_once(folder, command, message):
+    done = torchrun(folder, *command.split())
+    assert done.returncode != 0
+    (line,) = said(done.stderr)
+    assert message in line
+    assert not (folder / "d.safetensors").exists()
+
+
+def test_a_wrong_option_is_said_once(folder):
+    done = torchrun(folder, "fit", "--nonsense")
+    assert done.returncode != 0 and done.stderr.count("No such option") == 1
+
+
+@pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
+def test_a_killed_process_ends_all_and_the_run_goes_on(folder):
+    command = "fit 1.safetensors 2.safetensors --out k.safetensors --data digits --epochs 100000".split()
+    command += ["--checkpoint", "k.checkpoint"]
+    running = subprocess.Popen(
+        [*TORCHRUN, *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    kept, begun = folder / "k.checkpoint", time.monotonic()
+    while not kept.exists() and time.monotonic() - begun < 60:
+        time.sleep(0.1)
+    (worker, *_) = children(running.pid)
+    os.kill(worker, signal.SIGKILL)
+    killed = time.monotonic()
+    _, errors = running.communicate(timeout=60)
+    assert time.monotonic() - killed < 60 and running.returncode != 0
+    assert len(said(errors)) <= 1  # none if the first process, which speaks, was the one that was killed
+    epochs = int(alone(folder, "info", "k.checkpoint").stdout.split("done")[1].split()[0])
+    assert epochs > 0
+
+    running = subprocess.Popen(
+        [*TORCHRUN, *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+    before, begun = kept.stat().st_mtime_ns, time.monotonic()
+    while kept.stat().st_mtime_ns == before and time.monotonic() - begun < 60:
+        time.sleep(0.1)
+    running.send_signal(signal.SIGINT)
+    _, errors = running.communicate(timeout=60)
+    assert [line for line in said(errors) if "interrupted" in line] == ["modeconn: interrupted."]
+    assert any("the run is kept in k.checkpoint" in line for line in said(errors))
+    assert int(alone(folder, "info", "k.checkpoint").stdout.split("done")[1].split()[0]) > epochs
+
+
+def children(number):
+    """Return the processes that a process has started, in their order."""
+    found = subprocess.run(["pgrep", "-P", str(number)], capture_output=True, text=True, check=True).stdout
+    return list(map(int, found.split()))
