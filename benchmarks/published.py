@@ -3,7 +3,8 @@
     python -m benchmarks.published [--only TEXT] [--processes 2] [--seconds 240] [--out results.jsonl]
 
 The models are those of whatever of torchvision, timm (a small one of each family) and transformers (small
-configurations) is installed; no weights are downloaded. Of each:
+configurations) is installed; no weights are downloaded. Under ``torchrun`` the processes share the models, each with a
+file of its own beside ``--out`` until all are done. Of each:
 
 - ``right``: relabelled networks with redrawn weights return what they did, all groups at once and some alone
   (benchmarks/published_oracle.py, which uses nothing but state dicts); ``proved`` if `verify` says so too;
@@ -41,6 +42,7 @@ import modeconn
 from benchmarks.published_models import NotBuiltError, Subject, call, subjects
 from benchmarks.published_oracle import TOLERANCE, CannotJudgeError, worst_change
 from benchmarks.timing import environment
+from modeconn.tools import processes
 
 MEMORY = 9 * 2**30
 
@@ -212,11 +214,26 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=240, help="at most, for one model")
     parser.add_argument("--out", type=Path, help="a file with a line of JSON for each model; what it holds is kept")
     given = parser.parse_args()
-    rows = [json.loads(line) for line in given.out.read_text().splitlines()] if given.out and given.out.exists() else []
-    done = {row["model"] for row in rows}
+    with processes.launched(), processes.together() as them:
+        rows = tried(given, them)
+        if them.is_first:
+            print(environment(torch.device("cpu")))
+            print(summary(sorted(rows, key=lambda row: row["model"])))
+    return int(any(row["how"] in ("wrong", "crash") for row in rows))
+
+
+def tried(given: argparse.Namespace, them: processes.Processes) -> list[dict[str, Any]]:
+    """Try the models that are left, under ``torchrun`` those of this process; return what was found of all."""
+    own = given.out
+    if own and them.size > 1:
+        own = given.out.with_name(f"{given.out.stem}.process-{them.rank}{given.out.suffix}")
+    known = [path for path in (given.out, *([own] if own != given.out else [])) if path and path.exists()]
+    rows = [json.loads(line) for path in known for line in path.read_text().splitlines()]
+    done = {row["model"] for part in them.each(lambda: rows) for row in part}
     wanted = given.only.split(",") if given.only else [""]
     chosen = [s for s in subjects() if str(s) not in done and any(text in str(s) for text in wanted)]
     random.Random(0).shuffle(chosen)  # what is done of a run that is cut short stands for the whole
+    chosen = them.mine(chosen)
     torch.set_num_threads(1)
     modeconn.discover(torch.nn.Linear(2, 2), torch.zeros(2, 2))  # imports and first uses, which forks then share
     with ThreadPoolExecutor(given.processes) as pool:
@@ -224,12 +241,13 @@ def main() -> int:
             row = finished.result()
             rows.append(row)
             print(f"{row['how']:>10}  {row['model']}  {row.get('why', '')}", flush=True)
-            if given.out:
-                with given.out.open("a") as file:
+            if own:
+                with own.open("a") as file:
                     file.write(json.dumps(row) + "\n")
-    print(environment(torch.device("cpu")))
-    print(summary(sorted(rows, key=lambda row: row["model"])))
-    return int(any(row["how"] in ("wrong", "crash") for row in rows))
+    found = {row["model"]: row for part in them.each(lambda: rows) for row in part}
+    if given.out and them.size > 1 and them.is_first:
+        given.out.write_text("".join(json.dumps(row) + "\n" for row in found.values()))
+    return list(found.values())
 
 
 if __name__ == "__main__":

@@ -65,9 +65,10 @@ from modeconn.symmetry import (
     fold_gains,
     verify,
 )
+from modeconn.tools.processes import alone
 
 __all__ = [  # in the order of the stages
-    "__version__", "plot", "data",
+    "__version__", "alone", "plot", "data",
     "WeightSpace", "TrainingData", "cross_entropy", "Recipe", "constant", "piecewise_linear", "halving", "one_cycle",
     "AdversarialExamples", "repair", "Ensemble",
     "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Relabelling", "Permutation", "Orthogonal",

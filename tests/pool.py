@@ -83,4 +83,5 @@ def _serve(pipe):
         except BaseException as error:
             pipe.send(Failure(type(error).__name__, str(error), traceback.format_exc()))
         finally:
-            dist.destroy_process_group()
+            if dist.is_initialized():
+                dist.destroy_process_group()

@@ -14,6 +14,7 @@ from modeconn.cli.app import app
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
+PAGES = sorted((README.parent / "docs").glob("*.md"))
 INSTALL = "pip install -c constraints.txt "
 
 
@@ -51,6 +52,40 @@ def links(page: Path) -> list[tuple[Path, str]]:
     return [(page, target) for target in re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8"))]
 
 
-@pytest.mark.parametrize(("page", "target"), [*links(README), *links(README.parent / "docs" / "extend.md")], ids=str)
+@pytest.mark.parametrize(
+    ("page", "target"), [*links(README), *(link for page in PAGES for link in links(page))], ids=str
+)
 def test_links_to_files_lead_somewhere(page, target):
     assert (page.parent / target).exists()
+
+
+def page_of_processes(rank, folder, port):
+    import os
+
+    import torch.distributed as dist
+
+    size = dist.get_world_size()
+    dist.destroy_process_group()  # the page makes its own
+    os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(size), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    before = os.getcwd()
+    os.chdir(folder)
+    try:
+        text = (README.parent / "docs" / "processes.md").read_text(encoding="utf-8")
+        namespace = {}
+        for source in re.findall(r"^```python\n(.*?)^```", text, flags=re.DOTALL | re.MULTILINE):
+            exec(compile(source, "docs/processes.md", "exec"), namespace)
+    finally:
+        os.chdir(before)
+        for name in ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT"):
+            del os.environ[name]
+    return namespace["profile"].loss.tolist()
+
+
+def test_the_page_of_processes_runs(pool, tmp_path):
+    import socket
+
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    first, second = pool.run(2, page_of_processes, str(tmp_path), port)
+    assert first == second and (tmp_path / "curve.safetensors").exists()

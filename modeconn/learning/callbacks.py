@@ -17,6 +17,7 @@ from modeconn.network.batches import check_rereadable
 from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, RunBegin, StepEnd
 from modeconn.tools.checks import there_are
 from modeconn.tools.door import check_arguments, looked_at
+from modeconn.tools.processes import joined
 from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, write_text
 
@@ -177,7 +178,8 @@ class CSVLog(Callback):
         writer = csv.DictWriter(file, names, lineterminator="\n")
         writer.writeheader()
         writer.writerows(self._rows)
-        write_text(file.getvalue(), self._path)
+        if joined().is_first:
+            write_text(file.getvalue(), self._path)
 
     def state(self) -> dict[str, Any]:
         """Return all rows."""
@@ -202,5 +204,5 @@ class TensorBoardLog(Callback):
 
     def after_epoch(self, event: EpochEnd) -> None:
         """Hand over all values."""
-        for name, value in {"loss": event.loss, **event.values}.items():
+        for name, value in {"loss": event.loss, **event.values}.items() if joined().is_first else ():
             self._writer.add_scalar(name, value, event.epoch)

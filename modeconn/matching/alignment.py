@@ -15,6 +15,7 @@ from modeconn.matching.method import Method, check_data, check_method, correlati
 from modeconn.matching.statistics import collect
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.batches import Opened, check_rereadable, first_batch, inputs_of
+from modeconn.network.shares import check_whole
 from modeconn.network.weights import WeightSpace, device_of
 from modeconn.symmetry.discover import discover
 from modeconn.symmetry.export import ExportError
@@ -149,6 +150,7 @@ def align(
         method = WeightMatching() if loader is None else ActivationMatching()
     check_method(method)
     check_data(method, loader)
+    check_whole(loader)
     data = None if loader is None else Opened(loader, space.device)
     with bars(progress):
         known = Symmetry(spec, example_input, outputs, verify, symmetries, untie)

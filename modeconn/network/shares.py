@@ -8,7 +8,7 @@ from typing import Any, Protocol, runtime_checkable
 from torch.utils.data.distributed import DistributedSampler
 
 from modeconn.network.batches import checksum, described, first_batch, in_order
-from modeconn.tools.processes import Processes, joined
+from modeconn.tools.processes import Processes, number_in_group
 
 
 @runtime_checkable
@@ -72,10 +72,11 @@ def share_of(loader: Any, them: Processes, *, sharded: bool, name: str = "loader
 
 def check_whole(loader: Any, *, sharded: bool = False, name: str = "loader") -> None:
     """Raise a ValueError if processes that share a call would each measure on other data."""
-    if joined().size > 1 and is_shared_out(loader, sharded=sharded):
+    count = number_in_group()
+    if count > 1 and is_shared_out(loader, sharded=sharded):
         raise ValueError(
-            f"{name} yields other examples in each of {joined().size} processes, which share the networks that are "
-            f"measured: all need the same data. Pass {name}= a loader of all of it, without a DistributedSampler."
+            f"{name} yields other examples in each of {count} processes, and here all of them need the same data. Pass "
+            f"{name}= a loader of all of it, without a DistributedSampler."
         )
 
 

@@ -301,6 +301,12 @@ def shared(function: F) -> F:
     return among_all  # type: ignore[return-value]
 
 
+def number_in_group() -> int:
+    """Return how many processes the initialised group has; 1 where `alone` says so, or there is none."""
+    has_group = dist.is_available() and dist.is_initialized() and not _is_alone.get()
+    return dist.get_world_size() if has_group else 1
+
+
 def wait_for_all(seconds: float) -> None:
     """Wait until all processes of the group come here, or one of them has ended, or for so many seconds."""
     if dist.is_initialized() and dist.get_world_size() > 1:

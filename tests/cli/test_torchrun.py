@@ -6,31 +6,27 @@ import signal
 import subprocess
 import sys
 import time
+from pathlib import Path
 
 import pytest
 
 from modeconn import Connection
 
+PAGE = (Path(__file__).parents[2] / "docs" / "processes.md").read_text(encoding="utf-8")
+COMMANDS = [line for line in PAGE.splitlines() if line.startswith("torchrun ")]
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "modeconn"]
 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
-    """Return a folder with two networks and their connection, fitted by two processes."""
+    """Return a folder with two networks and their connection, made by the commands of docs/processes.md."""
     place = tmp_path_factory.mktemp("torchrun")
-    for seed in (1, 2):
-        alone(
-            place,
-            "train",
-            f"{seed}.safetensors",
-            *"--data digits --model mlp --model-arg hidden=16,16".split(),
-            f"--seed={seed}",
-        )
-    done = torchrun(
-        place, "fit", "1.safetensors", "2.safetensors", *"--out c.safetensors --data digits --epochs 2".split()
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout.count("Wrote c.safetensors") == 1
+    for name, seed in (("a", 1), ("b", 2)):
+        how = f"--data digits --model mlp --model-arg hidden=16,16 --seed {seed}".split()
+        alone(place, "train", f"{name}.safetensors", *how)
+    for line in COMMANDS:
+        done = torchrun(place, *line.split(" -m modeconn ")[1].split())
+        assert done.returncode == 0 and done.stdout.count("Wrote curve") == 1, done.stderr
     return place
 
 
@@ -48,16 +44,14 @@ def said(text):
 
 
 def test_a_fit_says_how_many_processes_made_it(folder):
-    assert "2 processes" in alone(folder, "info", "c.safetensors").stdout
-    assert Connection.load(folder / "c.safetensors").history.num_processes == 2
+    assert "2 processes" in alone(folder, "info", "curve.safetensors").stdout
+    assert Connection.load(folder / "curve.safetensors").history.num_processes == 2
     assert not [path for path in folder.iterdir() if "checkpoint" in path.name or path.name.startswith(".")]
 
 
 def test_a_profile_is_that_of_one_process(folder):
-    done = torchrun(folder, *"evaluate c.safetensors --data digits --points 5 --out two.json".split())
-    assert done.returncode == 0 and done.stdout.count("Profile(") == 1
-    alone(folder, *"evaluate c.safetensors --data digits --points 5 --out one.json".split())
-    two, one = (json.loads((folder / name).read_text()) for name in ("two.json", "one.json"))
+    alone(folder, *"evaluate curve.safetensors --data digits --out one.json".split())
+    two, one = (json.loads((folder / name).read_text()) for name in ("curve.json", "one.json"))
     assert two["loss"] == one["loss"] and two["accuracy"] == one["accuracy"]
     assert two["made_by"]["processes"] == 2 and "processes" not in one["made_by"]
 
@@ -66,10 +60,10 @@ def test_a_profile_is_that_of_one_process(folder):
     ("command", "message"),
     [
         (
-            "fit 1.safetensors 2.safetensors --out d.safetensors --data digits --train-examples 40",
+            "fit a.safetensors b.safetensors --out d.safetensors --data digits --train-examples 40",
             "2 processes and fewer batches",
         ),
-        ("evaluate c.safetensors --data digits --points 3 --out nowhere/c.json", "cannot write 'nowhere/c.json'"),
+        ("evaluate curve.safetensors --data digits --points 3 --out nowhere/c.json", "cannot write 'nowhere/c.json'"),
     ],
 )
 def test_what_is_wrong_is_said_once(folder, command, message):
@@ -80,14 +74,9 @@ def test_what_is_wrong_is_said_once(folder, command, message):
     assert not (folder / "d.safetensors").exists()
 
 
-def test_a_wrong_option_is_said_once(folder):
-    done = torchrun(folder, "fit", "--nonsense")
-    assert done.returncode != 0 and done.stderr.count("No such option") == 1
-
-
 @pytest.mark.skipif(os.name == "nt", reason="signals of POSIX")
 def test_a_killed_process_ends_all_and_the_run_goes_on(folder):
-    command = "fit 1.safetensors 2.safetensors --out k.safetensors --data digits --epochs 100000".split()
+    command = "fit a.safetensors b.safetensors --out k.safetensors --data digits --epochs 100000".split()
     command += ["--checkpoint", "k.checkpoint"]
     running = subprocess.Popen(
         [*TORCHRUN, *command], cwd=folder, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True

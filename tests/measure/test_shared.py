@@ -151,7 +151,7 @@ def failing(outputs, targets):
 REFUSED = {
     "points": "processes differ: t is [0.0, 0.5, 1.0] in process 0 and [0.0, 0.333",
     "network": "processes differ: the digest of the control points is",
-    "sampler": "loader yields other examples in each of 2 processes, which share the networks",
+    "sampler": "loader yields other examples in each of 2 processes, and here all of them need",
     "recalibrate": "recalibrate yields other examples in each of 2 processes",
     "metric": "process 1 of 2 failed: ValueError: metric 'failing' cannot compare",
 }
