@@ -16,11 +16,13 @@ from modeconn.curves.loss import CurveLoss, straight
 from modeconn.curves.step import CurveStep
 from modeconn.learning.checkpoint import RunFile, State, moved_tensors
 from modeconn.learning.history import History
-from modeconn.network.batches import batches
+from modeconn.network.batches import batches, to_device
 from modeconn.network.loss import TrainingData
+from modeconn.network.shares import is_shared_out
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, number_of
+from modeconn.tools.processes import joined
 from modeconn.tools.rng import seeded
 
 _SUFFICIENT = 1e-4  # the share of the linear decrease that a step must reach (Armijo)
@@ -65,6 +67,9 @@ class Descent:
         self._points, self._curve = step.control_points, step.curve
         with seeded(int(np.random.SeedSequence([seed, 3]).generate_state(1)[0]), self._points.device):
             data = list(batches(training.loader, self._points.device))
+        if is_shared_out(training.loader, sharded=training.sharded):
+            parts = joined().each(lambda: data)
+            data = [to_device(batch, self._points.device) for part in parts for batch in part]
         grid = torch.linspace(0, 1, pam.num_points, dtype=torch.float64).tolist()
         sample = [(t, batch) for t in grid for batch in data]
         self._loss = CurveLoss(step.workspace, self._curve, self._points[0], objective_of(training), sample)

@@ -22,12 +22,14 @@ from modeconn.learning.history import History
 from modeconn.network.batches import batches
 from modeconn.network.loss import Forward, TrainingData, loss_alone, supervised
 from modeconn.network.recipe import Recipe
+from modeconn.network.shares import is_shared_out
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Orthogonal, Permutation, Relabelling
 from modeconn.tools.callbacks import Callbacks, MoveEnd, RunBegin
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 from modeconn.tools.door import check_settings
+from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
 
@@ -290,8 +292,14 @@ class Refinement:
         """Take a turn if one is due and was not taken before the run was interrupted."""
         if epoch in self._starts and all(turn["epoch"] != epoch for turn in self.turns):
             device, number = self._step.control_points.device, len(self.turns)
-            loader, num_batches = self._training.loader, self._pam.num_batches
-            sample, is_part = draw_sample(loader, device, num_batches, seed=self._seed, turn=number)
+            training, num_batches = self._training, self._pam.num_batches
+
+            def draw() -> tuple[Sample, bool]:
+                return draw_sample(training.loader, device, num_batches, seed=self._seed, turn=number)
+
+            # All processes need the same sample: where each has examples of its own, that of the first.
+            has_own = is_shared_out(training.loader, sharded=training.sharded)
+            sample, is_part = joined().first(draw) if has_own else draw()
             self.turns.append(self._turn(epoch, sample, is_part))
             self.is_finished = is_finished(self._pam, self.turns)
             self._step.hold(self._pam.nu_curve)

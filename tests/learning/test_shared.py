@@ -309,10 +309,14 @@ def test_a_callback_of_any_process_ends_the_run(pool):
 # -- what comes before
 
 
-def aligned_fit(rank, refine):
-    made = modeconn.fit_curve(
-        *ends(), batches(), recipe=recipe("quadratic", 4), refine=PAM(iterations=2) if refine else None
-    )
+def aligned_fit(rank, refine, own_data=False, exact=False):
+    loader, settings = batches(), {}
+    if own_data:
+        mine = slice(rank, None, torch.distributed.get_world_size())
+        loader = DataLoader(TensorDataset(loader.inputs[mine], loader.targets[mine]), batch_size=8)
+        settings = {"sharded": True}
+    pam = PAM(iterations=2, exact=exact) if refine else None
+    made = modeconn.fit_curve(*ends(), loader, **settings, recipe=recipe("quadratic", 4), refine=pam)
     relabelling = made.permutation.tensors()
     return made.control_points, [tensor.tolist() for tensor in relabelling.values()], made.history.turns
 
@@ -328,6 +332,12 @@ def test_all_processes_relabel_alike(pool, refine):
         assert first["loss_before"] == pytest.approx(before["loss_before"], rel=1e-12)
     else:
         assert found[0][1] == alone[1]
+
+
+@pytest.mark.parametrize("exact", [False, True])
+def test_all_processes_refine_alike_on_data_of_their_own(pool, exact):
+    found = pool.run(2, aligned_fit, True, True, exact)
+    assert torch.equal(found[0][0], found[1][0]) and found[0][1:] == found[1][1:]
 
 
 def exact_fit(rank):
