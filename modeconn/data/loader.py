@@ -13,6 +13,7 @@ from torch import Tensor
 from modeconn.data.augment import Augmentation
 from modeconn.data.share import Share
 from modeconn.tools.door import check_settings, looked_at
+from modeconn.tools.fingerprint import digest
 
 _CHUNK = 4096
 
@@ -111,6 +112,10 @@ class TensorLoader:
     def draws_each_batch(self) -> bool:
         """Whether making a batch draws random numbers."""
         return bool(self.augment)
+
+    def digest(self) -> str:
+        """Return a hash of the data, by which processes see whether they have the same."""
+        return digest([self.inputs, self.targets])
 
     def share(self, number: int, count: int) -> Share:
         """Return every ``count``-th batch, from batch ``number`` on: what one of several processes reads."""

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from modeconn.data.share import Share
 from modeconn.tools.door import check_settings, checked, looked_at
+from modeconn.tools.fingerprint import digest
 
 
 @dataclass(eq=False, repr=False)
@@ -106,6 +107,10 @@ class TextLoader:
     def draws_each_batch(self) -> bool:
         """Whether making a batch draws random numbers: it does not."""
         return False
+
+    def digest(self) -> str:
+        """Return a hash of the data, by which processes see whether they have the same."""
+        return digest([self.tokens])
 
     def share(self, number: int, count: int) -> Share:
         """Return every ``count``-th batch, from batch ``number`` on: what one of several processes reads."""

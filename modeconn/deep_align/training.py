@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import logging
 from collections.abc import Iterable, Mapping
+from functools import partial
 from math import inf, isfinite
 from typing import Any
 
@@ -26,7 +27,7 @@ from modeconn.network.batches import check_loader, inputs_and_targets, run, to_d
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, checked, main_output, of_many
 from modeconn.network.recipe import one_cycle
-from modeconn.network.shares import share_of
+from modeconn.network.shares import is_shared_out, share_of
 from modeconn.network.vectorised import over_networks
 from modeconn.network.weights import named_places
 from modeconn.symmetry.explore import example_for
@@ -79,9 +80,9 @@ class EncoderTraining:
             share = share_of(loader, self._them, sharded=sharded)
         self.batches = None if not settings.connectivity else BatchStream(share, states.device)
         if settings.connectivity:
-            self.sample = list(
-                calibration_batches(loader, states.device, limit=_VALIDATION_EXAMPLES, seed=settings.seed)
-            )
+            read = partial(calibration_batches, loader, states.device, limit=_VALIDATION_EXAMPLES, seed=settings.seed)
+            has_own = is_shared_out(loader, sharded=sharded)  # but all have to choose the same step
+            self.sample = to_device(self._them.first(read), states.device) if has_own else list(read())
             self.network.check_targets(*to_device(check_loader(loader), states.device))
         if settings.augmentation.rescale:
             self._check_rescaling(example_for(network.model, example))
@@ -144,9 +145,17 @@ class EncoderTraining:
 
     def _step(self, optimizer: torch.optim.Optimizer, step: int) -> None:
         optimizer.zero_grad()
-        found = self._them.numbers(lambda: self._differentiate(step))
-        if self._gradient is not None:
-            self._gradient.average(torch.ones(self._them.size))
+        losses: list[float] = []
+
+        def differentiate() -> tuple[float, bool]:
+            losses[:] = self._differentiate(step)
+            return 1.0, True
+
+        if self._gradient is None:
+            differentiate()
+        else:
+            self._gradient.average(differentiate)
+        found = self._them.numbers(lambda: losses)
         nn.utils.clip_grad_norm_(self.encoder.parameters(), _CLIP)
         optimizer.step()
         for values, mean in zip(self.history.values(), found.mean(0).tolist(), strict=False):

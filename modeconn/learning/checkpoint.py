@@ -31,6 +31,8 @@ ALIGNER = "checkpoint of DeepAlign.fit"
 """The kinds of runs that save themselves."""
 
 _FORMAT = 2
+_OF_DATA = ("the first batch of loader", "the number of batches of loader")
+"""What files say of the data of a run, under these names."""
 _PROCESSES = "processes"
 """Where a file holds what each process has of its own, but for the first."""
 
@@ -156,9 +158,13 @@ class RunFile(contextlib.AbstractContextManager["RunFile"]):
         with files.opened(checkpoint.path, self._kind) as self.saved:
             _, about = self.saved
             _check_settings(checkpoint.path, {"format": about.get("format")}, {"format": _FORMAT})
-            _check_settings(checkpoint.path, about["settings"], self._about["settings"])
+            saved, own = about["settings"], self._about["settings"]
+            knows_data = (_OF_DATA[0] in saved) == (_OF_DATA[0] in own)
+            if not knows_data:  # one of both runs read a share of data of which it did not know the whole
+                saved, own = ({k: v for k, v in one.items() if k not in _OF_DATA} for one in (saved, own))
+            _check_settings(checkpoint.path, saved, own)
             _warn_about_environment(about["environment"], environment(device))
-            if first != about["first"]:
+            if knows_data and first != about["first"]:
                 warn(
                     f"the first batch of loader is another one than when the run of {os.fspath(checkpoint.path)!r} "
                     f"began: other data, or an order that does not follow from torch's random state. The run goes on "
@@ -314,9 +320,9 @@ def _identified(loader: Any, device: torch.device) -> tuple[dict[str, Any], int 
         with seeded(0, device):
             first = first_batch(loader)
         sums.add(checksum(first))
-    found = {"the first batch of loader": described(first)}
+    found = {_OF_DATA[0]: described(first)}
     with contextlib.suppress(TypeError):
-        found["the number of batches of loader"] = len(loader)
+        found[_OF_DATA[1]] = len(loader)
     return found, sums.pop() if len(sums) == 1 else None
 
 

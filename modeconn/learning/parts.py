@@ -12,6 +12,7 @@ from torch import Tensor
 
 from modeconn.learning.checkpoint import State
 from modeconn.network.batches import endless_batches
+from modeconn.network.shares import numbered_passes
 from modeconn.tools.rng import rng_state, set_rng_state
 
 
@@ -68,7 +69,7 @@ class BatchStream:
 
     def __init__(self, loader: Iterable[Any], device: torch.device) -> None:
         self._device, self._random = device, rng_state(device)
-        self._batches, self._count = endless_batches(loader, device), 0
+        self._batches, self._count = endless_batches(numbered_passes(loader), device), 0
 
     def __next__(self) -> Any:
         outside = rng_state(self._device)

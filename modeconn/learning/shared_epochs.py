@@ -10,9 +10,10 @@ from torch import Tensor
 
 from modeconn.curves.step import BLOCK
 from modeconn.learning.epochs import Run
+from modeconn.learning.shared_gradient import share_in_mean
 from modeconn.network.batches import END
 from modeconn.network.shares import is_shared_out, share_of
-from modeconn.tools.processes import joined
+from modeconn.tools.processes import OtherProcessError, joined
 from modeconn.tools.rng import reseed, seed_of
 
 _UNREAD: Any = object()
@@ -99,12 +100,13 @@ class SharedRun(Run):
             saves = self._them.is_first and self._file.is_due(progress.batch + 1)
             return [counts, found["batch"] is not END, saves, self._interrupted]
 
-        counts, had_one, saves, interrupted, *_ = self._them.numbers(differentiate).unbind(1)
+        def summed(numbers: Tensor) -> Tensor | None:
+            share = share_in_mean(numbers[:, 0], numbers[:, 1], self._them.rank)
+            return None if share is None else self._step.gradient.mul_(share)
+
+        _, had_one, saves, interrupted, *_ = self._them.numbers(differentiate, summed).unbind(1)
         if not had_one.any():
             return END, None
-        total = float(counts.sum())
-        self._step.gradient.mul_(float(counts[self._them.rank]) / total if total else 1.0 / self._them.size)
-        self._them.add(self._step.gradient)
         self._recipe.set_learning_rate(self._step.optimizer, progress.fractional_epoch)
         self._step.update()
         if "loss" in found:
@@ -118,8 +120,23 @@ class SharedRun(Run):
         return [numbers for part in parts for numbers in part]
 
     def _tell_of_epoch(self) -> None:
-        super()._tell_of_epoch()
-        self._progress.is_stopped = any(self._them.each(lambda: self._progress.is_stopped))
+        failed: list[BaseException] = []
+
+        def tell() -> tuple[bool, str | None]:
+            try:
+                Run._tell_of_epoch(self)
+            except BaseException as error:
+                failed.append(error)
+            return self._progress.is_stopped, repr(failed[0]) if failed else None
+
+        # Whatever happens in one process, all save the run after this.
+        answers = self._them.each(tell)
+        self._progress.is_stopped = any(is_stopped for is_stopped, _ in answers)
+        if failed:
+            raise failed[0]
+        for rank, (_, why) in enumerate(answers):
+            if why is not None:
+                raise OtherProcessError(f"process {rank} of {self._them.size} failed: {why}")
 
     def _catch_up(self, iterator: Iterator[Any]) -> bool:
         return all(self._them.each(lambda: Run._catch_up(self, iterator)))

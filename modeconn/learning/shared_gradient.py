@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 
 import torch
 from torch import Tensor
@@ -31,18 +31,50 @@ class SharedGradient:
         self._views = [view.view(p.shape) for view, p in zip(views, self._parameters, strict=True)]
 
     @torch.no_grad()
-    def average(self, counts: Tensor) -> None:
-        """Replace the gradients, right after an exchange in which no process failed.
+    def average(self, work: Callable[[], tuple[float, bool]]) -> bool:
+        """Do ``work`` in every process, which brings gradients to the parameters; replace them by their mean.
 
         Args:
-            counts: What the batch of each process counts, ``(N,)`` on the CPU; 0 for one that had none.
+            work: Returns what the batch of this process counts, and whether it had one.
+
+        Returns:
+            Whether any process had a batch.
         """
-        total = float(counts.sum())
-        share = float(counts[self._them.rank]) / total if total else 1.0 / self._them.size
-        for place, (parameter, view) in enumerate(zip(self._parameters, self._views, strict=True)):
-            has_one = parameter.grad is not None
-            self._has_one[place] = float(has_one)
-            torch.mul(parameter.grad, share, out=view) if has_one else view.zero_()
-        self._them.add(self._flat)
+
+        def summed(numbers: Tensor) -> Tensor | None:
+            share = share_in_mean(numbers[:, 0], numbers[:, 1], self._them.rank)
+            if share is None:
+                return None
+            for place, (parameter, view) in enumerate(zip(self._parameters, self._views, strict=True)):
+                gradient = parameter.grad
+                self._has_one[place] = float(gradient is not None)
+                if gradient is None:
+                    view.zero_()
+                else:
+                    torch.mul(gradient.to_dense() if gradient.is_sparse else gradient, share, out=view)
+            return self._flat
+
+        def counted() -> tuple[float, bool]:
+            with torch.enable_grad():
+                return work()
+
+        if not self._them.numbers(counted, summed)[:, 1].any():
+            return False
         for parameter, view, has_one in zip(self._parameters, self._views, self._has_one.tolist(), strict=True):
             parameter.grad = view.to(parameter.dtype) if has_one else None
+        return True
+
+
+def share_in_mean(counts: Tensor, had_one: Tensor, rank: int) -> float | None:
+    """Return the share of a process's gradient in the mean of all, None if no process has one.
+
+    Args:
+        counts: What the batch of each process counts, ``(N,)``; 0 for one that had none. Where nothing counts in any,
+            those that had a batch are alike: what is left of their gradients, such as a penalty, is the mean.
+        had_one: Whether each process had a batch, ``(N,)``.
+        rank: Which process.
+    """
+    if not had_one.any():
+        return None
+    weights = counts if counts.any() else had_one
+    return float(weights[rank] / weights.sum())

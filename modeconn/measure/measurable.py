@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import replace
 from typing import Any, Literal, Protocol
 
 import torch
@@ -24,6 +25,7 @@ from modeconn.network.loss import Forward, LossFn, TrainingData
 from modeconn.network.shares import check_whole, facts_of
 from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.door import checked
+from modeconn.tools.fingerprint import identify
 from modeconn.tools.processes import joined, shared
 from modeconn.tools.rng import seeded
 
@@ -104,7 +106,18 @@ class Measurable:
                 or computes more than one number.
         """
         positions, named = chosen_positions(t, num_points), as_metrics(metrics)
-        self._check_alike(loader, recalibrate, positions)
+        self._check_alike(
+            loader,
+            recalibrate,
+            {
+                "t": positions,
+                "recalibration_examples": recalibration_examples,
+                "repair": repair,
+                "loss_fn": loss_fn,
+                "forward": forward,
+                "metrics": named,
+            },
+        )
         told = Callbacks(callbacks, self.device)
         if forward is None and loss_fn is None:
             forward = self.training.forward
@@ -168,7 +181,20 @@ class Measurable:
             FloatingPointError: If an attack returns NaN.
         """
         positions = chosen_positions(t, num_points)
-        self._check_alike(loader, recalibrate, positions)
+        self._check_alike(
+            loader,
+            recalibrate,
+            {
+                "t": positions,
+                "attacks": attacks,
+                "num_examples": num_examples,
+                "recalibration_examples": recalibration_examples,
+                "repair": repair,
+                "transfer": transfer,
+                "loss_fn": loss_fn,
+                "seed": seed,
+            },
+        )
         networks = self._path.networks(recalibrate, recalibration_examples, repair, None)
         return robustness_along(
             networks,
@@ -229,7 +255,21 @@ class Measurable:
             ValueError: If a setting is out of range, or training data is needed to recalibrate.
         """
         positions = chosen_positions(t, num_points)
-        self._check_alike(loader, recalibrate, positions)
+        self._check_alike(
+            loader,
+            recalibrate,
+            {
+                "t": positions,
+                "wrt": wrt,
+                "recalibration_examples": recalibration_examples,
+                "repair": repair,
+                "num_steps": num_steps,
+                "tolerance": tolerance,
+                "loss_fn": loss_fn,
+                "forward": forward,
+                "seed": seed,
+            },
+        )
         if forward is None and loss_fn is None:
             forward = self.training.forward
         networks = self._path.networks(recalibrate, recalibration_examples, repair, forward)
@@ -248,11 +288,23 @@ class Measurable:
             progress=progress,
         )
 
-    def _check_alike(self, loader: Iterable[Any], recalibrate: Any, positions: Sequence[float]) -> None:
-        """Raise a ValueError unless all processes that share the measuring measure the same."""
+    def _check_alike(self, loader: Iterable[Any], recalibrate: Any, settings: Mapping[str, Any]) -> None:
+        """Raise a ValueError unless all processes that share the measuring measure the same in the same way."""
         them = joined()
-        if them.size > 1:
-            check_whole(loader)
-            plain = None if isinstance(recalibrate, AdversarialExamples) else recalibrate
-            facts = facts_of(loader) | facts_of(plain, name="recalibrate")
-            them.agree({"t": positions, **self._path.facts(), **facts})
+        if them.size == 1:
+            return
+        check_whole(loader)
+        with seeded(0, self.device):
+            plain = recalibrate.loader if isinstance(recalibrate, AdversarialExamples) else recalibrate
+            facts = facts_of(loader, is_measured=True) | facts_of(plain, name="recalibrate", is_measured=True)
+            how = {
+                "loss_fn": settings.get("loss_fn") or self.training.loss_fn,
+                "adversary": _without_loader(recalibrate),
+            }
+            texts = {name: identify(value) for name, value in {**settings, **how}.items()}
+            them.agree({**texts, **self._path.facts(), **facts})
+
+
+def _without_loader(recalibrate: Any) -> Any:
+    """Return the adversary of what batch norm is recalibrated on, None for plain data."""
+    return replace(recalibrate, loader=()) if isinstance(recalibrate, AdversarialExamples) else None

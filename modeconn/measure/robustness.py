@@ -146,6 +146,8 @@ def robustness_along(
         trial = _Attacking(data, loss_fn, seed, known, networks)
         # Read before an attack changes its own settings.
         names = {row: identify(attack) for row, attack in [(CLEAN, None), *named.items()]}
+        if them.size > 1:
+            them.agree({"attacks": names, "seed": seed, "loss_fn and networks": trial.about, "data": trial.data_digest})
         rows: dict[str, list[_Measured]] = {row: [] for row in (CLEAN, *named)}
         bar = progress_bar(total=len(t) * len(rows) * len(data), show=progress, desc="robustness", unit="batch")
         arrived: dict[int, nn.Module] = {}
@@ -161,8 +163,8 @@ def robustness_along(
             return {row: record_key("robustness", name, network, trial.about) for row, name in names.items()}
 
         team, part = divmod(them.rank, members)
-        for start in range(0, len(t), teams):
-            place = start + team if team < teams else len(t)
+        for round_begin in range(0, len(t), teams):
+            place = round_begin + team if team < teams else len(t)
             about_places = them.each(functools.partial(arrive, place))
             here, model = about_places[them.rank], arrived.get(place)
             for row, attack in {CLEAN: None, **named}.items():

@@ -261,10 +261,8 @@ def _train(
                 found.append(value)
                 return count, True
 
-            counts, had_one, *_ = them.numbers(own).unbind(1)
-            if not had_one.any():
+            if not gradient.average(own):
                 return None
-            gradient.average(counts)
         scaler.step(optimizer)
         scaler.update()
         return found

@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from typing import Any, Protocol, runtime_checkable
 
 from torch.utils.data.distributed import DistributedSampler
 
-from modeconn.network.batches import checksum, described, first_batch, in_order
+from modeconn.network.batches import checksum, described, first_batch, in_order, tensors_of
+from modeconn.tools.fingerprint import digest
 from modeconn.tools.processes import Processes, number_in_group
 
 
@@ -87,12 +88,31 @@ def begin_epoch(loader: Any, epoch: int) -> None:
         sampler.set_epoch(epoch)
 
 
-def facts_of(loader: Any, *, sharded: bool = False, name: str = "loader") -> dict[str, Any]:
+def numbered_passes(loader: Any) -> Any:
+    """Return a loader whose passes are epochs to its DistributedSampler, if it has one."""
+    return loader if sampler_of(loader) is None else _Numbered(loader)
+
+
+class _Numbered:
+    def __init__(self, loader: Any) -> None:
+        self._loader, self._epoch = loader, 0
+
+    def __iter__(self) -> Iterator[Any]:
+        begin_epoch(self._loader, self._epoch)
+        self._epoch += 1
+        return iter(self._loader)
+
+
+def facts_of(loader: Any, *, sharded: bool = False, name: str = "loader", is_measured: bool = False) -> dict[str, Any]:
     """Return what has to be the same in all processes of a loader: of one that each reads a share of, all of it."""
     if loader is None:
         return {}
     if is_shared_out(loader, sharded=sharded):
         return {f"the first batch of {name}": _kind(first_batch(loader))}
+    if callable(whole := getattr(loader, "digest", None)):
+        return {f"the digest of {name}": whole()}
+    if is_measured:  # all of it, since each process takes other points of it
+        return {f"the digest of {name}": digest(tensor for batch in loader for tensor in tensors_of(batch))}
     first = first_batch(in_order(loader))  # which draws nothing
     return {f"the first batch of {name}": f"{described(first)}, CRC-32 {checksum(first):08x}"}
 

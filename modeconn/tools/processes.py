@@ -10,11 +10,15 @@ import contextlib
 import functools
 import os
 import pickle
+import signal
+import threading
+import time
+import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from contextvars import ContextVar
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -26,6 +30,8 @@ F = TypeVar("F", bound=Callable[..., Any])
 _PATIENCE = timedelta(minutes=5)
 """How long processes wait for the last of them to come to a call; they may have loaded data before it."""
 
+_MOMENT = 0.5
+
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WAY_OUT = (
     "Call it in every process with the same arguments, or `with modeconn.alone():` in those that are to work by "
@@ -36,8 +42,14 @@ _WAY_OUT = (
 _NUMBERS = 6
 """How many numbers an exchange carries."""
 
-_PLAIN, _OBJECT, _OF_FIRST, _FAILED = range(4)
-"""Kinds of messages."""
+_PLAIN, _OBJECT, _OF_FIRST, _FAILED, _HEARD = range(5)
+"""Kinds of messages; of a process that failed, and of one that fails because it was told of another."""
+
+_HEADER = 3
+"""How many numbers a message has before those it carries."""
+
+_LONG = timedelta(days=30)
+"""For how long processes wait for one that is alive: what it does alone, such as an alignment, may take long."""
 
 
 class OtherProcessError(Exception):
@@ -53,12 +65,15 @@ class Processes:
     Args:
         rank: Which one this is, from 0.
         size: How many there are.
-        control: The group in which they exchange objects, over gloo; None if there is one process.
+        control: The group in which they exchange messages, over gloo; None if there is one process.
+        meeting: The group in which they wait for each other, not as long.
     """
 
-    def __init__(self, rank: int = 0, size: int = 1, control: Any = None) -> None:
-        self.rank, self.size, self._control = rank, size, control
+    def __init__(self, rank: int = 0, size: int = 1, control: Any = None, meeting: Any = None) -> None:
+        self.rank, self.size, self._control, self._meeting = rank, size, control, meeting
         self._over: str | None = None  # why the call at work has failed, once that is known to all
+        self._num_exchanged = 0
+        self.verbs: list[str] = []  # that are at work, each inside of the one before
         self.speaker: int | None = None
 
     @property
@@ -83,8 +98,10 @@ class Processes:
             return [work()]
         with self._failing_is_told():
             mine = pickle.dumps(work())
-        lengths = self._headers(_OBJECT, len(mine))[:, 1]
-        return [pickle.loads(part) for part in self._padded(lengths, mine)]
+        with _uninterrupted():
+            lengths = self._headers(_OBJECT, len(mine))[:, 1]
+            parts = self._padded(lengths, mine)
+        return [pickle.loads(part) for part in parts]
 
     def first(self, work: Callable[[], T]) -> T:
         """Do ``work`` in the first process alone; return what it returned in all of them.
@@ -96,27 +113,43 @@ class Processes:
             return work()
         with self._failing_is_told(), alone():
             mine = pickle.dumps(work()) if self.is_first else b""
-        size = int(self._headers(_OF_FIRST, len(mine))[0, 1])
-        buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
-        if self.is_first:
-            buffer.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
-        with self._lost_is_told():
-            dist.broadcast(buffer, src=0, group=self._control)
+        with _uninterrupted():
+            size = int(self._headers(_OF_FIRST, len(mine))[0, 1])
+            buffer = torch.empty(size, dtype=torch.uint8, device="cpu")
+            if self.is_first:
+                buffer.copy_(torch.frombuffer(bytearray(mine), dtype=torch.uint8))
+            with self._lost_is_told():
+                dist.broadcast(buffer, src=0, group=self._control)
         return pickle.loads(buffer.numpy().tobytes())
 
-    def numbers(self, work: Callable[[], Sequence[float]]) -> Tensor:
+    def numbers(
+        self, work: Callable[[], Sequence[float]], summed: Callable[[Tensor], Tensor | None] | None = None
+    ) -> Tensor:
         """Do ``work`` in every process, which returns up to `_NUMBERS` numbers; return those of all.
 
         It is a single message, fit for every step of a run.
+
+        Args:
+            work: What may fail.
+            summed: Given the numbers of all, returns a contiguous tensor to be replaced by the sum of those of all
+                processes, the same bits in each; or None, in all of them alike.
 
         Returns:
             float64 ``(size, _NUMBERS)`` on the CPU.
         """
         if self.size == 1:
-            return torch.tensor([_filled(work())], dtype=torch.float64, device="cpu")
+            found = torch.tensor([_filled(work())], dtype=torch.float64, device="cpu")
+            if summed is not None:
+                summed(found)
+            return found
         with self._failing_is_told():
             mine = work()
-        return self._headers(_PLAIN, 0, mine)[:, 2:]
+        with _uninterrupted():
+            found = self._headers(_PLAIN, 0, mine)[:, _HEADER:]
+            tensor = None if summed is None else summed(found)
+            if tensor is not None:
+                self._add(tensor)
+        return found
 
     def sum(self, work: Callable[[], Tensor]) -> Tensor:
         """Do ``work`` in every process, which returns a tensor; return the sum of all, the same bits in each.
@@ -127,15 +160,14 @@ class Processes:
             return work()
         with self._failing_is_told():
             mine = work().contiguous()
-        self._headers(_PLAIN, 0)
-        self.add(mine)
+        with _uninterrupted():
+            self._headers(_PLAIN, 0)
+            self._add(mine)
         return mine
 
-    def add(self, tensor: Tensor) -> None:
-        """Replace a tensor by the sum of those of all processes, right after an exchange in which none failed."""
-        if self.size > 1:
-            with self._lost_is_told():
-                dist.all_reduce(tensor)
+    def _add(self, tensor: Tensor) -> None:
+        with self._lost_is_told():
+            dist.all_reduce(tensor, group=self._control if tensor.device.type == "cpu" else None)
 
     def agree(self, facts: Mapping[str, Any]) -> None:
         """Raise in all processes unless they state the same facts.
@@ -166,9 +198,9 @@ class Processes:
         """Tell the others of an error, once, in place of what they wait for."""
         if self.size == 1 or self._over is not None:
             return
-        with contextlib.suppress(OtherProcessError):  # which says that others failed too, or are gone
-            said = _said(error).encode()
-            self._headers(_FAILED, len(said), said=said)
+        said, kind = _said(error), _HEARD if isinstance(error, OtherProcessError) else _FAILED
+        with contextlib.suppress(OtherProcessError), _uninterrupted():  # it says that others failed too, or are gone
+            self._headers(kind, len(said) if kind == _FAILED else 0, said=said)
 
     @contextmanager
     def _failing_is_told(self) -> Iterator[None]:
@@ -179,13 +211,15 @@ class Processes:
             raise
 
     def _headers(self, kind: int, length: int, numbers: Sequence[float] = (), *, said: bytes = b"") -> Tensor:
-        """Exchange what every message begins with: its kind, the length of what follows, and a few numbers.
+        """Exchange what every message begins with: kind, length of what follows, where we are, and a few numbers.
 
-        So a process that fails is heard whatever the others wait for.
+        So a process that fails is heard whatever the others wait for, and no answers to different questions meet.
         """
         if self._over is not None:
             raise OtherProcessError(self._over)
-        mine = torch.tensor([kind, length, *_filled(numbers)], dtype=torch.float64, device="cpu")
+        self._num_exchanged += 1
+        place = zlib.crc32(repr((self.verbs, self._num_exchanged)).encode())
+        mine = torch.tensor([kind, length, place, *_filled(numbers)], dtype=torch.float64, device="cpu")
         found = [torch.empty_like(mine) for _ in range(self.size)]
         with self._lost_is_told():
             dist.all_gather(found, mine, group=self._control)
@@ -194,13 +228,18 @@ class Processes:
         if _FAILED in kinds:
             self.speaker = kinds.index(_FAILED)
             lengths = torch.where(headers[:, 0] == _FAILED, headers[:, 1], 0)
-            why = self._padded(lengths, said)[self.speaker].decode()
-            self._over = f"process {self.speaker} of {self.size} failed: {why}"
-            raise OtherProcessError(self._over)
-        if len(set(kinds)) > 1:
-            self._over = f"the processes are at different places of the call. {_WAY_OUT}"
-            raise OtherProcessError(self._over)
+            why = self._padded(lengths, said if kind == _FAILED else b"")[self.speaker].decode()
+            self._end(f"process {self.speaker} of {self.size} failed: {why}")
+        if _HEARD in kinds:
+            self._end("another process of the group failed.")
+        if len(set(kinds)) > 1 or len(set(headers[:, 2].tolist())) > 1:
+            self._end(f"the processes are at different places of their work. {_WAY_OUT}")
         return headers
+
+    def _end(self, why: str) -> NoReturn:
+        """Let the call at work be over in this process, as it is in all others."""
+        self._over = why
+        raise OtherProcessError(why)
 
     def _padded(self, lengths: Tensor, mine: bytes) -> list[bytes]:
         """Exchange bytes of these lengths."""
@@ -222,18 +261,28 @@ class Processes:
             self._over = (
                 "another process of the group ended, or its connection was lost, while this one waited for its part."
             )
+            if "imed out" in str(error):
+                self._over = "this process waited for the others longer than the timeout of the group allows."
             raise OtherProcessError(self._over) from error
 
     def _begin(self) -> None:
         """Wait for all processes to come to the call."""
         self._over = self.speaker = None
-        try:
-            dist.monitored_barrier(group=self._control, timeout=_PATIENCE, wait_all_ranks=True)
-        except RuntimeError as error:
-            raise OtherProcessError(
-                f"not all {self.size} processes of the group came to this call within {_PATIENCE.seconds // 60} "
-                f"minutes, or one of them has ended. {_WAY_OUT}"
-            ) from error
+        self._num_exchanged = 0
+        with _all_come():
+            dist.monitored_barrier(group=self._meeting, timeout=_PATIENCE, wait_all_ranks=True)
+
+
+@contextmanager
+def _all_come() -> Iterator[None]:
+    """Turn what torch raises when not all processes come to a call into one sentence."""
+    try:
+        yield
+    except RuntimeError as error:
+        raise OtherProcessError(
+            f"not all {dist.get_world_size()} processes of the group came to this call within "
+            f"{_PATIENCE.seconds // 60} minutes, or one of them has ended. {_WAY_OUT}"
+        ) from error
 
 
 _ONE = Processes()
@@ -258,10 +307,13 @@ def alone() -> Iterator[None]:
 
 
 @contextmanager
-def together() -> Iterator[Processes]:
+def together(verb: str = "") -> Iterator[Processes]:
     """Give the processes that share the work of the block: all come to it, and all leave it, or fail.
 
     Inside of another such block, its processes; this process alone where `alone` says so, or there is no group.
+
+    Args:
+        verb: What the block does, which has to be the same in all processes.
 
     Raises:
         RuntimeError: If a launcher started several processes, and none of them made a group.
@@ -271,13 +323,18 @@ def together() -> Iterator[Processes]:
         yield _ONE
         return
     if (outer := _joined.get()) is not None:
-        yield outer
+        outer.verbs.append(verb)
+        try:
+            yield outer
+        finally:
+            outer.verbs.pop()
         return
     them = _current()
     if them.size == 1:
         yield them
         return
     them._begin()
+    them.verbs[:] = [verb]
     token = _joined.set(them)
     try:
         yield them
@@ -295,7 +352,7 @@ def shared(function: F) -> F:
 
     @functools.wraps(function)
     def among_all(*args: Any, **kwargs: Any) -> Any:
-        with together():
+        with together(function.__qualname__):
             return function(*args, **kwargs)
 
     return among_all  # type: ignore[return-value]
@@ -311,7 +368,7 @@ def wait_for_all(seconds: float) -> None:
     """Wait until all processes of the group come here, or one of them has ended, or for so many seconds."""
     if dist.is_initialized() and dist.get_world_size() > 1:
         with contextlib.suppress(RuntimeError):
-            dist.monitored_barrier(group=_current()._control, timeout=timedelta(seconds=seconds))
+            dist.monitored_barrier(group=_current()._meeting, timeout=timedelta(seconds=seconds))
 
 
 @contextmanager
@@ -350,9 +407,10 @@ def _current() -> Processes:
         return _ONE
     world = dist.group.WORLD
     if not _group or _group[0][0] is not world:
-        is_gloo = dist.get_backend() == "gloo"
-        control = world if is_gloo else dist.new_group(backend="gloo")
-        _group[:] = [(world, Processes(dist.get_rank(), dist.get_world_size(), control))]
+        with _all_come():
+            meeting = dist.new_group(backend="gloo", timeout=_PATIENCE)
+        control = dist.new_group(backend="gloo", timeout=_LONG)
+        _group[:] = [(world, Processes(dist.get_rank(), dist.get_world_size(), control, meeting))]
     return _group[0][1]
 
 
@@ -385,7 +443,7 @@ def launched() -> Iterator[None]:
     if on_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_LONG)
     except (ValueError, RuntimeError, OSError) as error:
         lines = str(error).strip().splitlines()
         raise ValueError(
@@ -398,15 +456,38 @@ def launched() -> Iterator[None]:
     finally:
         _group.clear()
         dist.destroy_process_group()
+        time.sleep(_MOMENT)  # a process that ends at once may be aborted: threads of gloo are still at work
 
 
 def _filled(numbers: Sequence[float]) -> list[float]:
     return [*map(float, numbers), *[0.0] * (_NUMBERS - len(numbers))]
 
 
-def _said(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+def _said(error: BaseException) -> bytes:
+    """Return what a process says of its error: its class, and the first line of its text."""
+    try:
+        lines = str(error).strip().splitlines()
+    except Exception:
+        lines = []
+    text = f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
+    return text.encode("utf-8", "backslashreplace")
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C wait for the end of the block, in which all processes are in step."""
+    handler = signal.getsignal(signal.SIGINT)
+    if threading.current_thread() is not threading.main_thread() or not callable(handler):
+        yield
+        return
+    came: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *signalled: came.append(signalled))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, handler)
+        if came:
+            handler(*came[0])
 
 
 def _short(value: Any, length: int = 80) -> str:

@@ -2,20 +2,25 @@
 
 import pytest
 import torch
+from torch.utils.data import DataLoader, TensorDataset
 
 from modeconn import DeepAlign, models
 from modeconn.data import TensorLoader
 
 
-def fitted(rank, path=None, num_steps=6, connectivity=1.0):
+def fitted(rank, path=None, num_steps=6, connectivity=1.0, own_data=False):
     torch.manual_seed(0)
     loader = TensorLoader(torch.rand(64, 6), torch.arange(64) % 3, batch_size=8, shuffle=True)
+    if own_data:
+        mine = slice(rank, None, torch.distributed.get_world_size())
+        examples = TensorDataset(loader.inputs[mine], loader.targets[mine])
+        loader = DataLoader(examples, batch_size=8, shuffle=True)
     networks = [models.mlp(6, (8,), 3, seed=seed) for seed in range(6)]
     aligner = DeepAlign(
         features=4, edge_features=4, depth=1, num_steps=num_steps, validate_every=2, batch_size=2,
         connectivity=connectivity,
     )  # fmt: skip
-    made = aligner.fit(networks, loader if connectivity else None, checkpoint=path)
+    made = aligner.fit(networks, loader if connectivity else None, checkpoint=path, sharded=own_data)
     state = {name: tensor.clone() for name, tensor in made.fitted.encoder.state_dict().items()}
     return state, made.fitted.history, made.fitted.validation
 
@@ -27,6 +32,11 @@ def test_all_processes_end_with_one_encoder(pool):
     (alone,) = pool.run(1, fitted)
     assert alone[1] != losses  # of twice as many pairs
     assert alone[2][0] == validations[0]
+
+
+def test_all_processes_end_with_one_encoder_on_data_of_their_own(pool):
+    (state, *rest), (other, *others) = pool.run(2, fitted, None, 6, 1.0, True)
+    assert all(torch.equal(tensor, other[name]) for name, tensor in state.items()) and rest == others
 
 
 @pytest.mark.parametrize("connectivity", [0.0, 1.0])

@@ -11,6 +11,7 @@ import modeconn
 from modeconn import PAM, Bezier, PolyChain, Recipe
 from modeconn.curves.step import BLOCK, stratified_positions
 from modeconn.data import TensorLoader
+from modeconn.tools import files
 
 CASES = {
     "quadratic": (Bezier(2), torch.optim.SGD, {"lr": 0.05, "momentum": 0.9}),
@@ -385,12 +386,12 @@ def refused(rank, what):
 
 REFUSED = {
     "seed": (2, "processes differ: seed is 0 in process 0 and 1 in process 1"),
-    "data": (2, "processes differ: the first batch of loader is"),
+    "data": (2, "processes differ: the digest of loader is"),
     "network": (2, "processes differ: the digest of network b is"),
     "list": (2, "loader would yield the same batches in each of 2 processes. Give the DataLoader a "),
     "batches": (4, "there are 4 processes and fewer batches in an epoch"),
     "sampler": (2, "the DistributedSampler of loader is for process 0 of 3, and this is 0 of 2."),
-    "shape": (2, "processes differ: the first batch of loader is"),
+    "shape": (2, "processes differ: the digest of loader is"),
     "loss": (2, "the training loss became nan in epoch 0 at t="),
 }
 
@@ -401,3 +402,101 @@ def test_what_does_not_fit_together_is_refused_in_all_processes(pool, what):
     found = pool.outcomes(size, refused, what)
     assert any(str(one).startswith(said) for one in found), found
     assert {one.kind for one in found} <= {"ValueError", "OtherProcessError", "FloatingPointError"}
+
+
+class FailingAfterEpoch(modeconn.callbacks.Callback):
+    """Raises after the first epoch in process 1."""
+
+    def after_epoch(self, event):
+        if torch.distributed.get_rank() == 1:
+            raise KeyError("mine")
+
+
+def failing_after_an_epoch(rank, path):
+    return modeconn.fit_curve(
+        *ends(), batches(), align=False, recipe=recipe("quadratic", 3), callbacks=[FailingAfterEpoch()], checkpoint=path
+    )
+
+
+def test_a_callback_that_fails_in_one_process_loses_no_epoch(pool, tmp_path):
+    path = str(tmp_path / "run.safetensors")
+    first, second = pool.outcomes(2, failing_after_an_epoch, path)
+    assert (second.kind, first.kind) == ("KeyError", "OtherProcessError")
+    assert str(first) == "process 1 of 2 failed: KeyError('mine')"
+    assert files.read(path)[1]["progress"]["epoch"] == 1
+
+
+def evaluating_in_the_first(rank):
+    class Evaluating(modeconn.callbacks.Callback):
+        def after_epoch(self, event):
+            if rank == 0:
+                event.connection().evaluate(batches(), num_points=3)
+
+    return modeconn.fit_curve(*ends(), batches(), align=False, recipe=recipe("quadratic", 2), callbacks=[Evaluating()])
+
+
+def test_a_verb_that_one_process_calls_by_itself_is_told(pool):
+    for one in pool.outcomes(2, evaluating_in_the_first):
+        assert one.kind == "OtherProcessError" and "with modeconn.alone():" in str(one)
+
+
+def penalised(rank, epochs):
+    """Fit on three batches, of which only the second counts: in the second step, none, and process 1 has no batch."""
+    torch.manual_seed(0)
+    inputs, targets = torch.randn(20, 5, dtype=torch.float64), torch.zeros(20, dtype=torch.int64)
+    targets[8:16] = torch.arange(8) % 2 + 1
+    recipe = Recipe(epochs, partial(torch.optim.SGD, lr=0.1), schedule=modeconn.constant, weight_decay=0.1)
+    loss_fn = nn.CrossEntropyLoss(ignore_index=0)
+    loader = TensorLoader(inputs, targets, batch_size=8)
+    return modeconn.fit_curve(*ends(), loader, align=False, loss_fn=loss_fn, recipe=recipe).control_points
+
+
+def naive_penalty(epochs):
+    """Do the same with autograd: the penalty is that of the process that counts, or of the one that had a batch."""
+    models = ends()
+    vectors = [torch.cat([p.detach().reshape(-1) for p in model.parameters()]) for model in models]
+    torch.manual_seed(0)
+    inputs, curve = torch.randn(20, 5, dtype=torch.float64)[8:16], Bezier(2)
+    points = curve.initial_control_points(*vectors)
+    middle = points[1].clone()
+    for step in range(2 * epochs):
+        middle.requires_grad_()
+        t = stratified_positions(0, 0)[2 * step : 2 * step + 2]
+        theta = curve.basis(t)[1 - step % 2] @ torch.stack([points[0], middle, points[-1]])
+        loss = 0.05 * theta.square().sum()
+        if step % 2 == 0:
+            parts, place = {}, 0
+            for name, parameter in models[0].named_parameters():
+                parts[name] = theta[place : place + parameter.numel()].view_as(parameter)
+                place += parameter.numel()
+            outputs = torch.func.functional_call(models[0], parts, (inputs,))
+            loss = loss + nn.functional.cross_entropy(outputs, torch.arange(8) % 2 + 1)
+        (gradient,) = torch.autograd.grad(loss, middle)
+        middle = (middle - 0.1 * gradient).detach()
+    return middle
+
+
+def test_a_step_in_which_nothing_counts_decays_as_one_process_would(pool):
+    expected = naive_penalty(3)
+    assert all((points[1] - expected).abs().max() < 1e-12 for points in pool.run(2, penalised, 3))
+
+
+def fit_of_a_data_loader(rank, path, break_at=None):
+    loader = batches()
+    data = TensorDataset(loader.inputs, loader.targets)
+    shared = torch.distributed.get_world_size() > 1
+    sampler = DistributedSampler(data) if shared else None
+    reader = DataLoader(data, batch_size=8, sampler=sampler, shuffle=not shared)
+    breaking = [] if break_at is None else [Breaking(rank, 0, break_at)]
+    made = modeconn.fit_curve(
+        *ends(), reader, align=False, recipe=recipe("quadratic", 3), checkpoint=path, callbacks=breaking
+    )
+    return made.history
+
+
+@pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1)])
+def test_a_run_of_a_data_loader_goes_on_with_another_number_of_processes(pool, tmp_path, before, after):
+    path = str(tmp_path / "run.safetensors")
+    assert pool.outcomes(before, fit_of_a_data_loader, path, 13)[0].kind == "Broken"
+    for history in pool.run(after, fit_of_a_data_loader, path):
+        assert len(history.loss) == 3 and history.num_processes == after

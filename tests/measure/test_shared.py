@@ -87,6 +87,10 @@ def test_the_same_as_in_one_process(pool, size, measure):
             assert torch.equal(values_of(found)[name], values), name
 
 
+def test_seconds_are_those_of_the_measuring(pool):
+    assert 0 < pool.run(1, robust)[0].seconds < 100
+
+
 def test_transfer_is_the_same_as_in_one_process(pool):
     (expected,) = pool.run(1, robust, 3, True)
     for found in pool.run(2, robust, 3, True):
@@ -137,6 +141,22 @@ def refused(rank, what):
             settings["recalibrate"] = sharded
         else:
             loader = sharded
+    elif what == "later data" and rank == 1:
+        targets = loader.targets.clone()
+        targets[-1] = 0
+        loader = list(TensorLoader(loader.inputs, targets, batch_size=16))
+    elif what == "later data":
+        loader = list(loader)
+    elif what == "loss_fn" and rank == 1:
+        settings["loss_fn"] = nn.CrossEntropyLoss(label_smoothing=0.1)
+    elif what == "metrics":
+        settings["metrics"] = {"m": modeconn.metrics.disagreement("ab"[rank])}
+    elif what == "attacks":
+        return made.robustness(loader, PGD(0.1 * (1 + rank), 0.03, 3), num_points=3)
+    elif what == "wrt":
+        return made.curvature(loader, wrt=("weights", "inputs")[rank], num_points=3, num_steps=5)
+    elif what == "verbs":
+        return made.curvature(loader, num_points=3) if rank else made.evaluate(loader, num_points=3)
     elif what == "metric":
         settings["metrics"] = {"failing": failing}
     return made.evaluate(loader, **settings)
@@ -149,10 +169,16 @@ def failing(outputs, targets):
 
 
 REFUSED = {
-    "points": "processes differ: t is [0.0, 0.5, 1.0] in process 0 and [0.0, 0.333",
+    "points": "processes differ: t is list(0.0, 0.5, 1.0) in process 0 and list(0.0, 0.333",
     "network": "processes differ: the digest of the control points is",
     "sampler": "loader yields other examples in each of 2 processes, and here all of them need",
     "recalibrate": "recalibrate yields other examples in each of 2 processes",
+    "later data": "processes differ: the digest of loader is",
+    "loss_fn": "processes differ: loss_fn is",
+    "metrics": "processes differ: metrics is",
+    "attacks": "processes differ: attacks is",
+    "wrt": "processes differ: wrt is",
+    "verbs": "the processes are at different places of their work. Call it in every process",
     "metric": "process 1 of 2 failed: ValueError: metric 'failing' cannot compare",
 }
 
@@ -166,4 +192,4 @@ def test_processes_that_do_not_fit_together_are_refused(pool, what):
 
 def test_data_that_differ_in_length_are_refused(pool):
     found = pool.outcomes(2, refused, "data")
-    assert "on different data: on [60, 61] examples" in str(found[0])
+    assert str(found[0]).startswith("processes differ: the digest of loader is")

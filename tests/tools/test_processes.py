@@ -1,6 +1,7 @@
 """What several processes tell each other."""
 
 import os
+import signal
 import time
 
 import pytest
@@ -181,3 +182,51 @@ def test_one_process_exchanges_nothing():
         assert torch.equal(them.sum(lambda: torch.ones(2)), torch.ones(2))
         assert them.numbers(lambda: [3]).tolist() == [[3, 0, 0, 0, 0, 0]]
         them.agree({"seed": 1})
+
+
+class Mute(Exception):
+    """An error that cannot say what it is."""
+
+    def __str__(self):
+        raise ValueError
+
+
+def failing_with_any_text(rank):
+    with pytest.raises((OSError, processes.OtherProcessError)), processes.together() as them:
+        if rank == 1:
+            raise OSError("no file '\udce9.bin'")
+        them.each(lambda: 1)
+    told = None
+    try:
+        with processes.together() as them:
+            if rank == 1:
+                raise Mute
+            them.each(lambda: 1)
+    except processes.OtherProcessError as error:
+        told = str(error)
+    except Mute:
+        pass
+    return told
+
+
+def test_an_error_is_told_whatever_its_text(pool):
+    assert pool.run(2, failing_with_any_text) == ["process 1 of 2 failed: Mute", None]
+
+
+def interrupted(rank):
+    with processes.together() as them:
+        came = []
+        before = signal.signal(signal.SIGINT, lambda *_: came.append(them.each(lambda: "heard")))
+        try:
+            with processes._uninterrupted():
+                os.kill(os.getpid(), signal.SIGINT)
+                time.sleep(0.05)
+                assert not came
+            assert came == [["heard", "heard"]]
+        finally:
+            signal.signal(signal.SIGINT, before)
+        return them.each(lambda: rank)
+
+
+def test_ctrl_c_waits_for_the_end_of_an_exchange(pool):
+    assert pool.run(2, interrupted) == [[0, 1]] * 2
