@@ -88,9 +88,10 @@ def measure(rank: int, count: int, place: str, folder: str) -> None:
                     step.differentiate(batch, weights, forward)
                     return [BATCH, 1.0]
 
-                counts = them.numbers(differentiate)[:, 0]
-                step.gradient.mul_(float(counts[them.rank] / counts.sum()))
-                them.add(step.gradient)
+                def summed(numbers: torch.Tensor) -> torch.Tensor:
+                    return step.gradient.mul_(float(numbers[them.rank, 0] / numbers[:, 0].sum()))
+
+                them.numbers(differentiate, summed)
                 step.update()
 
             found[f"step {width}"] = median(whole)
@@ -100,7 +101,7 @@ def measure(rank: int, count: int, place: str, folder: str) -> None:
         found["numbers"] = median(lambda: them.numbers(lambda: [1.0]), 200)
         for size in (SMALL, LARGE):
             buffer = torch.zeros(size)
-            found[f"sum {size}"] = median(lambda buffer=buffer: them.add(buffer))
+            found[f"sum {size}"] = median(lambda buffer=buffer: them.sum(lambda: buffer))
     if rank == 0:
         Path(folder, f"{count}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
@@ -109,7 +110,7 @@ def measure(rank: int, count: int, place: str, folder: str) -> None:
 def parts_of(measured: dict[int, dict[str, float]]) -> dict[str, float]:
     """Return latency, hop and bandwidth, from two processes."""
     two = measured[2]
-    hop = two[f"sum {SMALL}"] / 2
+    hop = max(two[f"sum {SMALL}"] - two["numbers"], 0.0) / 2
     seconds = two[f"sum {LARGE}"] - two[f"sum {SMALL}"]
     return {"latency": two["numbers"], "hop": hop, "bandwidth": 4 * (LARGE - SMALL) / seconds}
 
