@@ -74,7 +74,7 @@ class _Group(TyperGroup):
             sys.stdout = open(os.devnull, "w")  # until the process ends, which would write to it
             raise typer.Exit(_BROKEN_PIPE) from None
         except processes.OtherProcessError as error:
-            if them.is_first and them.speaker is None:  # otherwise the one that failed says it
+            if them.speaker is None and them.says_what_was_lost():  # otherwise the one that failed says it
                 say(f"error: {error}")
             raise typer.Exit(1) from None
         except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:

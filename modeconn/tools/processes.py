@@ -86,6 +86,14 @@ class Processes:
         """Whether this is the process that reports an error: the first of those that had one."""
         return self.rank == (self.speaker or 0)
 
+    def says_what_was_lost(self) -> bool:
+        """Whether this process reports that another one is gone: the first of those left that asks."""
+        try:
+            store = dist.distributed_c10d._get_default_store()
+            return store.add("modeconn: who says that a process is gone", 1) == 1
+        except Exception:  # the first process held the store, and is the one that is gone
+            return self.rank == 1
+
     def each(self, work: Callable[[], T]) -> list[T]:
         """Do ``work`` in every process; return what each of them returned, in their order, in all.
 
