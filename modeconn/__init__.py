@@ -15,7 +15,7 @@ profile = connection.evaluate(test)                        # loss and accuracy a
 from modeconn.tools import program as _program  # noqa: F401, first: stopped while it imports, the program is silent
 
 # isort: split
-from modeconn import attacks, data, models, plot
+from modeconn import attacks, data, models, plot, tensor_files
 from modeconn._version import __version__
 from modeconn.attacks.pgd import PGD
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
@@ -68,7 +68,7 @@ from modeconn.symmetry import (
 from modeconn.tools.processes import alone
 
 __all__ = [  # in the order of the stages
-    "__version__", "alone", "plot", "data",
+    "__version__", "alone", "plot", "tensor_files", "data",
     "WeightSpace", "TrainingData", "cross_entropy", "Recipe", "constant", "piecewise_linear", "halving", "one_cycle",
     "AdversarialExamples", "repair", "Ensemble",
     "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Relabelling", "Permutation", "Orthogonal",

@@ -20,7 +20,7 @@ from typer.core import TyperGroup
 
 import modeconn
 from modeconn import Connection, Recipe, models, plot
-from modeconn.cli import deep_align, options, parse
+from modeconn.cli import deep_align, options, parse, tensor_files
 from modeconn.cli import demo as story
 from modeconn.cli.files import CORRELATIONS, describe_file, draw_files, is_network, made_by_of
 from modeconn.cli.options import (
@@ -103,6 +103,8 @@ app = typer.Typer(
     help="Connect independently trained neural networks by curves of low loss.\n\nBegin with: modeconn demo",
 )
 app.add_typer(deep_align.app, name="deepalign")
+app.command()(tensor_files.interpolate)
+app.command()(tensor_files.diff)
 
 
 _OPTIONS = {

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modeconn import Comparison, DeepAlign, PermutationSpec, Relabelling, plot
+from modeconn import Comparison, DeepAlign, PermutationSpec, Relabelling, plot, tensor_files
 from modeconn.learning.checkpoint import ALIGNER, FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
@@ -132,7 +132,9 @@ def _is_safetensors(begin: bytes, size: int) -> bool:
 
 def _read_safetensors(path: Path) -> _File:
     if not files.is_ours(path):
-        return _File("safetensors file of another program", _about_states(states_of_safetensors(path)))
+        made_by = tensor_files.made_by(path)
+        kind = "safetensors file of another program" if made_by is None else "tensors of a model"
+        return _File(kind, _about_states(states_of_safetensors(path)), made_by)
     with files.opened(path) as (tensors, about):
         kind, made_by = about["kind"], about.get(provenance.ATTRIBUTE)
         if kind not in _SAFETENSORS:

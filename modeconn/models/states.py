@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from modeconn.tools.door import shortened
+from modeconn.tools.files import dtype_named
 from modeconn.tools.warn import warn
 
 State = Mapping[str, Any]
@@ -97,16 +98,10 @@ def states_of_safetensors(path: Path) -> dict[str, State]:
         with safetensors.safe_open(path, framework="pt") as file:
             for name in file.keys():
                 part = file.get_slice(name)
-                found[name] = torch.empty(part.get_shape(), dtype=_dtype(part.get_dtype()), device="meta")
+                found[name] = torch.empty(part.get_shape(), dtype=dtype_named(part.get_dtype()), device="meta")
     except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError) as error:
         raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({shortened(error, 600)}).") from error
     return {"": found} if found else {}
-
-
-def _dtype(name: str) -> torch.dtype:
-    kinds = {"F": "float", "I": "int", "U": "uint", "C": "complex"}
-    known = {"BOOL": torch.bool, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
-    return known[name] if name in known else getattr(torch, kinds[name[0]] + name[1:])
 
 
 def materialised(path: Path, names: Mapping[str, str]) -> dict[str, Tensor]:

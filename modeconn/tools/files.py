@@ -106,6 +106,13 @@ def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise ValueError(f"{str(path)!r} is truncated or no safetensors file ({shortened(error, 600)}).") from error
 
 
+def dtype_named(name: str) -> torch.dtype:
+    """Return the type that safetensors files call so."""
+    kinds = {"F": "float", "I": "int", "U": "uint", "C": "complex"}
+    known = {"BOOL": torch.bool, "BF16": torch.bfloat16, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2}
+    return known[name] if name in known else getattr(torch, kinds[name[0]] + name[1:])
+
+
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Raise a ValueError for devices and pipes; folders and missing files are errors of whoever opens them."""
     path = Path(path)

@@ -31,13 +31,13 @@ _PATIENCE = timedelta(minutes=5)
 """How long processes wait for the last of them to come to a call; they may have loaded data before it."""
 
 _MOMENT = 0.5
+"""Seconds that a process of a launcher stays after the end of its group."""
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WAY_OUT = (
     "Call it in every process with the same arguments, or `with modeconn.alone():` in those that are to work by "
     "themselves."
 )
-
 
 _NUMBERS = 6
 """How many numbers an exchange carries."""
@@ -451,7 +451,7 @@ def launched() -> Iterator[None]:
     if on_gpus:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
     try:
-        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo", timeout=_LONG)
+        dist.init_process_group("cpu:gloo,cuda:nccl" if on_gpus else "gloo")
     except (ValueError, RuntimeError, OSError) as error:
         lines = str(error).strip().splitlines()
         raise ValueError(

@@ -1,0 +1,74 @@
+"""Compute with models in files, one tensor of each at a time."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from modeconn.tensor_files.reading import TensorFiles
+from modeconn.tensor_files.writing import SHARD_BYTES, write
+from modeconn.tools.door import checked
+from modeconn.tools.warn import warn
+
+
+@checked
+def interpolate(
+    a: str | os.PathLike[str],
+    b: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    t: float = 0.5,
+    shard_bytes: int = SHARD_BYTES,
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Write the network at a point of the straight line between two models in files, as they are.
+
+    Tensors of floating point are ``(1 - t) a + t b``, computed in single precision at least and written in the type of
+    a; all others are those of a, with a warning where b has others. No more is in memory than a shard and one tensor of
+    each model. Networks that were trained apart should be aligned first.
+
+    Args:
+        a: The model at t=0: a safetensors file, a folder of shards, or a state dict of ``torch.save``.
+        b: The model at t=1, of the same names and shapes.
+        out: A file that ends in ``.safetensors``, or a folder, which also gets a's configuration and tokenizer.
+        t: Position; outside of [0, 1] the line is extended.
+        shard_bytes: How large a shard of a folder may be.
+        overwrite: Whether to replace what ``out`` holds.
+        progress: Whether to show a progress bar.
+
+    Returns:
+        Where it was written.
+
+    Raises:
+        ValueError: If the models differ in names or shapes: all that differ are named; or a file is damaged.
+        OSError: If a file is missing, or ``out`` cannot be written or exists.
+    """
+    first, second = TensorFiles(a), TensorFiles(b)
+    first.check_like(second)
+    kept: list[str] = []
+
+    def make(name: str) -> Tensor:
+        x, y = first.read(name), second.read(name)
+        if not x.is_floating_point():
+            if not torch.equal(x, y):
+                kept.append(name)
+            return x
+        wide = torch.promote_types(x.dtype, torch.float32)
+        return torch.lerp(x.to(wide), y.to(wide), t).to(x.dtype)
+
+    written = write(
+        out,
+        first.entries,
+        make,
+        shard_bytes=shard_bytes,
+        beside=first.beside_weights(),
+        overwrite=overwrite,
+        progress=progress,
+    )
+    if kept:
+        warn(f"{len(kept)} tensors of whole numbers differ, such as {kept[0]!r}: those of a were written.")
+    return written

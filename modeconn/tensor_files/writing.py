@@ -1,0 +1,145 @@
+"""Write a model of any size: shard by shard, all or nothing."""
+
+from __future__ import annotations
+
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import safetensors.torch
+from torch import Tensor
+
+from modeconn.tensor_files.reading import Entry
+from modeconn.tools import provenance
+from modeconn.tools.progress import progress_bar
+
+SHARD_BYTES = 5 * 10**9
+
+
+def planned(entries: Mapping[str, Entry], shard_bytes: int) -> list[list[str]]:
+    """Return which tensors go into which shard: in their order, each shard at most so large if it holds several."""
+    shards: list[list[str]] = [[]]
+    size = 0
+    for name, entry in entries.items():
+        if shards[-1] and size + entry.num_bytes > shard_bytes:
+            shards.append([])
+            size = 0
+        shards[-1].append(name)
+        size += entry.num_bytes
+    return shards
+
+
+def write(
+    out: str | os.PathLike[str],
+    entries: Mapping[str, Entry],
+    make: Callable[[str], Tensor],
+    *,
+    shard_bytes: int = SHARD_BYTES,
+    beside: Iterable[Path] = (),
+    overwrite: bool = False,
+    progress: bool = False,
+) -> Path:
+    """Write tensors that are made one by one; no more than one shard of them is in memory.
+
+    Args:
+        out: A file that ends in ``.safetensors``, which takes all, or a folder, which gets shards and an index, or one
+            ``model.safetensors`` if that is small enough. It takes its name when everything is written.
+        entries: Names, shapes and types of what is made.
+        make: Returns the tensor of a name.
+        shard_bytes: How large a shard may be; a tensor that is larger has one of its own.
+        beside: Other files to copy into the folder.
+        overwrite: Whether to replace what ``out`` holds.
+        progress: Whether to show a progress bar.
+
+    Raises:
+        ValueError: If a setting makes no sense.
+        OSError: If ``out`` exists and is not to be overwritten, or cannot be written; then it is as it was.
+    """
+    target = Path(out)
+    if shard_bytes < 1:
+        raise ValueError(f"shard_bytes must be at least 1, got shard_bytes={shard_bytes}.")
+    if target.exists() and not overwrite:
+        raise FileExistsError(f"{str(target)!r} exists. Choose another name, or pass overwrite=True to replace it.")
+    is_file = target.suffix == ".safetensors"
+    shards = [list(entries)] if is_file else planned(entries, shard_bytes)
+    staged = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    bar = progress_bar(total=len(entries), show=progress, desc="write", unit="tensor")
+    try:
+        staged.mkdir()
+        with bar:
+            names = [_name(number, len(shards)) for number in range(len(shards))]
+            for file, members in zip(names, shards, strict=True):
+                _write_shard(staged / file, members, entries, make, bar.update)
+        for path in beside:
+            shutil.copyfile(path, staged / path.name)
+        if len(shards) > 1:
+            _write_index(staged / "model.safetensors.index.json", names, shards, entries)
+        _take_place(staged / names[0] if is_file else staged, target)
+    except OSError as error:
+        raise type(error)(
+            f"cannot write {str(target)!r} ({error.strerror or error}). Choose a place that can be written to."
+        ) from error
+    finally:
+        shutil.rmtree(staged, ignore_errors=True)
+    return target
+
+
+def _name(number: int, count: int) -> str:
+    return "model.safetensors" if count == 1 else f"model-{number + 1:05d}-of-{count:05d}.safetensors"
+
+
+def _write_shard(
+    path: Path,
+    names: Sequence[str],
+    entries: Mapping[str, Entry],
+    make: Callable[[str], Tensor],
+    done: Callable[[], Any],
+) -> None:
+    tensors = {}
+    for name in names:
+        tensor = make(name)
+        expected = entries[name]
+        if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
+            raise ValueError(
+                f"{name!r} became {tensor.dtype} of {tuple(tensor.shape)}, not {expected.dtype} of {expected.shape}."
+            )
+        tensors[name] = tensor.contiguous()
+        done()
+    about = provenance.now()
+    metadata = {"format": "pt"} | ({} if about is None else {provenance.ATTRIBUTE: json.dumps(about)})
+    try:
+        safetensors.torch.save_file(tensors, path, metadata)
+    except safetensors.SafetensorError as error:  # which is what a full disk becomes
+        raise OSError(str(error).splitlines()[0]) from error
+    _sync(path)
+
+
+def _write_index(path: Path, names: list[str], shards: list[list[str]], entries: Mapping[str, Entry]) -> None:
+    places = {name: file for file, members in zip(names, shards, strict=True) for name in members}
+    index = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())}, "weight_map": places}
+    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
+    _sync(path)
+
+
+def _take_place(staged: Path, target: Path) -> None:
+    """Give what was written its name; of a folder that is replaced, nothing is left if that succeeds."""
+    if not (target.is_dir() and staged.is_dir()):
+        os.replace(staged, target)
+        return
+    old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    os.rename(target, old)
+    try:
+        os.rename(staged, target)
+    except BaseException:
+        os.rename(old, target)
+        raise
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
