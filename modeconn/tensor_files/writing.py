@@ -15,6 +15,7 @@ from torch import Tensor
 
 from modeconn.tensor_files.reading import Entry
 from modeconn.tools import provenance
+from modeconn.tools.processes import writes
 from modeconn.tools.progress import progress_bar
 
 SHARD_BYTES = 5 * 10**9
@@ -62,6 +63,8 @@ def write(
     target = Path(out)
     if shard_bytes < 1:
         raise ValueError(f"shard_bytes must be at least 1, got shard_bytes={shard_bytes}.")
+    if not writes():  # of processes that share a command line, the first alone does
+        return target
     if target.exists() and not overwrite:
         raise FileExistsError(f"{str(target)!r} exists. Choose another name, or pass overwrite=True to replace it.")
     is_file = target.suffix == ".safetensors"
