@@ -102,7 +102,8 @@ class CurveLoss:
         """
         places = range(len(self)) if places is None else places
         # Row 0 is towards b, the others towards the bend: one tensor, so that processes exchange one.
-        towards, losses = theta_b.new_zeros((1 + len(bend), theta_b.numel())), []
+        dtype = torch.promote_types(theta_b.dtype, bend.dtype)  # a bend may be kept more precisely than networks
+        towards, losses = theta_b.new_zeros((1 + len(bend), theta_b.numel()), dtype=dtype), []
 
         def mine() -> Tensor:
             with torch.enable_grad(), self._quiet():
@@ -119,7 +120,7 @@ class CurveLoss:
 
         self._them.sum(mine)
         losses = self._them.in_order(self._them.each(lambda: losses))
-        return sum(losses) / len(places), towards[0], towards[1:]
+        return sum(losses) / len(places), towards[0].to(theta_b.dtype), towards[1:].to(bend.dtype)
 
     def __len__(self) -> int:
         """Return the number of places of the sample."""
