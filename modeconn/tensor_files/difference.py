@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import torch
+from torch import Tensor
 
 from modeconn.tensor_files.reading import TensorFiles
 from modeconn.tools import provenance
@@ -18,6 +19,7 @@ from modeconn.tools.progress import progress_bar
 from modeconn.tools.table import table
 
 _SHOWN = 10
+_CHUNK = 1 << 20  # entries that are compared at a time
 
 
 @dataclass(frozen=True, repr=False)
@@ -96,14 +98,24 @@ def difference(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress
     apart = {*missing, *mismatching}
     largest, relative = {}, {}
     for name in progress_bar([name for name in first.entries if name not in apart], show=progress, desc="compare"):
-        x, y = (files.read(name) for files in (first, second))
-        wide = torch.float64 if not x.is_complex() else torch.complex128
-        x, y = x.to(wide), y.to(wide)
-        gap = torch.where(x == y, torch.zeros((), dtype=wide), x - y).abs()  # infinite entries may be equal
-        gap = torch.where(x.isnan() & y.isnan(), torch.zeros((), dtype=gap.dtype), gap).nan_to_num(math.inf, math.inf)
-        largest[name] = float(gap.max()) if gap.numel() else 0.0
-        norm = float(x.norm())
-        share = float(gap.norm())
-        relative[name] = share / norm if norm else (math.inf if share else 0.0)
+        largest[name], relative[name] = _apart(first.read(name), second.read(name))
     shapes = {name: (first.entries[name].shape, second.entries[name].shape) for name in mismatching}
     return Difference(largest, relative, tuple(missing), tuple(unexpected), shapes)
+
+
+def _apart(x: Tensor, y: Tensor) -> tuple[float, float]:
+    """Return the largest difference of entries, and the norm of all as a share of that of ``x``."""
+    largest = squares = own = 0.0
+    wide = torch.complex128 if x.is_complex() else torch.float64
+    for ours, theirs in zip(x.reshape(-1).split(_CHUNK), y.reshape(-1).split(_CHUNK), strict=True):
+        if torch.equal(ours, theirs):
+            own += float(ours.to(wide).abs().square().sum())
+            continue
+        ours, theirs = ours.to(wide), theirs.to(wide)
+        alike = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinite entries may be equal
+        gap = (ours - theirs).abs().nan_to_num(math.inf, math.inf).masked_fill(alike, 0.0)
+        largest = max(largest, float(gap.max()))
+        squares += float(gap.square().sum())
+        own += float(ours.abs().square().sum())
+    share = math.sqrt(squares)
+    return largest, share / math.sqrt(own) if own else (math.inf if share else 0.0)

@@ -73,6 +73,7 @@ class TensorFiles:
         self.path = Path(path)
         check_regular(self.path)
         self._state: Mapping[str, Tensor] | None = None
+        self._begins: dict[str, int] = {}  # where in its file a tensor begins
         if self.path.is_dir():
             self.entries = self._of_folder()
         elif not self.path.exists():
@@ -108,11 +109,9 @@ class TensorFiles:
             return self._state[name].detach()
         file = self.entries[name].file
         try:
-            # Opened anew each time: pages of a file that stays mapped would count as memory of this process.
-            with safetensors.safe_open(file, framework="pt") as handle:
-                return handle.get_tensor(name).clone()
-        except (safetensors.SafetensorError, RuntimeError, ValueError, OSError) as error:
-            raise ValueError(f"{str(file)!r} is truncated or damaged ({shortened(error, 200)}).") from error
+            return _values(self.entries[name], self._begins[name])
+        except OSError as error:
+            raise ValueError(f"{str(file)!r} cannot be read any more ({shortened(error, 200)}).") from error
 
     def beside_weights(self) -> list[Path]:
         """Return the other files of a folder, such as its configuration and tokenizer; none of a single file."""
@@ -193,6 +192,7 @@ class TensorFiles:
                 for name in handle.keys():
                     part = handle.get_slice(name)
                     found[name] = Entry(tuple(part.get_shape()), dtype_named(part.get_dtype()), file)
+            self._begins |= _begins(file)
         except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError) as error:
             raise ValueError(f"{str(file)!r} is truncated or no safetensors file ({shortened(error, 200)}).") from error
         return found
@@ -213,6 +213,28 @@ class TensorFiles:
             )
         self._state = state
         return {name: Entry(tuple(tensor.shape), tensor.dtype, self.path) for name, tensor in state.items()}
+
+
+def _begins(file: Path) -> dict[str, int]:
+    """Return where in a safetensors file, which was looked at, each tensor begins."""
+    with file.open("rb") as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        header = json.loads(opened.read(length))
+    return {name: 8 + length + told["data_offsets"][0] for name, told in header.items() if name != "__metadata__"}
+
+
+def _values(entry: Entry, begin: int) -> Tensor:
+    """Read a tensor into memory of its own: pages of a mapped file would count as memory of this process."""
+    values = torch.empty(entry.num_bytes, dtype=torch.uint8, device="cpu")
+    with entry.file.open("rb", buffering=0) as file:
+        file.seek(begin)
+        view, done = memoryview(values.numpy()), 0
+        while done < entry.num_bytes:
+            count = file.readinto(view[done:])
+            if not count:
+                raise OSError("it ends too early")
+            done += count
+    return values.view(entry.dtype).reshape(entry.shape)
 
 
 def made_by(path: Path) -> dict[str, Any] | None:

@@ -8,13 +8,14 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import safetensors.torch
+import torch
 from torch import Tensor
 
 from modeconn.tensor_files.reading import Entry
 from modeconn.tools import provenance
+from modeconn.tools.files import name_of_dtype
 from modeconn.tools.processes import writes
 from modeconn.tools.progress import progress_bar
 
@@ -44,7 +45,7 @@ def write(
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
-    """Write tensors that are made one by one; no more than one shard of them is in memory.
+    """Write tensors that are made one by one, of which no more than one is in memory.
 
     Args:
         out: A file that ends in ``.safetensors``, which takes all, or a folder, which gets shards and an index, or one
@@ -102,30 +103,49 @@ def _write_shard(
     make: Callable[[str], Tensor],
     done: Callable[[], Any],
 ) -> None:
-    tensors = {}
-    for name in names:
-        tensor = make(name)
-        expected = entries[name]
-        if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
-            raise ValueError(
-                f"{name!r} became {tensor.dtype} of {tuple(tensor.shape)}, not {expected.dtype} of {expected.shape}."
-            )
-        tensors[name] = tensor.contiguous()
-        done()
+    """Write a safetensors file: the length of its header, the header, and the values of one tensor after the other.
+
+    The library of that name takes all tensors of a file at once, and copies them; here one is in memory at a time.
+    """
     about = provenance.now()
-    metadata = {"format": "pt"} | ({} if about is None else {provenance.ATTRIBUTE: json.dumps(about)})
-    try:
-        safetensors.torch.save_file(tensors, path, metadata)
-    except safetensors.SafetensorError as error:  # which is what a full disk becomes
-        raise OSError(str(error).splitlines()[0]) from error
-    _sync(path)
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    if about is not None:
+        header["__metadata__"][provenance.ATTRIBUTE] = json.dumps(about)
+    end = 0
+    for name in names:
+        begin, end = end, end + entries[name].num_bytes
+        header[name] = {
+            "dtype": name_of_dtype(entries[name].dtype),
+            "shape": list(entries[name].shape),
+            "data_offsets": [begin, end],
+        }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    text += b" " * (-len(text) % 8)  # so that values are aligned
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for name in names:
+            _write_values(file, name, make(name), entries[name])
+            done()
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _write_values(file: IO[bytes], name: str, tensor: Tensor, expected: Entry) -> None:
+    if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
+        raise ValueError(
+            f"{name!r} became {tensor.dtype} of {tuple(tensor.shape)}, not {expected.dtype} of {expected.shape}."
+        )
+    if tensor.numel():
+        file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
 def _write_index(path: Path, names: list[str], shards: list[list[str]], entries: Mapping[str, Entry]) -> None:
     places = {name: file for file, members in zip(names, shards, strict=True) for name in members}
     index = {"metadata": {"total_size": sum(entry.num_bytes for entry in entries.values())}, "weight_map": places}
-    path.write_text(json.dumps(index, indent=2) + "\n", encoding="utf-8")
-    _sync(path)
+    with path.open("w", encoding="utf-8") as file:
+        file.write(json.dumps(index, indent=2) + "\n")
+        file.flush()
+        os.fsync(file.fileno())
 
 
 def _take_place(staged: Path, target: Path) -> None:
@@ -141,8 +161,3 @@ def _take_place(staged: Path, target: Path) -> None:
         os.rename(old, target)
         raise
     shutil.rmtree(old, ignore_errors=True)
-
-
-def _sync(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())

@@ -113,6 +113,16 @@ def dtype_named(name: str) -> torch.dtype:
     return known[name] if name in known else getattr(torch, kinds[name[0]] + name[1:])
 
 
+def name_of_dtype(dtype: torch.dtype) -> str:
+    """Return what safetensors files call a type; inverts `dtype_named`."""
+    known = {torch.bool: "BOOL", torch.bfloat16: "BF16", torch.float8_e4m3fn: "F8_E4M3", torch.float8_e5m2: "F8_E5M2"}
+    if dtype in known:
+        return known[dtype]
+    text = str(dtype).removeprefix("torch.")
+    kind = text.rstrip("0123456789")
+    return {"float": "F", "int": "I", "uint": "U", "complex": "C"}[kind] + text[len(kind) :]
+
+
 def check_regular(path: str | os.PathLike[str]) -> None:
     """Raise a ValueError for devices and pipes; folders and missing files are errors of whoever opens them."""
     path = Path(path)
