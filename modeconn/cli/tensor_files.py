@@ -40,7 +40,7 @@ def interpolate(
 ) -> None:
     r"""Write the network at a point of the straight line between two models in files, as they are.
 
-    Files of any size: no more than a shard and one tensor of each model are in memory. A folder also gets a's
+    Files of any size: no more than three tensors are in memory. A folder also gets a's
     configuration and tokenizer. Networks that were trained apart should be aligned first.
 
     For example:

@@ -30,8 +30,8 @@ def interpolate(
     """Write the network at a point of the straight line between two models in files, as they are.
 
     Tensors of floating point are ``(1 - t) a + t b``, computed in single precision at least and written in the type of
-    a; all others are those of a, with a warning where b has others. No more is in memory than a tensor of each model and their
-    mean. Networks that were trained apart should be aligned first.
+    a; all others are those of a, with a warning where b has others. No more is in memory than a tensor of each model and
+    what becomes of both. Networks that were trained apart should be aligned first.
 
     Args:
         a: The model at t=0: a safetensors file, a folder of shards, or a state dict of ``torch.save``.
@@ -77,10 +77,8 @@ def interpolate(
 
 def _between(x: Tensor, y: Tensor, t: float) -> Tensor:
     """Return ``(1 - t) x + t y`` in the type of ``x``, computed in single precision at least, a part at a time."""
-    wide, found = (
-        torch.promote_types(x.dtype, torch.float32),
-        torch.empty_like(x, memory_format=torch.contiguous_format),
-    )
+    wide = torch.promote_types(x.dtype, torch.float32)
+    found = torch.empty_like(x, memory_format=torch.contiguous_format)
     parts = (tensor.reshape(-1).split(_CHUNK) for tensor in (found, x, y))
     for out, ours, theirs in zip(*parts, strict=True):
         out.copy_(torch.lerp(ours.to(wide), theirs.to(wide), t))
