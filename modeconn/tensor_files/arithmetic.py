@@ -30,8 +30,8 @@ def interpolate(
     """Write the network at a point of the straight line between two models in files, as they are.
 
     Tensors of floating point are ``(1 - t) a + t b``, computed in single precision at least and written in the type of
-    a; all others are those of a, with a warning where b has others. No more is in memory than a tensor of each model and
-    what becomes of both. Networks that were trained apart should be aligned first.
+    a; all others are those of a, with a warning where b has others. No more is in memory than a tensor of each model
+    and what becomes of both. Networks that were trained apart should be aligned first.
 
     Args:
         a: The model at t=0: a safetensors file, a folder of shards, or a state dict of ``torch.save``.
