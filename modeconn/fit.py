@@ -170,8 +170,9 @@ def fit_curve(
         how = align if file.saved is None else file.relabelling(model_b) or False
         known = Symmetry(spec, example_input, outputs, symmetries=symmetries, untie=untie)
         with bars(progress):
-            if them.size > 1 and file.saved is None:
-                how = _found_by_first(ends, data, how, known, refine)
+            if them.size > 1 and file.saved is None and finished(how) is None:  # the first finds it for all
+                find = partial(_relabel, ends, data, how, known, refine)
+                how = unpack(*them.first(lambda: pack(find()[0], MOVED)), MOVED) or False
             permutation, model_a, relabelled = _relabel(ends, data, how, known, refine)
         space = space if model_a is ends[0] else WeightSpace(model_a)  # an untied a has more tensors
         file.keep(permutation)
@@ -294,20 +295,6 @@ def _versions(checkpoint: Any) -> dict[str, Any]:
     """Return what else has to be the same in processes that share a fit."""
     file = checkpoint.path if isinstance(checkpoint, Checkpoint) else checkpoint
     return {**dict(provenance.versions()), "checkpoint": None if file is None else os.fspath(file)}
-
-
-def _found_by_first(
-    ends: tuple[nn.Module, nn.Module],
-    data: Opened | None,
-    align: bool | Relabelling | Alignment | Method,
-    known: Symmetry,
-    refine: PAM | None,
-) -> bool | Relabelling | Alignment | Method:
-    """Return how b is relabelled as the first of several processes finds it, for all of them."""
-    if finished(align) is not None:
-        return align
-    packed = joined().first(lambda: pack(_relabel(ends, data, align, known, refine)[0], MOVED))
-    return unpack(*packed, MOVED) or False
 
 
 def _relabel(
