@@ -93,6 +93,15 @@ def starting_permutation(
     given = finished(start)
     if given is None:
         given = start.match(spec, model_a, model_b, loader).permutation
+    return check_own(given, spec)
+
+
+def check_own(given: Relabelling, spec: PermutationSpec) -> Permutation | Orthogonal:
+    """Return a relabelling of these groups as one of this spec.
+
+    Raises:
+        ValueError: If it is of another spec, or a relabelling of another kind.
+    """
     if not isinstance(given, (Permutation, Orthogonal)):
         raise ValueError(
             f"start= is a {given.kind}, and this method moves whole units. Pass a permutation, or a method that finds "

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby
 from math import prod
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_tree
-from modeconn.matching.method import Match, Start, check_start, starting_permutation
+from modeconn.matching.method import Match, Start, check_own, check_start, finished, starting_permutation
+from modeconn.matching.pairs import InMemory, Pair, Read, labels_of, moving_names, without_ones
 from modeconn.network.weights import WeightSpace
-from modeconn.symmetry.kinds import ORTHOGONAL_ONES
 from modeconn.symmetry.spec import Group, Orthogonal, Permutation, PermutationSpec, nearest
 from modeconn.symmetry.structure import Labels, Perms, Structure
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
+from modeconn.tools.progress import passing_bar
 
 
 @dataclass(frozen=True)
@@ -79,8 +81,32 @@ class WeightMatching:
         space.check(model_b, name="b")
         spec.check_model(model_a)
         first = starting_permutation(self.start, spec, model_a, model_b, loader)
+        return self._descend(spec, InMemory(spec, *(_weights(spec, model) for model in (model_a, model_b))), first)
+
+    def match_weights(
+        self, spec: PermutationSpec, names: Sequence[str], a: Callable[[str], Tensor], b: Callable[[str], Tensor]
+    ) -> Match:
+        """Return the relabelling of b without any network in memory: one weight of each is, and the costs of a group.
+
+        Args:
+            spec: The groups.
+            names: The parameters, each tensor once.
+            a: Returns a parameter of a by its name, with gains folded where the spec asks for it; all are of one
+                precision, at least single.
+            b: The same for b.
+
+        Raises:
+            ValueError: If ``start`` is a method, which needs networks, or weights are not finite.
+        """
+        given = None if self.start is None else finished(self.start)
+        if self.start is not None and given is None:
+            raise ValueError("start= is a method, which needs networks in memory. Pass a relabelling, or none.")
+        first = spec.identity() if given is None else check_own(given, spec)
+        return self._descend(spec, Read(spec, moving_names(spec, names), a, b), first)
+
+    def _descend(self, spec: PermutationSpec, pair: Pair, first: Permutation | Orthogonal) -> Match:
         generator = torch.Generator().manual_seed(self.seed)
-        descent = _Descent(spec, model_a, model_b)
+        descent = _Descent(spec, pair)
         ends = []
         for number in range(self.num_starts):
             start = spec.random(generator) if number else first
@@ -92,31 +118,31 @@ class WeightMatching:
 
 
 class _Descent:
-    """Coordinate descent on a copy of b that always lies relabelled as found so far."""
+    """Coordinate descent on weights of b that always lie relabelled as found so far."""
 
-    def __init__(self, spec: PermutationSpec, model_a: nn.Module, model_b: nn.Module) -> None:
+    def __init__(self, spec: PermutationSpec, pair: Pair) -> None:
         self._spec = spec
-        self._without_ones = {group.atom for group in spec.groups if group.kind is ORTHOGONAL_ONES}
-        self._a, self._b = (_weights(spec, model) for model in (model_a, model_b))
-        self._moved = {name: torch.empty_like(weight) for name, weight in self._a.items()}
-        # By group: which unit of b lies at each place, numbered row-major; of groups that rotate, matrices.
+        self._pair = pair
+        self._without_ones = without_ones(spec)
         self._sources: dict[str, Tensor] = {}
-        self._trees = [_Tree(spec.structure, groups) for groups in spec.trees()]
+        self._trees = [_Tree(spec.structure, pair, groups) for groups in spec.trees()]
         self._neighbours: dict[_Tree, set[_Tree]] = {tree: set() for tree in self._trees}  # to match anew after a move
-        for piece in self._pieces():
+        self._begin(spec.identity())
+        for piece in self._all_pieces():
             sharing = [tree for tree in self._trees if tree.holds(piece)]
             for tree in sharing:
                 others = [other for other in sharing if other is not tree]
                 holds_twice = tree.add(piece, others)
                 self._neighbours[tree] |= set(sharing if holds_twice else others)
 
-    def _pieces(self) -> Iterator[_Piece]:
-        for name, weight in self._a.items():
-            three = (weight, self._b[name], self._moved[name])
-            parts = [self._spec.structure.pieces(x, self._spec.state[name]) for x in three]
-            for (a, labels), (given, _), (b, _) in zip(*parts, strict=True):
-                scale = self._size(a, labels) * self._size(given, labels)
-                yield _Piece(a, b, labels, scale)
+    def _all_pieces(self) -> Iterator[_Piece]:
+        for name in passing_bar(self._pair.names, desc="measure", unit="tensor"):
+            pieces = zip(self._pair.pieces(name), labels_of(self._spec, name), strict=True)
+            for number, ((a, b), labels) in enumerate(pieces):
+                scale = self._size(a, labels) * self._size(b, labels)
+                if not math.isfinite(scale) and not bool(a.isfinite().all() and b.isfinite().all()):
+                    raise ValueError(f"the weight '{name}' of a or b holds NaN or infinite entries.")
+                yield _Piece(name, number, labels, scale, torch.finfo(a.dtype).eps)
 
     def _size(self, piece: Tensor, labels: Labels) -> float:
         """Return the norm of what counts of a piece."""
@@ -133,6 +159,8 @@ class _Descent:
         An anchored run first turns the trees that weights of no other tree tell something of by these alone.
         """
         self._begin(start)
+        for tree in self._trees:
+            tree.begin()
         anchored = [tree for tree in self._trees if is_anchored and tree.is_anchored]
         for tree in anchored:
             tree.turn_by_anchors(self._sources)
@@ -142,13 +170,13 @@ class _Descent:
                     tree.improve(self._sources)
         for tree in anchored:  # now also by the weights whose other units are in their places
             tree.turn_by_anchors(self._sources, with_permuting=True)
-        history = [sum(_inner(a, self._moved[name]) for name, a in self._a.items())]
+        history = [sum(_inner(*self._pair.both(name)) for name in self._pair.names)]
         waiting = set(self._trees)
         for sweep in range(num_sweeps):
             order = torch.randperm(len(self._trees), generator=generator).tolist()
             if not sweep:  # what was turned by part of its weights waits until the rest are in place
                 order.sort(key=lambda number: self._trees[number] in anchored)
-            for number in order:
+            for number in passing_bar(order, desc=f"match, sweep {sweep + 1}", unit="group"):
                 tree = self._trees[number]
                 if tree not in waiting:
                     continue
@@ -162,30 +190,12 @@ class _Descent:
         return tuple(history)
 
     def _begin(self, start: Permutation | Orthogonal) -> None:
-        still, given = self._spec.identity().tensors(), start.tensors()
-        perms = {g.atom: given[g.name] for g in self._spec.groups if not given[g.name].equal(still[g.name])}
-        for name, weight in self._b.items():
-            self._moved[name].copy_(self._spec.structure.relabel(weight, self._spec.state[name], perms))
-            self._erase_means(name)
-        for tree in self._trees:
-            tree.begin()
+        given = start.tensors()
         self._sources = {
             g.name: given[g.name].clone() if g.rotates else start.sources(g.name).view(g.shape)
             for g in self._spec.groups
         }
-
-    def _erase_means(self, name: str) -> None:
-        """Take from b's weights what they hold along the vector of ones of a stream that layer norm reads.
-
-        Layer norm erases what writers add there, and gives nothing there to its readers: it has no part in the
-        function, and none in the match. Products with a's weights lose it by what b's have lost.
-        """
-        if not self._without_ones:
-            return
-        for piece, labels in self._spec.structure.pieces(self._moved[name], self._spec.state[name]):
-            for dim, (atom, _) in enumerate(labels):
-                if atom in self._without_ones:
-                    piece -= piece.mean(dim, keepdim=True)
+        self._pair.begin(self._sources)
 
     def relabelling(self) -> Permutation | Orthogonal:
         """Return the relabelling found so far."""
@@ -201,12 +211,30 @@ class _Descent:
 
 @dataclass(frozen=True)
 class _Piece:
-    """The same part of a weight in a and in b as it lies, a dimension per atom; ``scale`` bounds their product."""
+    """The same part of a weight in both networks, with a dimension per atom.
 
-    a: Tensor
-    b: Tensor
+    Args:
+        weight: The name of the weight.
+        number: Which of its pieces.
+        labels: The atoms.
+        scale: Bounds the product of both.
+        eps: Of the precision.
+    """
+
+    weight: str
+    number: int
     labels: Labels
     scale: float
+    eps: float
+
+
+@dataclass(frozen=True)
+class _Operand:
+    """A piece and the dimensions of it that hold a group's units, their parents' first."""
+
+    group: str
+    piece: _Piece
+    dims: tuple[int, ...]
 
 
 class _Tree:
@@ -217,14 +245,15 @@ class _Tree:
         rotates: Whether some of its groups rotate their units.
     """
 
-    def __init__(self, structure: Structure, groups: Sequence[Group]) -> None:
+    def __init__(self, structure: Structure, pair: Pair, groups: Sequence[Group]) -> None:
         self._structure = structure
+        self._pair = pair
         self._groups = {group.name: group for group in groups}
         self._names = {group.atom: group.name for group in groups}
         self._pieces: list[_Piece] = []
-        self._operands: list[tuple[str, Tensor, Tensor]] = []  # a's and b's part of a piece, units first
-        self._anchors: list[tuple[str, Tensor, Tensor]] = []  # those of them that no other tree moves
-        self._half_anchors: list[tuple[str, Tensor, Tensor]] = []  # those that other trees permute
+        self._operands: list[_Operand] = []
+        self._anchors: list[_Operand] = []  # those of them that no other tree moves
+        self._half_anchors: list[_Operand] = []  # those that other trees permute
         self.rotates = any(group.rotates for group in groups)
         self._step = math.inf  # how far the units were turned the last time
         self._patience = _PATIENCE  # how often they may still be turned by little, for no gain that can be seen
@@ -264,8 +293,7 @@ class _Tree:
         self._pieces.append(piece)
         chains = list(self._structure.unit_dims(piece.labels, self._names))
         for dims in chains:
-            name, front = self._names[piece.labels[dims[-1]][0]], list(range(len(dims)))
-            operand = (name, piece.a.movedim(dims, front), piece.b.movedim(dims, front))
+            operand = _Operand(self._names[piece.labels[dims[-1]][0]], piece, tuple(dims))
             self._operands.append(operand)
             self._bound += piece.scale
             if len(chains) == 1 and not others:
@@ -273,7 +301,7 @@ class _Tree:
             elif len(chains) == 1 and not any(tree.rotates for tree in others):
                 self._half_anchors.append(operand)
         self._quadratic |= len(chains) > 1
-        self._rounding += 4 * torch.finfo(piece.a.dtype).eps * piece.scale
+        self._rounding += 4 * piece.eps * piece.scale
         return len(chains) > 1
 
     def improve(self, sources: dict[str, Tensor]) -> float | None:
@@ -288,7 +316,7 @@ class _Tree:
         for found in self._candidates(untied):
             perms = {atom: found[name] for atom, name in self._names.items()}
             if self._quadratic:
-                gain = sum(_inner(p.a, self._structure.move_piece(p.b, p.labels, perms) - p.b) for p in self._pieces)
+                gain = sum(self._gain_of_pieces(perms))
             else:
                 gain = sum(self._gain(name, s, perms) for name, s in similarities.items())
             if self._is_worth_it(gain, perms, here):
@@ -324,13 +352,24 @@ class _Tree:
             held = {other: bound * torch.eye(len(s), dtype=s.dtype) for other, s in similarities.items()}
             yield match_tree(groups, {**held, name: similarity.clone()})
 
-    def _similarities(self, operands: Iterable[tuple[str, Tensor, Tensor]]) -> dict[str, Tensor]:
+    def _similarities(self, operands: Iterable[_Operand]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
-        for name, a, b in operands:
-            shape = self._groups[name].shape
-            for x, y in zip(_matrices(a, shape), _matrices(b, shape), strict=True):
-                found[name] = found[name].addmm_(x, y.T) if name in found else x @ y.T
+        for weight, own in groupby(operands, lambda operand: operand.piece.weight):
+            pieces = self._pair.pieces(weight)
+            for operand in own:
+                name, front = operand.group, tuple(range(len(operand.dims)))
+                a, b = (x.movedim(operand.dims, front) for x in pieces[operand.piece.number])
+                for x, y in zip(*(_matrices(part, self._groups[name].shape) for part in (a, b)), strict=True):
+                    found[name] = found[name].addmm_(x, y.T) if name in found else x @ y.T
         return found
+
+    def _gain_of_pieces(self, perms: Perms) -> Iterator[float]:
+        """Yield what each piece gains by a move, one that holds units of this tree twice, too."""
+        for weight, own in groupby(self._pieces, lambda piece: piece.weight):
+            pieces = self._pair.pieces(weight)
+            for piece in own:
+                a, b = pieces[piece.number]
+                yield _inner(a, self._structure.move_piece(b, piece.labels, perms) - b)
 
     def _gain(self, name: str, similarity: Tensor, perms: Perms) -> float:
         if self._groups[name].rotates:
@@ -349,10 +388,8 @@ class _Tree:
     def _move(self, perms: Perms, sources: dict[str, Tensor]) -> None:
         """Relabel this tree's units in b's weights and in ``sources``."""
         ties = {*self._names, *(place for atom in self._names for place in self._structure.parents[atom])}
-        for piece in self._pieces:
-            still = [dim for dim, (atom, _) in enumerate(piece.labels) if atom not in ties]
-            for part in piece.b.split(64, still[0]) if still else [piece.b]:
-                part.copy_(self._structure.move_piece(part, piece.labels, perms))
+        pieces = [(piece.weight, piece.number, piece.labels) for piece in self._pieces]
+        self._pair.move(pieces, lambda atom: atom not in ties, perms)
         for name, group in self._groups.items():
             moved = self._move_units(name, sources[name], perms)
             sources[name] = nearest(group, moved) if group.rotates else moved
@@ -399,10 +436,10 @@ def _break_ties(similarity: Tensor, sources: Tensor) -> Tensor:
 
 def _weights(spec: PermutationSpec, model: nn.Module) -> dict[str, Tensor]:
     """Return the parameters that move, each tensor once, in at least single precision."""
+    parameters = dict(model.named_parameters())
     return {
-        name: parameter.detach().to(torch.promote_types(parameter.dtype, torch.float32))
-        for name, parameter in model.named_parameters()
-        if any(spec.structure.moving_atoms(axis) for axis in spec.state.get(name, ()))
+        name: parameters[name].detach().to(torch.promote_types(parameters[name].dtype, torch.float32))
+        for name in moving_names(spec, parameters)
     }
 
 

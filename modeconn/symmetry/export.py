@@ -11,7 +11,7 @@ import logging
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, redirect_stderr
-from functools import partial
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -58,7 +58,13 @@ def export(
         ValueError: If the model cannot run on the example, or cannot be exported.
     """
     check_no_inference(model)
-    as_graph = partial(Graph, training=training, positions=_positions(model, freeze))
+    values = {name: x for name, x in (*model.named_buffers(), *plain_tensors(model).items()) if not x.is_meta}
+
+    def as_graph(program: Program) -> Graph:
+        known = {name: values[name] for name, x in program.constants.items() if name in values and _is_meta(x)}
+        program = replace(program, constants={**program.constants, **known})
+        return Graph(program, training=training, positions=_positions(model, freeze))
+
     shadow = _shadow(model).train(training)
     for module in shadow.modules():
         if isinstance(module, _NormBase) and module.momentum is None:
@@ -193,9 +199,14 @@ _WITHOUT_TENSORS = (torch.dtype, torch.device, torch.layout, complex, bytes, ran
 
 
 def _shadow(model: nn.Module) -> nn.Module:
-    """Copy the modules but not the tensors."""
+    """Copy the modules but not the tensors; if parameters have no values, no tensor of the copy has any."""
     tensors = [*model.parameters(), *model.buffers(), *plain_tensors(model).values()]
-    return copy_with(model, {id(tensor): tensor for tensor in tensors})
+    is_sketch = any(parameter.is_meta for parameter in model.parameters())
+    return copy_with(model, {id(x): x.to("meta") if is_sketch and not x.is_meta else x for x in tensors})
+
+
+def _is_meta(value: Any) -> bool:
+    return isinstance(value, Tensor) and value.is_meta
 
 
 def _name_keywords(model: nn.Module, example: Example) -> None:

@@ -213,47 +213,84 @@ def _shifts(norms: Set[Node], into: Sequence[Place], uses: Sequence[Use], known:
 def folded(tensors: Mapping[str, Tensor], folds: Sequence[Fold]) -> Iterator[tuple[str, Tensor]]:
     """Yield the parameters that change when all gains are folded, one by one: the same function.
 
-    Computed in double precision, of which only vectors are kept: each matrix is scaled when its turn comes, and must
-    not have been written over by then.
-
     Raises:
         ValueError: If a bias has to be divided by a gain that is zero or nearly.
     """
-    exact: dict[str, Tensor] = {}
-    scales: dict[str, list[Tensor]] = {}
+    folding = Folding(lambda name: tensors[name].detach(), {name: tuple(x.shape) for name, x in tensors.items()}, folds)
+    for name in tensors:
+        if name in folding.names:
+            yield name, folding.apply(name, tensors[name].detach()).to(tensors[name].dtype)
 
-    def read(name: str) -> Tensor:
-        return prod(scales.get(name, ()), start=exact[name] if name in exact else tensors[name].detach().double())
 
-    def write(name: str, value: Tensor) -> None:
-        exact[name] = value
-        scales.pop(name, None)
+class Folding:
+    """What becomes of each parameter of one network when all gains are folded.
 
-    for fold in folds:
-        gain = read(fold.gain) + fold.offset
+    Computed in double precision, of which only vectors are kept: each matrix is scaled when its turn comes, and must
+    not have been written over by then.
+
+    Args:
+        read: Returns a parameter by its name.
+        shapes: Of all parameters.
+        folds: What is folded, in this order.
+
+    Attributes:
+        names: The parameters that change.
+
+    Raises:
+        ValueError: If a bias has to be divided by a gain that is zero or nearly, or a gain is not finite.
+    """
+
+    def __init__(
+        self, read: Callable[[str], Tensor], shapes: Mapping[str, tuple[int, ...]], folds: Sequence[Fold]
+    ) -> None:
+        self._given = read
+        self._shapes = shapes
+        self._exact: dict[str, Tensor] = {}
+        self._scales: dict[str, list[Tensor]] = {}
+        for fold in folds:
+            self._fold(fold)
+        self.names = self._exact.keys() | self._scales.keys()
+
+    def apply(self, name: str, given: Tensor) -> Tensor:
+        """Return a parameter of the folded network from that of the network as it is; in double if it changes."""
+        if name not in self.names:
+            return given
+        return prod(self._scales.get(name, ()), start=self._exact[name] if name in self._exact else given.double())
+
+    def _read(self, name: str) -> Tensor:
+        if name in self._exact:
+            return prod(self._scales.get(name, ()), start=self._exact[name])
+        return prod(self._scales.get(name, ()), start=self._given(name).double())
+
+    def _write(self, name: str, value: Tensor) -> None:
+        self._exact[name] = value
+        self._scales.pop(name, None)
+
+    def _fold(self, fold: Fold) -> None:
+        gain = self._read(fold.gain) + fold.offset
         if not (gain.is_meta or bool(torch.isfinite(gain).all())):
             raise ValueError(f"the gain '{fold.gain}' holds NaN or infinite entries, so it cannot be folded.")
         needs_no_shift = fold.bias is None or not fold.shifts
-        if not gain.is_meta and bool((gain == 1).all()) and (needs_no_shift or not read(fold.bias).any()):
-            continue
+        if not gain.is_meta and bool((gain == 1).all()) and (needs_no_shift or not self._read(fold.bias).any()):
+            return
         vector = gain.flatten()
         if fold.bias is not None:
-            bias = read(fold.bias)
+            bias = self._read(fold.bias)
             shape = bias.shape
             bias = bias.flatten()
             if fold.shifts:
                 for (name, dim, _), own in zip(fold.into, fold.shifts, strict=True):
-                    write(own, read(own) + torch.tensordot(read(name), bias, dims=([dim], [0])))
-                write(fold.bias, torch.zeros_like(bias).view(shape))
+                    self._write(own, self._read(own) + torch.tensordot(self._read(name), bias, dims=([dim], [0])))
+                self._write(fold.bias, torch.zeros_like(bias).view(shape))
             else:
-                write(fold.bias, _divided(bias, vector, fold).view(shape))
+                self._write(fold.bias, _divided(bias, vector, fold).view(shape))
         for name, dim, start in fold.into:
-            scale = torch.ones(tensors[name].shape[dim], dtype=vector.dtype, device=vector.device)
+            shape = self._shapes[name]
+            scale = torch.ones(shape[dim], dtype=vector.dtype, device=vector.device)
             scale[start : start + len(vector)] = vector
-            scales.setdefault(name, []).append(scale.view([-1 if d == dim else 1 for d in range(tensors[name].dim())]))
-        write(fold.gain, torch.full_like(gain, fold.neutral))
-    for name in [name for name in tensors if name in exact or name in scales]:
-        yield name, read(name).to(tensors[name].dtype)
+            scale = scale.view([-1 if d == dim else 1 for d in range(len(shape))])
+            self._scales.setdefault(name, []).append(scale)
+        self._write(fold.gain, torch.full_like(gain, fold.neutral))
 
 
 def _divided(bias: Tensor, gain: Tensor, fold: Fold) -> Tensor:

@@ -213,20 +213,23 @@ class PermutationSpec(Findings):
         if self.tied is not None and not self.untied:
             self._check_ties(tensors)
         held = {**plain_tensors(model), **tensors} if self.positions else {}
-        for name, positions in self.positions.items():
-            self._check_positions(name, positions, held)
+        for name in self.positions:
+            if name not in held:
+                raise ValueError(f"this spec is of another model: it has no tensor '{name}', by which units were read.")
+        self.check_positions(held)
 
-    def _check_positions(self, name: str, positions: Sequence[int], tensors: Mapping[str, Tensor]) -> None:
-        """Raise a ValueError if a tensor by which units are read holds other positions than it did."""
-        if name not in tensors:
-            raise ValueError(f"this spec is of another model: it has no tensor '{name}', by which units were read.")
-        if tensors[name].is_meta or tensors[name].flatten().tolist() == list(positions):
-            return
-        raise ValueError(
-            f"this spec is of another model: '{name}', by which units are read, holds other positions "
-            f"than in the model that the spec was found in. Pass freeze=['{name}'] to discover, and align with that "
-            f"spec: units that it tells apart then stay in place, and numbers that are read of it count as alike."
-        )
+    def check_positions(self, tensors: Mapping[str, Tensor]) -> None:
+        """Raise a ValueError if one of these tensors, by which units are read, holds other positions than it did."""
+        for name, positions in self.positions.items():
+            tensor = tensors.get(name)
+            if tensor is None or tensor.is_meta or tensor.flatten().tolist() == list(positions):
+                continue
+            raise ValueError(
+                f"this spec is of another model: '{name}', by which units are read, holds other positions "
+                f"than in the model that the spec was found in. Pass freeze=['{name}'] to discover, and align with "
+                f"that spec: units that it tells apart then stay in place, and numbers that are read of it count as "
+                f"alike."
+            )
 
     def _check_ties(self, tensors: Mapping[str, Tensor]) -> None:
         """Raise a ValueError if names are one tensor here that may move in different ways, as they were two before.

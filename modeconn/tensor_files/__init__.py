@@ -3,6 +3,10 @@
 from modeconn.tensor_files.arithmetic import interpolate
 from modeconn.tensor_files.difference import Difference, difference
 from modeconn.tensor_files.reading import Entry, TensorFiles, made_by
+from modeconn.tensor_files.relabelling import AlignedFiles, ShuffledFiles, align, shuffle
 from modeconn.tensor_files.writing import write
 
-__all__ = ["Difference", "Entry", "TensorFiles", "difference", "interpolate", "made_by", "write"]
+__all__ = [
+    "AlignedFiles", "Difference", "Entry", "ShuffledFiles", "TensorFiles", "align", "difference", "interpolate",
+    "made_by", "shuffle", "write",
+]  # fmt: skip

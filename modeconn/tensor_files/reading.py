@@ -129,10 +129,10 @@ class TensorFiles:
         said = []
         for what, names in (("missing", missing), ("unexpected", unexpected)):
             if names:
-                said.append(f"{len(names)} {what}: {_listed(names)}")
+                said.append(f"{len(names)} {what}: {listed(names)}")
         if mismatching:
             shapes = [f"{name} {self.entries[name].shape} and {other.entries[name].shape}" for name in mismatching]
-            said.append(f"{len(mismatching)} of other shapes: {_listed(shapes)}")
+            said.append(f"{len(mismatching)} of other shapes: {listed(shapes)}")
         if said:
             raise ValueError(
                 f"{str(other.path)!r} does not hold the model of {str(self.path)!r}: {'; '.join(said)}. Both must be "
@@ -174,14 +174,14 @@ class TensorFiles:
             raise ValueError(f"{str(index)!r} is no index of shards: it has no 'weight_map' of file names.") from error
         shards = dict.fromkeys(places.values())
         if lost := [shard.name for shard in shards if not shard.is_file()]:
-            raise FileNotFoundError(f"{str(index)!r} names shards that are missing: {_listed(lost)}.")
+            raise FileNotFoundError(f"{str(index)!r} names shards that are missing: {listed(lost)}.")
         found: dict[str, Entry] = {}
         for shard in shards:
             held = self._of_file(shard)
             wrong = [name for name, place in places.items() if place == shard and name not in held]
             wrong += [name for name in held if places.get(name) != shard]
             if wrong:
-                raise ValueError(f"{str(index)!r} is not right about {shard.name!r}: it differs in {_listed(wrong)}.")
+                raise ValueError(f"{str(index)!r} is not right about {shard.name!r}: it differs in {listed(wrong)}.")
             found |= held
         return found
 
@@ -247,6 +247,7 @@ def made_by(path: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def _listed(names: list[str]) -> str:
-    more = f" and {len(names) - _SHOWN} more" if len(names) > _SHOWN else ""
-    return ", ".join(names[:_SHOWN]) + more
+def listed(names: list[str], limit: int | None = _SHOWN) -> str:
+    """Return names as words, so many of them; all without a limit."""
+    more = f" and {len(names) - limit} more" if limit is not None and len(names) > limit else ""
+    return ", ".join(names[:limit]) + more

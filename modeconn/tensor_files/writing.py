@@ -8,6 +8,7 @@ import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import IO, Any
 
 import torch
@@ -42,6 +43,7 @@ def write(
     *,
     shard_bytes: int = SHARD_BYTES,
     beside: Iterable[Path] = (),
+    instead: Mapping[str, str] = MappingProxyType({}),
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
@@ -54,6 +56,7 @@ def write(
         make: Returns the tensor of a name.
         shard_bytes: How large a shard may be; a tensor that is larger has one of its own.
         beside: Other files to copy into the folder.
+        instead: What some of them say in place of what they said, by name.
         overwrite: Whether to replace what ``out`` holds.
         progress: Whether to show a progress bar.
 
@@ -66,8 +69,7 @@ def write(
         raise ValueError(f"shard_bytes must be at least 1, got shard_bytes={shard_bytes}.")
     if not writes():  # of processes that share a command line, the first alone does
         return target
-    if target.exists() and not overwrite:
-        raise FileExistsError(f"{str(target)!r} exists. Choose another name, or pass overwrite=True to replace it.")
+    check_target(target, overwrite=overwrite)
     is_file = target.suffix == ".safetensors"
     shards = [list(entries)] if is_file else planned(entries, shard_bytes)
     staged = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
@@ -79,7 +81,10 @@ def write(
             for file, members in zip(names, shards, strict=True):
                 _write_shard(staged / file, members, entries, make, bar.update)
         for path in beside:
-            shutil.copyfile(path, staged / path.name)
+            if path.name in instead:
+                (staged / path.name).write_text(instead[path.name], encoding="utf-8")
+            else:
+                shutil.copyfile(path, staged / path.name)
         if len(shards) > 1:
             _write_index(staged / "model.safetensors.index.json", names, shards, entries)
         _take_place(staged / names[0] if is_file else staged, target)
@@ -90,6 +95,12 @@ def write(
     finally:
         shutil.rmtree(staged, ignore_errors=True)
     return target
+
+
+def check_target(out: str | os.PathLike[str], *, overwrite: bool) -> None:
+    """Raise a FileExistsError if there is something where it would be written, unless that is to be replaced."""
+    if Path(out).exists() and not overwrite:
+        raise FileExistsError(f"{str(out)!r} exists. Choose another name, or pass overwrite=True to replace it.")
 
 
 def _name(number: int, count: int) -> str:
