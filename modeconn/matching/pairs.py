@@ -112,6 +112,7 @@ class Read:
         given = self._b(name)
         b = structure.relabel(given, axes, {atom: each for atom, each in perms.items() if atom not in turning})
         b = structure.turn(b, axes, turning)  # in its own precision: it does not add up, as b is read anew each time
+        b = b.contiguous()  # as a lies: products go through the parts of both in step
         if without_ones(self._spec):
             b = b.clone() if b is given else b
             erase_means(self._spec, name, b)

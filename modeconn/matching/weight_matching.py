@@ -257,6 +257,7 @@ class _Tree:
         self.rotates = any(group.rotates for group in groups)
         self._step = math.inf  # how far the units were turned the last time
         self._patience = _PATIENCE  # how often they may still be turned by little, for no gain that can be seen
+        self._smallest = _SMALLEST_TURN  # smaller turns are the rounding of the weights
         self._quadratic = False
         self.zero_units: dict[str, tuple[int, int]] = {}
         self._rounding = 0.0
@@ -302,6 +303,7 @@ class _Tree:
                 self._half_anchors.append(operand)
         self._quadratic |= len(chains) > 1
         self._rounding += 4 * piece.eps * piece.scale
+        self._smallest = max(self._smallest, piece.eps)
         return len(chains) > 1
 
     def improve(self, sources: dict[str, Tensor]) -> float | None:
@@ -338,7 +340,7 @@ class _Tree:
             return gain > self._rounding
         is_shrinking = self._step < 0.75 * before or (self._step < _SMALL_TURN and self._patience > 0)
         self._patience -= 1
-        return gain > -self._rounding and self._step > _SMALLEST_TURN and is_shrinking
+        return gain > -self._rounding and self._step > self._smallest and is_shrinking
 
     def _candidates(self, similarities: dict[str, Tensor]) -> Iterator[dict[str, Tensor]]:
         """Yield the best move; where it may be none, because parts of it spoil each other, also those of each group."""
