@@ -11,7 +11,7 @@ from torch.nn import functional
 
 @dataclass(frozen=True)
 class Config:
-    """The sizes; by default some 950 million weights.
+    """The sizes; by default some 990 million weights.
 
     Args:
         layers: Blocks.
@@ -23,7 +23,7 @@ class Config:
         tied: Whether the head is the embedding.
     """
 
-    layers: int = 16
+    layers: int = 19
     width: int = 2048
     hidden: int = 5632
     heads: int = 32
@@ -117,7 +117,7 @@ class Body(nn.Module):
 
 
 class Llama(nn.Module):
-    """A language model; without arguments, of some 950 million weights."""
+    """A language model; without arguments, of some 990 million weights."""
 
     def __init__(self, config: Config | None = None) -> None:
         super().__init__()

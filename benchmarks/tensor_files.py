@@ -1,8 +1,8 @@
 """Interpolate, compare, shuffle and align models of a billion weights in files: seconds, and the most memory in use.
 
-    python -m benchmarks.tensor_files --folder runs [--layers 16] [--out results.json]
+    python -m benchmarks.tensor_files --folder runs [--layers 19] [--out results.json]
 
-The models are Llamas of 16 layers, 2,048 wide, of random numbers in bfloat16, gains of norms between 0.5 and 1.5, in
+The models are Llamas of 19 layers, 2,048 wide, of random numbers in bfloat16, gains of norms between 0.5 and 1.5, in
 shards of 500 MB. A plain copy of the same bytes is timed beside it. Of what was relabelled at random, by
 permutations and by rotations, alignment has to find the first network back: how far it is from that is written down.
 """
@@ -89,7 +89,7 @@ def main() -> None:
     """Make two models, measure, print and write what was found."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--folder", type=Path, help="where the models are kept")
-    parser.add_argument("--layers", type=int, default=16)
+    parser.add_argument("--layers", type=int, default=19)
     parser.add_argument("--out", type=Path, help="write the numbers to this file")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()

@@ -33,6 +33,7 @@ from modeconn.cli.options import (
     say,
 )
 from modeconn.cli.options import bars as _bars
+from modeconn.cli.recipes import Recipe as Recipe_
 from modeconn.cli.sharing import launched_together, shared_command
 from modeconn.measure.along import AlongCurve
 from modeconn.measure.meter import Meter, fetch
@@ -103,8 +104,9 @@ app = typer.Typer(
     help="Connect independently trained neural networks by curves of low loss.\n\nBegin with: modeconn demo",
 )
 app.add_typer(deep_align.app, name="deepalign")
-app.command()(tensor_files.interpolate)
-app.command()(tensor_files.diff)
+for _command in (tensor_files.interpolate, tensor_files.diff, tensor_files.shuffle, tensor_files.verify):
+    app.command()(_command)
+app.command(name="add-task")(tensor_files.add_task)
 
 
 _OPTIONS = {
@@ -169,6 +171,16 @@ def _check_outputs(*paths: Path | None) -> None:
         check_writable(path)
         if places.count(place) > 1:
             raise ValueError(f"several results would be written to {str(path)!r}. Give them names that differ.")
+
+
+def _refuse_data(done: str, data: DataOptions, adversary: AdversaryOptions | None, *others: Any) -> None:
+    """Raise a ValueError if networks that are read tensor by tensor are to be run."""
+    attacked = adversary is not None and adversary.opponent() is not None
+    if data.data is not None or attacked or any(one is not None for one in others):
+        raise ValueError(
+            f"networks that are read tensor by tensor are {done} by their weights, without data: leave out --data, "
+            f"--adversary, --report, --start and --repair."
+        )
 
 
 def _legend(files: list[Path], labels: str | None) -> list[str] | None:
@@ -383,12 +395,14 @@ def train(
 @app.command()
 @grouped("batch_size", "augment", "train_examples", "test_examples", data=None)
 def align(
-    a: options.File,
-    b: options.File,
-    out: Annotated[Path, typer.Option(help="File for b, relabelled.")],
+    context: typer.Context,
+    a: tensor_files.Model,
+    b: tensor_files.Model,
     data: DataOptions,
     shape: ModelOptions,
     adversary: AdversaryOptions,
+    stream: tensor_files.StreamOptions,
+    out: Annotated[Path | None, typer.Option(help="File for b, relabelled.", show_default=False)] = None,
     out_a: Annotated[
         Path | None, typer.Option(help="File for a with its gains folded, which b agrees with if it is rotated.")
     ] = None,
@@ -398,6 +412,7 @@ def align(
         str | None,
         typer.Option(help=f"{options.METHOD}; default: activation where there is data."),
     ] = None,
+    recipe: Recipe_ = None,
     progress: options.Progress = None,
 ) -> None:
     r"""Relabel the units of network b so that it agrees with network a; its function stays the same.
@@ -407,6 +422,9 @@ def align(
 
     With --symmetries orthogonal, b is rotated where it may be, and agrees with what --out-a writes.
 
+    Folders of shards, as Hugging Face has them, and with --stream files, are read tensor by tensor and aligned by
+    their weights, with no network in memory; --model says of which architecture they are.
+
     For example:
 
         modeconn align a.safetensors b.safetensors --data digits \
@@ -414,7 +432,15 @@ def align(
 
         modeconn align a.safetensors b.safetensors --method weight \
             --out b-aligned.safetensors
+
+        modeconn align llama-a llama-b --model mine:llama --symmetries orthogonal \
+            --out llama-b-aligned --out-a llama-a-folded
     """
+    if stream.is_for((a, b)):
+        _refuse_data("aligned", data, adversary, report)
+        tensor_files.align(context, a, b, out, out_a, permutation, method, shape, stream, progress)
+        return
+    out = tensor_files.needed(out)
     _check_outputs(out, out_a, permutation, report)
     chosen = _under_attack(None if method is None else parse.method(method), adversary.opponent())
     loader, _ = data.load_if_given()
@@ -437,31 +463,64 @@ def align(
 @app.command()
 @grouped("batch_size", "augment", "train_examples", "test_examples", data=None)
 def merge(
-    networks: options.Files,
-    out: Annotated[Path, typer.Option(help="File for the mean.")],
+    context: typer.Context,
+    networks: tensor_files.Models,
     data: DataOptions,
     shape: ModelOptions,
-    method: Annotated[str, typer.Option(help=f"Aligns each with the mean of the others: {options.METHOD}.")] = "weight",
+    stream: tensor_files.StreamOptions,
+    out: Annotated[Path | None, typer.Option(help="File for the mean.", show_default=False)] = None,
+    method: Annotated[
+        str,
+        typer.Option(
+            help=f"Aligns each with the mean of the others: {options.METHOD}; or none, to take the mean as they are."
+        ),
+    ] = "weight",
+    weights: Annotated[
+        str | None, options.file_option("How each network counts; default: all alike.", metavar="NUMBER,...")
+    ] = None,
+    last: Annotated[
+        int | None,
+        options.file_option("Of checkpoints of one run, take so many last ones, by the numbers in their names."),
+    ] = None,
+    decay: Annotated[
+        float, options.file_option("Of checkpoints of one run, the weight of each beside the one after it.")
+    ] = 1.0,
     start: Annotated[str | None, typer.Option(help="A method that first aligns each with the first network.")] = None,
     repair: Annotated[bool, typer.Option(help="Whether to repair the mean of networks without batch norm.")] = False,
     seed: Annotated[int, typer.Option(help="Of the order of the networks.")] = 0,
+    recipe: Recipe_ = None,
+    progress: options.Progress = None,
 ) -> None:
     r"""Bring two or more networks under one set of names, and write their mean.
 
     With batch norm, the mean is recalibrated on training data. Prints how far the networks are from their mean and,
     where there is data, what the mean does on the test set.
 
+    Folders of shards, as Hugging Face has them, and with --stream files, are read tensor by tensor, with no network in
+    memory; --model says of which architecture they are. With --method none they are averaged as they are, such as
+    checkpoints of one run.
+
     For example:
 
         modeconn merge a.safetensors b.safetensors c.safetensors \
             --data digits --start activation --repair --out merged.safetensors
+
+        modeconn merge run/step-* --method none --last 5 --decay 0.9 --out averaged
     """
+    if stream.is_for(networks) or method == "none":
+        _refuse_data("merged", data, None, start, repair or None)
+        tensor_files.merge(context, networks, out, method, seed, weights, last, decay, shape, stream, progress)
+        return
+    if weights is not None or last is not None or decay != 1:
+        raise ValueError("--weights, --last and --decay are for networks that are read by tensor: pass --stream.")
+    out = tensor_files.needed(out)
     check_writable(out)
     chosen, first = parse.method(method), None if start is None else parse.method(start)
     loader, test = data.load_if_given()
     loaded = shape.read(networks, loader, data.device)
     how = {"method": chosen, "start": first, "repair": repair, "seed": seed, **shape.how_to_discover()}
-    found = modeconn.merge_many(loaded, loader, **how)
+    with progress_bars(_bars(progress)):
+        found = modeconn.merge_many(loaded, loader, **how)
     models.save(found.model, out)
     typer.echo(repr(found))
     if test is not None:
@@ -915,9 +974,9 @@ def symmetry(
 
 @app.command()
 def info(
-    file: Annotated[Path | None, typer.Argument(exists=True, dir_okay=False, show_default=False)] = None,
+    file: Annotated[Path | None, typer.Argument(exists=True, show_default=False)] = None,
 ) -> None:
-    """Say what a file is.
+    """Say what a file is, or a folder of shards.
 
     Without a file: which versions are at work, and on which machine.
 

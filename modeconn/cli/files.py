@@ -5,7 +5,9 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,7 +56,7 @@ class _File:
 
 def describe_file(path: Path) -> str:
     """Return what ``modeconn info`` prints of a file."""
-    file = _read(path)
+    file = _read_folder(path) if path.is_dir() else _read(path)
     return "\n".join([f"{path}: {file.kind}", *filter(None, [file.text, _provenance(file.made_by)])])
 
 
@@ -103,6 +105,18 @@ def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: st
         contents[0].plot(quantity=quantity, ax=ax)
     else:
         plot.profile(*contents, labels=labels, quantity=quantity or next(iter(contents[0].values)), ax=ax)
+
+
+def _read_folder(path: Path) -> _File:
+    held = tensor_files.TensorFiles(path)
+    shards = sorted({entry.file for entry in held.entries.values()})
+    types = Counter(str(entry.dtype).removeprefix("torch.") for entry in held.entries.values())
+    count = sum(math.prod(entry.shape) for entry in held.entries.values())
+    facts = {
+        "tensors": f"{len(held.entries)} in {len(shards)} file{'s' * (len(shards) > 1)}, {held.num_bytes:,} bytes",
+        "numbers": f"{count:,}, {', '.join(name for name, _ in types.most_common())}",
+    }
+    return _File("folder of a model's tensors", _lines(facts), tensor_files.made_by(shards[0]) if shards else None)
 
 
 def _read(path: Path) -> _File:
@@ -245,6 +259,8 @@ def _provenance(made_by: Any) -> str:
     if "command" in made_by and "call" in made_by:
         lines["call"] = made_by["call"]
     lines |= {f"its {name}": described for name, described in _items(made_by.get("data"))}
+    if isinstance(made_by.get("recipe"), str):
+        lines["recipe"] = made_by["recipe"].strip().replace("\n", "\n    ")
     if made_by.get("processes"):
         lines["together"] = f"{made_by['processes']} processes"
     lines["versions"] = ", ".join(f"{name} {version}" for name, version in _items(made_by.get("versions")))

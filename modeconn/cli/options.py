@@ -42,6 +42,11 @@ def _option(panel: str, help: str, *names: str, metavar: str | None = None) -> A
     return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
 
 
+def file_option(help: str, *names: str, metavar: str | None = None) -> Any:
+    """Return an option of commands that write models tensor by tensor."""
+    return _option("Files", help, *names, metavar=metavar)
+
+
 Model = Annotated[str, _option("Model", "A model of the zoo, or package.module:factory.", "--model")]
 ModelArguments = Annotated[
     list[str] | None,

@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modeconn.tensor_files.reading import TensorFiles
+from modeconn.tensor_files.reading import TensorFiles, in_dtype
 from modeconn.tensor_files.writing import SHARD_BYTES, write
 from modeconn.tools.door import checked
 from modeconn.tools.warn import warn
@@ -23,21 +23,23 @@ def interpolate(
     out: str | os.PathLike[str],
     *,
     t: float = 0.5,
+    dtype: torch.dtype | None = None,
     shard_bytes: int = SHARD_BYTES,
     overwrite: bool = False,
     progress: bool = False,
 ) -> Path:
     """Write the network at a point of the straight line between two models in files, as they are.
 
-    Tensors of floating point are ``(1 - t) a + t b``, computed in single precision at least and written in the type of
-    a; all others are those of a, with a warning where b has others. No more is in memory than a tensor of each model
-    and what becomes of both. Networks that were trained apart should be aligned first.
+    Tensors of floating point are ``(1 - t) a + t b``, computed in single precision at least; all others are those of a,
+    with a warning where b has others. No more is in memory than a tensor of each model and what becomes of both.
+    Networks that were trained apart should be aligned first.
 
     Args:
         a: The model at t=0: a safetensors file, a folder of shards, or a state dict of ``torch.save``.
         b: The model at t=1, of the same names and shapes.
         out: A file that ends in ``.safetensors``, or a folder, which also gets a's configuration and tokenizer.
         t: Position; outside of [0, 1] the line is extended.
+        dtype: What tensors of floating point are written in; default: as they are in a.
         shard_bytes: How large a shard of a folder may be.
         overwrite: Whether to replace what ``out`` holds.
         progress: Whether to show a progress bar.
@@ -51,6 +53,7 @@ def interpolate(
     """
     first, second = TensorFiles(a), TensorFiles(b)
     first.check_like(second)
+    entries = in_dtype(first.entries, dtype)
     kept: list[str] = []
 
     def make(name: str) -> Tensor:
@@ -59,11 +62,11 @@ def interpolate(
             if not torch.equal(x, y):
                 kept.append(name)
             return x
-        return _between(x, y, t)
+        return _between(x, y, t, entries[name].dtype)
 
     written = write(
         out,
-        first.entries,
+        entries,
         make,
         shard_bytes=shard_bytes,
         beside=first.beside_weights(),
@@ -75,10 +78,10 @@ def interpolate(
     return written
 
 
-def _between(x: Tensor, y: Tensor, t: float) -> Tensor:
-    """Return ``(1 - t) x + t y`` in the type of ``x``, computed in single precision at least, a part at a time."""
+def _between(x: Tensor, y: Tensor, t: float, dtype: torch.dtype) -> Tensor:
+    """Return ``(1 - t) x + t y`` in a type, computed in single precision at least, a part at a time."""
     wide = torch.promote_types(x.dtype, torch.float32)
-    found = torch.empty_like(x, memory_format=torch.contiguous_format)
+    found = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     parts = (tensor.reshape(-1).split(_CHUNK) for tensor in (found, x, y))
     for out, ours, theirs in zip(*parts, strict=True):
         out.copy_(torch.lerp(ours.to(wide), theirs.to(wide), t))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial, reduce
 from typing import Any
 
@@ -18,7 +18,7 @@ from modeconn.symmetry.gains import Folding
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.tensor_files.reading import Entry, TensorFiles, listed
+from modeconn.tensor_files.reading import Entry, TensorFiles, in_dtype, listed
 from modeconn.tools.progress import bars
 
 Factory = Callable[[], nn.Module] | type[nn.Module]
@@ -223,6 +223,19 @@ class Checkpoint:
                     )
 
     @property
+    def model(self) -> nn.Module:
+        """The model, its parameters without values."""
+        return self._architecture.model
+
+    def loaded(self, model: nn.Module) -> nn.Module:
+        """Return a model with the values that the files hold, as they are."""
+        tensors = {name: x for name, x in named_state(model) if name in self._architecture.shapes}
+        with torch.no_grad():
+            for name, tensor in tensors.items():
+                tensor.copy_(self.given(name))
+        return model
+
+    @property
     def is_untied(self) -> bool:
         """Whether tied weights have a tensor for each of their names."""
         return self._spec.untied
@@ -267,9 +280,7 @@ class Checkpoint:
             for name in self._architecture.shapes:
                 if name not in found:
                     found[name] = next(found[one] for one in self._architecture.names(name) if one in found)
-        if dtype is None:
-            return found
-        return {name: replace(x, dtype=dtype) if x.dtype.is_floating_point else x for name, x in found.items()}
+        return in_dtype(found, dtype)
 
     def relabelled(self, name: str, relabelling: Relabelling | None) -> Tensor:
         """Read a tensor of the network relabelled; without a relabelling, of the folded one."""

@@ -6,7 +6,7 @@ import json
 import math
 import os
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -213,6 +213,13 @@ class TensorFiles:
             )
         self._state = state
         return {name: Entry(tuple(tensor.shape), tensor.dtype, self.path) for name, tensor in state.items()}
+
+
+def in_dtype(entries: Mapping[str, Entry], dtype: torch.dtype | None) -> dict[str, Entry]:
+    """Return entries with another type of their numbers of floating point, if one is given."""
+    if dtype is None:
+        return dict(entries)
+    return {name: replace(x, dtype=dtype) if x.dtype.is_floating_point else x for name, x in entries.items()}
 
 
 def _begins(file: Path) -> dict[str, int]:

@@ -26,6 +26,7 @@ _LONGEST = 120
 
 _facts: ContextVar[dict[str, Any] | None] = ContextVar("facts of the call that is at work", default=None)
 _command: ContextVar[str | None] = ContextVar("command line that is at work", default=None)
+_recipe: ContextVar[str | None] = ContextVar("its options as a file", default=None)
 
 
 @contextmanager
@@ -36,6 +37,16 @@ def command(text: str) -> Iterator[None]:
         yield
     finally:
         _command.reset(token)
+
+
+@contextmanager
+def recipe(text: str) -> Iterator[None]:
+    """Let all that is made in the block hold the options of the command that is at work, as a file that it reads."""
+    token = _recipe.set(text)
+    try:
+        yield
+    finally:
+        _recipe.reset(token)
 
 
 def current_command() -> str | None:
@@ -51,6 +62,7 @@ def call_of(function: Any, bound: inspect.BoundArguments) -> Iterator[dict[str, 
         return
     text = _command.get()
     facts = {} if text is None else {"command": text}
+    facts |= {} if _recipe.get() is None else {"recipe": _recipe.get()}
     facts |= {"call": _written(function, bound), "versions": dict(versions())}
     if joined().size > 1:
         facts["processes"] = joined().size
