@@ -137,12 +137,17 @@ class _Descent:
 
     def _all_pieces(self) -> Iterator[_Piece]:
         for name in passing_bar(self._pair.names, desc="measure", unit="tensor"):
-            pieces = zip(self._pair.pieces(name), labels_of(self._spec, name), strict=True)
-            for number, ((a, b), labels) in enumerate(pieces):
-                scale = self._size(a, labels) * self._size(b, labels)
-                if not math.isfinite(scale) and not bool(a.isfinite().all() and b.isfinite().all()):
-                    raise ValueError(f"the weight '{name}' of a or b holds NaN or infinite entries.")
-                yield _Piece(name, number, labels, scale, torch.finfo(a.dtype).eps)
+            yield from self._pieces_of(name)
+
+    def _pieces_of(self, name: str) -> list[_Piece]:
+        found = []
+        pieces = zip(self._pair.pieces(name), labels_of(self._spec, name), strict=True)
+        for number, ((a, b), labels) in enumerate(pieces):
+            scale = self._size(a, labels) * self._size(b, labels)
+            if not math.isfinite(scale) and not bool(a.isfinite().all() and b.isfinite().all()):
+                raise ValueError(f"the weight '{name}' of a or b holds NaN or infinite entries.")
+            found.append(_Piece(name, number, labels, scale, torch.finfo(a.dtype).eps))
+        return found
 
     def _size(self, piece: Tensor, labels: Labels) -> float:
         """Return the norm of what counts of a piece."""
@@ -318,7 +323,8 @@ class _Tree:
         for found in self._candidates(untied):
             perms = {atom: found[name] for atom, name in self._names.items()}
             if self._quadratic:
-                gain = sum(self._gain_of_pieces(perms))
+                own = groupby(self._pieces, lambda piece: piece.weight)
+                gain = sum(self._gain_of_pieces(weight, pieces, perms) for weight, pieces in own)
             else:
                 gain = sum(self._gain(name, s, perms) for name, s in similarities.items())
             if self._is_worth_it(gain, perms, here):
@@ -357,21 +363,25 @@ class _Tree:
     def _similarities(self, operands: Iterable[_Operand]) -> dict[str, Tensor]:
         found: dict[str, Tensor] = {}
         for weight, own in groupby(operands, lambda operand: operand.piece.weight):
-            pieces = self._pair.pieces(weight)
-            for operand in own:
-                name, front = operand.group, tuple(range(len(operand.dims)))
-                a, b = (x.movedim(operand.dims, front) for x in pieces[operand.piece.number])
-                for x, y in zip(*(_matrices(part, self._groups[name].shape) for part in (a, b)), strict=True):
-                    found[name] = found[name].addmm_(x, y.T) if name in found else x @ y.T
+            self._add_products(weight, own, found)
         return found
 
-    def _gain_of_pieces(self, perms: Perms) -> Iterator[float]:
-        """Yield what each piece gains by a move, one that holds units of this tree twice, too."""
-        for weight, own in groupby(self._pieces, lambda piece: piece.weight):
-            pieces = self._pair.pieces(weight)
-            for piece in own:
-                a, b = pieces[piece.number]
-                yield _inner(a, self._structure.move_piece(b, piece.labels, perms) - b)
+    def _add_products(self, weight: str, operands: Iterable[_Operand], found: dict[str, Tensor]) -> None:
+        """Add what a weight says to the similarities, and let go of it."""
+        pieces = self._pair.pieces(weight)
+        for operand in operands:
+            name, front = operand.group, tuple(range(len(operand.dims)))
+            a, b = (x.movedim(operand.dims, front) for x in pieces[operand.piece.number])
+            for x, y in zip(*(_matrices(part, self._groups[name].shape) for part in (a, b)), strict=True):
+                found[name] = found[name].addmm_(x, y.T) if name in found else x @ y.T
+
+    def _gain_of_pieces(self, weight: str, own: Iterable[_Piece], perms: Perms) -> float:
+        """Return what the pieces of a weight gain by a move, also those that hold units of this tree twice."""
+        pieces, gain = self._pair.pieces(weight), 0.0
+        for piece in own:
+            a, b = pieces[piece.number]
+            gain += _inner(a, self._structure.move_piece(b, piece.labels, perms) - b)
+        return gain
 
     def _gain(self, name: str, similarity: Tensor, perms: Perms) -> float:
         if self._groups[name].rotates:

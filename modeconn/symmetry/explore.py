@@ -152,7 +152,7 @@ def example_for(model: nn.Module, example_input: Any = None) -> Example:
             "(or tuple, or dict of keyword inputs) that the model accepts."
         )
     device = device_of(model)
-    return Example.of(example_input).to(device)
+    return Example.of(example_input).to("cpu" if device.type == "meta" else device)
 
 
 @dataclass

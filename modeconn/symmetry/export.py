@@ -58,12 +58,11 @@ def export(
         ValueError: If the model cannot run on the example, or cannot be exported.
     """
     check_no_inference(model)
-    values = {name: x for name, x in (*model.named_buffers(), *plain_tensors(model).items()) if not x.is_meta}
+    unknown = {name: x for name, x in (*model.named_buffers(), *plain_tensors(model).items()) if x.is_meta}
 
     def as_graph(program: Program) -> Graph:
-        known = {name: values[name] for name, x in program.constants.items() if name in values and _is_meta(x)}
-        program = replace(program, constants={**program.constants, **known})
-        return Graph(program, training=training, positions=_positions(model, freeze))
+        constants = {name: unknown.get(name, x) for name, x in program.constants.items()}
+        return Graph(replace(program, constants=constants), training=training, positions=_positions(model, freeze))
 
     shadow = _shadow(model).train(training)
     for module in shadow.modules():
@@ -77,7 +76,7 @@ def export(
             graph = _exported(shadow, example, as_graph)
         except Exception as error:
             graph = None if _is_about_values(error) else _without_gradients(shadow, example, as_graph)
-            graph = graph or _recorded(shadow, example, as_graph)
+            graph = graph or (_recorded(shadow, example, as_graph) if _has_values(model) else None)
             if graph is None:
                 raise _export_error(model, example, training, outputs, error) from error
     if not (outputs.are_all or graph.outputs):
@@ -148,8 +147,6 @@ def _export(model: nn.Module, example: Example, shapes: Any) -> Program:
 def _recorded(model: nn.Module, example: Example, as_graph: _AsGraph) -> Graph | None:
     """Return the graph of one run of a model that export cannot follow, None if it cannot be recorded either."""
     device = next((t.device for t in (*model.parameters(), *model.buffers(), *example.tensors())), None)
-    if device is not None and device.type == "meta":
-        return None
     graph = None
     for as_called in (True, False):
         try:
@@ -199,14 +196,21 @@ _WITHOUT_TENSORS = (torch.dtype, torch.device, torch.layout, complex, bytes, ran
 
 
 def _shadow(model: nn.Module) -> nn.Module:
-    """Copy the modules but not the tensors; if parameters have no values, no tensor of the copy has any."""
+    """Copy the modules but not the tensors; for those without values, make some that are never written or read.
+
+    So they take no memory. A model on the meta device could not be traced if it made others elsewhere on the way.
+    """
     tensors = [*model.parameters(), *model.buffers(), *plain_tensors(model).values()]
-    is_sketch = any(parameter.is_meta for parameter in model.parameters())
-    return copy_with(model, {id(x): x.to("meta") if is_sketch and not x.is_meta else x for x in tensors})
+    return copy_with(model, {id(x): _on_cpu(x) if x.is_meta else x for x in tensors})
 
 
-def _is_meta(value: Any) -> bool:
-    return isinstance(value, Tensor) and value.is_meta
+def _on_cpu(x: Tensor) -> Tensor:
+    twin = torch.empty_strided(x.shape, x.stride(), dtype=x.dtype, device="cpu")
+    return nn.Parameter(twin, x.requires_grad) if isinstance(x, nn.Parameter) else twin
+
+
+def _has_values(model: nn.Module) -> bool:
+    return not any(x.is_meta for x in (*model.parameters(), *model.buffers()))
 
 
 def _name_keywords(model: nn.Module, example: Example) -> None:

@@ -241,8 +241,9 @@ class Checkpoint:
         return self._spec.untied
 
     def given(self, name: str) -> Tensor:
-        """Read a tensor as it is, by any of its names."""
-        return self.files.read(next(one for one in self._architecture.names(name) if one in self.files.entries))
+        """Read a tensor as it is: under its own name, else under another one that it has in the model."""
+        names = (name, *self._architecture.names(name))
+        return self.files.read(next(one for one in names if one in self.files.entries))
 
     def weight(self, name: str) -> Tensor:
         """Read a tensor of the network whose gains are folded, where the groups are of such networks."""

@@ -340,18 +340,22 @@ class _CommonNames:
 
     def spread(self) -> float:
         """Return the weighted sum of squared distances from the mean."""
-        found = 0.0
-        numbers = range(len(self._networks))
-        for name in passing_bar(self._networks[0].parameters, desc="measure", unit="tensor"):
-            # Of x_i with shares w_i that sum to one it is sum w_i |x_i|^2 - |sum w_i x_i|^2, taken from the first.
-            first = self._lying(0, name)
-            total, squares = torch.zeros_like(first), 0.0
-            for number in numbers[1:]:
-                apart = self._lying(number, name).sub_(first)
-                squares += self._shares[number] * _square(apart)
-                total.add_(apart, alpha=self._shares[number])
-            found += squares - _square(total)
-        return found * len(numbers)
+        names = passing_bar(self._networks[0].parameters, desc="measure", unit="tensor")
+        return sum(map(self._spread_of, names)) * len(self._networks)
+
+    def _spread_of(self, name: str) -> float:
+        """Return what a parameter has of the spread: of x_i with shares w_i, sum w_i |x_i|^2 - |sum w_i x_i|^2.
+
+        All are taken from the first, so that of equal networks nothing is left.
+        """
+        first = self._lying(0, name)
+        total, squares = torch.zeros_like(first), 0.0
+        for number in range(1, len(self._networks)):
+            apart = self._lying(number, name).sub_(first)
+            squares += self._shares[number] * _square(apart)
+            total.add_(apart, alpha=self._shares[number])
+            del apart
+        return squares - _square(total)
 
     def _lying(self, number: int, name: str) -> Tensor:
         """Return a parameter of a network as it is relabelled now, which may be written over."""
@@ -421,7 +425,7 @@ def _write_sum(
             return first
         if not others and share == 1:
             return first.to(entries[name].dtype)
-        total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True).mul_(share)
+        total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True).mul_(share).contiguous()
         for other, factor in others:
             _add(total, other(name), factor)
         return total.to(entries[name].dtype)

@@ -139,8 +139,7 @@ def verify(
     of_matching = 16 * max(torch.finfo(network.precision).eps for network in (first, second))
     is_exact = not (found.has_rotations or found.folds)
     for name in progress_bar(list(first.entries()), show=progress, desc="compare", unit="tensor"):
-        x, y = first.relabelled(name, None), second.relabelled(name, match.permutation)
-        relative[name] = apart(x, y)[1]
+        relative[name] = apart(first.relabelled(name, None), second.relabelled(name, match.permutation))[1]
         dtypes = [network.entries()[name].dtype for network in (first, second)]
         floating = [dtype for dtype in dtypes if dtype.is_floating_point]
         rounding = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
