@@ -95,9 +95,9 @@ def window(
         [0.5, 1.0]
     """
     if not 0 < decay <= 1:
-        raise ValueError(f"decay must lie in (0, 1], got decay={decay}.")
+        raise ValueError(f"decay= must lie in (0, 1], got {decay}.")
     if last is not None and not 1 <= last <= len(checkpoints):
-        raise ValueError(f"last must lie in 1..{len(checkpoints)}, the number of checkpoints, got last={last}.")
+        raise ValueError(f"last= must lie in 1..{len(checkpoints)}, the number of checkpoints, got last={last}.")
     found = sorted(map(Path, checkpoints), key=_in_natural_order)[-(last or len(checkpoints)) :]
     return found, [decay**age for age in reversed(range(len(found)))]
 
@@ -194,7 +194,7 @@ def merge(
         raise ValueError(f"num_rounds must be at least 0, got num_rounds={num_rounds}.")
     shares = shares_of(weights, len(models))
     if min(shares) <= 0:
-        raise ValueError(f"weights must be positive where networks are aligned with their mean, got {list(weights)}.")
+        raise ValueError(f"weights= must be positive where networks are aligned with their mean, got {list(weights)}.")
     discovery = Discovery(spec, example_input, outputs, symmetries, untie)
     networks, found = opened(models, model, discovery, progress=progress)
     if norm_layers(networks[0].model):
@@ -320,7 +320,7 @@ def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
     given = [1.0] * count if weights is None else [float(weight) for weight in weights]
     total = sum(given)
     if len(given) != count or not 0 < abs(total) < float("inf"):
-        raise ValueError(f"weights must be {count} finite numbers that do not sum to zero, got {given}.")
+        raise ValueError(f"weights= must be {count} finite numbers that do not sum to zero, got {given}.")
     return [weight / total for weight in given]
 
 

@@ -328,7 +328,7 @@ def test_averages_are_those_of_the_tensors(tmp_path):
         expected = sum(w * state[name].double() for w, state in zip((0.5, 1, -0.5), states, strict=True))
         assert tensor.dtype is torch.float64 and torch.allclose(tensor, expected, atol=1e-6)
     for weights in ([1, 2], [1, -1, 0], [math.inf, 1, 1]):
-        with pytest.raises(ValueError, match=r"weights must be 3 finite numbers that do not sum to zero"):
+        with pytest.raises(ValueError, match=r"weights= must be 3 finite numbers that do not sum to zero"):
             tensor_files.average(paths, tmp_path / "more", weights=weights)
     assert not (tmp_path / "more").exists()
 
@@ -337,7 +337,7 @@ def test_windows_are_of_the_last_checkpoints():
     names = ["run/step-1000", "run/step-200", "run/step-90", "run/step-900"]
     found, weights = tensor_files.window(names, last=3, decay=0.5)
     assert [path.name for path in found] == ["step-200", "step-900", "step-1000"] and weights == [0.25, 0.5, 1.0]
-    for settings, said in (({"last": 5}, "last must lie in 1..4"), ({"decay": 0.0}, r"decay must lie in \(0, 1\]")):
+    for settings, said in (({"last": 5}, "last= must lie in 1..4"), ({"decay": 0.0}, r"decay= must lie in \(0, 1\]")):
         with pytest.raises(ValueError, match=said):
             tensor_files.window(names, **settings)
 
