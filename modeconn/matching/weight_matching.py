@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_tree
+from modeconn.matching.blocks import is_of_blocks, matched
 from modeconn.matching.method import Match, Start, check_own, check_start, finished, starting_permutation
 from modeconn.matching.pairs import InMemory, Pair, Read, labels_of, moving_names, without_ones
 from modeconn.network.weights import WeightSpace
@@ -313,6 +314,8 @@ class _Tree:
 
     def improve(self, sources: dict[str, Tensor]) -> float | None:
         """Match b's units, where they lie now, to a's; return what the objective gains, None if nothing moves."""
+        if not self._quadratic and is_of_blocks([*self._groups.values()]):
+            return self._improve_in_blocks(sources)
         similarities = self._similarities(self._operands)
         here = sum(float(similarity.diagonal().double().sum()) for similarity in similarities.values())
         self.zero_units = {n: _num_zero(s) for n, s in similarities.items() if not self._groups[n].rotates}
@@ -331,6 +334,26 @@ class _Tree:
                 self._move(perms, sources)
                 return gain
         return None
+
+    def _improve_in_blocks(self, sources: dict[str, Tensor]) -> float | None:
+        """Match blocks first, then what is inside of each: the similarities of all units would be too many."""
+        groups = [*self._groups.values()]
+        (outer,) = (group.name for group in groups if not group.parents)
+        own = self._similarities(operand for operand in self._operands if operand.group == outer)
+        blocks = own.get(outer, torch.zeros((self._groups[outer].size,) * 2))
+        for found in matched(groups, blocks, self._parts_inside):
+            perms = {atom: found.elements[name] for atom, name in self._names.items()}
+            if self._is_worth_it(found.gain, perms, self._bound):
+                self._move(perms, sources)
+                return found.gain
+        return None
+
+    def _parts_inside(self) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield the parts of weights that hold units inside of blocks: of a and of b, blocks and units first."""
+        for operand in self._operands:
+            if len(operand.dims) == 2:
+                pieces = self._pair.pieces(operand.piece.weight)[operand.piece.number]
+                yield operand.group, *(x.movedim(operand.dims, (0, 1)) for x in pieces)
 
     def _is_worth_it(self, gain: float, perms: Perms, here: float) -> bool:
         """Whether to move: for more than rounding; to turn, for some of what the tree lacks, or while turns shrink."""
