@@ -37,6 +37,10 @@ class CurveStep:
     is the ordinary one of the unmodified module, and a few passes over vectors to mix the control points and to gather
     the gradient. Autograd never sees the curve.
 
+    Control points of half precision are moved in single precision, of which a copy is kept: steps are mostly smaller
+    than what half precision can tell apart. Where the recipe says so, that copy, its gradient and the optimizer's state
+    are in the memory of the CPU.
+
     Args:
         workspace: The module to run, in train mode, with its flat weights and gradient; its buffers are scratch.
         curve: The curve; its `trained` control points are learned.
@@ -44,16 +48,21 @@ class CurveStep:
         recipe: Optimizer, weight decay, precision, compilation. The caller sets the learning rate, see `optimizer`.
 
     Attributes:
-        optimizer: The optimizer of the trained control points, one parameter ``(M, P)``.
+        optimizer: The optimizer of the trained control points, one parameter ``(M, P)``, in single precision at least.
     """
 
     def __init__(self, workspace: Workspace, curve: Curve, control_points: Tensor, recipe: Recipe) -> None:
         self.curve, self.control_points = curve, control_points
         self.workspace, self.recipe = workspace, recipe
-        self._trained = nn.Parameter(control_points[curve.trained])  # shares memory with the control points
+        points = control_points[curve.trained]  # shares memory with the control points
+        wide = torch.promote_types(points.dtype, torch.float32)
+        home = torch.device("cpu") if recipe.offload else points.device
+        self._is_copy = points.dtype != wide or points.device != home
+        self._trained = nn.Parameter(points.to(home, wide))
         self._trained.grad = torch.zeros_like(self._trained)
         self._is_single = curve.num_trained == 1
-        if self._is_single:
+        self._gathers_in = self._is_single and points.device == home
+        if self._gathers_in:
             workspace.gather_in(self._trained.grad[0])
         self.optimizer = recipe.make_optimizer([self._trained])
         self._anchor: Tensor | None = None
@@ -101,6 +110,14 @@ class CurveStep:
             self._trained.grad.add_(self._trained.detach() - self._anchor, alpha=self._pull * self._scaler.get_scale())
         self._scaler.step(self.optimizer)
         self._scaler.update()
+        if self._is_copy:
+            self.control_points[self.curve.trained].copy_(self._trained.detach())
+
+    @torch.no_grad()
+    def take_control_points(self) -> None:
+        """Go on from the control points as they are, after something else has moved them."""
+        if self._is_copy:
+            self._trained.copy_(self.control_points[self.curve.trained])
 
     def hold(self, nu: float) -> None:
         r"""Keep the trained control points near where they are now, :math:`c_0`, from here on.
@@ -119,7 +136,12 @@ class CurveStep:
         gradient = self.workspace.gather_grad(weight_decay=decay)
         if not self._is_single:
             for weight, row in zip(weights, self._trained.grad, strict=True):
-                torch.mul(gradient, weight, out=row)
+                if not self._is_copy:
+                    torch.mul(gradient, weight, out=row)
+                else:
+                    row.copy_(gradient).mul_(weight)
+        elif not self._gathers_in:
+            self._trained.grad[0].copy_(gradient)
 
     own = ("buffer.",)
 
@@ -130,6 +152,8 @@ class CurveStep:
         scalars = {name: value for name, value in values.items() if not isinstance(value, Tensor)}
         buffers = {f"buffer.{name}": buffer for name, buffer in self.workspace.model.named_buffers()}
         tensors = {"control_points": self.control_points, **tensors, **buffers}
+        if self._is_copy:
+            tensors["trained"] = self._trained.detach()
         if self._anchor is not None:
             tensors["anchor"] = self._anchor
         return tensors, {"optimizer": scalars, "scaler": self._scaler.state_dict(), "pull": self._pull}
@@ -138,6 +162,8 @@ class CurveStep:
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self.control_points.copy_(tensors["control_points"])
+        if self._is_copy:
+            self._trained.copy_(tensors["trained"])
         for name, buffer in self.workspace.model.named_buffers():  # Some modules learn in their buffers.
             buffer.copy_(tensors[f"buffer.{name}"])
         self._pull, self._anchor = about["pull"], None

@@ -356,6 +356,7 @@ def _describe_network(model: nn.Module) -> dict[str, str]:
 
 def _check_recipe(recipe: Recipe, device: torch.device) -> None:
     """Raise unless the recipe moves stacked weights as it would move each network's."""
+    recipe.check_not_offloaded()
     if recipe.autocast is torch.float16:
         raise ValueError("float16 needs one loss scale for each network; use Recipe(autocast=torch.bfloat16) or None.")
     generator = torch.Generator().manual_seed(0)

@@ -110,6 +110,7 @@ def train(
         >>> model.training
         False
     """
+    recipe.check_not_offloaded()
     trained = copy_of(model).train()
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")

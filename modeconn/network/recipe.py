@@ -85,6 +85,8 @@ class Recipe:
         autocast: ``torch.bfloat16`` or ``torch.float16`` to run the forward pass under autocast, None for the
             model's own precision. With float16 the loss is scaled by a `torch.amp.GradScaler`.
         compile: Run the model through ``torch.compile``.
+        offload: Keep what moves a curve, its gradient and the optimizer's state in the memory of the CPU, so that
+            a device needs them not; for curves alone.
 
     Raises:
         ValueError: If a setting is out of range.
@@ -100,6 +102,7 @@ class Recipe:
     weight_decay: float = 5e-4
     autocast: torch.dtype | None = None
     compile: bool = False
+    offload: bool = False
 
     def __post_init__(self) -> None:
         check_settings(self)
@@ -109,6 +112,11 @@ class Recipe:
             raise ValueError(f"weight_decay must be a finite number, 0 or more, got weight_decay={self.weight_decay}.")
         if self.autocast not in (None, torch.bfloat16, torch.float16):
             raise ValueError(f"autocast must be None, torch.bfloat16 or torch.float16, got autocast={self.autocast}.")
+
+    def check_not_offloaded(self) -> None:
+        """Raise a ValueError if a network is to be trained with what is for curves alone."""
+        if self.offload:
+            raise ValueError("Recipe(offload=True) is for curves: networks are trained where they are. Leave it out.")
 
     def make_optimizer(self, parameters: Iterable[Tensor], *, weight_decay: float = 0.0) -> torch.optim.Optimizer:
         """Build the optimizer; its groups remember their full learning rate as ``initial_lr``."""

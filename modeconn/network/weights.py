@@ -250,6 +250,8 @@ class Workspace:
         for parameter, view in zip(self._parameters, self._grad_views, strict=True):
             if parameter.grad is None:
                 view.zero_()
+            elif view.dtype != parameter.dtype:  # gathered in more precision than the model has
+                view.copy_(parameter.grad).add_(parameter, alpha=weight_decay)
             else:
                 torch.add(parameter.grad, parameter, alpha=weight_decay, out=view)
         return self.grad

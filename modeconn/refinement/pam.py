@@ -184,6 +184,7 @@ def improve_permutation(
     with bar:
         pam.step(b)
     points[1:-1] = straight(curve, points[0], points[-1]) + b.bend
+    step.take_control_points()
     moved = (b.permutation @ permutation.inverse()).num_moved
     _LOGGER.info("PAM before epoch %d: loss %.4f -> %.4f, %d units moved", epoch, before, b.value, moved)
     return b.permutation, {
