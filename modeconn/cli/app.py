@@ -181,6 +181,8 @@ def _refuse_data(done: str, data: DataOptions, adversary: AdversaryOptions | Non
             f"networks that are read tensor by tensor are {done} by their weights, without data: leave out --data, "
             f"--adversary, --report, --start and --repair."
         )
+    if data.device != "cpu":
+        raise ValueError(f"networks that are read tensor by tensor are {done} on the CPU: leave out --device.")
 
 
 def _legend(files: list[Path], labels: str | None) -> list[str] | None:

@@ -9,14 +9,13 @@ import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
-from typing import IO, Any
+from typing import Any
 
-import torch
 from torch import Tensor
 
 from modeconn.tensor_files.reading import Entry
 from modeconn.tools import provenance
-from modeconn.tools.files import name_of_dtype
+from modeconn.tools.files import write_content
 from modeconn.tools.processes import writes
 from modeconn.tools.progress import progress_bar
 
@@ -114,40 +113,20 @@ def _write_shard(
     make: Callable[[str], Tensor],
     done: Callable[[], Any],
 ) -> None:
-    """Write a safetensors file: the length of its header, the header, and the values of one tensor after the other.
-
-    The library of that name takes all tensors of a file at once, and copies them; here one is in memory at a time.
-    """
+    """Write one file, of whose tensors one is in memory at a time."""
     about = provenance.now()
-    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    metadata = {"format": "pt"}
     if about is not None:
-        header["__metadata__"][provenance.ATTRIBUTE] = json.dumps(about)
-    end = 0
-    for name in names:
-        begin, end = end, end + entries[name].num_bytes
-        header[name] = {
-            "dtype": name_of_dtype(entries[name].dtype),
-            "shape": list(entries[name].shape),
-            "data_offsets": [begin, end],
-        }
-    text = json.dumps(header, separators=(",", ":")).encode()
-    text += b" " * (-len(text) % 8)  # so that values are aligned
+        metadata[provenance.ATTRIBUTE] = json.dumps(about)
+
+    def made(name: str) -> Tensor:
+        done()
+        return make(name)
+
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        for name in names:
-            _write_values(file, name, make(name), entries[name])
-            done()
+        write_content(file, {name: (entries[name].shape, entries[name].dtype) for name in names}, metadata, made)
         file.flush()
         os.fsync(file.fileno())
-
-
-def _write_values(file: IO[bytes], name: str, tensor: Tensor, expected: Entry) -> None:
-    if (tuple(tensor.shape), tensor.dtype) != (expected.shape, expected.dtype):
-        raise ValueError(
-            f"{name!r} became {tensor.dtype} of {tuple(tensor.shape)}, not {expected.dtype} of {expected.shape}."
-        )
-    if tensor.numel():
-        file.write(memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy()))
 
 
 def _write_index(path: Path, names: list[str], shards: list[list[str]], entries: Mapping[str, Entry]) -> None:

@@ -4,19 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor
 
 from modeconn.tools.door import shortened
-from modeconn.tools.writing import write_bytes
+from modeconn.tools.writing import replacing
 
 _KEY, _DIGEST = "modeconn", "modeconn.sha256"
 _TRIES = 100
@@ -38,12 +38,51 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     Raises:
         OSError: If the file cannot be written; ``path`` is untouched.
     """
-    tensors = {
-        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
-    }
+    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
     text = json.dumps({"kind": kind, **about})  # with NaN and Infinity, which Python reads back
     metadata = {_KEY: text, _DIGEST: digest_of(tensors, text)}
-    write_bytes(safetensors.torch.save(tensors, metadata), path)
+    kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}
+    with replacing(path) as file:
+        write_content(file, kinds, metadata, tensors.__getitem__)
+
+
+def write_content(
+    file: IO[bytes],
+    kinds: Mapping[str, tuple[tuple[int, ...], torch.dtype]],
+    metadata: Mapping[str, str],
+    make: Callable[[str], Tensor],
+) -> None:
+    """Write the length of a safetensors file's header, the header, and the values of one tensor after the other.
+
+    The library of that name takes all tensors of a file at once, and copies them; here none is copied.
+
+    Args:
+        file: Where to write.
+        kinds: Shape and type of each tensor.
+        metadata: Texts for the header.
+        make: Returns the tensor of a name, on the CPU.
+
+    Raises:
+        ValueError: If a tensor that was made is of another shape or type.
+    """
+    header: dict[str, Any] = {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (shape, dtype) in kinds.items():
+        begin, end = end, end + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": name_of_dtype(dtype), "shape": list(shape), "data_offsets": [begin, end]}
+    content = json.dumps(header, separators=(",", ":")).encode()
+    content += b" " * (-len(content) % 8)  # so that values are aligned
+    file.write(len(content).to_bytes(8, "little") + content)
+    for name, expected in kinds.items():
+        _write_values(file, name, make(name), expected)
+
+
+def _write_values(file: IO[bytes], name: str, tensor: Tensor, expected: tuple[tuple[int, ...], torch.dtype]) -> None:
+    shape, dtype = expected
+    if (tuple(tensor.shape), tensor.dtype) != expected:
+        raise ValueError(f"{name!r} became {tensor.dtype} of {tuple(tensor.shape)}, not {dtype} of {shape}.")
+    if tensor.numel():
+        file.write(_bytes(tensor))
 
 
 def read(path: str | os.PathLike[str], kind: str | None = None) -> tuple[dict[str, Tensor], dict[str, Any]]:
@@ -199,11 +238,19 @@ def damaged(path: str | os.PathLike[str], error: Exception) -> ValueError:
     return ValueError(f"{os.fspath(path)!r} is damaged: what it says of itself does not fit ({what}). {_WAY_OUT}")
 
 
+def _bytes(tensor: Tensor) -> memoryview:
+    """Return the values of a tensor on the CPU as bytes, without a copy if it is contiguous."""
+    flat = tensor.contiguous().reshape(-1)
+    if flat.stride(0) != 1:  # a single value counts as contiguous whatever its stride is
+        flat = flat.clone(memory_format=torch.contiguous_format)
+    return memoryview(flat.view(torch.uint8).numpy())
+
+
 def digest_of(tensors: Mapping[str, Tensor], text: str = "") -> str:
     """Return a SHA-256 of a text and of names, types, shapes and values of tensors on the CPU, by name."""
     digest = hashlib.sha256(text.encode())
     for name, tensor in sorted(tensors.items()):
         digest.update(repr((name, str(tensor.dtype), tuple(tensor.shape))).encode())
         if tensor.numel():
-            digest.update(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())
+            digest.update(_bytes(tensor))
     return digest.hexdigest()

@@ -1,6 +1,7 @@
 """The commands on files that are read tensor by tensor."""
 
 import re
+from pathlib import Path
 
 import pytest
 import safetensors.torch
@@ -167,3 +168,33 @@ def test_settings_that_make_no_sense_are_refused(folder, monkeypatch, arguments,
     told = run(*arguments, status=1)
     assert told.startswith("modeconn: error: ") and said in told and told.count("\n") == 1
     assert sorted(folder.rglob("*")) == before
+
+
+# -- the page
+
+
+PAGE = (Path(__file__).parents[2] / "docs" / "large.md").read_text(encoding="utf-8")
+BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", PAGE, flags=re.DOTALL | re.MULTILINE)
+
+
+def test_what_the_page_says_is_done(tmp_path, monkeypatch):
+    """All commands and the last block of Python, with a small model of one's own in place of that of transformers."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("mine.py").write_text("from benchmarks.llama import small as llama\n")
+    for seed, name in enumerate(["llama-a", "llama-b", "llama-c", "tuned", "step-100", "step-900", "step-1000"]):
+        Path("run").mkdir(exist_ok=True)
+        kept(made(small, seed), Path("run" if name.startswith("step") else ".") / name)
+    (recipe,) = (source for kind, source in BLOCKS if kind == "toml")
+    Path("recipe.toml").write_text(recipe)
+    commands = [line for kind, source in BLOCKS if kind == "sh" for line in source.splitlines()]
+    assert len(commands) == 11
+    for command in commands:
+        program, *arguments = command.split()
+        assert program == "modeconn"
+        told = run(*arguments)
+        assert ("one function" in told) == (arguments[0] == "verify")
+    assert recipe.splitlines()[1] in told
+    python = [source for kind, source in BLOCKS if kind == "python"]
+    exec(compile(python[-1], "docs/large.md", "exec"), {"llama": small})
+    assert Path("relabelling.safetensors").exists()

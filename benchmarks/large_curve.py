@@ -1,0 +1,125 @@
+"""A quadratic Bezier curve between two networks of 100 million weights: a step beside an ordinary one, and memory.
+
+    python -m benchmarks.large_curve [--dtype bfloat16] [--out results.json]
+
+The networks are tied Llamas of 12 layers, 768 wide. The ordinary step is SGD with momentum on one network: of half
+precision with single-precision copies of the weights, which it moves. Memory is the most that a whole call of
+`modeconn.fit_curve` takes beside what Python and the library take before: the networks, control points and what moves
+them, activations, the connection. Aims: at most 1.3 times the step, and 4 GB.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import statistics
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
+
+import modeconn
+from benchmarks.llama import Config, Llama
+from benchmarks.timing import environment, interleaved, ratio
+from modeconn import Bezier, Recipe
+from modeconn.curves.step import CurveStep, stratified_positions
+from modeconn.network.loss import supervised
+from modeconn.network.weights import WeightSpace, Workspace
+from modeconn.tools.memory import peak_memory
+
+LARGE = Config(layers=12, width=768, hidden=2048, heads=12, key_heads=12, tied=True)
+SGD = partial(torch.optim.SGD, lr=1e-3, momentum=0.9, nesterov=True, fused=True)
+Batch = tuple[Tensor, Tensor]
+
+
+def network(seed: int, dtype: torch.dtype) -> nn.Module:
+    """Return a network of 100 million weights."""
+    torch.manual_seed(seed)
+    return Llama(LARGE).to(dtype)
+
+
+def loss_fn(outputs: Tensor, targets: Tensor) -> Tensor:
+    """Return the mean cross-entropy of all tokens."""
+    return cross_entropy(outputs.flatten(0, 1).float(), targets.flatten())
+
+
+def ordinary_step(dtype: torch.dtype, batch: Batch) -> Callable[[], object]:
+    """Return a step that moves single-precision copies of the weights, or these themselves."""
+    model = network(0, dtype).train()
+    weights = [*model.parameters()]
+    masters = weights if dtype is torch.float32 else [nn.Parameter(weight.detach().float()) for weight in weights]
+    optimizer = SGD(masters)
+
+    def step() -> None:
+        model.zero_grad(set_to_none=True)
+        loss_fn(model(batch[0]), batch[1]).backward()
+        if masters is not weights:
+            for master, weight in zip(masters, weights, strict=True):
+                master.grad = weight.grad.float()
+        optimizer.step()
+        if masters is not weights:
+            with torch.no_grad():
+                for master, weight in zip(masters, weights, strict=True):
+                    weight.copy_(master)
+
+    return step
+
+
+def curve_step(dtype: torch.dtype, batch: Batch) -> Callable[[], object]:
+    """Return a step of a curve."""
+    a, b = (network(seed, dtype) for seed in (0, 1))
+    space, curve = WeightSpace(a), Bezier(2)
+    points = curve.initial_control_points(space.flatten(a), space.flatten(b))
+    step = CurveStep(Workspace(a, space), curve, points, Recipe(optimizer=SGD, weight_decay=0.0))
+    weights = iter(curve.basis(torch.cat([stratified_positions(0, block) for block in range(4)])).tolist())
+    forward = supervised(loss_fn)
+    return lambda: step(batch, next(weights), forward)
+
+
+def memory(dtype: torch.dtype, batch: Batch) -> int | None:
+    """Return the most bytes that two networks and a call that fits a curve between them take."""
+    with peak_memory(torch.device("cpu")) as peak:
+        a, b = (network(seed, dtype) for seed in (0, 1))
+        recipe = Recipe(epochs=2, optimizer=SGD, weight_decay=0.0)
+        modeconn.fit_curve(a, b, [batch, batch], curve=Bezier(2), recipe=recipe, loss_fn=loss_fn)
+    return peak.num_bytes
+
+
+def main() -> None:
+    """Measure, print and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
+    parser.add_argument("--batch", type=int, nargs=2, default=(4, 128), help="sequences, and tokens in each")
+    parser.add_argument("--rounds", type=int, default=8)
+    parser.add_argument("--out", type=Path, help="write the numbers to this file")
+    options = parser.parse_args()
+    dtype = getattr(torch, options.dtype)
+    torch.manual_seed(0)
+    batch = tuple(torch.randint(LARGE.vocabulary, options.batch) for _ in range(2))
+    most = memory(dtype, batch)
+    count = sum(parameter.numel() for parameter in network(0, dtype).parameters())
+    rivals = {"ordinary": ordinary_step(dtype, batch), "curve": curve_step(dtype, batch)}
+    seconds = interleaved(rivals, options.rounds, torch.device("cpu"))
+    medians = {name: statistics.median(times) for name, times in seconds.items()}
+    found: dict[str, Any] = {
+        "environment": environment(torch.device("cpu")),
+        "dtype": options.dtype,
+        "weights": count,
+        "batch": list(options.batch),
+        "most bytes": most,
+        "seconds": medians,
+        "ratio": medians["curve"] / medians["ordinary"],
+    }
+    print(f"{count:,} weights in {options.dtype}, batch {options.batch}; {found['environment']}")
+    print(f"fit_curve takes {(most or 0) / 1e9:.2f} GB with both networks")
+    print(f"step: {medians}, curve / ordinary {ratio(seconds['curve'], seconds['ordinary'])}")
+    if options.out:
+        options.out.write_text(json.dumps(found, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
