@@ -22,7 +22,7 @@ from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, TrainingData
 from modeconn.network.registry import describe, rebuild
-from modeconn.network.weights import WeightSpace
+from modeconn.network.weights import WeightSpace, are_finite
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files, provenance
 from modeconn.tools.door import checked, looked_at
@@ -213,7 +213,7 @@ def _check_points(points: Tensor, shapes: Mapping[str, Sequence[int]], path: str
     if points.ndim != 2 or len(points) < 2 or points.shape[1] != count or not points.is_floating_point():
         what = f"control points of shape {tuple(points.shape)}, {points.dtype}, for {count:,} parameters"
         raise files.damaged(path, ValueError(what))
-    if not points.isfinite().all():
+    if not are_finite(points):
         raise ValueError(f"{os.fspath(path)!r} holds control points that are not finite: the run behind it failed.")
 
 

@@ -23,6 +23,7 @@ from modeconn.learning.parts import pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.batches import END, batches, check_length, checksum
 from modeconn.network.shares import begin_epoch
+from modeconn.network.weights import are_finite
 from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
 from modeconn.tools.door import check_settings
 from modeconn.tools.processes import joined
@@ -243,7 +244,7 @@ class Run:
             if not math.isfinite(loss):
                 raise FloatingPointError(self._lost(f"the training loss became {loss}", t))
             self._progress.add(t, loss, weight)
-        if not torch.isfinite(self._step.control_points).all():
+        if not are_finite(self._step.control_points):
             raise FloatingPointError(self._lost("the control points stopped being finite", pending[-1][0]))
 
     def _pending_numbers(self) -> list[tuple[float, float, float]]:

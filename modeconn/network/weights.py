@@ -180,7 +180,7 @@ class WeightSpace:
             )
         _check_modules(self._modules, _module_types(model), name, reference)
         for key, parameter in parameters.items():
-            if torch.isfinite(parameter.sum()):  # one pass without a copy; where it overflows, count
+            if are_finite(parameter):
                 continue
             if bad := int((~torch.isfinite(parameter)).sum()):
                 raise ValueError(f"{key!r} of {name} holds NaN or infinite weights ({bad} of {parameter.numel()}).")
@@ -255,6 +255,17 @@ class Workspace:
             else:
                 torch.add(parameter.grad, parameter, alpha=weight_decay, out=view)
         return self.grad
+
+
+@torch.no_grad()
+def are_finite(values: Tensor) -> bool:
+    """Whether all values are finite, in one pass without a copy: by sums, and one by one where a sum overflows."""
+    wide = torch.promote_types(values.dtype, torch.float32)
+    parts = values.view(-1).split(_PART) if values.is_contiguous() else (values,)
+    return all(bool(part.sum(dtype=wide).isfinite()) or bool(part.isfinite().all()) for part in parts)
+
+
+_PART = 1 << 20  # entries that are looked at together, of which half precision is widened
 
 
 def device_of(model: nn.Module) -> torch.device:
