@@ -1,8 +1,13 @@
 """Networks in files: what is done with one tensor of each in memory is what is done in memory, or proves itself."""
 
+import errno
 import json
 import math
+import os
 import shutil
+import signal
+import subprocess
+import sys
 
 import pytest
 import safetensors.torch
@@ -437,3 +442,65 @@ def test_a_model_that_needs_values_is_told(tmp_path):
         tensor_files.shuffle(path, tmp_path / "out", model=Steered, example_input=torch.randn(2, 3))
     with pytest.raises(ValueError, match=r"model must be a function that returns a torch.nn.Module"):
         tensor_files.shuffle(path, tmp_path / "out", model=lambda: 3)
+
+
+# -- what goes wrong while it is written
+
+
+VERBS = {
+    "align": lambda a, b, out: tensor_files.align(a, b, out, model=small, shard_bytes=5_000),
+    "shuffle": lambda a, b, out: tensor_files.shuffle(a, out, model=small, shard_bytes=5_000),
+    "merge": lambda a, b, out: tensor_files.merge([a, b], out, model=small, shard_bytes=5_000),
+    "add_task": lambda a, b, out: tensor_files.add_task(a, b, a, out, model=small, shard_bytes=5_000),
+}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_disk_that_fills_at_the_third_shard_leaves_nothing(pair, tmp_path, monkeypatch, verb):
+    _, paths = pair(small)
+    synced, before = [], sorted(tmp_path.rglob("*"))
+
+    def sync(file):
+        synced.append(file)
+        if len(synced) == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", sync)
+    with pytest.raises(OSError, match=r"cannot write .*out' \(No space left on device\)"):
+        VERBS[verb](*paths, tmp_path / "out")
+    assert sorted(tmp_path.rglob("*")) == before
+
+
+@pytest.mark.skipif(not hasattr(signal, "SIGKILL"), reason="Windows has no SIGKILL")
+@pytest.mark.parametrize("verb", ["align", "merge"])
+def test_a_run_that_is_killed_leaves_no_folder_that_looks_whole(pair, tmp_path, verb):
+    _, (a, b) = pair(small)
+    script = f"""
+import os, signal
+from tests.tensor_files.test_networks import VERBS
+synced = []
+def sync(file):
+    synced.append(file)
+    if len(synced) == 3:
+        os.kill(os.getpid(), signal.SIGKILL)
+os.fsync = sync
+VERBS[{verb!r}]({str(a)!r}, {str(b)!r}, {str(tmp_path / "out")!r})
+"""
+    done = subprocess.run([sys.executable, "-c", script], check=False)
+    assert done.returncode == -signal.SIGKILL
+    assert not (tmp_path / "out").exists()
+    left = [path for path in tmp_path.iterdir() if path not in (a, b)]
+    assert all(path.name.startswith(".out.") and path.name.endswith(".tmp") for path in left)
+    assert not any(path.name.endswith(".index.json") for one in left for path in one.iterdir())
+    VERBS[verb](a, b, tmp_path / "out")
+    assert TensorFiles(tmp_path / "out").entries.keys() == TensorFiles(a).entries.keys()
+
+
+@pytest.mark.parametrize("symmetries", SYMMETRIES)
+def test_groups_of_the_large_llama_are_those_that_are_proved_in_the_small_one(symmetries):
+    assert modeconn.discover(small(), symmetries=symmetries).verify(small()) < 1e-9
+    drawn = {}
+    for name, config in (("small", SMALL), ("large", Config(layers=2))):
+        spec = modeconn.discover(sketch(lambda config=config: Llama(config)), symmetries=symmetries)
+        drawn[name] = [(g.name, g.kind, [parent for parent, _ in g.parents], g.places) for g in spec.groups]
+    assert drawn["small"] == drawn["large"]
