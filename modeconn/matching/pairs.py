@@ -17,9 +17,15 @@ Sources = Mapping[str, Tensor]
 
 
 class Pair(Protocol):
-    """Weights of a and of b by name, in at least single precision, also cut into pieces with a dimension per atom."""
+    """Weights of a and of b by name, in at least single precision, also cut into pieces with a dimension per atom.
+
+    Attributes:
+        names: Of the weights that move.
+        eps: The distance from one to the next larger number in the precision in which the networks are kept.
+    """
 
     names: Sequence[str]
+    eps: float
 
     def begin(self, sources: Sources) -> None:
         """Lay b's weights as ``sources`` says, which is kept up to date from now on."""
@@ -47,8 +53,9 @@ class Pair(Protocol):
 class InMemory:
     """A pair whose tensors are at hand; b's lie in a copy, which is moved."""
 
-    def __init__(self, spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> None:
+    def __init__(self, spec: PermutationSpec, a: Mapping[str, Tensor], b: Mapping[str, Tensor], eps: float) -> None:
         self.names = tuple(a)
+        self.eps = eps
         self._spec = spec
         self._a, self._b = a, b
         self._moved = {name: torch.empty_like(weight) for name, weight in a.items()}
@@ -86,6 +93,7 @@ class Read:
         names: Of the weights that move.
         a: Returns a weight of a; all are of one precision, at least single.
         b: The same for b.
+        eps: Of the precision in which they are kept.
     """
 
     def __init__(
@@ -94,8 +102,10 @@ class Read:
         names: Sequence[str],
         a: Callable[[str], Tensor],
         b: Callable[[str], Tensor],
+        eps: float,
     ) -> None:
         self.names = tuple(names)
+        self.eps = eps
         self._spec = spec
         self._a, self._b = a, b
         self._sources: Sources = {}

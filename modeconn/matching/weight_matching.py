@@ -82,10 +82,17 @@ class WeightMatching:
         space.check(model_b, name="b")
         spec.check_model(model_a)
         first = starting_permutation(self.start, spec, model_a, model_b, loader)
-        return self._descend(spec, InMemory(spec, *(_weights(spec, model) for model in (model_a, model_b))), first)
+        pair = InMemory(spec, *(_weights(spec, model) for model in (model_a, model_b)), torch.finfo(space.dtype).eps)
+        return self._descend(spec, pair, first)
 
     def match_weights(
-        self, spec: PermutationSpec, names: Sequence[str], a: Callable[[str], Tensor], b: Callable[[str], Tensor]
+        self,
+        spec: PermutationSpec,
+        names: Sequence[str],
+        a: Callable[[str], Tensor],
+        b: Callable[[str], Tensor],
+        *,
+        eps: float = 0.0,
     ) -> Match:
         """Return the relabelling of b without any network in memory: one weight of each is, and the costs of a group.
 
@@ -95,6 +102,8 @@ class WeightMatching:
             a: Returns a parameter of a by its name, with gains folded where the spec asks for it; all are of one
                 precision, at least single.
             b: The same for b.
+            eps: The distance from one to the next larger number in the precision in which the networks are kept: turns
+                that it hides are not sought.
 
         Raises:
             ValueError: If ``start`` is a method, which needs networks, or weights are not finite.
@@ -103,7 +112,7 @@ class WeightMatching:
         if self.start is not None and given is None:
             raise ValueError("start= is a method, which needs networks in memory. Pass a relabelling, or none.")
         first = spec.identity() if given is None else check_own(given, spec)
-        return self._descend(spec, Read(spec, moving_names(spec, names), a, b), first)
+        return self._descend(spec, Read(spec, moving_names(spec, names), a, b, eps), first)
 
     def _descend(self, spec: PermutationSpec, pair: Pair, first: Permutation | Orthogonal) -> Match:
         generator = torch.Generator().manual_seed(self.seed)
@@ -309,7 +318,8 @@ class _Tree:
                 self._half_anchors.append(operand)
         self._quadratic |= len(chains) > 1
         self._rounding += 4 * piece.eps * piece.scale
-        self._smallest = max(self._smallest, piece.eps)
+        size = max(group.size for group in self._groups.values())
+        self._smallest = max(self._smallest, piece.eps, self._pair.eps / (8 * math.sqrt(size)))
         return len(chains) > 1
 
     def improve(self, sources: dict[str, Tensor]) -> float | None:

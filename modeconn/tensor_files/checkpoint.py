@@ -261,14 +261,24 @@ class Checkpoint:
         """
         found = torch.float32
         for name in self.parameters:
-            entry = next(self.files.entries[one] for one in self._architecture.names(name) if one in self.files.entries)
-            if not entry.dtype.is_floating_point:
+            dtype = self._dtype(name)
+            if not dtype.is_floating_point:
                 raise ValueError(
-                    f"{str(self.files.path)!r} holds {name!r} in {str(entry.dtype).removeprefix('torch.')}. Networks "
-                    f"are aligned by weights of floating point."
+                    f"{str(self.files.path)!r} holds {name!r} in {str(dtype).removeprefix('torch.')}. Networks are "
+                    f"aligned by weights of floating point."
                 )
-            found = torch.promote_types(found, entry.dtype) if entry.dtype.itemsize > 1 else found
+            found = torch.promote_types(found, dtype) if dtype.itemsize > 1 else found
         return found
+
+    @property
+    def eps(self) -> float:
+        """The distance from one to the next larger number in the coarsest precision of parameters."""
+        dtypes = {self._dtype(name) for name in self.parameters}
+        return max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+
+    def _dtype(self, name: str) -> torch.dtype:
+        held, names = self.files.entries, (name, *self._architecture.names(name))
+        return next(held[one].dtype for one in names if one in held)
 
     def entries(self, dtype: torch.dtype | None = None) -> dict[str, Entry]:
         """Return what is written of the network: the names of the files and, untied, also those that they leave out.
@@ -290,6 +300,16 @@ class Checkpoint:
         if relabelling is None or first not in self._spec.state:
             return tensor
         return relabelling.relabel({first: tensor})[first]
+
+
+def as_pair(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:
+    """Return two networks as `modeconn.WeightMatching.match_weights` takes them.
+
+    Raises:
+        ValueError: If some parameters are no real numbers.
+    """
+    read_a, read_b = in_one_precision(a, b)
+    return {"a": read_a, "b": read_b, "eps": max(a.eps, b.eps)}
 
 
 def in_one_precision(*networks: Checkpoint) -> list[Callable[[str], Tensor]]:

@@ -17,7 +17,7 @@ from modeconn.network.batch_norm import norm_layers
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, in_one_precision, opened
+from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, as_pair, in_one_precision, opened
 from modeconn.tensor_files.reading import Entry, TensorFiles, in_dtype
 from modeconn.tensor_files.relabelling import configuration
 from modeconn.tensor_files.writing import SHARD_BYTES, check_target, write
@@ -298,7 +298,7 @@ def add_task(
     new, changed, old = networks
     how = WeightMatching() if method is None else method
     with bars(progress), seeded(0, torch.device("cpu")):
-        match = how.match_weights(found, new.parameters, *in_one_precision(new, old))
+        match = how.match_weights(found, new.parameters, **as_pair(new, old))
     terms = [
         (_reader(new, None), 1.0),
         (_reader(changed, match.permutation), scale),
@@ -376,12 +376,12 @@ class _CommonNames:
         """Align every network with the mean of the others, round after round; yield the spread after each step."""
         generator = torch.Generator().manual_seed(seed)
         spread = self.spread()
-        parameters = self._networks[0].parameters
+        parameters, eps = self._networks[0].parameters, max(network.eps for network in self._networks)
         for _ in range(num_rounds):
             begin = spread
             for i in torch.randperm(len(self._networks), generator=generator).tolist():
                 a, b = (_partial(read, i) for read in (self._mean_of_others, self._lying))
-                step = method.match_weights(self._spec, parameters, a, b).permutation
+                step = method.match_weights(self._spec, parameters, a, b, eps=eps).permutation
                 before = self.permutations[i]
                 self.permutations[i] = step @ before
                 now = self.spread()

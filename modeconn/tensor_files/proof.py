@@ -16,7 +16,7 @@ from modeconn.symmetry.graph import Example
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, in_one_precision, opened
+from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, as_pair, opened
 from modeconn.tensor_files.difference import apart
 from modeconn.tools import provenance
 from modeconn.tools.door import checked
@@ -134,7 +134,7 @@ def verify(
     (first, second), found = opened((a, b), model, discovery, progress=progress)
     how = WeightMatching() if method is None else method
     with bars(progress), seeded(0, torch.device("cpu")):
-        match = how.match_weights(found, first.parameters, *in_one_precision(first, second))
+        match = how.match_weights(found, first.parameters, **as_pair(first, second))
     relative, allowed = {}, {}
     of_matching = 16 * max(torch.finfo(network.precision).eps for network in (first, second))
     is_exact = not (found.has_rotations or found.folds)

@@ -16,7 +16,7 @@ from modeconn.matching.weight_matching import WeightMatching
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
-from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, in_one_precision, opened
+from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, as_pair, opened
 from modeconn.tensor_files.writing import SHARD_BYTES, check_target, write
 from modeconn.tools.door import checked
 from modeconn.tools.progress import bars
@@ -116,7 +116,7 @@ def align(
     (first, second), found = opened((a, b), model, discovery, progress=progress)
     with bars(progress), seeded(0, torch.device("cpu")):
         how = WeightMatching() if method is None else method
-        match = how.match_weights(found, first.parameters, *in_one_precision(first, second))
+        match = how.match_weights(found, first.parameters, **as_pair(first, second))
     how_written = {"dtype": dtype, "shard_bytes": shard_bytes, "overwrite": overwrite, "progress": progress}
     if out_a is not None:
         written_as(out_a, first, None, **how_written)
