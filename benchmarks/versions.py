@@ -34,8 +34,7 @@ def tried(python: str, torch: str, tests: list[str]) -> dict[str, Any]:
         own = Path(folder) / "bin" / "python"
         steps = (
             ("no such Python", [python, "-m", "venv", folder]),
-            ("torch cannot be installed", [own, "-m", "pip", "install", "-q", _wanted(torch)]),
-            ("its needs cannot be installed", [own, "-m", "pip", "install", "-q", "-e", ".[test]"]),
+            ("they do not go together", [own, "-m", "pip", "install", "-q", _wanted(torch), "-e", ".[test]"]),
         )
         for failure, command in steps:
             done = _run(command)

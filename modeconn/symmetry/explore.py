@@ -151,8 +151,16 @@ def example_for(model: nn.Module, example_input: Any = None) -> Example:
             f"{type(model).__name__} has to be run once to see how its units connect: pass example_input=, a tensor "
             "(or tuple, or dict of keyword inputs) that the model accepts."
         )
-    device = device_of(model)
-    return Example.of(example_input).to("cpu" if device.type == "meta" else device)
+    device, example = device_of(model), Example.of(example_input)
+    if device.type != "meta":
+        return example.to(device)
+    return Example(*pytree.tree_map(_with_values, (example.args, example.kwargs))).to("cpu")
+
+
+def _with_values(leaf: Any) -> Any:
+    """Return zeros for an input on the meta device: a model without values is traced on the CPU, and never run."""
+    is_sketch = isinstance(leaf, torch.Tensor) and leaf.is_meta
+    return torch.zeros(leaf.shape, dtype=leaf.dtype, device="cpu") if is_sketch else leaf
 
 
 @dataclass
