@@ -151,7 +151,8 @@ class Lacks:
         if not self.is_nothing:
             raise ValueError(
                 f"{str(self.files.path)!r} does not hold the model that model= makes: {'; '.join(self.told())}. Name "
-                f"the factory of this architecture, or take other files; dry_run names all."
+                f"the factory of this architecture, or take other files; all is told by modeconn.tensor_files.plan, and "
+                f"by --dry-run on the command line."
             )
 
 
@@ -198,16 +199,11 @@ class Checkpoint:
         spec.check_positions({name: files.read(name) for name in spec.positions if name in files.entries})
         if not spec.untied:
             self._check_ties()
-        self.parameters = [name for name in spec.state if name in self._one_of_each() and name in self._of_parameters()]
+        known_parameters = {other for name in architecture.parameters for other in architecture.names(name)}
+        names = filter(known_parameters.__contains__, spec.state)
+        self.parameters = [name for name in names if spec.untied or name == architecture.names(name)[0]]
         known = {name: architecture.shapes[name] for name in spec.state}
         self._folding = Folding(self.given, known, spec.folds) if spec.folds else None
-
-    def _one_of_each(self) -> set[str]:
-        names = self._architecture.shapes
-        return set(names) if self._spec.untied else {self._architecture.names(name)[0] for name in names}
-
-    def _of_parameters(self) -> set[str]:
-        return {other for name in self._architecture.parameters for other in self._architecture.names(name)}
 
     def _check_ties(self) -> None:
         """Raise a ValueError if names of one tensor have different values."""

@@ -9,6 +9,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
+from modeconn.matching.blocks import LARGE
+from modeconn.symmetry.groups import Group
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tensor_files.checkpoint import Architecture, Discovery, Factory, Lacks
@@ -43,10 +45,15 @@ class Plan:
 
     @property
     def working_bytes(self) -> int:
-        """Bytes of what is largest in memory while matching: two tensors, and the costs of the largest group."""
+        """Bytes of what is largest in memory while matching: two tensors, and the costs of the largest group.
+
+        Tensors are in single precision, and a third time while one is relabelled; where they are rotated or gains are
+        folded also in double. Costs are in single precision, and twice in double.
+        """
         sizes = [entry.num_bytes // entry.dtype.itemsize for one in self.files for entry in one.files.entries.values()]
-        costs = [math.prod(group.shape) ** 2 for group in self.spec.groups]
-        return 4 * 3 * max(sizes, default=0) + (4 + 2 * 8) * max(costs, default=0)
+        costs = [_num_costs(group) for group in self.spec.groups]
+        for_each = 12 + 16 * (self.spec.has_rotations or bool(self.spec.folds))
+        return for_each * max(sizes, default=0) + 20 * max(costs, default=0)
 
     def __repr__(self) -> str:
         lines = [repr(self.spec).replace("PermutationSpec(", "Plan(", 1)]
@@ -60,6 +67,11 @@ class Plan:
             f"largest at one time: about {self.working_bytes:,} bytes, for two tensors and the costs of a group"
         )
         return "\n".join(lines)
+
+
+def _num_costs(group: Group) -> int:
+    units = math.prod(group.shape)
+    return units * group.size if group.parents and units > LARGE else units**2
 
 
 @checked
