@@ -151,8 +151,8 @@ class Lacks:
         if not self.is_nothing:
             raise ValueError(
                 f"{str(self.files.path)!r} does not hold the model that model= makes: {'; '.join(self.told())}. Name "
-                f"the factory of this architecture, or take other files; all is told by modeconn.tensor_files.plan, and "
-                f"by --dry-run on the command line."
+                f"the factory of this architecture, or take other files; modeconn.tensor_files.plan tells all, and "
+                f"--dry-run on the command line."
             )
 
 
