@@ -35,8 +35,12 @@ class Pair(Protocol):
         """Return a weight of a, and that of b as it lies."""
         ...
 
-    def pieces(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Return the pieces of both, in the order of `Structure.pieces`."""
+    def pieces(self, name: str, unturned: str | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Return the pieces of both, in the order of `Structure.pieces`; b's may be left unturned along one group."""
+        ...
+
+    def turned(self, similarity: Tensor, unturned: str) -> Tensor:
+        """Return similarities of a's units to b's as these lie, from pieces that may have been left unturned."""
         ...
 
     def move(self, pieces: Iterable[tuple[str, int, Labels]], still: Callable[[int], bool], perms: Perms) -> None:
@@ -72,9 +76,13 @@ class InMemory:
         """Return a weight of a, and that of b as it lies."""
         return self._a[name], self._moved[name]
 
-    def pieces(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Return views of both."""
+    def pieces(self, name: str, unturned: str | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Return views of both; b's lie turned."""
         return self._pieces[name]
+
+    def turned(self, similarity: Tensor, unturned: str) -> Tensor:
+        """Return them as they are: b's pieces lie turned."""
+        return similarity
 
     def move(self, pieces: Iterable[tuple[str, int, Labels]], still: Callable[[int], bool], perms: Perms) -> None:
         """Write over b's pieces, part by part where that can be."""
@@ -114,10 +122,10 @@ class Read:
         """Remember where ``sources`` says how b's weights lie."""
         self._sources = sources
 
-    def both(self, name: str) -> tuple[Tensor, Tensor]:
+    def both(self, name: str, unturned: str | None = None) -> tuple[Tensor, Tensor]:
         """Read a weight of each network."""
         structure, axes = self._spec.structure, self._spec.state[name]
-        perms = elements(self._spec, self._sources, name)
+        perms = elements(self._spec, self._sources, name, but=unturned)
         turning = {atom: element for atom, element in perms.items() if element.is_floating_point()}
         given = self._b(name)
         b = structure.relabel(given, axes, {atom: each for atom, each in perms.items() if atom not in turning})
@@ -128,20 +136,27 @@ class Read:
             erase_means(self._spec, name, b)
         return self._a(name), b
 
-    def pieces(self, name: str) -> list[tuple[Tensor, Tensor]]:
-        """Read a weight of each network and return the pieces."""
-        return _cut(self._spec, name, *self.both(name))
+    def pieces(self, name: str, unturned: str | None = None) -> list[tuple[Tensor, Tensor]]:
+        """Read a weight of each network and return the pieces, b's as they are along one group.
+
+        A rotation of a group's similarities does what one of its weights would do, and there are more of these.
+        """
+        return _cut(self._spec, name, *self.both(name, unturned))
+
+    def turned(self, similarity: Tensor, unturned: str) -> Tensor:
+        """Return similarities to b's units as they lie, from those to its units as they are."""
+        return (similarity.double() @ self._sources[unturned].T).to(similarity.dtype)
 
     def move(self, pieces: Iterable[tuple[str, int, Labels]], still: Callable[[int], bool], perms: Perms) -> None:
         """Do nothing: weights lie as the sources say when they are read."""
 
 
-def elements(spec: PermutationSpec, sources: Sources, name: str) -> dict[int, Tensor]:
-    """Return the elements of the groups that move a weight and do not leave their units in place, by atom."""
+def elements(spec: PermutationSpec, sources: Sources, name: str, but: str | None = None) -> dict[int, Tensor]:
+    """Return the elements of the groups, but one, that move a weight and do not leave their units in place, by atom."""
     moving = {atom for axis in spec.state[name] for atom in spec.structure.moving_atoms(axis)}
     found = {}
     for group in spec.groups:
-        if group.atom not in moving:
+        if group.atom not in moving or group.name == but:
             continue
         element = sources[group.name] if group.rotates else sources[group.name] % group.size
         still = torch.eye(group.size, dtype=element.dtype) if group.rotates else torch.arange(group.size)

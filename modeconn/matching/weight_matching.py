@@ -272,6 +272,8 @@ class _Tree:
         self.rotates = any(group.rotates for group in groups)
         self._step = math.inf  # how far the units were turned the last time
         self._patience = _PATIENCE  # how often they may still be turned by little, for no gain that can be seen
+        # A stream, whose units b's weights need not be turned along: their products can be.
+        self._alone = next(iter(self._groups)) if self.rotates and len(self._groups) == 1 else None
         self._smallest = _SMALLEST_TURN  # smaller turns are the rounding of the weights
         self._quadratic = False
         self.zero_units: dict[str, tuple[int, int]] = {}
@@ -317,6 +319,8 @@ class _Tree:
             elif len(chains) == 1 and not any(tree.rotates for tree in others):
                 self._half_anchors.append(operand)
         self._quadratic |= len(chains) > 1
+        if self._quadratic or any(self._groups[self._names[atom]].parents for atom in self._names):
+            self._alone = None
         self._rounding += 4 * piece.eps * piece.scale
         size = max(group.size for group in self._groups.values())
         self._smallest = max(self._smallest, piece.eps, self._pair.eps / (8 * math.sqrt(size)))
@@ -397,11 +401,13 @@ class _Tree:
         found: dict[str, Tensor] = {}
         for weight, own in groupby(operands, lambda operand: operand.piece.weight):
             self._add_products(weight, own, found)
+        if self._alone is not None:
+            return {name: self._pair.turned(similarity, name) for name, similarity in found.items()}
         return found
 
     def _add_products(self, weight: str, operands: Iterable[_Operand], found: dict[str, Tensor]) -> None:
         """Add what a weight says to the similarities, and let go of it."""
-        pieces = self._pair.pieces(weight)
+        pieces = self._pair.pieces(weight, self._alone)
         for operand in operands:
             name, front = operand.group, tuple(range(len(operand.dims)))
             a, b = (x.movedim(operand.dims, front) for x in pieces[operand.piece.number])
