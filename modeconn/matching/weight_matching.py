@@ -177,6 +177,7 @@ class _Descent:
         for tree in self._trees:
             tree.begin()
         anchored = [tree for tree in self._trees if is_anchored and tree.is_anchored]
+        as_it_was = self._objective() if anchored else -math.inf
         for tree in anchored:
             tree.turn_by_anchors(self._sources)
         if anchored:
@@ -185,7 +186,7 @@ class _Descent:
                     tree.improve(self._sources)
         for tree in anchored:  # now also by the weights whose other units are in their places
             tree.turn_by_anchors(self._sources, with_permuting=True)
-        history = [sum(_inner(*self._pair.both(name)) for name in self._pair.names)]
+        history = [self._objective()]
         waiting = set(self._trees)
         for sweep in range(num_sweeps):
             order = torch.randperm(len(self._trees), generator=generator).tolist()
@@ -202,7 +203,12 @@ class _Descent:
                     history.append(history[-1] + gain)
             if not waiting:
                 break
+        if history[-1] < as_it_was:  # part of the weights told too little
+            return self.run(start, generator, num_sweeps, is_anchored=False)
         return tuple(history)
+
+    def _objective(self) -> float:
+        return sum(_inner(*self._pair.both(name)) for name in self._pair.names)
 
     def _begin(self, start: Permutation | Orthogonal) -> None:
         given = start.tensors()

@@ -101,7 +101,7 @@ def _in_single(target: Any, *args: Any, **kwargs: Any) -> Any:
     return cast(torch.float32, torch.float64, target(*single[0], **single[1]))
 
 
-_GROUPED_MATMUL = torch.ops.aten._grouped_mm.default
+_GROUPED_MATMUL = getattr(getattr(torch.ops.aten, "_grouped_mm", None), "default", None)  # torch 2.6 has none
 
 
 def _grouped_matmul(x: Tensor, y: Tensor, offsets: Tensor | None = None, *settings: Any, **more: Any) -> Tensor:

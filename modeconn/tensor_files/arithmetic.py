@@ -8,8 +8,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from modeconn.tensor_files.reading import TensorFiles, in_dtype
-from modeconn.tensor_files.writing import SHARD_BYTES, write
+from modeconn.tensor_files.reading import TensorFiles, in_dtype, widened
+from modeconn.tensor_files.writing import SHARD_BYTES, check_target, write
 from modeconn.tools.door import checked
 from modeconn.tools.warn import warn
 
@@ -51,6 +51,7 @@ def interpolate(
         ValueError: If the models differ in names or shapes: all that differ are named; or a file is damaged.
         OSError: If a file is missing, or ``out`` cannot be written or exists.
     """
+    check_target(out, overwrite=overwrite, read=(a, b))
     first, second = TensorFiles(a), TensorFiles(b)
     first.check_like(second)
     entries = in_dtype(first.entries, dtype)
@@ -80,7 +81,7 @@ def interpolate(
 
 def _between(x: Tensor, y: Tensor, t: float, dtype: torch.dtype) -> Tensor:
     """Return ``(1 - t) x + t y`` in a type, computed in single precision at least, a part at a time."""
-    wide = torch.promote_types(x.dtype, torch.float32)
+    wide = torch.promote_types(widened(x.dtype), widened(y.dtype))
     found = torch.empty_like(x, dtype=dtype, memory_format=torch.contiguous_format)
     parts = (tensor.reshape(-1).split(_CHUNK) for tensor in (found, x, y))
     for out, ours, theirs in zip(*parts, strict=True):

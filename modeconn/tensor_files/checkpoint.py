@@ -295,7 +295,23 @@ class Checkpoint:
         first = name if self._spec.untied else self._architecture.names(name)[0]
         if relabelling is None or first not in self._spec.state:
             return tensor
+        if any(self.turned_dims(name)):
+            tensor = tensor.double()  # to be rounded once, when it is written
         return relabelling.relabel({first: tensor})[first]
+
+    def turned_dims(self, name: str) -> list[bool]:
+        """Return for each dimension of a tensor whether some group rotates units along it."""
+        first = name if self._spec.untied else self._architecture.names(name)[0]
+        turning = {group.atom for group in self._spec.groups if group.rotates}
+        axes = self._spec.state.get(first)
+        if axes is None:
+            return [False] * len(self._architecture.shapes[name])
+        return [bool(self._spec.structure.moving_atoms(axis) & turning) for axis in axes]
+
+    def is_rounded(self, name: str) -> bool:
+        """Whether a tensor is computed with, and not moved as it is."""
+        first = name if self._spec.untied else self._architecture.names(name)[0]
+        return any(self.turned_dims(name)) or any(first in fold.names for fold in self._spec.folds)
 
 
 def as_pair(a: Checkpoint, b: Checkpoint) -> dict[str, Any]:

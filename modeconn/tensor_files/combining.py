@@ -14,11 +14,12 @@ from torch import Tensor
 
 from modeconn.matching.weight_matching import WeightMatching
 from modeconn.network.batch_norm import norm_layers
+from modeconn.network.weights import are_finite
 from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, as_pair, in_one_precision, opened
-from modeconn.tensor_files.reading import Entry, TensorFiles, in_dtype
+from modeconn.tensor_files.reading import Entry, TensorFiles, in_dtype, narrowed, widened
 from modeconn.tensor_files.relabelling import configuration
 from modeconn.tensor_files.writing import SHARD_BYTES, check_target, write
 from modeconn.tools.door import checked
@@ -61,11 +62,16 @@ def average(
             not one for each network or sum to nothing; or a file is damaged.
         OSError: If a file is missing, or ``out`` cannot be written or exists.
     """
-    check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite, read=models)
     shares = shares_of(weights, len(models))
     first, *others = networks = [TensorFiles(path) for path in models]
     for other in others:
         first.check_like(other)
+    if any(name.endswith("running_var") for name in first.entries):
+        warn(
+            "statistics of batch norm are averaged like weights, and are not those of the mean network: recalibrate it "
+            "with training data, modeconn.recalibrate."
+        )
     terms = [(network.read, share) for network, share in zip(networks, shares, strict=True)]
     entries = in_dtype(first.entries, dtype)
     beside = {"beside": first.beside_weights()}
@@ -187,7 +193,7 @@ def merge(
     References:
         Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836
     """
-    check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite, read=models)
     if len(models) < 2:
         raise ValueError(f"there is nothing to merge in fewer than two networks, got {len(models)}.")
     if num_rounds < 0:
@@ -197,11 +203,7 @@ def merge(
         raise ValueError(f"weights= must be positive where networks are aligned with their mean, got {list(weights)}.")
     discovery = Discovery(spec, example_input, outputs, symmetries, untie)
     networks, found = opened(models, model, discovery, progress=progress)
-    if norm_layers(networks[0].model):
-        raise ValueError(
-            "the mean of networks needs statistics of training data for batch norm. Merge them in memory, with data: "
-            "modeconn.merge_many(models, loader)."
-        )
+    _check_no_batch_norm(networks[0], "modeconn.merge_many(models, loader)")
     names = _CommonNames(networks, shares, found)
     how = WeightMatching() if method is None else method
     with bars(progress), seeded(seed, torch.device("cpu")):
@@ -213,7 +215,7 @@ def merge(
         for network, permutation, share in zip(networks, permutations, shares, strict=True)
     ]
     entries = networks[0].entries(dtype)
-    beside = {"beside": networks[0].files.beside_weights(), "instead": configuration(networks[0])}
+    beside = {"beside": networks[0].files.beside_weights(), "instead": configuration(networks[0], dtype)}
     path = _write_sum(out, entries, terms, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress, **beside)
     return MergedFiles(path, permutations, tuple(history))
 
@@ -292,10 +294,11 @@ def add_task(
     References:
         Ilharco et al., 2023, https://arxiv.org/abs/2212.04089
     """
-    check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite, read=(base, tuned, old_base))
     discovery = Discovery(spec, example_input, outputs, symmetries, untie)
     networks, found = opened((base, tuned, old_base), model, discovery, progress=progress)
     new, changed, old = networks
+    _check_no_batch_norm(new, "modeconn.align and modeconn.recalibrate")
     how = WeightMatching() if method is None else method
     with bars(progress), seeded(0, torch.device("cpu")):
         match = how.match_weights(found, new.parameters, **as_pair(new, old))
@@ -304,9 +307,17 @@ def add_task(
         (_reader(changed, match.permutation), scale),
         (_reader(old, match.permutation), -scale),
     ]
-    beside = {"beside": new.files.beside_weights(), "instead": configuration(new)}
+    beside = {"beside": new.files.beside_weights(), "instead": configuration(new, dtype)}
     written = {"shard_bytes": shard_bytes, "overwrite": overwrite, "progress": progress, **beside}
     return TaskFiles(_write_sum(out, new.entries(dtype), terms, **written), match.permutation, match.history)
+
+
+def _check_no_batch_norm(network: Checkpoint, way_out: str) -> None:
+    """Raise a ValueError if a sum of networks would need data for statistics of batch norm."""
+    if norm_layers(network.model):
+        raise ValueError(
+            f"the mean of networks needs statistics of training data for batch norm. In memory, with data: {way_out}."
+        )
 
 
 def shares_of(weights: Sequence[float] | None, count: int) -> list[float]:
@@ -424,11 +435,13 @@ def _write_sum(
                 kept[name] = None
             return first
         if not others and share == 1:
-            return first.to(entries[name].dtype)
-        total = first.to(torch.promote_types(first.dtype, torch.float32), copy=True).mul_(share).contiguous()
+            return narrowed(name, first, entries[name].dtype)
+        total = first.to(widened(first.dtype), copy=True).mul_(share).contiguous()
         for other, factor in others:
             _add(total, other(name), factor)
-        return total.to(entries[name].dtype)
+        if not are_finite(total):
+            raise ValueError(f"{name!r} became NaN or infinite: look for such weights in the networks.")
+        return narrowed(name, total, entries[name].dtype)
 
     written = write(out, entries, make, **how)
     if kept:

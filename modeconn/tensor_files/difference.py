@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import os
+import sys
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, ClassVar
@@ -106,15 +107,15 @@ def difference(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress
 def apart(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Return the largest difference of entries, and the norm of all as a share of that of ``x``."""
     largest = squares = own = 0.0
-    wide = torch.complex128 if x.is_complex() else torch.float64
+    wide = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
     for ours, theirs in zip(x.reshape(-1).split(_CHUNK), y.reshape(-1).split(_CHUNK), strict=True):
-        if torch.equal(ours, theirs):
+        if torch.equal(ours, theirs) or bool((ours.isnan() & theirs.isnan() | (ours == theirs)).all()):
             own += float(ours.to(wide).abs().square().sum())
             continue
         ours, theirs = ours.to(wide), theirs.to(wide)
         alike = (ours == theirs) | (ours.isnan() & theirs.isnan())  # infinite entries may be equal
         gap = (ours - theirs).abs().nan_to_num(math.inf, math.inf).masked_fill(alike, 0.0)
-        largest = max(largest, float(gap.max()))
+        largest = max(largest, float(gap.max()) or sys.float_info.min)  # whole numbers may differ by less than doubles
         squares += float(gap.square().sum())
         own += float(ours.abs().square().sum())
     share = math.sqrt(squares)

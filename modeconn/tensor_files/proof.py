@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import os
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, ClassVar
 
@@ -17,7 +18,6 @@ from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, as_pair, opened
-from modeconn.tensor_files.difference import apart
 from modeconn.tools import provenance
 from modeconn.tools.door import checked
 from modeconn.tools.json_files import KIND, to_json
@@ -33,11 +33,12 @@ class Verdict:
     """Whether two networks in files are one function.
 
     Args:
-        relative: By name of a tensor, the Euclidean norm of what tells b, relabelled, from a, as a share of the norm of
-            a's tensor.
-        allowed: By name, how much of it may be rounding. Zero where units are moved as they are; where they are rotated
-            or gains are folded, the distance from one to the next larger number in the precision of the tensor, and
-            sixteen times that in the precision in which rotations are found.
+        relative: By name of a tensor, the largest Euclidean norm, of all its slices at one index of one dimension, of
+            what tells b, relabelled, from a, as a share of the norm of a's slice; along dimensions whose units are
+            rotated, of the typical norm of slices. 1 for whole numbers that differ.
+        allowed: By name, how much of it may be rounding. Zero where entries are moved as they are; where units are
+            rotated or gains are folded, twice the distance from one to the next larger number in the precision of the
+            tensor, and 64 times that in the precision in which rotations are found.
         permutation: The relabelling of b that was found.
         outputs: The largest difference of outputs on the inputs that were given, as a share of their standard
             deviation; None if there were none.
@@ -75,7 +76,7 @@ class Verdict:
     def __repr__(self) -> str:
         largest = max(self.relative.values(), default=0.0)
         if self.is_one_function:
-            rounding = f"to {largest:.1e} of each tensor's norm, its rounding" if largest else "to the bit"
+            rounding = f"to {largest:.1e} of each row's norm, its rounding" if largest else "to the bit"
             lines = [f"Verdict(one function: relabelled, b is a {rounding}; {self.permutation!r})"]
         else:
             worst = sorted(self.differing, key=self.relative.__getitem__)[: -_SHOWN - 1 : -1]
@@ -136,16 +137,41 @@ def verify(
     with bars(progress), seeded(0, torch.device("cpu")):
         match = how.match_weights(found, first.parameters, **as_pair(first, second))
     relative, allowed = {}, {}
-    of_matching = 16 * max(torch.finfo(network.precision).eps for network in (first, second))
-    is_exact = not (found.has_rotations or found.folds)
-    for name in progress_bar(list(first.entries()), show=progress, desc="compare", unit="tensor"):
-        relative[name] = apart(first.relabelled(name, None), second.relabelled(name, match.permutation))[1]
-        dtypes = [network.entries()[name].dtype for network in (first, second)]
-        floating = [dtype for dtype in dtypes if dtype.is_floating_point]
-        rounding = max((torch.finfo(dtype).eps for dtype in floating), default=0.0)
-        allowed[name] = 0.0 if is_exact else rounding + of_matching
+    precision = max((network.precision for network in (first, second)), key=lambda dtype: torch.finfo(dtype).bits)
+    held = [network.entries() for network in (first, second)]
+    for name in progress_bar(list(held[0]), show=progress, desc="compare", unit="tensor"):
+        x, y = first.relabelled(name, None), second.relabelled(name, match.permutation)
+        relative[name] = _apart(x, y, first.turned_dims(name), precision)
+        dtypes = [entries[name].dtype for entries in held]
+        eps = max((torch.finfo(dtype).eps for dtype in dtypes if dtype.is_floating_point), default=0.0)
+        is_rounded = first.is_rounded(name) and eps > 0
+        allowed[name] = 2 * eps + 64 * torch.finfo(precision).eps if is_rounded else 0.0
+        del x, y
     differing = None if inputs is None else _outputs_apart(model, first, second, inputs, found)
     return Verdict(relative, allowed, match.permutation, differing)
+
+
+def _apart(x: Tensor, y: Tensor, turned: Sequence[bool], precision: torch.dtype) -> float:
+    """Return how far the slices of two tensors are apart: the largest share of the norm of the first one's slice.
+
+    Slices are those at each index of each dimension, so that a row that differs is not lost in a large tensor. Along
+    dimensions that are turned, rounding of one slice comes into others, and the share is that of their typical norm.
+    """
+    if x.shape != y.shape:
+        return math.inf
+    if torch.equal(x, y) or bool(((x == y) | (x.isnan() & y.isnan())).all()):
+        return 0.0
+    if not x.is_floating_point():
+        return 1.0
+    gaps = (x.to(precision) - y.to(precision)).square_().nan_to_num_(math.inf, math.inf)
+    own = x.to(precision).square()
+    worst = 0.0 if x.dim() else float((gaps / own).sqrt())
+    for dim, is_turned in enumerate(turned):
+        others = [other for other in range(x.dim()) if other != dim]
+        gap, norm = (z.sum(others).sqrt() if others else z.sqrt() for z in (gaps, own))
+        norm = norm.square().mean().sqrt().expand_as(norm) if is_turned else norm
+        worst = max(worst, float(torch.where(gap > 0, gap / norm, 0.0).max()))
+    return worst
 
 
 def _outputs_apart(model: Factory, first: Checkpoint, second: Checkpoint, inputs: Any, spec: PermutationSpec) -> float:

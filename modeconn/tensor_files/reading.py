@@ -14,6 +14,7 @@ import safetensors
 import torch
 from torch import Tensor
 
+from modeconn.network.weights import are_finite
 from modeconn.tools import provenance
 from modeconn.tools.door import check, shortened
 from modeconn.tools.files import check_regular, dtype_named
@@ -74,6 +75,7 @@ class TensorFiles:
         check_regular(self.path)
         self._state: Mapping[str, Tensor] | None = None
         self._begins: dict[str, int] = {}  # where in its file a tensor begins
+        self._states: dict[Path, tuple[int, ...]] = {}  # what tells whether a file was replaced
         if self.path.is_dir():
             self.entries = self._of_folder()
         elif not self.path.exists():
@@ -109,6 +111,8 @@ class TensorFiles:
             return self._state[name].detach()
         file = self.entries[name].file
         try:
+            if _state(file) != self._states[file]:
+                raise ValueError(f"{str(file)!r} was replaced while it was read. Give the command again.")
             return _values(self.entries[name], self._begins[name])
         except OSError as error:
             raise ValueError(f"{str(file)!r} cannot be read any more ({shortened(error, 200)}).") from error
@@ -193,7 +197,8 @@ class TensorFiles:
                     part = handle.get_slice(name)
                     found[name] = Entry(tuple(part.get_shape()), dtype_named(part.get_dtype()), file)
             self._begins |= _begins(file)
-        except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError) as error:
+            self._states[file] = _state(file)
+        except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError, AttributeError) as error:
             raise ValueError(f"{str(file)!r} is truncated or no safetensors file ({shortened(error, 200)}).") from error
         return found
 
@@ -219,7 +224,34 @@ def in_dtype(entries: Mapping[str, Entry], dtype: torch.dtype | None) -> dict[st
     """Return entries with another type of their numbers of floating point, if one is given."""
     if dtype is None:
         return dict(entries)
+    if dtype not in _WRITTEN:
+        known = ", ".join(str(one).removeprefix("torch.") for one in _WRITTEN)
+        raise ValueError(f"dtype= must be one of {known}, got {dtype}.")
     return {name: replace(x, dtype=dtype) if x.dtype.is_floating_point else x for name, x in entries.items()}
+
+
+_WRITTEN = (torch.float64, torch.float32, torch.float16, torch.bfloat16)
+
+
+def widened(dtype: torch.dtype) -> torch.dtype:
+    """Return a type in which tensors of this type are computed: single precision at least."""
+    return torch.promote_types(dtype, torch.float32) if dtype.itemsize > 1 else torch.float32
+
+
+def narrowed(name: str, tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """Return a tensor in another type.
+
+    Raises:
+        ValueError: If it holds numbers that are too large for it.
+    """
+    found = tensor.to(dtype)
+    if found.is_floating_point() and found.dtype.itemsize in (2, 4) and found.dtype.itemsize < tensor.dtype.itemsize:
+        if not are_finite(found) and are_finite(tensor):
+            raise ValueError(
+                f"{name!r} holds numbers up to {float(tensor.abs().max()):.1e}, too large for "
+                f"{str(dtype).removeprefix('torch.')}. Pass another dtype=."
+            )
+    return found
 
 
 def _begins(file: Path) -> dict[str, int]:
@@ -228,6 +260,11 @@ def _begins(file: Path) -> dict[str, int]:
         length = int.from_bytes(opened.read(8), "little")
         header = json.loads(opened.read(length))
     return {name: 8 + length + told["data_offsets"][0] for name, told in header.items() if name != "__metadata__"}
+
+
+def _state(file: Path) -> tuple[int, ...]:
+    about = file.stat()
+    return about.st_dev, about.st_ino, about.st_size, about.st_mtime_ns
 
 
 def _values(entry: Entry, begin: int) -> Tensor:

@@ -17,12 +17,13 @@ from modeconn.symmetry.outputs import Selection
 from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tensor_files.checkpoint import Checkpoint, Discovery, Factory, as_pair, opened
+from modeconn.tensor_files.reading import narrowed
 from modeconn.tensor_files.writing import SHARD_BYTES, check_target, write
 from modeconn.tools.door import checked
 from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
 
-_UNTIED = "tie_word_embeddings"
+_UNTIED, _TYPES = "tie_word_embeddings", ("dtype", "torch_dtype")  # keys of a config.json
 
 
 @dataclass(frozen=True, repr=False)
@@ -109,9 +110,10 @@ def align(
         Ainsworth et al., 2023, https://arxiv.org/abs/2209.04836; with rotations, Theus et al., 2025,
         https://arxiv.org/abs/2506.22712
     """
-    for target in (out, out_a):
-        if target is not None:
-            check_target(target, overwrite=overwrite)
+    for target in filter(None, (out, out_a)):
+        check_target(target, overwrite=overwrite, read=(a, b))
+    if out_a is not None:
+        _check_apart(a, b, out, out_a)
     discovery = Discovery(spec, example_input, outputs, symmetries, untie)
     (first, second), found = opened((a, b), model, discovery, progress=progress)
     with bars(progress), seeded(0, torch.device("cpu")):
@@ -122,6 +124,14 @@ def align(
         written_as(out_a, first, None, **how_written)
     path = written_as(out, second, match.permutation, **how_written)
     return AlignedFiles(path, None if out_a is None else Path(out_a), match.permutation, match.history)
+
+
+def _check_apart(a: Any, b: Any, out: Any, out_a: Any) -> None:
+    """Raise a ValueError if one of what is written would take the place of what is read or written after it."""
+    places = {name: Path(path).resolve() for name, path in (("a", a), ("b", b), ("out", out), ("out_a", out_a))}
+    for name, other in (("out_a", "out"), ("out_a", "b"), ("out", "a")):
+        if places[name] == places[other]:
+            raise ValueError(f"{name}= and {other} are one place, {str(places[name])!r}. Choose another name.")
 
 
 @dataclass(frozen=True, repr=False)
@@ -182,7 +192,7 @@ def shuffle(
         ValueError: If the files do not hold the model: all that differs is named; or files are damaged.
         OSError: If a file is missing, or ``out`` cannot be written or exists.
     """
-    check_target(out, overwrite=overwrite)
+    check_target(out, overwrite=overwrite, read=(a,))
     discovery = Discovery(spec, example_input, outputs, symmetries, untie)
     (network,), found = opened((a,), model, discovery, progress=progress)
     drawn = found.random(torch.Generator().manual_seed(seed))
@@ -204,7 +214,7 @@ def written_as(
     entries = network.entries(dtype)
 
     def make(name: str) -> Tensor:
-        return network.relabelled(name, relabelling).to(entries[name].dtype)
+        return narrowed(name, network.relabelled(name, relabelling), entries[name].dtype)
 
     return write(
         out,
@@ -212,29 +222,35 @@ def written_as(
         make,
         shard_bytes=shard_bytes,
         beside=network.files.beside_weights(),
-        instead=configuration(network),
+        instead=configuration(network, dtype),
         overwrite=overwrite,
         progress=progress,
     )
 
 
-def configuration(network: Checkpoint) -> dict[str, str]:
-    """Return files beside the weights that must say something else: of weights that are no longer tied."""
-    changed = {}
+def configuration(network: Checkpoint, dtype: torch.dtype | None) -> dict[str, str]:
+    """Return files beside the weights that must say something else: that they are not tied, or of another type."""
+    changed: dict[str, Any] = {}
+    if network.is_untied:
+        changed[_UNTIED] = False
+    if dtype is not None:
+        changed |= dict.fromkeys(_TYPES, str(dtype).removeprefix("torch."))
+    found = {}
     for path in network.files.beside_weights():
-        if path.name != "config.json" or not network.is_untied:
+        if path.name != "config.json" or not changed:
             continue
         try:
             told = json.loads(path.read_text(encoding="utf-8"))
         except (OSError, ValueError):
             continue
-        changed[path.name] = json.dumps(_untied(told), indent=2) + "\n"
-    return changed
+        found[path.name] = json.dumps(_with(told, changed), indent=2) + "\n"
+    return found
 
 
-def _untied(told: Any) -> Any:
+def _with(told: Any, changed: Mapping[str, Any]) -> Any:
+    """Return what a configuration says with other values for some of its keys, wherever it has them."""
     if isinstance(told, list):
-        return [_untied(one) for one in told]
+        return [_with(one, changed) for one in told]
     if not isinstance(told, dict):
         return told
-    return {key: False if key == _UNTIED else _untied(value) for key, value in told.items()}
+    return {key: changed[key] if key in changed else _with(value, changed) for key, value in told.items()}

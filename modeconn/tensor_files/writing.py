@@ -96,10 +96,34 @@ def write(
     return target
 
 
-def check_target(out: str | os.PathLike[str], *, overwrite: bool) -> None:
-    """Raise a FileExistsError if there is something where it would be written, unless that is to be replaced."""
-    if Path(out).exists() and not overwrite:
+def check_target(out: str | os.PathLike[str], *, overwrite: bool, read: Iterable[Any] = ()) -> None:
+    """Raise unless a model can be written there without the loss of anything else.
+
+    Args:
+        out: Where to write.
+        overwrite: Whether a model that is there is to be replaced.
+        read: The models that are read.
+
+    Raises:
+        FileExistsError: If there is something, and it is not to be replaced.
+        ValueError: If it holds more than a model, or one of the models that are read.
+    """
+    target = Path(out)
+    if target.suffix in (".pt", ".pth", ".bin", ".ckpt"):
+        raise ValueError(f"models are written as safetensors: {str(out)!r} is no name for a folder or such a file.")
+    if not target.exists():
+        return
+    if not overwrite:
         raise FileExistsError(f"{str(out)!r} exists. Choose another name, or pass overwrite=True to replace it.")
+    if not target.is_dir():
+        return
+    whole = target.resolve()
+    inside = [path for path in read if whole in Path(path).resolve().parents]
+    held = list(target.iterdir())
+    is_of_a_model = not held or any(path.suffix == ".safetensors" for path in held)
+    if inside or any(path.is_dir() for path in held) or not is_of_a_model:
+        what = f"{str(inside[0])!r}, which is read" if inside else "more than a model, or none"
+        raise ValueError(f"the folder {str(out)!r} holds {what}, and would be replaced. Choose another name.")
 
 
 def _name(number: int, count: int) -> str:
@@ -139,7 +163,12 @@ def _write_index(path: Path, names: list[str], shards: list[list[str]], entries:
 
 
 def _take_place(staged: Path, target: Path) -> None:
-    """Give what was written its name; of a folder that is replaced, nothing is left if that succeeds."""
+    """Give what was written its name; of a folder that is replaced, files that are no weights stay."""
+    if target.is_dir() and staged.is_dir():
+        for path in target.iterdir():
+            if path.is_file() and not path.name.endswith((".safetensors", ".index.json")):
+                if not (staged / path.name).exists():
+                    shutil.copyfile(path, staged / path.name)
     if not (target.is_dir() and staged.is_dir()):
         os.replace(staged, target)
         return

@@ -504,3 +504,126 @@ def test_groups_of_the_large_llama_are_those_that_are_proved_in_the_small_one(sy
         spec = modeconn.discover(sketch(lambda config=config: Llama(config)), symmetries=symmetries)
         drawn[name] = [(g.name, g.kind, [parent for parent, _ in g.parents], g.places) for g in spec.groups]
     assert drawn["small"] == drawn["large"]
+
+
+# -- what a second engineer found
+
+
+class TiedByHand(nn.Module):
+    """Layers that share a parameter which the factory holds in a variable."""
+
+    def __init__(self):
+        super().__init__()
+        shared = nn.Parameter(torch.randn(6, 6))
+        self.first, self.a, self.b, self.last = nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 6), nn.Linear(6, 3)
+        self.a.weight, self.b.weight = shared, shared
+
+    def example_input(self):
+        return torch.randn(2, 6)
+
+    def forward(self, x):
+        return self.last(self.b(self.a(self.first(x).relu()).relu()).relu())
+
+
+def test_parameters_that_are_tied_by_hand_stay_tied(tmp_path):
+    drawn = sketch(TiedByHand)
+    assert drawn.a.weight is drawn.b.weight and drawn.a.weight is not drawn.first.weight
+    a = made(TiedByHand, 1)
+    torch.save(a.state_dict(), tmp_path / "a.pt")  # which holds both names
+    found = tensor_files.shuffle(tmp_path / "a.pt", tmp_path / "out", model=TiedByHand)
+    assert found.permutation.spec == modeconn.discover(TiedByHand())
+    assert apart(read(TiedByHand, found.path), a, torch.randn(5, 6)) < 1e-5
+
+
+def test_rotated_weights_are_rounded_once(tmp_path):
+    """Written in single precision, they are those of the network in half precision, rotated in double."""
+    a = kept(made(small, 1, torch.bfloat16), tmp_path / "a")
+    (tmp_path / "a" / "config.json").write_text('{"dtype": "bfloat16", "inner": {"torch_dtype": "bfloat16"}}')
+    how = {"model": small, "symmetries": "orthogonal"}
+    found = tensor_files.shuffle(a, tmp_path / "out", dtype=torch.float32, **how)
+    told = json.loads((tmp_path / "out" / "config.json").read_text())
+    assert told == {"dtype": "float32", "inner": {"torch_dtype": "float32"}}
+    x = torch.randint(50, (3, 6), generator=torch.Generator().manual_seed(0))
+    assert apart(read(small, found.path), read(small, a), x) < 1e-4  # rounded to bfloat16 it would be 1e-2
+    assert all(tensor.dtype is torch.float32 for tensor in in_memory(found.path).values())
+
+
+def test_a_row_that_differs_is_not_lost_in_a_large_tensor(tmp_path):
+    def factory():
+        return Llama(Config(layers=1, width=8, hidden=12, heads=2, key_heads=1, vocabulary=20_000))
+
+    network = made(factory, 1, torch.bfloat16)
+    a = kept(network, tmp_path / "a")
+    how = {"model": factory, "symmetries": "orthogonal"}
+    with torch.no_grad():
+        network.model.embed_tokens.weight[77] *= -1
+    changed = kept(network, tmp_path / "changed")
+    assert tensor_files.difference(a, changed).relative["model.embed_tokens.weight"] < 0.03
+    verdict = tensor_files.verify(a, tensor_files.shuffle(changed, tmp_path / "b", **how).path, **how)
+    assert verdict.differing == ("model.embed_tokens.weight",)
+
+
+def test_whole_numbers_have_to_be_equal(tmp_path):
+    for number, name in enumerate("ab"):
+        network = made(Normed, 1)
+        network.steps += 10**9 + number
+        kept(network, tmp_path / name)
+    how = {"model": Normed, "symmetries": "orthogonal"}
+    assert tensor_files.verify(tmp_path / "a", tmp_path / "b", **how).differing == ("steps",)
+
+
+@pytest.mark.parametrize("in_files", [False, True])
+def test_a_network_agrees_with_itself_where_its_ends_tell_little(tmp_path, in_files):
+    class Wide(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last_norm = nn.Linear(6, 64), nn.LayerNorm(64), nn.LayerNorm(64)
+            self.up, self.down, self.last = nn.Linear(64, 80), nn.Linear(80, 64), nn.Linear(64, 3)
+
+        def example_input(self):
+            return torch.randn(2, 6)
+
+        def forward(self, x):
+            x = self.first(x)
+            return self.last(self.last_norm(x + self.down(self.up(self.norm(x)).relu())))
+
+    torch.manual_seed(0)
+    network = Wide()
+    if in_files:
+        a = kept(network, tmp_path / "a")
+        assert tensor_files.verify(a, a, model=Wide, symmetries="orthogonal").is_one_function
+        return
+    found = modeconn.align(network, network, method=modeconn.WeightMatching(), symmetries="orthogonal")
+    assert found.permutation.is_identity
+
+
+def test_places_that_are_one_are_refused(pair, tmp_path):
+    _, (a, b) = pair(small)
+    how = {"model": small, "overwrite": True, "symmetries": "orthogonal"}
+    for out, out_a in (("out", "out"), ("out", "b"), ("a", "out")):
+        with pytest.raises(ValueError, match=r"are one place"):
+            tensor_files.align(a, b, tmp_path / out, out_a=tmp_path / out_a, **how)
+    with pytest.raises(ValueError, match=r"is no name for a folder or such a file"):
+        tensor_files.shuffle(a, tmp_path / "out.pt", model=small)
+
+
+def test_factories_that_read_values_are_told(tmp_path):
+    def scaled():
+        network = small()
+        network.scale = float(network.lm_head.weight.std())
+        return network
+
+    a = kept(made(small, 1), tmp_path / "a")
+    with pytest.raises(ValueError, match=r"reads or replaces values of its parameters, which have none here"):
+        tensor_files.shuffle(a, tmp_path / "out", model=scaled)
+
+
+def test_sums_that_are_no_numbers_are_not_written(pair, tmp_path):
+    (_, b), (a, other) = pair(small)
+    with torch.no_grad():
+        b.lm_head.weight[0, 0] = math.nan
+    shutil.rmtree(other)
+    kept(b, other)
+    with pytest.raises(ValueError, match=r"'lm_head.weight' became NaN or infinite"):
+        tensor_files.add_task(a, other, a, tmp_path / "out", model=small)
+    assert not (tmp_path / "out").exists()

@@ -4,6 +4,7 @@ import json
 import math
 import os
 import shutil
+import sys
 import weakref
 
 import pytest
@@ -208,6 +209,8 @@ def test_other_names_and_shapes_are_differences(tmp_path):
         ([1 + 2j], [1 - 2j], 4.0),
         ([True], [False], 1.0),
         ([2**60], [2**60 + 2**20], 2.0**20),
+        ([2**53], [2**53 + 1], sys.float_info.min),
+        ([1.0, 2.0], [1 + 5j, 2], 5.0),
     ],
 )
 def test_numbers_of_every_kind_differ_by_what_they_do(tmp_path, x, y, largest):
@@ -295,9 +298,48 @@ def test_what_exists_is_kept_unless_it_is_to_be_overwritten(tmp_path, pair):
     with pytest.raises(FileExistsError, match=r"exists\. Choose another name, or pass overwrite=True"):
         interpolate(*pair, tmp_path / "out")
     assert (tmp_path / "out" / "mine.txt").exists()
+    with pytest.raises(ValueError, match=r"out' holds more than a model, or none, and would be replaced"):
+        interpolate(*pair, tmp_path / "out", overwrite=True)
+    safetensors.torch.save_file({"x": torch.zeros(1)}, tmp_path / "out" / "old.safetensors")
     interpolate(*pair, tmp_path / "out", overwrite=True)
-    assert not (tmp_path / "out" / "mine.txt").exists() and TensorFiles(tmp_path / "out").entries
+    assert (tmp_path / "out" / "mine.txt").exists() and TensorFiles(tmp_path / "out").entries.keys() == tensors(
+        1
+    ).keys()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["a", "b", "out"]
+    with pytest.raises(ValueError, match=r"/a', which is read, and would be replaced"):
+        interpolate(*pair, tmp_path, overwrite=True)
+    inner = tmp_path / "out" / "model.safetensors"
+    with pytest.raises(ValueError, match=r"model.safetensors', which is read, and would be replaced"):
+        interpolate(inner, inner, tmp_path / "out", overwrite=True)
+    assert all(path.exists() for path in (*pair, inner))
+
+
+def test_a_file_that_is_replaced_while_it_is_read_is_told(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"x": torch.zeros(3)}, path)
+    files = TensorFiles(path)
+    safetensors.torch.save_file({"x": torch.ones(3)}, path, {"more": "metadata"})
+    with pytest.raises(ValueError, match=r"was replaced while it was read"):
+        files.read("x")
+
+
+def test_types_that_cannot_hold_the_numbers_are_told(tmp_path):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"x": torch.tensor([1e6, 2.0])}, path)
+    with pytest.raises(ValueError, match=r"'x' holds numbers up to 1.0e\+06, too large for float16"):
+        tensor_files.average([path], tmp_path / "out", dtype=torch.float16)
+    for dtype in (torch.int8, torch.bool, torch.complex64):
+        with pytest.raises(ValueError, match=r"dtype= must be one of float64, float32, float16, bfloat16, got torch"):
+            tensor_files.average([path], tmp_path / "out", dtype=dtype)
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("dtype", [torch.float8_e4m3fn, torch.float8_e5m2])
+def test_small_types_are_averaged(tmp_path, dtype):
+    path = tmp_path / "x.safetensors"
+    safetensors.torch.save_file({"x": torch.tensor([1.0, 2.0]).to(dtype)}, path)
+    for out in (tensor_files.average([path, path], tmp_path / "a"), interpolate(path, path, tmp_path / "b")):
+        assert torch.equal(TensorFiles(out).read("x").float(), torch.tensor([1.0, 2.0]))
 
 
 def test_two_models_in_one_folder_are_not_guessed_at(tmp_path):
