@@ -131,6 +131,7 @@ def _in_options(message: str, context: Any) -> str:
     for name, option in names.items():
         if option not in own:
             continue
+        message = re.sub(rf"(?<![\w.-]){name}=True\b", option, message)
         message = re.sub(rf"(?<![\w.-]){name}=(?=[^\s,.;)])", f"{option} ", message)
         message = re.sub(rf"(?<![\w.-]){name}=", option, message)
         if "_" in name:

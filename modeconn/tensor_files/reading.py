@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -204,7 +205,8 @@ class TensorFiles:
 
     def _of_pickle(self) -> dict[str, Entry]:
         try:
-            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=True)
+            is_mapped = zipfile.is_zipfile(self.path)  # files of torch before 1.6 are read at once
+            state = torch.load(self.path, map_location="cpu", weights_only=True, mmap=is_mapped)
         except Exception as error:
             lines = str(error).splitlines() or [type(error).__name__]
             raise ValueError(

@@ -38,7 +38,9 @@ def write(path: str | os.PathLike[str], kind: str, tensors: Mapping[str, Tensor]
     Raises:
         OSError: If the file cannot be written; ``path`` is untouched.
     """
-    tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
+    tensors = {  # copied, since another thread may go on to change what its digest is of
+        name: tensor.detach().cpu().clone(memory_format=torch.contiguous_format) for name, tensor in tensors.items()
+    }
     text = json.dumps({"kind": kind, **about})  # with NaN and Infinity, which Python reads back
     metadata = {_KEY: text, _DIGEST: digest_of(tensors, text)}
     kinds = {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in tensors.items()}

@@ -65,8 +65,9 @@ def test_every_kind_of_file_holds_the_same(tmp_path, pair):
     state = tensors(1)
     safetensors.torch.save_file(state, tmp_path / "one.safetensors")
     torch.save(state, tmp_path / "one.pt")
+    torch.save(state, tmp_path / "old.pt", _use_new_zipfile_serialization=False)
     index = pair[0] / "model.safetensors.index.json"
-    for path in (pair[0], index, tmp_path / "one.safetensors", tmp_path / "one.pt"):
+    for path in (pair[0], index, tmp_path / "one.safetensors", tmp_path / "one.pt", tmp_path / "old.pt"):
         assert same(in_memory(path), state)
         assert TensorFiles(path).num_bytes == sum(tensor.nbytes for tensor in state.values())
 
