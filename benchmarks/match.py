@@ -56,10 +56,12 @@ class Bound:
         self.matched = self.largest = 0
 
     def similarities(self, tree: weight_matching._Tree) -> dict[str, Tensor]:
-        operands = [
-            (name, *(x.reshape(prod(tree._groups[name].shape), -1).contiguous() for x in pair))
-            for name, *pair in tree._operands
-        ]
+        operands = []
+        for each in tree._operands:
+            both = tree._pair.pieces(each.piece.weight)[each.piece.number]
+            units_first = (x.movedim(each.dims, tuple(range(len(each.dims)))) for x in both)
+            size = prod(tree._groups[each.group].shape)
+            operands.append((each.group, *(x.reshape(size, -1).contiguous() for x in units_first)))
         found: dict[str, Tensor] = {}
         start = self.now()
         for name, a, b in operands:
