@@ -99,12 +99,12 @@ def difference(a: str | os.PathLike[str], b: str | os.PathLike[str], *, progress
     left_out = {*missing, *mismatching}
     largest, relative = {}, {}
     for name in progress_bar([name for name in first.entries if name not in left_out], show=progress, desc="compare"):
-        largest[name], relative[name] = apart(first.read(name), second.read(name))
+        largest[name], relative[name] = _apart(first.read(name), second.read(name))
     shapes = {name: (first.entries[name].shape, second.entries[name].shape) for name in mismatching}
     return Difference(largest, relative, tuple(missing), tuple(unexpected), shapes)
 
 
-def apart(x: Tensor, y: Tensor) -> tuple[float, float]:
+def _apart(x: Tensor, y: Tensor) -> tuple[float, float]:
     """Return the largest difference of entries, and the norm of all as a share of that of ``x``."""
     largest = squares = own = 0.0
     wide = torch.complex128 if x.is_complex() or y.is_complex() else torch.float64
