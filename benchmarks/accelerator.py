@@ -24,7 +24,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import accelerator_checks  # noqa: F401 (the import registers the checks)
+import accelerator_checks  # noqa: F401 (the imports register the checks)
+import accelerator_large  # noqa: F401
+import accelerator_rotations  # noqa: F401
 import torch
 from accelerator_agreement import run_checks
 from accelerator_report import Clock, Report

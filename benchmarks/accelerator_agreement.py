@@ -163,12 +163,27 @@ class Attending(nn.Module):
         return self.head(self.layer(self.embed(x) + places).mean(1))
 
 
+class Turning(nn.Module):
+    """A transformer of one layer with norms before its parts, whose residual stream may be rotated."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.embed = nn.Linear(8, 16)
+        self.layer = nn.TransformerEncoderLayer(16, 2, 32, dropout=0.0, batch_first=True, norm_first=True)
+        self.norm = nn.LayerNorm(16)
+        self.head = nn.Linear(16, 10)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.head(self.norm(self.layer(self.embed(x))).mean(1))
+
+
 _ARCHITECTURES: dict[str, tuple[Callable[[], nn.Module], tuple[int, ...]]] = {
     "mlp": (lambda: models.mlp(64, (24, 24), 10), (64,)),
     "small": (lambda: models.mlp(64, (8, 8), 10), (64,)),
     "conv": (Residual, (1, 8, 8)),
     "recurrent": (Recurrent, (8, 8)),
     "attending": (Attending, (8, 8)),
+    "turning": (Turning, (8, 8)),
 }
 _COUNTS = {"small": 8}
 SGD = partial(torch.optim.SGD, lr=0.02, momentum=0.9, nesterov=True)
