@@ -55,8 +55,14 @@ def _(agreement: Agreement) -> None:
 
 @check("align: rotations by weights and by activations", seconds=10)
 def _(agreement: Agreement) -> None:
-    for method in (WeightMatching(), ActivationMatching(), WeightMatching(start=ActivationMatching())):
-        agreement.both(lambda at, method=method: aligned(at, method, agreement))
+    """Border pixels of digits hardly change, so rounding decides about some rotations that activations find."""
+    agreement.both(lambda at: aligned(at, WeightMatching(), agreement))
+    for method in (ActivationMatching(), WeightMatching(start=ActivationMatching())):
+        left, right = (
+            agreement.once(lambda at, m=method: aligned(at, m, agreement), on) for on in (CPU, agreement.device)
+        )
+        agreement.difference("distance", left["distance"], right["distance"], 2e-2)
+        agreement.difference("output", left["output"], right["output"])
 
 
 @check("align: rotations in float32", seconds=10)

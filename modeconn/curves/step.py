@@ -30,6 +30,13 @@ def stratified_positions(seed: int, block: int) -> Tensor:
     return torch.from_numpy((random.permutation(BLOCK) + random.random(BLOCK)) / BLOCK)
 
 
+def _placed(x: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """Return a tensor on a device, itself if it is there; from a GPU, in memory of the CPU that GPUs copy directly."""
+    if device.type == "cpu" and x.is_cuda:
+        return torch.empty(x.shape, dtype=dtype, pin_memory=True).copy_(x)
+    return x.to(device, dtype)
+
+
 class CurveStep:
     r"""Takes optimizer steps on the control points of a curve.
 
@@ -58,8 +65,10 @@ class CurveStep:
         wide = torch.promote_types(points.dtype, torch.float32)
         home = torch.device("cpu") if recipe.offload else points.device
         self._is_copy = points.dtype != wide or points.device != home
-        self._trained = nn.Parameter(points.to(home, wide))
-        self._trained.grad = torch.zeros_like(self._trained)
+        narrow = points.device != home and points.dtype != wide
+        self._between = _placed(torch.zeros_like(points[0]), home, points.dtype) if narrow else None
+        self._trained = nn.Parameter(_placed(points, home, wide))
+        self._trained.grad = _placed(torch.zeros_like(points), home, wide)
         self._is_single = curve.num_trained == 1
         self._gathers_in = self._is_single and points.device == home
         if self._gathers_in:
@@ -111,7 +120,8 @@ class CurveStep:
         self._scaler.step(self.optimizer)
         self._scaler.update()
         if self._is_copy:
-            self.control_points[self.curve.trained].copy_(self._trained.detach())
+            for point, moved in zip(self.control_points[self.curve.trained], self._trained.detach(), strict=True):
+                point.copy_(self._crossing(moved))
 
     @torch.no_grad()
     def take_control_points(self) -> None:
@@ -135,13 +145,18 @@ class CurveStep:
         decay = self.recipe.weight_decay * factor * self._scaler.get_scale()
         gradient = self.workspace.gather_grad(weight_decay=decay)
         if not self._is_single:
+            near = self._crossing(gradient)
             for weight, row in zip(weights, self._trained.grad, strict=True):
                 if not self._is_copy:
-                    torch.mul(gradient, weight, out=row)
+                    torch.mul(near, weight, out=row)
                 else:
-                    row.copy_(gradient).mul_(weight)
+                    row.copy_(near).mul_(weight)
         elif not self._gathers_in:
-            self._trained.grad[0].copy_(gradient)
+            self._trained.grad[0].copy_(self._crossing(gradient))
+
+    def _crossing(self, x: Tensor) -> Tensor:
+        """Return a vector that crosses between devices in half precision, if it is to: half the bytes to move."""
+        return x if self._between is None else self._between.copy_(x)
 
     own = ("buffer.",)
 

@@ -13,6 +13,7 @@ from torch.utils import _pytree as pytree
 
 from modeconn.network.copies import untied_copy
 from modeconn.network.weights import named_state
+from modeconn.symmetry.explore import example_for
 from modeconn.symmetry.graph import Example, Graph
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.spec import PermutationSpec
@@ -54,9 +55,10 @@ class SlopesOfOutputs:
     def __init__(self, spec: PermutationSpec, model: nn.Module, example: Any, generator: torch.Generator) -> None:
         model = untied_copy(model) if spec.untied else model
         spec = spec.with_traces(model, example)
-        check_function(spec, model, Example.of(example))
+        there = example_for(model, example)
+        check_function(spec, model, there)
         self._spec = spec
-        self._runs = [(trace.graph, self._few(trace.graph, Example.of(example))) for trace in spec.traces]
+        self._runs = [(trace.graph, self._few(trace.graph, there)) for trace in spec.traces]
         own = {name: x for name, x in named_state(spec.prepared(model))}
         wide = {id(x): in_wide(x) for x in own.values()}
         self._states = [redraw_folded(spec, model, generator), {name: wide[id(x)] for name, x in own.items()}]
