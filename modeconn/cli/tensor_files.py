@@ -12,7 +12,7 @@ import torch
 import typer
 from torch import nn
 
-from modeconn import tensor_files
+from modeconn import models, tensor_files
 from modeconn.cli import options, parse
 from modeconn.cli.options import ModelOptions, bars, file_option, grouped
 from modeconn.cli.recipes import Recipe, as_recipe
@@ -114,7 +114,13 @@ def factory(shape: ModelOptions) -> Callable[[], nn.Module]:
     if shape.entry is not None:
         raise ValueError("--entry is for files of torch.save that are read at once, not tensor by tensor.")
     arguments = parse.settings(shape.model_arg)
-    return lambda: parse.make_model(shape.model, arguments, None)
+
+    def make() -> nn.Module:
+        return parse.make_model(shape.model, arguments, None)
+
+    module, _, name = shape.model.rpartition(":")  # by which results say what made them
+    make.__module__, make.__qualname__ = module or models.__name__, name
+    return make
 
 
 def known(shape: ModelOptions) -> dict[str, Any]:

@@ -30,8 +30,9 @@ def interpolate(
 ) -> Path:
     """Write the network at a point of the straight line between two models in files, as they are.
 
-    Tensors of floating point are ``(1 - t) a + t b``, computed in single precision at least; all others are those of a,
-    with a warning where b has others. No more is in memory than a tensor of each model and what becomes of both.
+    Tensors of floating point and complex ones are ``(1 - t) a + t b``, computed in single precision at least; all
+    others are those of a, with a warning where b has others. No more is in memory than a tensor of each model and what
+    becomes of both.
     Networks that were trained apart should be aligned first.
 
     Args:
@@ -48,7 +49,8 @@ def interpolate(
         Where it was written.
 
     Raises:
-        ValueError: If the models differ in names or shapes: all that differ are named; or a file is damaged.
+        ValueError: If the models differ in names or shapes: all that differ are named; if a tensor is complex in one of
+            them alone; or a file is damaged.
         OSError: If a file is missing, or ``out`` cannot be written or exists.
     """
     check_target(out, overwrite=overwrite, read=(a, b))
@@ -59,7 +61,11 @@ def interpolate(
 
     def make(name: str) -> Tensor:
         x, y = first.read(name), second.read(name)
-        if not x.is_floating_point():
+        if x.is_complex() != y.is_complex():
+            raise ValueError(
+                f"{name!r} is complex in one of the models alone: there is nothing between {x.dtype} and {y.dtype}."
+            )
+        if not (x.is_floating_point() or x.is_complex()):
             if not torch.equal(x, y):
                 kept.append(name)
             return x

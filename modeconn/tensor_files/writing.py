@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -18,6 +19,7 @@ from modeconn.tools import provenance
 from modeconn.tools.files import write_content
 from modeconn.tools.processes import writes
 from modeconn.tools.progress import progress_bar
+from modeconn.tools.writing import held
 
 SHARD_BYTES = 5 * 10**9
 
@@ -71,29 +73,47 @@ def write(
     check_target(target, overwrite=overwrite)
     is_file = target.suffix == ".safetensors"
     shards = [list(entries)] if is_file else planned(entries, shard_bytes)
-    staged = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    names = [_name(number, len(shards)) for number in range(len(shards))]
     bar = progress_bar(total=len(entries), show=progress, desc="write", unit="tensor")
-    try:
-        staged.mkdir()
-        with bar:
-            names = [_name(number, len(shards)) for number in range(len(shards))]
-            for file, members in zip(names, shards, strict=True):
-                _write_shard(staged / file, members, entries, make, bar.update)
-        for path in beside:
-            if path.name in instead:
-                (staged / path.name).write_text(instead[path.name], encoding="utf-8")
-            else:
-                shutil.copyfile(path, staged / path.name)
-        if len(shards) > 1:
-            _write_index(staged / "model.safetensors.index.json", names, shards, entries)
-        _take_place(staged / names[0] if is_file else staged, target)
-    except OSError as error:
-        raise type(error)(
-            f"cannot write {str(target)!r} ({error.strerror or error}). Choose a place that can be written to."
-        ) from error
-    finally:
-        shutil.rmtree(staged, ignore_errors=True)
+    with held(target):
+        _remove_left(target)
+        staged = _staged(target)
+        try:
+            staged.mkdir()
+            with bar:
+                for file, members in zip(names, shards, strict=True):
+                    _write_shard(staged / file, members, entries, make, bar.update)
+            for path in beside:
+                if path.name in instead:
+                    (staged / path.name).write_text(instead[path.name], encoding="utf-8")
+                else:
+                    shutil.copyfile(path, staged / path.name)
+            if len(shards) > 1:
+                _write_index(staged / "model.safetensors.index.json", names, shards, entries)
+            _take_place(staged / names[0] if is_file else staged, target)
+        except OSError as error:
+            raise type(error)(
+                f"cannot write {str(target)!r} ({error.strerror or error}). Choose a place that can be written to."
+            ) from error
+        finally:
+            shutil.rmtree(staged, ignore_errors=True)
     return target
+
+
+_TOKEN = 12  # hexadecimal digits
+
+
+def _staged(target: Path) -> Path:
+    """Return a name beside the target for what has not taken its place yet."""
+    return target.with_name(f".{target.name}.{secrets.token_hex(_TOKEN // 2)}.tmp")
+
+
+def _remove_left(target: Path) -> None:
+    """Remove what runs left that were killed while they wrote the same target, which this one holds now."""
+    pattern = re.compile(rf"\.{re.escape(target.name)}\.[0-9a-f]{{{_TOKEN}}}\.tmp")
+    for path in target.parent.iterdir():
+        if pattern.fullmatch(path.name) and path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 def check_target(out: str | os.PathLike[str], *, overwrite: bool, read: Iterable[Any] = ()) -> None:
@@ -109,6 +129,8 @@ def check_target(out: str | os.PathLike[str], *, overwrite: bool, read: Iterable
         ValueError: If it holds more than a model, or one of the models that are read.
     """
     target = Path(out)
+    if target.name in ("", ".."):
+        raise ValueError(f"out must name a file or folder of its own, got {str(out)!r}.")
     if target.suffix in (".pt", ".pth", ".bin", ".ckpt"):
         raise ValueError(f"models are written as safetensors: {str(out)!r} is no name for a folder or such a file.")
     if not target.exists():
@@ -172,7 +194,7 @@ def _take_place(staged: Path, target: Path) -> None:
     if not (target.is_dir() and staged.is_dir()):
         os.replace(staged, target)
         return
-    old = target.with_name(f".{target.name}.{secrets.token_hex(6)}.tmp")
+    old = _staged(target)
     os.rename(target, old)
     try:
         os.rename(staged, target)

@@ -117,6 +117,7 @@ def test_a_result_holds_the_recipe_that_makes_it_again(folder, tmp_path):
     told = run("info", out)
     recipe = tensor_files.made_by(out / "model.safetensors")["recipe"]
     assert all(line in told for line in recipe.splitlines()) and 'weights = "1,3"' in recipe
+    assert "lambda" not in told and "<locals>" not in told
     (tmp_path / "again.toml").write_text(recipe)
     again = tmp_path / "again"
     run("merge", "--recipe", tmp_path / "again.toml", "--out", again)

@@ -488,9 +488,10 @@ VERBS[{verb!r}]({str(a)!r}, {str(b)!r}, {str(tmp_path / "out")!r})
     assert done.returncode == 9
     assert not (tmp_path / "out").exists()
     left = [path for path in tmp_path.iterdir() if path not in (a, b)]
-    assert all(path.name.startswith(".out.") and path.name.endswith(".tmp") for path in left)
-    assert not any(path.name.endswith(".index.json") for one in left for path in one.iterdir())
+    assert all(path.name.startswith(".out.") and path.name.endswith((".tmp", ".lock")) for path in left)
+    assert not any(path.name.endswith(".index.json") for one in left if one.is_dir() for path in one.iterdir())
     VERBS[verb](a, b, tmp_path / "out")
+    assert sorted(tmp_path.iterdir()) == sorted([a, b, tmp_path / "out"])  # what was left is gone
     assert TensorFiles(tmp_path / "out").entries.keys() == TensorFiles(a).entries.keys()
 
 

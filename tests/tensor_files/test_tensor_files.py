@@ -398,3 +398,20 @@ def test_an_output_that_exists_is_named_by_its_option(pair, tmp_path):
 
 def test_the_stage_is_public():
     assert tensor_files.TensorFiles is TensorFiles
+
+
+def test_complex_tensors_lie_between_and_only_between_complex_ones(tmp_path):
+    a, b = ({"w": torch.tensor(value)} for value in ([1 + 2j, 0j], [3 - 2j, 2j]))
+    for name, state in (("a", a), ("b", b), ("real", {"w": torch.ones(2)})):
+        safetensors.torch.save_file(state, tmp_path / f"{name}.safetensors")
+    paths = [tmp_path / f"{name}.safetensors" for name in ("a", "b", "real")]
+    out = interpolate(*paths[:2], tmp_path / "out.safetensors", t=0.25)
+    assert torch.equal(in_memory(out)["w"], torch.tensor([1.5 + 1j, 0.5j]))
+    with pytest.raises(ValueError, match="'w' is complex in one of the models alone"):
+        interpolate(*paths[1:], tmp_path / "mixed.safetensors")
+
+
+@pytest.mark.parametrize("out", [".", "..", "a/.."])
+def test_a_place_without_a_name_is_refused(pair, out):
+    with pytest.raises(ValueError, match="out must name a file or folder of its own"):
+        interpolate(*pair, out, overwrite=True)
