@@ -73,7 +73,8 @@ def test_activations_recover_a_planted_permutation_of_every_zoo_model(
 ) -> None:
     """On every unit that is not constant; constant ones are counted, and only they may be misplaced.
 
-    (A unit whose one response is at the level of rounding may count as constant in one of the two networks only.)
+    (A unit whose one response is at the level of rounding may count as constant in one of the two networks only: then
+    one more than either has may be misplaced.)
     """
     model = zoo_model(name)
     loader = (
@@ -89,7 +90,8 @@ def test_activations_recover_a_planted_permutation_of_every_zoo_model(
     left = result.permutation @ planted
     for group in spec.groups:
         misplaced = int((left.perms[group.name] != torch.arange(group.size)).sum())
-        assert misplaced <= max(result.constant_units[group.name]), group.name
+        constant = result.constant_units[group.name]
+        assert misplaced <= max(constant) + min(1, *constant), group.name
         assert result.correlation[group.name][1] >= result.correlation[group.name][0]
     assert result.correlation.keys() == {group.name for group in spec.groups}
 

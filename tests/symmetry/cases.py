@@ -25,6 +25,7 @@ class Case:
     inputs: Callable[[], Any]
     groups: list[tuple[int, ...]]
     rules: dict[Any, Any] = field(default_factory=dict)
+    since: tuple[int, int] = (2, 6)  # the first version of torch that exports it
 
     def __str__(self) -> str:
         return self.name
@@ -793,15 +794,15 @@ def flexible(num_heads: int) -> nn.Module:
     from torch.nn.attention.flex_attention import flex_attention
 
     def act(m: nn.Module, x: Tensor) -> Tensor:
-        query = m.query(x).unflatten(-1, (4, 3)).transpose(1, 2)
-        key, value = (part(x).unflatten(-1, (num_heads, 3)).transpose(1, 2) for part in (m.key, m.value))
+        query = m.query(x).unflatten(-1, (4, 4)).transpose(1, 2)  # older torch takes powers of two alone
+        key, value = (part(x).unflatten(-1, (num_heads, 4)).transpose(1, 2) for part in (m.key, m.value))
         attended = flex_attention(
             query, key, value, lambda s, b, h, i, j: s - 0.1 * (h + 1) * (i - j).abs(), enable_gqa=num_heads < 4
         )
         return m.out(attended.transpose(1, 2).flatten(2))
 
-    sizes = {"query": 12, "key": 3 * num_heads, "value": 3 * num_heads}
-    return Lambda(act, **{name: nn.Linear(5, size) for name, size in sizes.items()}, out=nn.Linear(12, 3))
+    sizes = {"query": 16, "key": 4 * num_heads, "value": 4 * num_heads}
+    return Lambda(act, **{name: nn.Linear(5, size) for name, size in sizes.items()}, out=nn.Linear(16, 3))
 
 
 def some_of_eight() -> nn.Module:
@@ -834,7 +835,8 @@ def lengths_and_spreads() -> nn.Module:
     return Lambda(forward, a=nn.Linear(5, 8), norm=nn.RMSNorm(8), b=nn.Linear(8, 3))
 
 
-CASES = [
+TORCH = tuple(map(int, torch.__version__.split(".")[:2]))
+_ALL = [
     Case("plain", plain, lambda: torch.rand(2, 5), [(7,), (6,)]),
     Case("conv flatten", conv_flatten, image(), [(6,)]),
     Case("residual", residual, image(), [(6,), (5,)]),
@@ -897,7 +899,7 @@ CASES = [
     Case("split as values say", split_as_values_say, lambda: torch.rand(6, 5), [(6,), (6,), (6,), (8,), (8,)]),
     Case("columns of ones", columns_of_ones, lambda: torch.rand(6, 5), [(8,)]),
     Case("sparse codes", sparse_codes, lambda: torch.rand(6, 5), [(8,)]),
-    Case("rare operators", rare_operators, lambda: torch.rand(6, 5), [(8,)]),
+    Case("rare operators", rare_operators, lambda: torch.rand(6, 5), [(8,)], since=(2, 7)),
     Case("windows of memory", windows_of_memory, lambda: torch.rand(2, 8, 5), [(6,), (7,)]),
     Case("tables of limited norm", tables_of_limited_norm, tokens(), [(6,), (7,)]),
     Case("bytes as numbers", bytes_as_numbers, lambda: torch.rand(2, 5), [(4,), (6,)]),
@@ -912,10 +914,11 @@ CASES = [
         for way in ("positions", "selection", "split")
     ),
     Case("grouped query", grouped_query, lambda: torch.rand(2, 6, 5), [(8,), (2,), (2, 3), (2, 4), (2, 4)]),
-    Case("flexible attention", lambda: flexible(4), lambda: torch.rand(2, 6, 5), [(4, 3), (4, 3)]),
-    Case("flexible, grouped", lambda: flexible(2), lambda: torch.rand(2, 6, 5), [(2, 3), (2, 3)]),
+    Case("flexible attention", lambda: flexible(4), lambda: torch.rand(2, 6, 5), [(4, 4), (4, 4)], since=(2, 7)),
+    Case("flexible, grouped", lambda: flexible(2), lambda: torch.rand(2, 6, 5), [(2, 4), (2, 4)], since=(2, 7)),
     Case("some of eight", some_of_eight, lambda: torch.rand(2, 5), [(2,), (4,)]),
     Case("every third", every_third, lambda: torch.rand(2, 5), [(3,), (3,), (3,)]),
     Case("lengths and spreads", lengths_and_spreads, lambda: torch.rand(4, 6, 5), [(8,)]),
     Case("weight norm", weight_normed, lambda: torch.rand(2, 5), [(7,)]),
 ]
+CASES = [case for case in _ALL if case.since <= TORCH]

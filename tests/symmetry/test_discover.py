@@ -495,6 +495,11 @@ def test_units_may_differ_along_an_axis_that_stays_in_place() -> None:
     assert [group.shape for group in discover(Stays(), torch.rand(2, 4)).groups] == [(4, 6)]
 
 
+needs_grouped_products = pytest.mark.skipif(
+    not hasattr(torch, "_grouped_mm"), reason="this torch has no operator for the products of several experts"
+)
+
+
 class _GroupedExperts(nn.Module):
     """Tokens sorted by expert, and one operator for the products of all experts: it runs in half precision only."""
 
@@ -542,6 +547,7 @@ class _Averaged(_GroupedExperts):
     [(_GroupedExperts, (3, 16)), (_InReverse, (16,)), (_CountedAnew, (16,)), (_Averaged, (16,))],
     ids=lambda value: getattr(value, "__name__", ""),
 )
+@needs_grouped_products
 def test_sorted_rows_have_the_units_of_their_expert_until_rows_mix(kind: type, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model, x = kind().bfloat16(), torch.randn(24, 5).bfloat16()
@@ -593,6 +599,7 @@ class _BiasedExperts(nn.Module):
         ("written", (16,)),
     ],
 )
+@needs_grouped_products
 def test_biases_by_number_move_with_their_expert_where_rows_are_sorted(way: str, shape: tuple[int, ...]) -> None:
     torch.manual_seed(0)
     model, x = _BiasedExperts(way).bfloat16(), torch.randn(24, 5).bfloat16()
@@ -603,6 +610,7 @@ def test_biases_by_number_move_with_their_expert_where_rows_are_sorted(way: str,
     torch.testing.assert_close(moved(x), model(x), rtol=0.02, atol=0.02)
 
 
+@needs_grouped_products
 def test_experts_are_aligned_by_their_weights_and_activations_say_that_they_cannot() -> None:
     torch.manual_seed(0)
     model, x = _GroupedExperts(), torch.randn(64, 5)
@@ -615,6 +623,7 @@ def test_experts_are_aligned_by_their_weights_and_activations_say_that_they_cann
 
 
 @pytest.mark.parametrize(("left", "right"), [((8, 16), (3, 16, 8)), ((3, 8, 16), (16, 8)), ((8, 8), (8, 16))])
+@needs_grouped_products
 def test_grouped_products_are_the_same_in_float64(left: tuple[int, ...], right: tuple[int, ...]) -> None:
     x, y, ends = torch.rand(left), torch.rand(right), torch.tensor([2, 5, 8], dtype=torch.int32)
     exact = _grouped_matmul(x.double(), y.double(), ends)

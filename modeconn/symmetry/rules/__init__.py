@@ -27,10 +27,18 @@ from typing import Any
 from modeconn.symmetry.rules import contractions, elementwise, lookup, recurrent, reductions, shapes, space, vision
 from modeconn.symmetry.walk import Rule
 
-RULES: dict[Any, Rule] = {
-    operator: rule
+
+class _Rules(dict[Any, Rule]):
+    """Rules by operator, which the help of functions that take them names in place of listing all."""
+
+    def __repr__(self) -> str:
+        return f"<RULES: {len(self)} rules>"
+
+
+RULES: dict[Any, Rule] = _Rules(
+    (operator, rule)
     for module in (elementwise, contractions, reductions, space, shapes, lookup, recurrent, vision)
     for operator, rule in module.RULES.items()
-}
+)
 """The rules by operator (``aten.linear``), by one overload of it (``aten.max.dim``), which goes first, or by the name
 ``"library::operator"`` of one whose library need not be there."""
