@@ -153,15 +153,16 @@ def test_one_tensor_of_each_model_is_in_memory(pair, tmp_path, monkeypatch):
 
 
 def test_no_more_than_three_tensors_are_in_memory(tmp_path):
-    size, count = (2048, 2048), 12  # 16 MB each
+    size, count = (2048, 2048), 24  # 16 MB each
     state = {f"{number}": torch.zeros(size) for number in range(count)}
     a = folder_of(tmp_path / "a", state, shards=count)
     b = shutil.copytree(a, tmp_path / "b")
     del state
-    interpolate(a, b, tmp_path / "first", shard_bytes=32 << 20)  # imports and first uses
+    interpolate(a, b, tmp_path / "first", shard_bytes=64 << 20)  # imports and first uses
     with peak_memory(torch.device("cpu")) as peak:
-        interpolate(a, b, tmp_path / "out", shard_bytes=32 << 20)
-    assert (peak.num_bytes or 0) < 64 << 20  # three of 16 MB, and a few chunks; each model takes 192 MB
+        interpolate(a, b, tmp_path / "out", shard_bytes=64 << 20)
+    # Three of 16 MB, a few chunks, and up to 64 MB that the C library keeps when they are freed; a model takes 384 MB.
+    assert (peak.num_bytes or 0) < 128 << 20
 
 
 def test_whole_numbers_that_differ_are_told(tmp_path):
