@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 _LAST_LINES = 12
+_ROOT = f"{Path(__file__).parents[1]}/"
 
 
 class Clock:
@@ -106,7 +107,7 @@ def attempt(work: Callable[[], dict[str, Any]]) -> dict[str, Any]:
     except LeftOut as reason:
         return {"left out": str(reason)}
     except Exception as error:  # of any kind: the next check may still tell something
-        lines = "".join(traceback.format_exception(error)).rstrip().splitlines()
+        lines = "".join(traceback.format_exception(error)).replace(_ROOT, "").rstrip().splitlines()
         found = {"ok": False, "error": _described(error), "traceback": lines[-_LAST_LINES:]}
     return {**found, "seconds": round(time.perf_counter() - start, 2)}
 

@@ -41,6 +41,7 @@ def tried(python: str, torch: str, tests: list[str]) -> dict[str, Any]:
             if done is None or done.returncode:
                 return row | {"end": failure, "why": "" if done is None else done.stderr.strip().splitlines()[-1][:300]}
         row["versions"] = json.loads(_run([own, "-c", _VERSIONS]).stdout)
+        row["asked"]["python"] = row["versions"]["python"]  # wherever that program was
         begin = time.perf_counter()
         done = _run([own, "-m", "pytest", "-q", "-n", "2", *tests])
         lines = done.stdout.strip().splitlines()
