@@ -40,6 +40,7 @@ from modeconn.matching import (
 from modeconn.measure import metrics
 from modeconn.measure.along import AlongCurve
 from modeconn.measure.curvature import Curvature
+from modeconn.measure.plane import Plane
 from modeconn.measure.profile import Profile
 from modeconn.measure.robust_profile import RobustProfile
 from modeconn.measure.robustness import robustness
@@ -50,6 +51,7 @@ from modeconn.network.loss import TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe, constant, halving, one_cycle, piecewise_linear
 from modeconn.network.repair import repair
 from modeconn.network.weights import WeightSpace
+from modeconn.planes import plane
 from modeconn.refinement import PAM, BestSwap, ProximalLinear, RelaxedStep, RotationStep, SinkhornStep, best_swap
 from modeconn.symmetry import (
     RULES,
@@ -75,12 +77,12 @@ __all__ = [  # in the order of the stages
     "Invertible", "balance", "fold_gains", "verify",
     "VerificationError",
     "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
-    "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature",
+    "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature", "Plane",
     "Line", "Bezier", "PolyChain",
     "align", "Alignment", "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
     "StraightThrough",
     "callbacks", "Checkpoint", "History",
     "PAM", "ProximalLinear", "SinkhornStep", "RelaxedStep", "RotationStep", "best_swap", "BestSwap",
     "DeepAlign", "models",
-    "Connection", "interpolate", "merge_many", "Merge", "fit_curve", "compare", "Comparison",
+    "Connection", "interpolate", "merge_many", "Merge", "plane", "fit_curve", "compare", "Comparison",
 ]  # fmt: skip

@@ -78,6 +78,29 @@ class Fit(Protocol):
     history: History | None
 
 
+class Plane(Protocol):
+    """What `plane` draws: values of networks of a plane, tensors on the CPU, as `modeconn.Plane` has them."""
+
+    x: Tensor
+    y: Tensor
+    networks: Mapping[str, Tensor]
+    curve: Tensor | None
+    limit: float | None
+
+    @property
+    def values(self) -> Mapping[str, Tensor]:
+        """Values of the grid, ``(H, W)``."""
+        ...
+
+    def scattered(self, name: str) -> tuple[Tensor, Tensor]:
+        """Return all points of a quantity ``(M, 2)``, and its values ``(M,)``."""
+        ...
+
+    def quantity(self, name: str) -> Quantity:
+        """Return how a quantity is drawn."""
+        ...
+
+
 class Comparison(Protocol):
     """What `comparison` draws: by row and column one value for each pair."""
 
@@ -94,6 +117,7 @@ _BEFORE, _AFTER = "#8C8C8C", _COLOURS[0]
 _PERCENT = {"accuracy", "error"}
 _DASHES = ("-", "--", "-.", ":")  # line styles, which grey print tells apart too
 _FEW_GROUPS, _MANY_GROUPS = 6, 12
+_LEVELS = 13  # of contours
 
 
 def profile(
@@ -317,6 +341,77 @@ def comparison(compared: Comparison, *, column: str = "line", ax: Axes | None = 
     _name_groups(ax, list(compared.values))
     ax.set_ylabel(_quantity(column))
     return _finished(ax, legend=False)
+
+
+def plane(result: Plane, *, quantity: str | None = None, ax: Axes | None = None) -> Axes:
+    """Draw a quantity of a plane of networks as filled contours, with the networks and the curve in it.
+
+    The loss has levels that grow by a factor, up to the plane's limit; what lies above has the last colour.
+
+    Args:
+        result: What `modeconn.plane` returned.
+        quantity: "loss", "accuracy", "error" or the name of a metric; default: the first.
+        ax: Where to draw. Default: a new figure.
+
+    Raises:
+        ValueError: If the plane does not have the quantity.
+    """
+    _check("result", result, "what modeconn.plane returns", "scattered", "networks", "quantity")
+    name = next(iter(result.values)) if quantity is None else quantity
+    if name not in result.values:
+        raise ValueError(f"the plane has no quantity {name!r}, only {', '.join(map(repr, result.values))}.")
+    ax = _axes(ax)
+    points, values = (tensor.numpy() for tensor in result.scattered(name))
+    unit = result.quantity(name).unit
+    shown = np.where(np.isfinite(values), values, np.inf) * (100 if unit == "%" else 1)
+    levels, above = _levels(shown, result.limit if name == "loss" else None)
+    shown = np.clip(shown, levels[0], levels[-1] * (1 + 1e-9) + (levels[-1] - levels[-2]) * above)
+    drawn = ax.tricontourf(
+        *points.T, shown, levels=levels, cmap="viridis", extend="max" if above else "neither", norm=_norm(levels)
+    )
+    ax.tricontour(*points.T, shown, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+    if result.curve is not None:
+        ax.plot(*result.curve.numpy().T, color="white", linewidth=3.2)
+        ax.plot(*result.curve.numpy().T, color="black", linewidth=1.4)
+    for label, place in result.networks.items():
+        _mark(ax, label, place.tolist(), points)
+    ax.set_aspect("equal")
+    ax.set_xlabel("distance in weight space")
+    ax.set_ylabel("distance in weight space")
+    bar = ax.figure.colorbar(drawn, ax=ax, shrink=0.9, format="%.3g")
+    bar.set_label(f"{name} ({unit})" if unit else name)
+    bar.set_ticks(levels[:: max(1, len(levels) // 6)])
+    return ax
+
+
+def _levels(values: np.ndarray[Any, Any], limit: float | None) -> tuple[np.ndarray[Any, Any], bool]:
+    """Return rising levels for contours, and whether values lie above the last."""
+    finite = values[np.isfinite(values)]
+    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+    end = high if limit is None else min(high, max(limit, low))
+    above = bool((values > end).any())
+    if not end > low:
+        end = low + max(abs(low), 1.0) * 1e-3
+    if limit is None or low <= 0:
+        return np.linspace(low, end, _LEVELS), above
+    return np.geomspace(low, end, _LEVELS), above  # low losses differ by little, which is what one looks for
+
+
+def _norm(levels: np.ndarray[Any, Any]) -> Any:
+    from matplotlib.colors import BoundaryNorm
+
+    return BoundaryNorm(levels, 256, extend="max")
+
+
+def _mark(ax: Axes, label: str, place: Sequence[float], points: np.ndarray[Any, Any]) -> None:
+    """Mark a network and write its name beside it, on the side where there is room."""
+    ax.plot(*place, "o", color="white", markeredgecolor="black", markersize=6, zorder=4)
+    is_right = place[0] > points[:, 0].mean()
+    ax.annotate(
+        label, place, xytext=(-7 if is_right else 7, 5), textcoords="offset points", ha="right" if is_right else "left",
+        fontsize="small", color="black", zorder=5,
+        bbox={"boxstyle": "round,pad=0.15", "facecolor": "white", "edgecolor": "none", "alpha": 0.75},
+    )  # fmt: skip
 
 
 def _pairs(correlations: Sequence[Correlation]) -> np.ndarray[Any, Any]:

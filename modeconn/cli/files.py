@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modeconn import Comparison, DeepAlign, PermutationSpec, Relabelling, plot, tensor_files
+from modeconn import Comparison, DeepAlign, PermutationSpec, Plane, Relabelling, plot, tensor_files
 from modeconn.learning.checkpoint import ALIGNER, FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
@@ -86,7 +86,7 @@ def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: st
         if file.drawn is None:
             raise ValueError(
                 f"{str(path)!r} is {_with_article(file.kind)}, of which there is nothing to draw. Figures show results "
-                f"along curves, comparisons, correlations of alignments, and the training of connections."
+                f"along curves, planes, comparisons, correlations of alignments, and the training of connections."
             )
     contents = [file.drawn for file in read]
     kinds = {"training" if isinstance(file.drawn, History) else file.kind for file in read}
@@ -97,11 +97,11 @@ def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: st
         plot.history(*contents, labels=labels, ax=ax)
     elif kind == CORRELATIONS:
         plot.correlation(*contents, labels=labels, ax=ax)
-    elif len(contents) > 1 and kind in ("comparison", "robust profile"):
+    elif len(contents) > 1 and kind in ("comparison", "robust profile", "plane"):
         raise ValueError(f"one figure shows one {kind}, got {len(contents)}.")
     elif kind == "comparison":
         plot.comparison(contents[0], column=quantity or "line", ax=ax)
-    elif kind == "robust profile":
+    elif kind in ("robust profile", "plane"):
         contents[0].plot(quantity=quantity, ax=ax)
     else:
         plot.profile(*contents, labels=labels, quantity=quantity or next(iter(contents[0].values)), ax=ax)
@@ -188,6 +188,9 @@ def _read_json(text: str) -> _File:
     if kind == "Comparison":
         comparison = Comparison.from_json(text)
         return _File("comparison", repr(comparison), made_by, comparison)
+    if kind == "Plane":
+        plane = Plane.from_json(text)
+        return _File("plane", repr(plane), made_by, plane)
     if kind == "SymmetryReport":
         return _File("report of symmetries", repr(SymmetryReport.from_json(text)), made_by)
     if kind == "PermutationSpec":
@@ -196,7 +199,7 @@ def _read_json(text: str) -> _File:
         result = AlongCurve.from_json(text)
         return _File(_in_words(type(result).__name__), repr(result), made_by, result)
     raise ValueError(
-        "it is no result along a curve, no comparison, no correlations of an alignment and no report of symmetries."
+        "it is no result along a curve, no plane, no comparison, no correlations of an alignment and no report of symmetries."
     )
 
 

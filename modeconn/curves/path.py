@@ -133,7 +133,7 @@ class Path:
         Raises:
             ValueError: If batch norm or repair needs training data that is neither remembered nor given.
         """
-        data, forward = self._calibration_data(recalibrate, num_examples, repair), forward or self.training.forward
+        data, forward = self.calibration_data(recalibrate, num_examples, repair), forward or self.training.forward
         return Networks(self, data, self._statistics_of_ends(data, forward) if repair else None, forward)
 
     def _statistics_of_ends(self, calibration: list[Any], forward: Forward | None) -> tuple[Statistics, ...] | None:
@@ -143,7 +143,7 @@ class Path:
         ends = Networks(self, [], None)
         return tuple(measure(ends.as_it_came(end), calibration, forward=forward) for end in (0, 1))
 
-    def _calibration_data(
+    def calibration_data(
         self, loader: Iterable[Any] | AdversarialExamples | None, limit: int | None, repair: bool
     ) -> list[Any] | AdversarialExamples:
         """Return the batches to recalibrate or repair on; none for a model that needs neither."""

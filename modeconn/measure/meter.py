@@ -158,7 +158,7 @@ class Meter:
     def measure(self, model: nn.Module) -> None:
         """Measure one network, in the mode it is in."""
         on_device(self.metrics, device_of(model))
-        if not self._totals:
+        if not self._checked:
             warn_of_batch_statistics(model)
         updated = {name: inner_of(metric) for name, metric in self.metrics.items()}
         for metric in updated.values():
@@ -176,7 +176,7 @@ class Meter:
                         f"metric {name!r}", *(both := self._compared(self.metrics[name], answers, number, batch))
                     ):
                         metric.update(*both)
-        if self._totals and self.num_examples != before:
+        if self._checked and self.num_examples != before:
             raise ValueError(
                 f"loader yielded {self.num_examples} examples on this pass and {before} on the one before, so networks "
                 f"would be measured on different data. Pass a loader whose passes are alike."
@@ -194,6 +194,12 @@ class Meter:
             raise ValueError("no target of loader counts: the loss ignores them all, or their classes weigh 0.")
         metrics = {name: torch.stack([value.cpu() for value in values]) for name, values in self._values.items()}
         return Measured(loss / weight, correct / counted if self._has_accuracy else None, metrics, self.num_examples)
+
+    def take(self) -> Measured:
+        """Return what was found of the networks measured since the last call, and forget it."""
+        found = self.results()
+        self._totals, self._values = [], {name: [] for name in self.metrics}
+        return found
 
     def _sums(self, answers: _Answers, size: int, model: nn.Module, batch: Any) -> Tensor:
         """Return the loss of a batch times its weight, that weight, right answers, and how many there could be."""

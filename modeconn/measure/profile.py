@@ -18,7 +18,7 @@ from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import reseed
 
-_QUANTITIES = {
+QUANTITIES = {
     "loss": Quantity("{:.4f}", higher_is_better=False, unit="mean per example"),
     "accuracy": Quantity("{:.2%}", higher_is_better=True, unit="%"),
     "error": Quantity("{:.2%}", higher_is_better=False, unit="%"),
@@ -80,7 +80,7 @@ class Profile(AlongCurve):
 
     def quantity(self, name: str) -> Quantity:
         """Return how a quantity is written, and which way it gets worse."""
-        return _QUANTITIES.get(name) or Quantity("{:.4g}", self.higher_is_better.get(name))
+        return QUANTITIES.get(name) or Quantity("{:.4g}", self.higher_is_better.get(name))
 
     @property
     def error(self) -> Tensor | None:

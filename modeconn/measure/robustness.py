@@ -268,7 +268,7 @@ class _Attacking:
     def _measure(
         self, model: nn.Module, attack: Attack | None, x: Tensor, y: Tensor, seed: int, label: str
     ) -> dict[str, Any]:
-        x_adv = x if attack is None else _attacked(attack, model, x, y, seed, label)
+        x_adv = x if attack is None else attacked(attack, model, x, y, seed, label)
         correct, losses = self._answers(model, x_adv, y, label)
         elsewhere = [int(self._answers(network, x_adv, y, label)[0].sum()) for network in self._networks]
         return {"correct": pack_bits(correct), "losses": pack_floats(losses.float()), "elsewhere": elsewhere}
@@ -302,7 +302,7 @@ class _Attacking:
             warn_of_no_mean(f"{whole:.6g} of {len(y)} examples, and {mean:.6g} of one on average")
 
 
-def _attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int, label: str) -> Tensor:
+def attacked(attack: Attack, model: nn.Module, x: Tensor, y: Tensor, seed: int, label: str) -> Tensor:
     """Return adversarial examples that were looked at; an error says which attack it was, and at which t."""
     try:
         with seeded(seed, x.device), under_attack(model):
