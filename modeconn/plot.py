@@ -6,6 +6,7 @@ Nothing is computed here but means and spreads, and no global setting of matplot
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 import numpy as np
@@ -118,6 +119,7 @@ _PERCENT = {"accuracy", "error"}
 _DASHES = ("-", "--", "-.", ":")  # line styles, which grey print tells apart too
 _FEW_GROUPS, _MANY_GROUPS = 6, 12
 _LEVELS = 13  # of contours
+_FLAT = 1.8  # width over height from which on a plane has its bar of colours below
 
 
 def profile(
@@ -363,13 +365,10 @@ def plane(result: Plane, *, quantity: str | None = None, ax: Axes | None = None)
     ax = _axes(ax)
     points, values = (tensor.numpy() for tensor in result.scattered(name))
     unit = result.quantity(name).unit
-    shown = np.where(np.isfinite(values), values, np.inf) * (100 if unit == "%" else 1)
-    levels, above = _levels(shown, result.limit if name == "loss" else None)
-    shown = np.clip(shown, levels[0], levels[-1] * (1 + 1e-9) + (levels[-1] - levels[-2]) * above)
-    drawn = ax.tricontourf(
-        *points.T, shown, levels=levels, cmap="viridis", extend="max" if above else "neither", norm=_norm(levels)
-    )
-    ax.tricontour(*points.T, shown, levels=levels, colors="white", linewidths=0.4, alpha=0.6)
+    scale = _Scale.of((100 if unit == "%" else 1) * values, result.limit if name == "loss" else None)
+    ends = {"levels": scale.levels, "extend": "max" if scale.ends_below else "neither"}
+    drawn = ax.tricontourf(*points.T, scale.heights, cmap="viridis", **ends)
+    ax.tricontour(*points.T, scale.heights, levels=scale.levels, colors="white", linewidths=0.4, alpha=0.6)
     if result.curve is not None:
         ax.plot(*result.curve.numpy().T, color="white", linewidth=3.2)
         ax.plot(*result.curve.numpy().T, color="black", linewidth=1.4)
@@ -378,29 +377,49 @@ def plane(result: Plane, *, quantity: str | None = None, ax: Axes | None = None)
     ax.set_aspect("equal")
     ax.set_xlabel("distance in weight space")
     ax.set_ylabel("distance in weight space")
-    bar = ax.figure.colorbar(drawn, ax=ax, shrink=0.9, format="%.3g")
+    is_flat = np.ptp(points[:, 0]) > _FLAT * np.ptp(points[:, 1])
+    side = {"orientation": "horizontal", "aspect": 30} if is_flat else {"shrink": 0.9}
+    bar = ax.figure.colorbar(drawn, ax=ax, format=lambda height, _: f"{scale.value(height):.3g}", **side)
     bar.set_label(f"{name} ({unit})" if unit else name)
-    bar.set_ticks(levels[:: max(1, len(levels) // 6)])
+    bar.set_ticks(scale.levels[::2])
     return ax
 
 
-def _levels(values: np.ndarray[Any, Any], limit: float | None) -> tuple[np.ndarray[Any, Any], bool]:
-    """Return rising levels for contours, and whether values lie above the last."""
-    finite = values[np.isfinite(values)]
-    low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
-    end = high if limit is None else min(high, max(limit, low))
-    above = bool((values > end).any())
-    if not end > low:
-        end = low + max(abs(low), 1.0) * 1e-3
-    if limit is None or low <= 0:
-        return np.linspace(low, end, _LEVELS), above
-    return np.geomspace(low, end, _LEVELS), above  # low losses differ by little, which is what one looks for
+@dataclass(frozen=True)
+class _Scale:
+    """Heights that contours are drawn of: values, or their logarithms, since low losses differ by little.
 
+    Args:
+        heights: Of all points, ``(M,)``.
+        levels: Of the contours, rising.
+        is_log: Whether they are logarithms.
+        ends_below: Whether points lie above the last level.
+    """
 
-def _norm(levels: np.ndarray[Any, Any]) -> Any:
-    from matplotlib.colors import BoundaryNorm
+    heights: np.ndarray[Any, Any]
+    levels: np.ndarray[Any, Any]
+    is_log: bool
+    ends_below: bool
 
-    return BoundaryNorm(levels, 256, extend="max")
+    @classmethod
+    def of(cls, values: np.ndarray[Any, Any], limit: float | None) -> _Scale:
+        """Return the scale of values, which ends at a limit if there is one."""
+        finite = values[np.isfinite(values)]
+        is_log = limit is not None and len(finite) > 0 and bool(finite.min() > 0)
+        if is_log:
+            finite, limit = np.log(finite), float(np.log(limit))
+            values = np.log(np.where(np.isfinite(values), values, np.inf))
+        low, high = (float(finite.min()), float(finite.max())) if len(finite) else (0.0, 1.0)
+        end = high if limit is None else min(high, max(limit, low))
+        end = end if end > low else low + max(abs(low), 1.0) * 1e-3
+        # What is far above the end is drawn one step above it: contours between it and low points stay where they are.
+        top = max(end, low) + (end - low)
+        heights = np.clip(np.where(np.isfinite(values), values, top), low, top)
+        return cls(heights, np.linspace(low, end, _LEVELS), is_log, bool((heights > end).any()))
+
+    def value(self, height: float) -> float:
+        """Return the value of a height."""
+        return float(np.exp(height)) if self.is_log else float(height)
 
 
 def _mark(ax: Axes, label: str, place: Sequence[float], points: np.ndarray[Any, Any]) -> None:

@@ -768,7 +768,7 @@ def measure_plane(
     curve_class: options.CurveClass = None,
     progress: options.Progress = None,
 ) -> None:
-    r"""Measure the networks of a plane: through the ends and a control point of a connection, or through three networks.
+    r"""Measure the networks of a plane through the ends and a control point of a connection, or through three networks.
 
     Batch norm is recalibrated at every point on training data. Prints what was found; writes all points as JSON, a
     figure, and what --export names. Stopped by Ctrl-C or by anything else, the same command goes on.
@@ -788,6 +788,9 @@ def measure_plane(
         _check_own(results["json"])
     if len(networks) not in (1, 3) or (len(networks) == 1) == is_network(networks[0]):
         raise ValueError(f"a plane goes through a connection or through three networks, got {len(networks)} files.")
+    names = [path.stem for path in networks]
+    if len(set(names)) < len(names):
+        raise ValueError(f"the three networks need names of their own, got {', '.join(names)}.")
     against = (
         None
         if attack is None

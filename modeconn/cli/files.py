@@ -199,7 +199,8 @@ def _read_json(text: str) -> _File:
         result = AlongCurve.from_json(text)
         return _File(_in_words(type(result).__name__), repr(result), made_by, result)
     raise ValueError(
-        "it is no result along a curve, no plane, no comparison, no correlations of an alignment and no report of symmetries."
+        "it is no result along a curve, no plane, no comparison, no correlations of an alignment and no report of "
+        "symmetries."
     )
 
 

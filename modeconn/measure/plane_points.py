@@ -18,6 +18,7 @@ from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import reseed
 
 Point = tuple[float, float]
+_FLATTEST = 0.4
 _MARGINS = (0.1, 0.2, 0.4, 0.8)  # by which a plane goes beyond what lies in it, as fractions of its width
 
 
@@ -133,6 +134,12 @@ class Extent:
         columns, rows = zip(*points, strict=True)
         return cls((min(columns), max(columns)), (min(rows), max(rows)))
 
+    def at_least(self, share: float) -> Extent:
+        """Return the same with width and height at least such a share of each other, for the sake of the picture."""
+        lengths = [last - first for first, last in (self.x, self.y)]
+        more = [max(0.0, share * max(lengths) - length) / 2 for length in lengths]
+        return Extent(*((first - add, last + add) for (first, last), add in zip((self.x, self.y), more, strict=True)))
+
     def grid(self, num_points: tuple[int, int]) -> tuple[Tensor, Tensor]:
         """Return evenly spaced coordinates of columns and rows."""
         return tuple(  # type: ignore[return-value]
@@ -171,7 +178,7 @@ def chosen_extent(held: Extent, span: float, measuring: Measuring, limit: float)
     return Extent(
         (sides["left"](margins["left"])[0], sides["right"](margins["right"])[0]),
         (sides["bottom"](margins["bottom"])[1], sides["top"](margins["top"])[1]),
-    )
+    ).at_least(_FLATTEST)
 
 
 def cells_on(curve: Tensor, x: Tensor, y: Tensor, rounds: int) -> list[Point]:
