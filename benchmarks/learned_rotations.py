@@ -29,7 +29,8 @@ from torch import nn
 import modeconn
 from benchmarks.rotations import POINTS, SEEDS, task, trained
 from benchmarks.timing import environment
-from modeconn import Bezier, Line, Recipe, Sinkhorn, WeightMatching, one_cycle, plot
+from modeconn import Bezier, Line, Recipe, Sinkhorn, WeightMatching, one_cycle
+from modeconn.plot import style
 
 RECIPE = Recipe(epochs=1, optimizer=partial(torch.optim.AdamW, lr=1e-3), schedule=one_cycle, weight_decay=0.0)
 
@@ -143,10 +144,10 @@ def draw(pairs: dict[str, Any], path: Path) -> None:
     for ax, what, title in zip(axes, PATHS, ("straight line", "curve of 200 steps"), strict=False):
         for number, (name, label) in enumerate(DRAWN.items()):
             losses = torch.tensor([rows[name][f"losses on the {what}"] for rows in pairs.values()])
-            colour, dashes = plot._style(number)
+            look = style.line(number)
             t = torch.linspace(0, 1, losses.shape[1])
-            ax.plot(t, losses.mean(0), dashes, color=colour, label=label, linewidth=1.8)
-            ax.fill_between(t, losses.min(0).values, losses.max(0).values, color=colour, alpha=0.15, linewidth=0)
+            ax.plot(t, losses.mean(0), label=label, **look)
+            style.band(ax, t, losses.min(0).values, losses.max(0).values, look["color"])
         ax.set_title(title, fontsize="medium")
         ax.set_xlabel("t")
         ax.set_xlim(0, 1)

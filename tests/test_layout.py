@@ -110,7 +110,7 @@ def test_a_planted_circle_and_a_planted_arrow_are_found():
     assert imported(hidden, "modeconn.tools.rng") == {"modeconn.fit", "modeconn.comparison"}
     assert imported("from . import table\nfrom ..plot import profile", "modeconn.tools.rng") == {
         "modeconn.tools.table",
-        "modeconn.plot",
+        "modeconn.plot.__init__",
     }
     order = stages()
     assert stage_of("modeconn.fit", order) > stage_of("modeconn.tools.rng", order)

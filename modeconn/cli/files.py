@@ -97,12 +97,14 @@ def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: st
         plot.history(*contents, labels=labels, ax=ax)
     elif kind == CORRELATIONS:
         plot.correlation(*contents, labels=labels, ax=ax)
-    elif len(contents) > 1 and kind in ("comparison", "robust profile", "plane"):
+    elif len(contents) > 1 and kind in ("comparison", "plane"):
         raise ValueError(f"one figure shows one {kind}, got {len(contents)}.")
     elif kind == "comparison":
         plot.comparison(contents[0], column=quantity or "line", ax=ax)
-    elif kind in ("robust profile", "plane"):
-        contents[0].plot(quantity=quantity, ax=ax)
+    elif kind == "plane":
+        plot.plane(contents[0], quantity=quantity, ax=ax)
+    elif kind == "robust profile":
+        plot.robust_profile(*contents, labels=labels, quantity=quantity or "accuracy", ax=ax)
     else:
         plot.profile(*contents, labels=labels, quantity=quantity or next(iter(contents[0].values)), ax=ax)
 

@@ -1,0 +1,65 @@
+"""``modeconn.plane`` beside the passes that it cannot do without, in one run.
+
+    python -m benchmarks.plane [--model tinyten] [--points 21] [--out results.json]
+
+The bound is, for each point of the grid, one train-mode pass over the recalibration tensors and one eval-mode pass over
+the test tensors, on a network that stands still. Aim: at most 1.1 times that, extent and networks included.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+
+import modeconn
+from benchmarks.timing import environment, interleaved, quartiles, ratio
+from modeconn import models
+
+Batches = list[tuple[torch.Tensor, torch.Tensor]]
+
+
+def passes(model: torch.nn.Module, train: Batches, test: Batches, num_points: int) -> None:
+    """Run a network as often as a plane does."""
+    with torch.no_grad():
+        for _ in range(num_points):
+            for flag, data in ((True, train), (False, test)):
+                model.train(flag)
+                for inputs, _targets in data:
+                    model(inputs)
+
+
+def main() -> None:
+    """Measure, print and write what was found."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="tinyten")
+    parser.add_argument("--points", type=int, default=21)
+    parser.add_argument("--examples", type=int, nargs=2, default=(128, 256), help="for statistics, and to measure on")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the numbers to this file")
+    options = parser.parse_args()
+    networks = [models.build(options.model, seed=seed) for seed in (1, 2, 3)]
+    torch.manual_seed(0)
+    train, test = (
+        [(torch.rand(64, 3, 32, 32), torch.randint(10, (64,))) for _ in range(count // 64)]
+        for count in options.examples
+    )
+    size = options.points**2
+    rivals = {
+        "plane": lambda: modeconn.plane(networks, test, num_points=options.points, recalibrate=train),
+        "passes": lambda: passes(models.build(options.model, seed=1), train, test, size),
+    }
+    seconds = interleaved(rivals, options.rounds, torch.device("cpu"))
+    text = f"plane / passes {ratio(seconds['plane'], seconds['passes'])}"
+    about = environment(torch.device("cpu"))
+    print(f"{options.model}, {options.points} x {options.points} points; {about}\n{text}")
+    if options.out:
+        found = {"environment": about, **vars(options), "seconds": seconds}
+        found |= {"quartiles of the ratio": quartiles(seconds["plane"], seconds["passes"])}
+        options.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
+
+
+if __name__ == "__main__":
+    main()
