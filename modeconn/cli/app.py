@@ -986,9 +986,9 @@ def draw(
 ) -> None:
     r"""Draw files of one kind.
 
-    Results of modeconn evaluate, robustness and curvature are drawn along t; reports (of modeconn align) as
-    correlations before and after; connections as the loss of their training; a comparison (of modeconn compare) as one
-    column of its table, by default the barriers of the straight line.
+    Results of modeconn evaluate, robustness and curvature are drawn along t; planes as maps; reports (of modeconn
+    align) as correlations before and after; connections as the loss of their training; a comparison (of modeconn
+    compare) as one column of its table, by default the barriers of the straight line.
 
     For example:
 

@@ -97,7 +97,7 @@ class _Scale:
 
 def _mark(ax: Axes, label: str, place: Sequence[float], points: np.ndarray[Any, Any]) -> None:
     """Mark a network and write its name beside it, on the side where there is room."""
-    ax.plot(*place, "o", color="white", markeredgecolor="black", markersize=6, zorder=4)
+    ax.plot(*place, "o", color="white", markeredgecolor="black", markersize=6, zorder=4, clip_on=False)
     is_right = place[0] > points[:, 0].mean()
     ax.annotate(
         label, place, xytext=(-7 if is_right else 7, 5), textcoords="offset points", ha="right" if is_right else "left",
