@@ -91,6 +91,18 @@ class Connection(Measurable):
             parts.append(f"{len(self.history.loss)} epochs, training loss {self.history.loss[-1]:.4g}")
         return f"Connection({', '.join(parts)})"
 
+    def _facts(self) -> dict[str, str]:
+        found = {
+            "curve": repr(self.curve),
+            "weights": f"{self.space.num_parameters:,}",
+            "length": f"{self.length():.4g}",
+            "b": "as it was" if self.permutation is None else "relabelled",
+        }
+        if self.history is not None and self.history.loss:
+            found["learned for"] = f"{len(self.history.loss)} epochs"
+            found["training loss"] = f"{self.history.loss[-1]:.4g}"
+        return found
+
     @checked
     def weights_at(self, t: float) -> Tensor:
         """Return the weights at ``t`` as a new vector ``(P,)``; ``space.unflatten`` names them."""

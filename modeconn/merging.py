@@ -24,6 +24,7 @@ from modeconn.symmetry.relabelling import Relabelling
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.door import checked, looked_at
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 
 
 @checked
@@ -61,7 +62,7 @@ def interpolate(
 
 
 @dataclass(frozen=True)
-class Merge:
+class Merge(Shown):
     """The mean of several networks, once their units are under the same names.
 
     Args:
@@ -86,6 +87,14 @@ class Merge:
             if not 0 <= number < len(self.permutations):
                 raise ValueError(f"{name} must lie in 0..{len(self.permutations) - 1}, got {name}={number}.")
         return self.permutations[i].inverse() @ self.permutations[j]
+
+    def _facts(self) -> dict[str, str]:
+        return {
+            "networks": str(len(self.permutations)),
+            "squared distance from their mean, as they came": f"{self.history[0]:.4g}",
+            "at the end": f"{self.history[-1]:.4g}",
+            "steps": str(len(self.history) - 1),
+        }
 
     def __repr__(self) -> str:
         first, last = self.history[0], self.history[-1]

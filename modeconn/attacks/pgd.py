@@ -17,13 +17,14 @@ from modeconn.network.loss import LossFn, check_targets, cross_entropy, differen
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
 from modeconn.tools.fingerprint import identify
+from modeconn.tools.shown import Shown
 
 _SCALE = 2.0**10  # The loss is scaled up so that float16 gradients do not underflow; a power of two adds no rounding.
 _ROUNDING = 1e-5  # Augmentation may leave the pixel range by this much.
 
 
 @dataclass(frozen=True, repr=False)
-class PGD:
+class PGD(Shown):
     r"""Move inputs uphill on the loss, inside a ball of radius ``eps`` around them (Madry et al., 2018).
 
     .. math:: x_{i+1} = \Pi_{B_\epsilon(x) \cap [0, 1]^d} \left( x_i + \alpha \, u(\nabla_x L(x_i, y)) \right)

@@ -17,6 +17,7 @@ from modeconn.network.batches import run
 from modeconn.network.loss import LossFn, main_output
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings, shown
+from modeconn.tools.shown import Shown
 
 
 class Adversary(Protocol):
@@ -28,7 +29,7 @@ class Adversary(Protocol):
 
 
 @dataclass(frozen=True)
-class AdversarialTraining:
+class AdversarialTraining(Shown):
     r"""Lower the loss on adversarial examples of the network at hand (Madry et al., 2018).
 
     .. math:: (1 - w) \max_{\lVert \delta \rVert \le \epsilon} L(x + \delta) + w \, L(x)
@@ -75,7 +76,7 @@ class AdversarialTraining:
 
 
 @dataclass(frozen=True)
-class TRADES:
+class TRADES(Shown):
     r"""Lower the clean loss, and how far an attack can move the network's answers (Zhang et al., 2019).
 
     .. math:: L(x) + \beta \max_{\lVert \delta \rVert \le \epsilon} \mathrm{KL}(p(x) \,\|\, p(x + \delta))
@@ -119,7 +120,7 @@ class TRADES:
 
 
 @dataclass(frozen=True, repr=False)
-class FreeAdversarialTraining:
+class FreeAdversarialTraining(Shown):
     r"""Adversarial training at the price of ordinary training (Shafahi et al., 2019).
 
     Each batch is used ``num_replays`` times in a row. Every backward pass serves twice: for a step of the weights, and

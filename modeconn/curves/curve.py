@@ -9,12 +9,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from modeconn.tools.shown import Shown
+
 _CHUNK = 1 << 20  # columns made float64 at a time: 8 MB a row, whatever the size of the network
 _PANELS = 64
 _NODES, _NODE_WEIGHTS = (torch.from_numpy(array) for array in np.polynomial.legendre.leggauss(8))
 
 
-class Curve(ABC):
+class Curve(Shown, ABC):
     r"""A path from network a to network b through weight space, linear in its control points.
 
     .. math:: \theta(t) = \sum_k B_k(t) \, c_k, \qquad c_k \in \mathbb{R}^P, \quad \sum_k B_k(t) = 1

@@ -7,10 +7,11 @@ from dataclasses import dataclass, field
 from modeconn.deep_align.augmentation import WeightAugmentation
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 from modeconn.tools.door import check_settings
+from modeconn.tools.shown import Shown
 
 
 @dataclass(frozen=True)
-class Settings:
+class Settings(Shown):
     """What `modeconn.DeepAlign`, whose docstring explains each, is set to."""
 
     features: int = 64

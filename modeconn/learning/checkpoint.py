@@ -23,6 +23,7 @@ from modeconn.tools import files, provenance
 from modeconn.tools.door import check_settings, shortened
 from modeconn.tools.processes import joined
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 from modeconn.tools.warn import warn
 from modeconn.tools.writing import check_writable, held
 
@@ -56,7 +57,7 @@ class Resumable(Protocol):
 
 
 @dataclass(frozen=True)
-class Checkpoint:
+class Checkpoint(Shown):
     """Where and how often a long run saves itself. It saves after every epoch, and inside epochs if you say so.
 
     Args:

@@ -7,12 +7,13 @@ from numbers import Real
 from typing import Any
 
 from modeconn.tools.door import check_settings
+from modeconn.tools.shown import Shown
 
 _ENTRIES: dict[str, type] = {"loss": Real, "loss_by_t": list, "turns": dict, "values": dict}
 
 
 @dataclass(frozen=True)
-class History:
+class History(Shown):
     """What happened while a curve was learned.
 
     Args:

@@ -16,11 +16,12 @@ from modeconn.network.attack import Attack, is_attack
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.checks import check_integers
 from modeconn.tools.door import check_settings, shown
+from modeconn.tools.shown import Shown
 from modeconn.tools.warn import warn
 
 
 @dataclass(frozen=True)
-class ActivationMatching:
+class ActivationMatching(Shown):
     r"""Match units by their activations on training data (Tatro et al., 2020).
 
     For each group the relabelling maximises :math:`\sum_i \operatorname{corr}(X_a[i], X_b[\pi(i)])`, exactly, over all

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import logging
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -27,6 +28,8 @@ from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.door import checked
 from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
+from modeconn.tools.table import html_table
 
 _LOGGER = logging.getLogger(__name__)
 
@@ -56,7 +59,7 @@ class Symmetry:
 
 
 @dataclass(frozen=True)
-class Alignment:
+class Alignment(Shown):
     """Two networks with their units under the same names.
 
     Args:
@@ -84,6 +87,19 @@ class Alignment:
     def spec(self) -> PermutationSpec:
         """The groups that were matched."""
         return self.permutation.spec
+
+    def _repr_html_(self) -> str:
+        if not self.correlation:
+            return super()._repr_html_()
+        rows = [
+            [name, f"{before:.3f}", f"{after:.3f}", str(sum(self.constant_units.get(name, (0, 0))))]
+            for name, (before, after) in self.correlation.items()
+        ]
+        table = html_table(["group", "correlation before", "after", "constant units"], rows)
+        return f"<p><b>Alignment</b>: {html.escape(repr(self.permutation))}</p>{table}"
+
+    def _facts(self) -> dict[str, str]:
+        return {"relabelling": repr(self.permutation)}
 
     def __repr__(self) -> str:
         lines = [f"Alignment({self.permutation!r})"]

@@ -30,6 +30,7 @@ from modeconn.tools.checks import check_integers, check_positive
 from modeconn.tools.door import check_settings
 from modeconn.tools.progress import passing_bar
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 from modeconn.tools.warn import warn
 
 _POSITIONS = (0.1, 0.3, 0.5, 0.7, 0.9)
@@ -52,7 +53,7 @@ class Target(Protocol):
 
 
 @dataclass(frozen=True)
-class LearnedMatching(ABC):
+class LearnedMatching(Shown, ABC):
     """A way to match that follows the gradient of an objective: settings, data, and the best permutation kept.
 
     A subclass says what it moves in `_learn`. Its own settings come after these.

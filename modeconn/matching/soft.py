@@ -16,12 +16,13 @@ from modeconn.symmetry.relabelling import relabelled_copy
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.symmetry.structure import Labels, find_label
 from modeconn.tools.door import check, check_settings
+from modeconn.tools.shown import Shown
 
 _TOLERANCE = 1e-4
 
 
 @dataclass(frozen=True, eq=False)
-class SoftPermutation:
+class SoftPermutation(Shown):
     r"""One doubly stochastic matrix per group of a spec: place i holds a mean of the units of b, weighted by row i.
 
     Units that lie in blocks (the units of a head) have one matrix for each pair of a place and a source of the block:

@@ -21,12 +21,13 @@ from modeconn.symmetry.groups import Group
 from modeconn.symmetry.spec import PermutationSpec
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
+from modeconn.tools.shown import Shown
 
 _TINY = 1e-30
 
 
 @dataclass(frozen=True)
-class TransportMatching:
+class TransportMatching(Shown):
     r"""Carry the units of b to those of a at the lowest cost (OT-Fusion; Singh and Jaggi, 2020).
 
     Every unit weighs the same, so the plan of a group is doubly stochastic, and the exact plan is an assignment; with

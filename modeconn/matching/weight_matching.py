@@ -22,10 +22,11 @@ from modeconn.symmetry.structure import Labels, Perms, Structure
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
 from modeconn.tools.progress import passing_bar
+from modeconn.tools.shown import Shown
 
 
 @dataclass(frozen=True)
-class WeightMatching:
+class WeightMatching(Shown):
     r"""Maximise :math:`\langle \theta_a, P \theta_b \rangle` by coordinate descent (Git Re-Basin, algorithm 1).
 
     Since relabelling keeps :math:`\|\theta_b\|`, this minimises the distance in weight space. One group (with the

@@ -28,6 +28,7 @@ from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import identify
 from modeconn.tools.processes import joined, shared
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 
 
 class NetworksByPosition(Protocol):
@@ -46,7 +47,7 @@ class NetworksByPosition(Protocol):
         ...
 
 
-class Measurable:
+class Measurable(Shown):
     """The verbs that measure what lies on a curve.
 
     Args:

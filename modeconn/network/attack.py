@@ -17,6 +17,7 @@ from modeconn.network.copies import check_no_inference
 from modeconn.network.modes import backward_in_eval_mode, flags_kept
 from modeconn.tools.door import check_settings, shown
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 
 
 class Attack(Protocol):
@@ -109,7 +110,7 @@ def attacked_in_eval_mode(attack: Attack, model: nn.Module, x: Tensor, y: Tensor
 
 
 @dataclass(frozen=True)
-class AdversarialExamples:
+class AdversarialExamples(Shown):
     """Training data as each network's own adversarial examples, for ``recalibrate=``.
 
     Batch norm is then recalibrated on clean data first, the network attacked with these statistics, in eval mode, and

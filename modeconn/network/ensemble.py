@@ -11,9 +11,10 @@ from torch import Tensor, nn
 
 from modeconn.network.loss import main_output
 from modeconn.tools.door import check
+from modeconn.tools.shown import Shown
 
 
-class Ensemble(nn.Module):
+class Ensemble(Shown, nn.Module):
     r"""The network whose probabilities are the mean of those of several classifiers.
 
     .. math:: \log \frac1K \sum_{k=1}^{K} \operatorname{softmax}(z_k(x))

@@ -36,6 +36,7 @@ from modeconn.network.scores import (
     weighs,
     weight_of,
 )
+from modeconn.tools.shown import Shown
 from modeconn.tools.warn import is_of_package, warn
 
 LossFn = Callable[[Any, Any], Tensor]
@@ -158,7 +159,7 @@ def _each(loss_fn: LossFn, outputs: Any, targets: Tensor) -> Tensor:
 
 
 @dataclass(frozen=True)
-class TrainingData:
+class TrainingData(Shown):
     """What a fit knew of its data and loss, remembered in memory, never in files.
 
     Args:

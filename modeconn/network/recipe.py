@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from modeconn.tools.door import check_settings
+from modeconn.tools.shown import Shown
 
 OptimizerFactory = Callable[..., torch.optim.Optimizer]
 Schedule = Callable[[float, int], float]
@@ -71,7 +72,7 @@ _NESTEROV_SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, fu
 
 
 @dataclass(frozen=True)
-class Recipe:
+class Recipe(Shown):
     """The settings of one training run, of an endpoint or of a curve.
 
     Args:

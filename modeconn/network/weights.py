@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.network.copies import copy_of
 from modeconn.tools.door import check, looked_at
+from modeconn.tools.shown import Shown
 
 
 @dataclass(frozen=True)
@@ -34,7 +35,7 @@ class _Slot:
         return dense.permute([self.order.index(dim) for dim in range(len(self.shape))])
 
 
-class WeightSpace:
+class WeightSpace(Shown):
     r"""The space :math:`\mathbb{R}^P` in which every point is one network of a given architecture.
 
     Each parameter takes one stretch of the vector, in the order of ``model.named_parameters()``; tied parameters take

@@ -21,6 +21,7 @@ from modeconn.refinement.pam import draw_sample, objective_of
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Permutation
 from modeconn.tools.door import checked, shown
+from modeconn.tools.shown import Shown
 
 
 class Swappable(Protocol):
@@ -38,7 +39,7 @@ class Swappable(Protocol):
 
 
 @dataclass(frozen=True)
-class BestSwap:
+class BestSwap(Shown):
     """The exchange of two units of b that lowers the loss along a connection most.
 
     Args:

@@ -32,6 +32,7 @@ from modeconn.tools.door import check_settings
 from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 
 _LOGGER = logging.getLogger(__name__)
 _ENOUGH = 16  # number of positions at which the loss along the curve is sampled
@@ -49,7 +50,7 @@ class PermutationStep(Protocol):
 
 
 @dataclass(frozen=True)
-class PAM:
+class PAM(Shown):
     r"""Refine the relabelling P of b and the curve together (Tatro et al., 2020, section 3.2).
 
     .. math:: \min_{P, \varphi} \; \mathbb{E}_t \, L(\theta(t)), \qquad

@@ -12,10 +12,11 @@ from modeconn.refinement.relabelled import Relabelled
 from modeconn.refinement.turning import Turning
 from modeconn.tools.checks import check_at_least, check_integers
 from modeconn.tools.door import check_settings
+from modeconn.tools.shown import Shown
 
 
 @dataclass(frozen=True)
-class ProximalLinear:
+class ProximalLinear(Shown):
     r"""Lower the loss by small relabellings, each accepted only if the exact loss falls.
 
     The loss is linear in the permutation to first order, and the proximal problem

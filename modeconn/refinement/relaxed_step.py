@@ -16,6 +16,7 @@ from modeconn.refinement.sinkhorn_step import SoftPath
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 from modeconn.tools.door import check_settings
+from modeconn.tools.shown import Shown
 
 _TOLERANCE = 1e-5
 _MAX_TURNS = 1000  # Most iterations of a projection; 10 to 50 are usual.
@@ -23,7 +24,7 @@ _SMALLEST = 5e-4  # Smaller entries are ignored in a decomposition.
 
 
 @dataclass(frozen=True)
-class RelaxedStep:
+class RelaxedStep(Shown):
     r"""Projected gradient descent over doubly stochastic matrices, rounded by sampling (Tatro et al., 2020).
 
     Plain gradient steps on the loss at one batch each, the proximal step

@@ -15,10 +15,11 @@ from modeconn.matching.turned import TurnedWeights
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.tools.checks import check_integers, check_positive
 from modeconn.tools.door import check_settings
+from modeconn.tools.shown import Shown
 
 
 @dataclass(frozen=True)
-class RotationStep:
+class RotationStep(Shown):
     r"""Learn the rotations of b, and with them the control points between the ends, by gradient descent.
 
     Groups that rotate are turned from where b is by :math:`\exp(Z - Z^T)`, as `Sinkhorn` turns them, on the sample and

@@ -13,10 +13,11 @@ from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry.spec import Permutation
 from modeconn.tools.checks import check_integers, check_positive
 from modeconn.tools.door import check_settings
+from modeconn.tools.shown import Shown
 
 
 @dataclass(frozen=True)
-class SinkhornStep:
+class SinkhornStep(Shown):
     """Learn a soft permutation by gradient descent along the curve, from where b is, and round it.
 
     As `Sinkhorn` (Peña et al., 2023), on the sample and the curve of `PAM`: each gradient is that of one of its

@@ -15,6 +15,7 @@ from modeconn.symmetry.axes import Axis
 from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 from modeconn.tools.register import place_of, register
+from modeconn.tools.shown import Shown
 
 _FILE, _OLDER_FILE = "relabelling", "permutation"  # the second when permutations were the only kind
 _KINDS: dict[str, type[Relabelling]] = {}
@@ -43,7 +44,7 @@ class Symmetries(Protocol):
         ...
 
 
-class Relabelling(ABC):
+class Relabelling(Shown, ABC):
     """A map of a network's parameters and buffers that leaves its function as it is; they form a group.
 
     `Permutation` is the first kind, `Orthogonal` the second. Another is a subclass with a `kind` of its own, which

@@ -25,6 +25,7 @@ from modeconn.tensor_files.writing import SHARD_BYTES, check_target, write
 from modeconn.tools.door import checked
 from modeconn.tools.progress import bars, passing_bar
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 from modeconn.tools.warn import warn
 
 _CHUNK = 1 << 20  # entries that are computed at a time
@@ -114,7 +115,7 @@ def _in_natural_order(path: Path) -> list[tuple[int, int | str]]:
 
 
 @dataclass(frozen=True, repr=False)
-class MergedFiles:
+class MergedFiles(Shown):
     """The mean of several networks in files, once their units are under the same names.
 
     Args:
@@ -221,7 +222,7 @@ def merge(
 
 
 @dataclass(frozen=True, repr=False)
-class TaskFiles:
+class TaskFiles(Shown):
     """A network in files to which a task vector was added.
 
     Args:

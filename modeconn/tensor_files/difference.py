@@ -17,6 +17,7 @@ from modeconn.tools import provenance
 from modeconn.tools.door import checked
 from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.progress import progress_bar
+from modeconn.tools.shown import Shown
 from modeconn.tools.table import table
 
 _SHOWN = 10
@@ -24,7 +25,7 @@ _CHUNK = 1 << 20  # entries that are compared at a time
 
 
 @dataclass(frozen=True, repr=False)
-class Difference:
+class Difference(Shown):
     """What tells two models in files apart.
 
     Args:

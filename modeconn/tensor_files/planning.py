@@ -17,10 +17,11 @@ from modeconn.tensor_files.checkpoint import Architecture, Discovery, Factory, L
 from modeconn.tensor_files.reading import TensorFiles
 from modeconn.tools.door import checked
 from modeconn.tools.progress import bars
+from modeconn.tools.shown import Shown
 
 
 @dataclass(frozen=True, repr=False)
-class Plan:
+class Plan(Shown):
     """What is known before any weight is read.
 
     Args:

@@ -23,13 +23,14 @@ from modeconn.tools.door import checked
 from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.progress import bars, progress_bar
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 from modeconn.tools.table import table
 
 _SHOWN = 5
 
 
 @dataclass(frozen=True, repr=False)
-class Verdict:
+class Verdict(Shown):
     """Whether two networks in files are one function.
 
     Args:

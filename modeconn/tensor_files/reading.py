@@ -19,6 +19,7 @@ from modeconn.network.weights import are_finite
 from modeconn.tools import provenance
 from modeconn.tools.door import check, shortened
 from modeconn.tools.files import check_regular, dtype_named
+from modeconn.tools.shown import Shown
 
 _INDEX = ".safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -45,7 +46,7 @@ class Entry:
         return math.prod(self.shape) * self.dtype.itemsize
 
 
-class TensorFiles:
+class TensorFiles(Shown):
     """The tensors of one model: a safetensors file, a folder of them, or the state dict in a file of ``torch.save``.
 
     A folder is one as Hugging Face has it: ``model.safetensors``, or shards and a ``model.safetensors.index.json`` that

@@ -22,12 +22,13 @@ from modeconn.tensor_files.writing import SHARD_BYTES, check_target, write
 from modeconn.tools.door import checked
 from modeconn.tools.progress import bars
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 
 _UNTIED, _TYPES = "tie_word_embeddings", ("dtype", "torch_dtype")  # keys of a config.json
 
 
 @dataclass(frozen=True, repr=False)
-class AlignedFiles:
+class AlignedFiles(Shown):
     """A network in files whose units were brought under the names of another's.
 
     Args:
@@ -135,7 +136,7 @@ def _check_apart(a: Any, b: Any, out: Any, out_a: Any) -> None:
 
 
 @dataclass(frozen=True, repr=False)
-class ShuffledFiles:
+class ShuffledFiles(Shown):
     """A network in files whose units were relabelled at random.
 
     Args:

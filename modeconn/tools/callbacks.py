@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from modeconn.tools.rng import seeded
+from modeconn.tools.shown import Shown
 from modeconn.tools.warn import warn
 
 
@@ -96,7 +97,7 @@ class PointEnd:
     num_points: int
 
 
-class Callback:
+class Callback(Shown):
     """What is told how a run goes on; inherit from it, or write a class with some of its methods.
 
     Callbacks see what happens and change nothing: random states are as before afterwards, and a run with callbacks ends

@@ -133,11 +133,11 @@ def _written(function: Any, bound: inspect.BoundArguments) -> str:
             continue
         kind = parameters[name].kind
         if kind is inspect.Parameter.VAR_KEYWORD:
-            arguments += [f"{key}={_shown(one)}" for key, one in value.items()]
+            arguments += [f"{key}={text_of(one)}" for key, one in value.items()]
         elif kind is inspect.Parameter.VAR_POSITIONAL:
-            arguments += map(_shown, value)
+            arguments += map(text_of, value)
         else:
-            arguments.append(f"{name}={_shown(value)}")
+            arguments.append(f"{name}={text_of(value)}")
     owner = bound.arguments.get("self", bound.arguments.get("cls"))
     name = function.__name__
     if owner is not None:
@@ -145,7 +145,8 @@ def _written(function: Any, bound: inspect.BoundArguments) -> str:
     return f"{name}({', '.join(arguments)})"
 
 
-def _shown(value: Any) -> str:
+def text_of(value: Any) -> str:
+    """Return a value in words, without what changes from run to run and without the numbers of large objects."""
     if isinstance(value, nn.Module):
         return f"<{type(value).__name__}, {sum(p.numel() for p in value.parameters()):,} parameters>"
     if isinstance(value, Tensor):
@@ -153,12 +154,12 @@ def _shown(value: Any) -> str:
     if type(value) in (list, tuple) and all(isinstance(one, (bool, int, float, str)) for one in value):
         text = repr(value)
     elif type(value) in (list, tuple) and len(value) <= 4:
-        text = "[" + ", ".join(map(_shown, value)) + "]"
+        text = "[" + ", ".join(map(text_of, value)) + "]"
     elif isinstance(value, (list, tuple, dict, set)):
         text = f"<{type(value).__name__} of {len(value)}>"
     elif isinstance(value, functools.partial):
-        named = [f"{key}={_shown(one)}" for key, one in value.keywords.items()]
-        text = f"partial({', '.join([_shown(value.func), *map(_shown, value.args), *named])})"
+        named = [f"{key}={text_of(one)}" for key, one in value.keywords.items()]
+        text = f"partial({', '.join([text_of(value.func), *map(text_of, value.args), *named])})"
     elif inspect.isroutine(value) or isinstance(value, type):
         text = f"{value.__module__}.{value.__qualname__}"
     elif dataclasses.is_dataclass(value) and not isinstance(value, type):
@@ -179,5 +180,5 @@ def _settings(value: Any) -> str:
         if isinstance(given, (Tensor, nn.Module)) or isinstance(default, Tensor):
             return f"<{type(value).__name__}>"
         if default is not given and repr(default) != repr(given):
-            chosen.append(f"{field.name}={_shown(given)}")
+            chosen.append(f"{field.name}={text_of(given)}")
     return f"{type(value).__name__}({', '.join(chosen)})"

@@ -27,15 +27,21 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def html_table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """Return the same as HTML.
+def html_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]], *, num_left: int = 1) -> str:
+    """Return the same as HTML; without a header, rows alone; so many columns to the left, where notebooks have none.
 
     Example:
-        >>> html_table(["", "loss"], [["line", "0.5"]])
-        '<table><tr><th></th><th>loss</th></tr><tr><td>line</td><td>0.5</td></tr></table>'
+        >>> html_table(["", "loss"], [["line", "0.5"]]).removeprefix("<table><tr>")
+        '<th></th><th>loss</th></tr><tr><td style="text-align: left">line</td><td>0.5</td></tr></table>'
     """
-    lines = [(header, "th"), *((row, "td") for row in rows)]
-    body = ("".join(f"<{tag}>{html.escape(cell)}</{tag}>" for cell in cells) for cells, tag in lines)
+    lines = [(row, "td") for row in rows] if header is None else [(header, "th"), *((row, "td") for row in rows)]
+
+    def cell(tag: str, number: int, text: str) -> str:
+        to_left = (tag == "td" and number < num_left) or (tag == "th" and number < num_left and text)
+        side = ' style="text-align: left"' if to_left else ""
+        return f"<{tag}{side}>{html.escape(text)}</{tag}>"
+
+    body = ("".join(cell(tag, number, text) for number, text in enumerate(cells)) for cells, tag in lines)
     return f"<table>{''.join(f'<tr>{line}</tr>' for line in body)}</table>"
 
 

@@ -107,7 +107,7 @@ def test_table_and_html_show_the_same(result):
     assert str(result).startswith(type(result).__name__) and result._repr_html_().count("<tr>") == 1 + len(rows)
     for name, *cells in rows:
         assert name in repr(result) and len(cells) == len(header) - 1
-        assert all(cell in repr(result) and f"<td>{cell}</td>" in result._repr_html_() for cell in cells)
+        assert all(cell in repr(result) and f">{cell}</td>" in result._repr_html_() for cell in cells)
 
 
 @each_result

@@ -130,7 +130,7 @@ def test_a_metric_is_in_table_files_and_figures_and_has_a_barrier_if_it_says_its
     profile = line().evaluate(
         [(X, Y)], num_points=5, metrics={"big": Biggest(), "mean": lambda out, y: (out.sum(), len(y))}
     )
-    assert "\nbig " in repr(profile) and "<td>mean</td>" in profile._repr_html_()
+    assert "\nbig " in repr(profile) and ">mean</td>" in profile._repr_html_()
     assert profile.to_csv().splitlines()[0] == "t,arc_length,loss,accuracy,error,big,mean"
     copy = modeconn.Profile.from_json(profile.to_json())
     assert torch.equal(copy.metrics["big"], profile.metrics["big"]) and repr(copy) == repr(profile)
