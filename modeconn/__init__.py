@@ -41,6 +41,7 @@ from modeconn.measure import metrics
 from modeconn.measure.along import AlongCurve
 from modeconn.measure.curvature import Curvature
 from modeconn.measure.plane import Plane
+from modeconn.measure.predictions import Predictions
 from modeconn.measure.profile import Profile
 from modeconn.measure.robust_profile import RobustProfile
 from modeconn.measure.robustness import robustness
@@ -77,7 +78,7 @@ __all__ = [  # in the order of the stages
     "Invertible", "balance", "fold_gains", "verify",
     "VerificationError",
     "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
-    "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature", "Plane",
+    "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature", "Plane", "Predictions",
     "Line", "Bezier", "PolyChain",
     "align", "Alignment", "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
     "StraightThrough",

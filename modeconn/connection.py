@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from modeconn.curves import Curve
+from modeconn.curves import Curve, Line, PolyChain
 from modeconn.curves import describe as describe_curve
 from modeconn.curves import rebuild as rebuild_curve
 from modeconn.curves.path import Path
@@ -22,7 +22,7 @@ from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import Forward, TrainingData
 from modeconn.network.registry import describe, rebuild
-from modeconn.network.weights import WeightSpace, are_finite
+from modeconn.network.weights import WeightSpace, are_finite, named_buffers
 from modeconn.symmetry.relabelling import MOVED, Relabelling, pack, unpack
 from modeconn.tools import files, provenance
 from modeconn.tools.door import checked, looked_at
@@ -79,6 +79,30 @@ class Connection(Measurable):
             ValueError: If they differ in architecture, dtype or device, or hold weights that are not finite.
         """
         return cls(Path.straight_between(model_a, model_b, training))
+
+    @classmethod
+    @checked
+    def through(cls, networks: Sequence[nn.Module], *, training: TrainingData | None = None) -> Connection:
+        """Connect many networks of one architecture, such as checkpoints of a run, by a chain of straight lines.
+
+        Network k of K is at t = k / (K - 1). Batch norm is recalibrated wherever it is measured, and at the networks
+        between the ends as well.
+
+        Args:
+            networks: Two or more, in their order.
+            training: Data and loss, as a fit would remember them: what batch norm is recalibrated on by default.
+
+        Raises:
+            ValueError: If they differ in architecture, dtype or device, hold weights that are not finite, or are fewer
+                than two.
+        """
+        if len(networks) < 2:
+            raise ValueError(f"a connection goes through two networks or more, got {len(networks)}.")
+        space = WeightSpace(networks[0])
+        points = torch.stack([space.flatten(one, name=f"network {number}") for number, one in enumerate(networks)])
+        buffers = named_buffers(networks[0]), named_buffers(networks[-1])
+        curve = PolyChain(len(networks) - 1) if len(networks) > 2 else Line()
+        return cls(Path(networks[0], curve, points, buffers, space=space, training=training))
 
     def __repr__(self) -> str:
         parts = [

@@ -38,6 +38,7 @@ def made(tmp_path_factory):
         "robust profile": connection.robustness(test, modeconn.PGD(0.1, 0.05, 2), num_points=2, num_examples=50),
         "curvature": connection.curvature(test, wrt="inputs", t=[0.0, 1.0], num_steps=5, tolerance=1.0),
         "comparison": modeconn.compare([(a, b)], [WeightMatching()], train, test, num_points=3),
+        "plane": modeconn.plane(connection, test, num_points=3, refine=1),
     }
     read = {
         "model": models.load,
@@ -46,6 +47,7 @@ def made(tmp_path_factory):
         "connection": modeconn.Connection.load,
         "deep align": DeepAlign.load,
         "comparison": lambda path: Comparison.from_json(path.read_text()),
+        "plane": modeconn.Plane.load,
     }
     loaded = {}
     for kind, one in objects.items():
@@ -99,6 +101,7 @@ TABLE = {
         "robustness": lambda one, made: modeconn.robustness(
             one, made.test, modeconn.PGD(0.1, 0.05, 2), num_examples=50
         ).values["worst loss"],
+        "plane": lambda one, made: modeconn.plane(one, made.test, directions="random", num_points=2).values["loss"],
         "train": lambda one, made: weights(models.train(one, made.train, recipe=RECIPE)),
         "train_population": lambda one, made: weights(models.train_population([one], made.train, recipe=RECIPE)[0]),
     },
@@ -142,6 +145,8 @@ TABLE = {
             one.curvature(made.test, wrt="inputs", t=[0.5], num_steps=5, tolerance=1.0).eigenvalue
         ),
         "straight": lambda one, made: one.straight().control_points,
+        "plane": lambda one, made: modeconn.plane(one, made.test, num_points=3).values["loss"],
+        "predict": lambda one, made: one.predict(made.test, num_points=3).probabilities,
         "best_swap": lambda one, made: modeconn.best_swap(one, made.train, num_batches=2, num_tries=3).decrease,
         "plot.history": lambda one, made: drawn(SimpleNamespace(plot=lambda: modeconn.plot.history(one))),
     },
@@ -157,6 +162,7 @@ TABLE = {
     "robust profile": RESULT,
     "curvature": RESULT,
     "comparison": RESULT,
+    "plane": RESULT,
 }
 CELLS = [(kind, verb) for kind, verbs in TABLE.items() for verb in verbs]
 

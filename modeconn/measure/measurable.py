@@ -15,10 +15,11 @@ from modeconn.measure.along import chosen_positions
 from modeconn.measure.curvature import Curvature, curvature_along
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.metrics import AnyMetric, as_metrics
+from modeconn.measure.predictions import Predictions, predictions_along
 from modeconn.measure.profile import Networks, Profile, profile_along
 from modeconn.measure.robust_profile import RobustProfile
 from modeconn.measure.robustness import Attacks, robustness_along
-from modeconn.network.attack import AdversarialExamples
+from modeconn.network.attack import AdversarialExamples, Attack
 from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.batches import check_loader, first_batch
 from modeconn.network.loss import Forward, LossFn, TrainingData
@@ -288,6 +289,51 @@ class Measurable(Shown):
             seed=seed,
             progress=progress,
         )
+
+    @shared
+    @checked
+    def predict(
+        self,
+        loader: Iterable[Any],
+        *,
+        t: Sequence[float] | None = None,
+        num_points: int = 11,
+        attack: Attack | None = None,
+        recalibrate: Iterable[Any] | AdversarialExamples | None = None,
+        recalibration_examples: int | None = NUM_EXAMPLES,
+        repair: bool = False,
+        seed: int = 0,
+        progress: bool = False,
+    ) -> Predictions:
+        """Return the probabilities that the network at each t gives to each class, for every example.
+
+        Batch norm is recalibrated at each point, also at the ends, as in `evaluate`.
+
+        Args:
+            loader: Inputs and classes.
+            t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
+            num_points: How many.
+            attack: What attacks the examples of each network anew, ``attack(model, x, y) -> x_adv``; inputs are then in
+                [0, 1]. Default: none.
+            recalibrate: Training data for batch norm, or `AdversarialExamples` of it; default the fit's training
+                loader.
+            recalibration_examples: How many examples of it to use, None for all.
+            repair: Whether to repair the networks between the ends where there is no batch norm, see `model_at`.
+            seed: Of the attack: the same random numbers at every t.
+            progress: Whether to show a progress bar.
+
+        Raises:
+            ValueError: If outputs are no scores of classes, positions are wrong, or training data is needed to
+                recalibrate.
+        """
+        positions = chosen_positions(t, num_points)
+        settings = {"t": positions, "attack": attack, "recalibration_examples": recalibration_examples}
+        self._check_alike(loader, recalibrate, {**settings, "repair": repair, "seed": seed})
+        with seeded(0, self.device):
+            check_loader(loader)
+            networks = self._path.networks(recalibrate, recalibration_examples, repair, None)
+            how = {"seed": seed, "device": self.device, "progress": progress}
+            return predictions_along(networks, positions, fetch(loader, self.device), attack, **how)
 
     def _check_alike(self, loader: Iterable[Any], recalibrate: Any, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError unless all processes that share the measuring measure the same in the same way."""
