@@ -49,7 +49,7 @@ from modeconn.merging import Merge, interpolate, merge_many
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.ensemble import Ensemble
 from modeconn.network.loss import TrainingData, cross_entropy
-from modeconn.network.recipe import Recipe, constant, halving, one_cycle, piecewise_linear
+from modeconn.network.recipe import Recipe, constant, cosine, halving, one_cycle, piecewise_linear, triangular
 from modeconn.network.repair import repair
 from modeconn.network.weights import WeightSpace
 from modeconn.planes import plane
@@ -73,6 +73,7 @@ from modeconn.tools.processes import alone
 __all__ = [  # in the order of the stages
     "__version__", "alone", "plot", "tensor_files", "data",
     "WeightSpace", "TrainingData", "cross_entropy", "Recipe", "constant", "piecewise_linear", "halving", "one_cycle",
+    "cosine", "triangular",
     "AdversarialExamples", "repair", "Ensemble",
     "RULES", "discover", "UnknownOperatorWarning", "PermutationSpec", "Relabelling", "Permutation", "Orthogonal",
     "Invertible", "balance", "fold_gains", "verify",

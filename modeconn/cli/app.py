@@ -739,6 +739,92 @@ def _write_robust_profile(found: modeconn.RobustProfile, path: Path, written: li
     typer.echo(f"Wrote {', '.join(map(str, written if len(found.t) > 1 else written[:2]))}")
 
 
+@app.command()
+@grouped("augment", "test_examples", "input_shape", "outputs", "symmetries", "untie")
+def sample(
+    connection: options.File,
+    data: DataOptions,
+    shape: ModelOptions,
+    out: Annotated[Path, typer.Option(help="Folder for NAME-000.safetensors and so on; made if it is not there.")],
+    points: Annotated[int, typer.Option(min=2, help="How many networks, both ends included.")] = 5,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace files that are there.")] = False,
+    curve_class: options.CurveClass = None,
+) -> None:
+    """Write networks along a connection to files, evenly spaced in t, both ends included.
+
+    Batch norm is recalibrated on training data between the ends, which keep their statistics. Each is a network like
+    any other: it goes into merge, evaluate, align, or a program of its own.
+
+    For example:
+
+        modeconn sample curve.safetensors --data digits --points 5 --out networks
+    """
+    files = [out / f"{connection.stem}-{number:03d}.safetensors" for number in range(points)]
+    taken = [path for path in files if path.exists()]
+    if taken and not overwrite:
+        raise FileExistsError(f"{str(taken[0])!r} exists. Choose another folder, or --overwrite it.")
+    training, _ = data.load()
+    loaded = _connection(connection, shape.template(training), curve_class, data.device)
+    if processes.writes():
+        out.mkdir(parents=True, exist_ok=True)
+    for t, path in zip(torch.linspace(0, 1, points, dtype=torch.float64).tolist(), files, strict=True):
+        models.save(loaded.model_at(t, recalibrate=None if t in (0, 1) else training), path)
+        typer.echo(f"t={t:.4g}: {path}")
+
+
+@app.command()
+@grouped("augment", "train_examples", "input_shape", "outputs", "symmetries", "untie")
+def predict(
+    connection: options.File,
+    data: DataOptions,
+    shape: ModelOptions,
+    out: Annotated[Path | None, typer.Option(help="The file; default: NAME.predictions.npz.")] = None,
+    points: Annotated[int, typer.Option(min=2, help="How many networks, both ends included.")] = 11,
+    attack: Annotated[
+        str | None, typer.Option(help="What attacks the examples of each network, such as pgd20; default: nothing.")
+    ] = None,
+    eps: Annotated[str, typer.Option(metavar="8/255", help="Radius, in units of the pixel range.")] = "8/255",
+    norm: Annotated[str | None, typer.Option(help="linf or l2; default: linf.", show_default=False)] = None,
+    on: Annotated[str, typer.Option(help="test or train: what to predict.")] = "test",
+    seed: Annotated[int, typer.Option(help="Of the attack.")] = 0,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    curve_class: options.CurveClass = None,
+    progress: options.Progress = None,
+) -> None:
+    """Write the probabilities that networks along a connection give to each class, for every example, as .npz.
+
+    Batch norm is recalibrated at every point on training data. Prints accuracies of the networks, and of all together.
+
+    For example:
+
+        modeconn predict curve.safetensors --data digits --points 5
+    """
+    path = out or connection.with_name(f"{connection.stem}.predictions.npz")
+    if path.exists() and not overwrite:
+        raise FileExistsError(f"{str(path)!r} exists. Give --out another name, or --overwrite it.")
+    _check_outputs(path)
+    training, measured = _training_and_measured(data, on)
+    loaded = _connection(connection, shape.template(training), curve_class, data.device)
+    found = loaded.predict(
+        measured,
+        num_points=points,
+        attack=_attack(attack, eps, norm),
+        recalibrate=training,
+        seed=seed,
+        progress=_bars(progress),
+    )
+    found.save(path)
+    typer.echo(repr(found))
+    typer.echo(f"Wrote {path}")
+
+
+def _attack(name: str | None, eps: str, norm: str | None) -> Any:
+    """Return the attack that options name, None for none."""
+    if name is None:
+        return None
+    return modeconn.attacks.build(name, eps=parse.number(eps), norm=None if norm is None else parse.norm(norm))
+
+
 @app.command(name="plane")
 @grouped("augment", "train_examples", "input_shape", "outputs", "symmetries", "untie")
 def measure_plane(
@@ -791,11 +877,7 @@ def measure_plane(
     names = [path.stem for path in networks]
     if len(set(names)) < len(names):
         raise ValueError(f"the three networks need names of their own, got {', '.join(names)}.")
-    against = (
-        None
-        if attack is None
-        else modeconn.attacks.build(attack, eps=parse.number(eps), norm=None if norm is None else parse.norm(norm))
-    )
+    against = _attack(attack, eps, norm)
     training, measured = _training_and_measured(data, on)
     template = shape.template(training)
     subject: Any = {p.stem: options.read_network(p, template, shape.entry).to(data.device) for p in networks[1:]}

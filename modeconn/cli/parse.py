@@ -46,7 +46,12 @@ STEPS = {
     "relaxed": modeconn.RelaxedStep,
     "rotation": modeconn.RotationStep,
 }
-SCHEDULES = {one.__name__: one for one in (recipe.piecewise_linear, recipe.halving, recipe.one_cycle, recipe.constant)}
+SCHEDULES = {
+    one.__name__: one
+    for one in (
+        recipe.piecewise_linear, recipe.halving, recipe.one_cycle, recipe.constant, recipe.cosine, recipe.triangular
+    )
+}  # fmt: skip
 OPTIMIZERS = {
     name.lower(): value
     for name, value in vars(torch.optim).items()

@@ -13,7 +13,7 @@ from modeconn.models.population import train_population
 from modeconn.models.preresnet import preresnet110, preresnet164, wideresnet28x10
 from modeconn.models.resnet import resnet20, resnet32
 from modeconn.models.tinyten import tinyten
-from modeconn.models.training import DIGITS_RECIPE, train
+from modeconn.models.training import DIGITS_RECIPE, train, train_snapshots
 from modeconn.models.vgg import vgg11, vgg11_bn, vgg16, vgg16_bn, vgg19, vgg19_bn
 from modeconn.models.zoo import Normalize
 from modeconn.network.registry import build, describe, names
@@ -36,6 +36,7 @@ __all__ = [
     "tinyten",
     "train",
     "train_population",
+    "train_snapshots",
     "vgg11",
     "vgg11_bn",
     "vgg16",

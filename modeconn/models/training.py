@@ -136,6 +136,78 @@ def train(
     return trained.eval()
 
 
+@checked
+def train_snapshots(
+    model: M,
+    loader: Iterable[Any],
+    *,
+    cycles: int,
+    recipe: Recipe,
+    loss_fn: LossFn = cross_entropy,
+    forward: Forward | None = None,
+    adversary: AdversaryLike | None = None,
+    recalibrate: Iterable[Any] | AdversarialExamples | bool | None = None,
+    sharded: bool = False,
+    seed: int = 0,
+    checkpoint: str | os.PathLike[str] | None = None,
+    progress: bool = False,
+) -> list[M]:
+    """Train on from a network in cycles, and return the network at the end of each: members of one ensemble.
+
+    With `modeconn.triangular` as the recipe's schedule this is fast geometric ensembling (Garipov et al., 2018), of
+    few epochs a cycle, from a network that is nearly trained; with `modeconn.cosine` a snapshot ensemble (Huang et al.,
+    2017), of many epochs, from the beginning. Each cycle is a run of `train` that goes on from the network before, with
+    a fresh optimizer; `modeconn.Ensemble` makes one network of them, and
+    ``modeconn.Connection.through(networks).predict(...).ensemble_accuracy`` tells what each adds.
+
+    Args:
+        model: The network to begin with; it stays as it is.
+        loader: As in `train`.
+        cycles: How many.
+        recipe: Of one cycle.
+        loss_fn: As in `train`.
+        forward: As in `train`.
+        adversary: As in `train`.
+        recalibrate: As in `train`.
+        sharded: As in `train`.
+        seed: Of the first cycle; the others have those after it.
+        checkpoint: The begin of the names of files, one for each cycle, to which the run saves itself after every
+            epoch. Where they exist, it goes on from them.
+        progress: Whether to show progress bars.
+
+    Returns:
+        The networks in the order of the cycles, in eval mode.
+
+    Raises:
+        ValueError: If ``cycles`` is not positive, and for all that `train` raises one for.
+        OSError: If a checkpoint cannot be written.
+        FloatingPointError: If the loss became infinite or NaN.
+
+    References:
+        Garipov et al., 2018, https://arxiv.org/abs/1802.10026; Huang et al., 2017, https://arxiv.org/abs/1704.00109
+    """
+    if cycles < 1:
+        raise ValueError(f"cycles must be at least 1, got cycles={cycles}.")
+    found: list[M] = []
+    for cycle in range(cycles):
+        file = None if checkpoint is None else f"{os.fspath(checkpoint)}.{cycle + 1}"
+        trained = train(
+            found[-1] if found else model,
+            loader,
+            recipe=recipe,
+            loss_fn=loss_fn,
+            forward=forward,
+            adversary=adversary,
+            recalibrate=recalibrate,
+            sharded=sharded,
+            seed=seed + cycle,
+            checkpoint=file,
+            progress=progress,
+        )
+        found.append(trained)
+    return found
+
+
 def count_batches(loader: Iterable[Any], *, any_batch: bool) -> int:
     """Check the loader and return the number of its batches, read through once if it does not know."""
     first_batch(loader) if any_batch else check_loader(loader)

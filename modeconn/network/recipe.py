@@ -67,6 +67,27 @@ def one_cycle(epoch: float, epochs: int, *, warmup: float = 0.3, start: float = 
     return high + (low - high) * (1.0 + math.cos(math.pi * share)) / 2.0
 
 
+def cosine(epoch: float, epochs: int) -> float:
+    """Fall from 1 to 0 along half a cosine, step by step: a cycle of snapshot ensembles (Huang et al., 2017).
+
+    Example:
+        >>> [round(cosine(epoch, 4), 2) for epoch in (0, 2, 4)]
+        [1.0, 0.5, 0.0]
+    """
+    return (1.0 + math.cos(math.pi * min(max(epoch / epochs, 0.0), 1.0))) / 2.0
+
+
+def triangular(epoch: float, epochs: int, *, low: float = 0.01) -> float:
+    """Rise from ``low`` to 1 along a line and fall back: a cycle of fast geometric ensembling (Garipov et al., 2018).
+
+    Example:
+        >>> [triangular(epoch, 4, low=0.5) for epoch in (0, 1, 2, 3, 4)]
+        [0.5, 0.75, 1.0, 0.75, 0.5]
+    """
+    progress = min(max(epoch / epochs, 0.0), 1.0)
+    return 1.0 - (1.0 - low) * abs(1.0 - 2.0 * progress)
+
+
 # fused: one pass over memory where the default takes five on a CPU; 8 ms in place of 40 for 15 million weights
 _NESTEROV_SGD = partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True, fused=True)
 

@@ -10,10 +10,13 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+import modeconn
 from modeconn import data, models
 from modeconn.data import TensorLoader
-from modeconn.models.training import DIGITS_RECIPE
+from modeconn.models.training import DIGITS_RECIPE, train, train_snapshots
 from modeconn.network.recipe import Recipe, constant
+
+from ..cases import CASES, batches, same_bits
 
 SGD = partial(torch.optim.SGD, lr=0.1)
 
@@ -230,3 +233,23 @@ def test_progress_is_logged_not_printed(caplog, capsys):
 def test_a_progress_bar_is_shown_on_request(capsys):
     models.train(small_model(), small_loader(), recipe=Recipe(epochs=2), progress=True)
     assert "2/2" in capsys.readouterr().err
+
+
+def test_snapshots_are_runs_that_go_on_from_each_other(tmp_path):
+    recipe = Recipe(epochs=2, optimizer=partial(torch.optim.SGD, lr=0.1), schedule=modeconn.triangular)
+    model, loader = CASES[0].make(1), batches()
+    found = train_snapshots(model, loader, cycles=3, recipe=recipe, seed=5, checkpoint=tmp_path / "run")
+    expected = model
+    for number, network in enumerate(found):
+        expected = train(expected, loader, recipe=recipe, seed=5 + number)
+        assert same_bits(network, expected) and not network.training
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["run.1", "run.2", "run.3"]
+    again = train_snapshots(model, loader, cycles=3, recipe=recipe, seed=5, checkpoint=tmp_path / "run")
+    assert all(same_bits(one, other) for one, other in zip(again, found, strict=True))
+    chain = modeconn.Connection.through(found)
+    accuracies = chain.predict(loader, num_points=3).ensemble_accuracy
+    together = modeconn.Ensemble(found)
+    right = torch.cat([together(x).argmax(1) == y for x, y in loader])
+    assert float(accuracies[-1]) == pytest.approx(float(right.double().mean()))
+    with pytest.raises(ValueError, match="cycles must be at least 1, got cycles=0"):
+        train_snapshots(model, loader, cycles=0, recipe=recipe)
