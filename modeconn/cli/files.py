@@ -7,6 +7,7 @@ import io
 import json
 import math
 import re
+import zipfile
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -15,7 +16,7 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 
-from modeconn import Comparison, DeepAlign, PermutationSpec, Plane, Relabelling, plot, tensor_files
+from modeconn import Comparison, DeepAlign, PermutationSpec, Plane, Predictions, Relabelling, plot, tensor_files
 from modeconn.learning.checkpoint import ALIGNER, FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
@@ -127,6 +128,10 @@ def _read(path: Path) -> _File:
         begin = file.read(4096)
     if not begin:
         raise ValueError(f"{str(path)!r} is empty.")
+    if b"<VTKFile" in begin[:200]:
+        return _File("VTK image data", _lines({"bytes": path.stat().st_size}))
+    if (names := _arrays_in(path)) is not None:
+        return _read_arrays(path, names)
     for signature, name in _FIGURES.items():
         if begin.startswith(signature):
             return _File(f"{name} figure", _lines(_about_figure(path, name)))
@@ -139,6 +144,22 @@ def _read(path: Path) -> _File:
     except UnicodeDecodeError:
         return _read_safetensors(path)  # which says what is wrong with it
     return _read_text(path, text)
+
+
+def _arrays_in(path: Path) -> list[str] | None:
+    """Return the names of the arrays of numpy in a file; None if it is something else."""
+    if not zipfile.is_zipfile(path):
+        return None
+    with zipfile.ZipFile(path) as archive:
+        names = archive.namelist()
+    return [name.removesuffix(".npy") for name in names] if all(name.endswith(".npy") for name in names) else None
+
+
+def _read_arrays(path: Path, names: Sequence[str]) -> _File:
+    if "probabilities" in names:
+        found = Predictions.load(path)
+        return _File("predictions", repr(found), found.made_by)
+    return _File("arrays of numpy", _lines({"arrays": ", ".join(names)}))
 
 
 def _is_safetensors(begin: bytes, size: int) -> bool:
@@ -214,7 +235,7 @@ def _kind_of_older(content: Mapping[str, Any]) -> str | None:
 
 def _read_csv(text: str) -> _File:
     header, *rows = [*csv.reader(io.StringIO(text))] or [[]]
-    known = {"t": "results along a curve", "pair": "a comparison", "epoch": "epochs of training"}
+    known = {"t": "results along a curve", "pair": "a comparison", "epoch": "epochs of training", "x": "a plane"}
     if len(header) < 2 or header[0] not in known or any(len(row) != len(header) for row in rows) or not rows:
         raise ValueError("it is no file that modeconn wrote, or damaged.")
     facts = _lines({"holds": known[header[0]], "rows": len(rows), "columns": ", ".join(header)})

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -24,6 +25,8 @@ from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import reseed
 from modeconn.tools.shown import Shown
 from modeconn.tools.writing import replacing
+
+_MADE_BY = provenance.ATTRIBUTE
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -73,7 +76,7 @@ class Predictions(Shown):
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to an ``.npz`` file, all or nothing, which `load` and `numpy.load` read."""
         tensors = {"t": self.t, "probabilities": self.probabilities, "targets": self.targets}
-        texts = {"statistics": self.statistics, "attack": self.attack}
+        texts = {"statistics": self.statistics, "attack": self.attack, _MADE_BY: json.dumps(provenance.of(self))}
         with replacing(path) as file:
             np.savez_compressed(
                 file,
@@ -93,11 +96,14 @@ class Predictions(Shown):
             with np.load(Path(path), allow_pickle=False) as file:
                 tensors = {name: torch.from_numpy(file[name]) for name in ("t", "probabilities", "targets")}
                 texts = {name: str(file[name]) for name in ("statistics", "attack")}
+                made_by = json.loads(str(file[_MADE_BY]))
         except FileNotFoundError:
             raise
         except Exception as error:  # of zip, of numpy: whatever a file that is something else leads to
             raise ValueError(f"{str(path)!r} holds no predictions ({shortened(error, 100)}).") from None
-        return cls(**tensors, **texts)
+        found = cls(**tensors, **texts)
+        provenance.keep(found, made_by)
+        return found
 
     def _facts(self) -> dict[str, str]:
         networks, examples, classes = self.probabilities.shape

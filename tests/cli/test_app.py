@@ -304,6 +304,55 @@ def test_info_tells_how_a_file_was_made(folder, tmp_path):
     assert Image.open(tmp_path / "figure.png").text["Description"].startswith("modeconn plot")
 
 
+def test_planes_are_those_of_python(folder, tmp_path):
+    out = tmp_path / "plane"
+    told = run("plane", folder / "c.safetensors", "--data", "digits", "--points", 3, "--refine", 1, "--out", out).stdout
+    train, test = data.load("digits")
+    connection = Connection.load(folder / "c.safetensors")
+    expected = modeconn.plane(connection, test, num_points=3, refine=1, recalibrate=train)
+    found = modeconn.Plane.load(f"{out}.json")
+    assert torch.equal(found.values["loss"], expected.values["loss"]) and expected.caption in told
+    assert not list(tmp_path.glob("*checkpoint*"))
+    relabelled = tmp_path / "c.safetensors"
+    models.save(modeconn.align(*map(models.load, ends(folder)), train).model_b, relabelled)
+    three = run("plane", *ends(folder), relabelled, "--data", "digits", "--points", 2, "--out", "-").stdout
+    assert list(modeconn.Plane.from_json(three).networks) == ["a", "b", "c"]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["a.safetensors"], "a plane goes through a connection or through three networks, got 1 files"),
+        (["a.safetensors", "b.safetensors", "b.safetensors"], "the three networks need names of their own"),
+        (["c.safetensors", "--export", "gif"], "--export knows npz, vti, csv, pdf, svg, got 'gif'"),
+        (["c.safetensors", "--times", "0.5"], "times must be more than 1, got --times 0.5"),
+    ],
+)
+def test_planes_that_cannot_be_are_one_sentence(folder, arguments, message):
+    words = [str(folder / one) if one.endswith(".safetensors") else one for one in arguments]
+    result = CliRunner().invoke(app, ["plane", *words, "--data", "digits", "--out", str(folder / "none")])
+    assert result.exit_code == 1 and message in " ".join(result.stderr.split()), result.stderr
+    assert not list(folder.glob("none*"))
+
+
+def test_networks_along_a_connection_are_written_and_predict(folder, tmp_path):
+    run("sample", folder / "c.safetensors", "--data", "digits", "--points", 3, "--out", tmp_path)
+    connection = Connection.load(folder / "c.safetensors")
+    for number, t in enumerate((0.0, 0.5, 1.0)):
+        assert same_bits(models.load(tmp_path / f"c-00{number}.safetensors"), connection.model_at(t))
+    result = CliRunner().invoke(
+        app, ["sample", str(folder / "c.safetensors"), "--data", "digits", "--points", "3", "--out", str(tmp_path)]
+    )
+    assert result.exit_code == 1 and "exists. Choose another folder, or --overwrite it" in " ".join(
+        result.stderr.split()
+    )
+    out = tmp_path / "said.npz"
+    run("predict", folder / "c.safetensors", "--data", "digits", "--points", 3, "--out", out)
+    found = modeconn.Predictions.load(out)
+    assert torch.equal(found.probabilities, connection.predict(data.load("digits")[1], num_points=3).probabilities)
+    assert found.made_by["command"].startswith("modeconn predict")
+
+
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
     out = tmp_path_factory.mktemp("demo") / "new" / "folder"
@@ -447,6 +496,8 @@ def test_info_and_plot_know_every_file_that_commands_write(demo, folder, tmp_pat
     run("symmetry", out / "a.safetensors", "--out", out / "report", "--save-spec", out / "spec")
     run("deepalign", "fit", *ends(folder), "--data", "digits", "--settings", "num_steps=1", "--out", out / "aligner")
     run("merge", *ends(folder), "--out", out / "merged")
+    run("plane", curve, "--data", "digits", "--points", 3, "--refine", 1, "--export", "npz,vti,csv,svg")
+    run("predict", curve, *short)
     modeconn.fit_curve(
         *map(models.load, ends(folder)), data.load("digits")[0], recipe=Recipe(1), checkpoint=out / "run"
     )
@@ -477,6 +528,13 @@ def test_info_and_plot_know_every_file_that_commands_write(demo, folder, tmp_pat
         "merged": "model",
         "run": "checkpoint of fit_curve",
         "results.json": "demo",
+        "c.plane.json": "plane",
+        "c.plane.png": "PNG figure",
+        "c.plane.svg": "SVG figure",
+        "c.plane.npz": "arrays of numpy",
+        "c.plane.vti": "VTK image data",
+        "c.plane.csv": "table",
+        "c.predictions.npz": "predictions",
         "other.pt": "file of torch.save",
     }
     assert {name: kinds[name] for name in expected} == expected
@@ -723,7 +781,7 @@ def test_the_help_of_every_command_has_an_example(command):
             ("train", "{}/x", *MLP, "--optimizer", "adam:rate=1"),
             "optimizer 'adam' has no argument 'rate'; it has lr, betas",
         ),
-        (("train", "{}/x", *MLP, "--schedule", "cosine"), "there is no schedule 'cosine'; there are constant, "),
+        (("train", "{}/x", *MLP, "--schedule", "linear"), "there is no schedule 'linear'; there are constant, "),
         (("train", "{}/x", *MLP, "--autocast", "int8"), "there is no precision 'int8'"),
         (("train", "{}/x", *MLP, "--epochs", 0), "epochs must be at least 1"),
         (("train", "{}/x", *MLP, "--train-examples", 5000), r"--train-examples must lie in 1\.\.1297, got 5000"),
@@ -753,7 +811,10 @@ def test_the_help_of_every_command_has_an_example(command):
             "--on must be train or test, got 'both'",
         ),
         (("plot", "{}/a.safetensors", "--out", "{}/x.png"), "is a model, of which there is nothing to draw"),
-        (("plot", "{}/notes.json", "--out", "{}/x.png"), "it is no result along a curve, no comparison, no correl"),
+        (
+            ("plot", "{}/notes.json", "--out", "{}/x.png"),
+            "it is no result along a curve, no plane, no comparison, no correl",
+        ),
         (("info", "{}/notes.txt"), "it is no file that modeconn wrote"),
         (("info", "/dev/null"), "'/dev/null' is a device or pipe, of which no file can be read"),
         (
