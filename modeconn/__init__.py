@@ -36,6 +36,7 @@ from modeconn.matching import (
     TransportMatching,
     WeightMatching,
     align,
+    unit_correlations,
 )
 from modeconn.measure import metrics
 from modeconn.measure.along import AlongCurve
@@ -81,7 +82,8 @@ __all__ = [  # in the order of the stages
     "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
     "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature", "Plane", "Predictions",
     "Line", "Bezier", "PolyChain",
-    "align", "Alignment", "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
+    "align", "unit_correlations", "Alignment",
+    "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",
     "StraightThrough",
     "callbacks", "Checkpoint", "History",
     "PAM", "ProximalLinear", "SinkhornStep", "RelaxedStep", "RotationStep", "best_swap", "BestSwap",

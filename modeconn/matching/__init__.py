@@ -8,6 +8,7 @@ from modeconn.matching.sinkhorn import Sinkhorn
 from modeconn.matching.soft import SoftPermutation
 from modeconn.matching.straight_through import StraightThrough
 from modeconn.matching.transport import TransportMatching, match_softly
+from modeconn.matching.unit_correlations import unit_correlations
 from modeconn.matching.weight_matching import WeightMatching
 
 __all__ = [
@@ -24,4 +25,5 @@ __all__ = [
     "match_groups",
     "match_softly",
     "match_units",
+    "unit_correlations",
 ]

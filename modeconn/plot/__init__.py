@@ -6,7 +6,7 @@ Nothing is computed here but means, spreads and intervals, and no global setting
 from modeconn.plot.along import profile, robust_profile
 from modeconn.plot.fits import comparison, history, history_by_t, turns
 from modeconn.plot.planes import plane
-from modeconn.plot.units import correlation, cycles, eigen_angles
+from modeconn.plot.units import correlation, cycles, eigen_angles, unit_correlation
 
 __all__ = [
     "comparison",
@@ -19,4 +19,5 @@ __all__ = [
     "profile",
     "robust_profile",
     "turns",
+    "unit_correlation",
 ]

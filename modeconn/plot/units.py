@@ -12,6 +12,7 @@ from modeconn.plot.drawn import Alignment, Correlation, Relabelling, Rotation
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+    from torch import Tensor
 
 _LENGTHS = ((1, 1), (2, 2), (3, 9), (10, 99), (100, None))  # of cycles, from and to
 
@@ -57,6 +58,32 @@ def correlation(
     ax.set_ylim(min(0.0, values.min()) - 0.05, 1.02)
     ax.axhline(0, color=style.NEUTRAL, linewidth=0.6)
     return style.finished(ax, legend=True)
+
+
+def unit_correlation(matrix: Tensor, *, ax: Axes | None = None) -> Axes:
+    """Draw how each unit of a correlates with each of b: blue for -1, white for 0, red for 1.
+
+    Drawn of a and b, and again of a and the relabelled b, it shows what an alignment does: pairs move to the diagonal.
+
+    Args:
+        matrix: Of one group ``(N, N)``, as `modeconn.unit_correlations` returns it.
+        ax: Where to draw. Default: a new figure.
+
+    Raises:
+        ValueError: If it is no square matrix.
+    """
+    if getattr(matrix, "ndim", None) != 2 or matrix.shape[0] != matrix.shape[1]:
+        raise ValueError(
+            f"matrix must be one square matrix that modeconn.unit_correlations returns, got {matrix!r:.80}."
+        )
+    ax = style.axes(ax)
+    drawn = ax.imshow(matrix.numpy(), cmap="RdBu_r", vmin=-1, vmax=1, interpolation="nearest")
+    ax.figure.colorbar(drawn, ax=ax, label="correlation")
+    ax.set_xlabel("unit of b")
+    ax.set_ylabel("unit of a")
+    for axis in (ax.xaxis, ax.yaxis):
+        axis.get_major_locator().set_params(integer=True)
+    return ax
 
 
 def eigen_angles(rotation: Rotation, *, labels: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:

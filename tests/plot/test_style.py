@@ -53,7 +53,12 @@ FIGURES = {
     "comparison": lambda ax: plot.comparison(COMPARED, ax=ax),
     "seconds": lambda ax: plot.comparison(COMPARED, column="seconds", ax=ax),
 }
-MAPS = {"plane": lambda ax: plot.plane(MAP, ax=ax), "by t": lambda ax: plot.history_by_t(HISTORY, ax=ax)}
+UNITS = torch.eye(4)
+MAPS = {
+    "units": lambda ax: plot.unit_correlation(UNITS, ax=ax),
+    "plane": lambda ax: plot.plane(MAP, ax=ax),
+    "by t": lambda ax: plot.history_by_t(HISTORY, ax=ax),
+}
 
 
 def luminance(colour):
@@ -102,7 +107,8 @@ def test_legends_hide_no_data(name):
 def test_maps_name_their_colours(name):
     figure = Figure(layout="constrained")
     MAPS[name](figure.subplots())
-    assert len(figure.axes) == 2 and "mean per example" in figure.axes[1].get_ylabel() + figure.axes[1].get_xlabel()
+    text = figure.axes[1].get_ylabel() + figure.axes[1].get_xlabel()
+    assert len(figure.axes) == 2 and ("correlation" if name == "units" else "mean per example") in text
 
 
 def test_equal_lines_are_all_seen():
@@ -165,6 +171,11 @@ def test_cycles_are_those_of_a_permutation():
     np.testing.assert_allclose(np.sum(heights, 0), [100, 100])
     with pytest.raises(ValueError, match="permutes no units"):
         plot.cycles(types.SimpleNamespace(perms={}))
+
+
+def test_units_that_are_no_matrix_are_refused():
+    with pytest.raises(ValueError, match="one square matrix"):
+        plot.unit_correlation(torch.rand(3, 4))
 
 
 def test_losses_have_a_logarithmic_axis_unless_one_is_not_positive():
