@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import base64
 import copy
+import gzip
+import json
 import warnings
 import xml.etree.ElementTree as ElementTree
 from functools import partial
@@ -229,6 +231,21 @@ def test_vtk_gets_the_grid(some, tmp_path):
         assert int.from_bytes(content[:8], "little") == len(content) - 8
         assert np.array_equal(np.frombuffer(content[8:], "<f8"), some.values[name].flatten().numpy())
     assert set(arrays) == set(some.values)
+
+
+def test_a_page_holds_the_surface_and_its_library(some, tmp_path):
+    some.to_html(tmp_path / "plane.html")
+    text = (tmp_path / "plane.html").read_text()
+    content = text.split('<script type="application/json">')[1].split("</script>")[0]
+    surface, marks, line = json.loads(content)["data"]
+    assert np.allclose(surface["z"], some.values["loss"].clamp(max=some.limit).log10())
+    assert surface["customdata"] == some.values["loss"].tolist() and surface["x"] == some.x.tolist()
+    assert marks["text"] == list(some.networks) and line["x"] == some.curve[:, 0].tolist()
+    library = text.split('id="library">')[1].split("</script>")[0]
+    assert b"plotly.js" in gzip.decompress(base64.b64decode(library))[:500]
+    assert "http" not in text.replace(library, "") and len(text) < 3_000_000
+    with pytest.raises(ValueError, match="no quantity 'f1'"):
+        some.to_html(tmp_path / "none.html", quantity="f1")
 
 
 @pytest.mark.parametrize("quantity", ["loss", "accuracy", None])

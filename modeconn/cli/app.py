@@ -10,6 +10,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -845,7 +846,7 @@ def measure_plane(
     norm: Annotated[str | None, typer.Option(help="linf or l2; default: linf.", show_default=False)] = None,
     quantity: Annotated[str, typer.Option(help="What the figure shows: loss, accuracy or error.")] = "loss",
     export: Annotated[
-        str | None, typer.Option(help="Other files to write: npz, vti, csv, pdf, svg, with commas between them.")
+        str | None, typer.Option(help="Other files to write: html, npz, vti, csv, pdf, svg, with commas between them.")
     ] = None,
     on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
     seed: Annotated[int, typer.Option(help="Of the attack.")] = 0,
@@ -896,7 +897,7 @@ def measure_plane(
 
 
 def _plane_endings(export: str | None) -> list[str]:
-    known = ("npz", "vti", "csv", "pdf", "svg")
+    known = ("html", "npz", "vti", "csv", "pdf", "svg")
     wanted = [one.strip() for one in export.split(",")] if export else []
     for one in wanted:
         if one not in known:
@@ -912,6 +913,7 @@ def _write_plane(found: modeconn.Plane, quantity: str, results: dict[str, Path])
         typer.echo(found.to_json(), nl=False)
         return
     write = {"json": found.to_json, "npz": found.to_npz, "vti": found.to_vti, "csv": found.to_csv}
+    write["html"] = partial(found.to_html, quantity=quantity)
     for ending, path in results.items():
         if ending in write:
             write[ending](path)

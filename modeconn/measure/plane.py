@@ -17,14 +17,20 @@ from modeconn import plot
 from modeconn.measure.along import Quantity
 from modeconn.measure.profile import QUANTITIES
 from modeconn.tools import provenance
+from modeconn.tools.checks import there_are
 from modeconn.tools.door import looked_at
 from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
+from modeconn.tools.page import figure_page
 from modeconn.tools.table import csv_table, html_table, table
 from modeconn.tools.vtk import image_data
 from modeconn.tools.writing import replacing, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
+
+
+_MARK = "#D55E00"  # what stands out from the colours of a surface
+_LIFT = 0.05  # by which networks and curve lie above a surface, as a fraction of its height
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -181,6 +187,57 @@ class Plane:
         )
         write_text(content, path)
 
+    def to_html(self, path: str | os.PathLike[str], *, quantity: str | None = None) -> None:
+        """Write a quantity as a surface that can be turned in a browser, one file that needs no network.
+
+        Args:
+            path: The file.
+            quantity: What to show; default: the first. The loss has a logarithmic height, up to the plane's limit.
+
+        Raises:
+            ValueError: If there is no such quantity.
+            ImportError: If plotly is not installed.
+        """
+        name = next(iter(self.values)) if quantity is None else quantity
+        if name not in self.values:
+            raise ValueError(f"the plane has no quantity {name!r}; {there_are(map(repr, self.values))}.")
+        write_text(figure_page(f"{name} on a plane of networks", self.caption, *self._surface(name)), path)
+
+    def _surface(self, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
+        """Return traces and layout of a surface, as plotly has them; networks and curve lie on it, a little above."""
+        values, unit = self.values[name], self.quantity(name).unit
+        is_log = name == "loss" and self.limit is not None and float(values[values.isfinite()].min()) > 0
+        heights = values.clamp(max=self.limit).log10() if is_log else values
+        heights = torch.where(heights.isfinite(), heights, torch.nan)
+        low, high = (float(found) for found in (heights[~heights.isnan()].min(), heights[~heights.isnan()].max()))
+        ticks = [low + share * (high - low) for share in (0, 0.25, 0.5, 0.75, 1)]
+        scale = {"tickvals": ticks, "ticktext": [f"{10**tick if is_log else tick:.3g}" for tick in ticks]}
+        title = {"title": {"text": f"{name} ({unit})" if unit else name}}
+        surface = {"type": "surface", "x": self.x, "y": self.y, "z": heights, "customdata": values}
+        surface |= {"colorscale": "Viridis", "colorbar": {**title, **scale}}
+        surface["hovertemplate"] = f"x %{{x:.3g}}<br>y %{{y:.3g}}<br>{name} %{{customdata:.4g}}<extra></extra>"
+        traces = [surface]
+
+        def above(places: Tensor) -> dict[str, Any]:
+            on_it = interpolated(self.x, self.y, heights, places) + _LIFT * (high - low)
+            return {"type": "scatter3d", "x": places[:, 0], "y": places[:, 1], "z": on_it}
+
+        if self.networks:
+            look = {"mode": "markers+text", "marker": {"size": 5, "color": _MARK}, "textposition": "top center"}
+            told = self.own[name].tolist() if name in self.own else [float("nan")] * len(self.networks)
+            texts = {"text": list(self.networks), "hoverinfo": "text"}
+            texts["hovertext"] = [f"{one}: {value:.4g}" for one, value in zip(self.networks, told, strict=True)]
+            traces.append({**above(torch.stack(list(self.networks.values()))), **look, **texts})
+        if self.curve is not None:
+            traces.append(
+                {**above(self.curve), "mode": "lines", "line": {"color": _MARK, "width": 6}, "hoverinfo": "skip"}
+            )
+        axes = {axis: {"title": {"text": "distance in weight space"}} for axis in ("xaxis", "yaxis")}
+        ratio = {"x": 1.4, "y": 1.0, "z": 0.35}
+        scene = {**axes, "zaxis": {**title, **scale}, "aspectmode": "manual", "aspectratio": ratio}
+        scene["camera"] = {"eye": {"x": 0.2, "y": -0.8, "z": 1.5}}
+        return traces, {"scene": scene, "showlegend": False, "margin": {"l": 0, "r": 0, "t": 10, "b": 0}}
+
     # -- text and pictures
 
     def plot(self, *, quantity: str | None = None, ax: Axes | None = None) -> Axes:
@@ -204,6 +261,14 @@ class Plane:
 
     def _repr_html_(self) -> str:
         return f"{html_table(*self._table())}<p>{html.escape(self.caption)}</p>"
+
+
+def interpolated(x: Tensor, y: Tensor, values: Tensor, places: Tensor) -> Tensor:
+    """Return values of a grid ``(H, W)`` at places ``(N, 2)``, linear in x and in y; NaN beyond the grid."""
+    from scipy.interpolate import RegularGridInterpolator
+
+    of = RegularGridInterpolator((y.numpy(), x.numpy()), values.numpy(), bounds_error=False)
+    return torch.from_numpy(np.asarray(of(places.flip(1).numpy()), dtype=np.float64))
 
 
 def _tensors(value: Any) -> Any:

@@ -324,7 +324,7 @@ def test_planes_are_those_of_python(folder, tmp_path):
     [
         (["a.safetensors"], "a plane goes through a connection or through three networks, got 1 files"),
         (["a.safetensors", "b.safetensors", "b.safetensors"], "the three networks need names of their own"),
-        (["c.safetensors", "--export", "gif"], "--export knows npz, vti, csv, pdf, svg, got 'gif'"),
+        (["c.safetensors", "--export", "gif"], "--export knows html, npz, vti, csv, pdf, svg, got 'gif'"),
         (["c.safetensors", "--times", "0.5"], "times must be more than 1, got --times 0.5"),
     ],
 )
@@ -496,7 +496,7 @@ def test_info_and_plot_know_every_file_that_commands_write(demo, folder, tmp_pat
     run("symmetry", out / "a.safetensors", "--out", out / "report", "--save-spec", out / "spec")
     run("deepalign", "fit", *ends(folder), "--data", "digits", "--settings", "num_steps=1", "--out", out / "aligner")
     run("merge", *ends(folder), "--out", out / "merged")
-    run("plane", curve, "--data", "digits", "--points", 3, "--refine", 1, "--export", "npz,vti,csv,svg")
+    run("plane", curve, "--data", "digits", "--points", 3, "--refine", 1, "--export", "npz,vti,csv,svg,html")
     run("predict", curve, *short)
     modeconn.fit_curve(
         *map(models.load, ends(folder)), data.load("digits")[0], recipe=Recipe(1), checkpoint=out / "run"
