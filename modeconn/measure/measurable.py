@@ -13,6 +13,7 @@ from torch import Tensor
 
 from modeconn.measure.along import chosen_positions
 from modeconn.measure.curvature import Curvature, curvature_along
+from modeconn.measure.explore import explorer, library
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.metrics import AnyMetric, as_metrics
 from modeconn.measure.predictions import Predictions, predictions_along
@@ -289,6 +290,25 @@ class Measurable(Shown):
             seed=seed,
             progress=progress,
         )
+
+    def explore(self, loader: Iterable[Any], *, quantity: str = "loss", num_points: int = 25, **settings: Any) -> Any:
+        """Show the networks along the curve in a notebook: a slider over t, their values, a figure with a mark.
+
+        Args:
+            loader: Data to measure on.
+            quantity: What the figure shows: "loss", "accuracy", "error" or the name of a metric.
+            num_points: How many positions the slider has, both ends included; all are measured first.
+            settings: Of `evaluate`, such as ``recalibrate`` or ``metrics``.
+
+        Returns:
+            A widget, which notebooks show.
+
+        Raises:
+            ImportError: If ipywidgets is not installed.
+            ValueError: If there is no such quantity, and for all that `evaluate` raises one for.
+        """
+        library()  # before anything is measured
+        return explorer(self.evaluate(loader, num_points=num_points, **settings), quantity)
 
     @shared
     @checked
