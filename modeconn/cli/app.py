@@ -21,7 +21,7 @@ from typer.core import TyperGroup
 
 import modeconn
 from modeconn import Connection, Recipe, models, plot
-from modeconn.cli import deep_align, options, parse, tensor_files
+from modeconn.cli import deep_align, options, parse, report, tensor_files
 from modeconn.cli import demo as story
 from modeconn.cli.files import CORRELATIONS, describe_file, draw_files, is_network, made_by_of
 from modeconn.cli.options import (
@@ -45,7 +45,7 @@ from modeconn.tools.door import checked
 from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.progress import bars as progress_bars
-from modeconn.tools.writing import check_writable
+from modeconn.tools.writing import check_writable, write_text
 
 _STDOUT = Path("-")
 _INTERRUPTED, _BROKEN_PIPE, _TERMINATED = 130, 141, 143  # 128 + SIGINT, SIGPIPE and SIGTERM, as shells have it
@@ -1159,6 +1159,30 @@ def symmetry(
         spec.report().to_json(out)
     if save_spec is not None:
         spec.save(save_spec)
+
+
+@app.command(name="report")
+def write_report(
+    runs: Annotated[list[Path], typer.Argument(exists=True, show_default=False, help="Folders of runs, or files.")],
+    out: Annotated[Path, typer.Option(help="The page.")] = Path("report.html"),
+    title: Annotated[str | None, typer.Option(help="Of the page; default: the names of the runs.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+) -> None:
+    """Write one page of HTML about everything that runs left, to look into without network.
+
+    All results along curves stand in one figure, with a menu of quantities, values on hovering and a slider over t;
+    then each file with its table, its figure, and how it was made. Files that cannot be read are named, and left out.
+
+    For example:
+
+        modeconn report modeconn-demo --out report.html
+    """
+    if out.exists() and not overwrite:
+        raise FileExistsError(f"{str(out)!r} exists. Give --out another name, or --overwrite it.")
+    check_writable(out)
+    name = title or "modeconn: " + ", ".join(run.resolve().name for run in runs)
+    write_text(report.report(report.parts_of(runs), name), out)
+    typer.echo(f"Wrote {out}")
 
 
 @app.command()

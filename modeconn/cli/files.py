@@ -39,7 +39,7 @@ _PICKLES = (b"PK\3\4", b"\x80")
 
 
 @dataclass(frozen=True)
-class _File:
+class File:
     """A file that was read.
 
     Args:
@@ -57,7 +57,7 @@ class _File:
 
 def describe_file(path: Path) -> str:
     """Return what ``modeconn info`` prints of a file."""
-    file = _read_folder(path) if path.is_dir() else _read(path)
+    file = _read_folder(path) if path.is_dir() else read_file(path)
     return "\n".join([f"{path}: {file.kind}", *filter(None, [file.text, _provenance(file.made_by)])])
 
 
@@ -82,7 +82,7 @@ def is_network(path: Path) -> bool:
 
 def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str | None, ax: Axes) -> None:
     """Draw results along curves, correlations of alignments or training losses, all of one kind, or one comparison."""
-    read = [_read(path) for path in paths]
+    read = [read_file(path) for path in paths]
     for path, file in zip(paths, read, strict=True):
         if file.drawn is None:
             raise ValueError(
@@ -110,7 +110,7 @@ def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: st
         plot.profile(*contents, labels=labels, quantity=quantity or next(iter(contents[0].values)), ax=ax)
 
 
-def _read_folder(path: Path) -> _File:
+def _read_folder(path: Path) -> File:
     held = tensor_files.TensorFiles(path)
     shards = sorted({entry.file for entry in held.entries.values()})
     types = Counter(str(entry.dtype).removeprefix("torch.") for entry in held.entries.values())
@@ -119,26 +119,32 @@ def _read_folder(path: Path) -> _File:
         "tensors": f"{len(held.entries)} in {len(shards)} file{'s' * (len(shards) > 1)}, {held.num_bytes:,} bytes",
         "numbers": f"{count:,}, {', '.join(name for name, _ in types.most_common())}",
     }
-    return _File("folder of a model's tensors", _lines(facts), tensor_files.made_by(shards[0]) if shards else None)
+    return File("folder of a model's tensors", _lines(facts), tensor_files.made_by(shards[0]) if shards else None)
 
 
-def _read(path: Path) -> _File:
+def read_file(path: Path) -> File:
+    """Read a file of whatever kind.
+
+    Raises:
+        ValueError: If it is none that modeconn or torch wrote, or damaged.
+        OSError: If it cannot be read.
+    """
     files.check_regular(path)
     with path.open("rb") as file:
         begin = file.read(4096)
     if not begin:
         raise ValueError(f"{str(path)!r} is empty.")
     if b"<VTKFile" in begin[:200]:
-        return _File("VTK image data", _lines({"bytes": path.stat().st_size}))
+        return File("VTK image data", _lines({"bytes": path.stat().st_size}))
     if (names := _arrays_in(path)) is not None:
         return _read_arrays(path, names)
     for signature, name in _FIGURES.items():
         if begin.startswith(signature):
-            return _File(f"{name} figure", _lines(_about_figure(path, name)))
+            return File(f"{name} figure", _lines(_about_figure(path, name)))
     if _is_safetensors(begin, path.stat().st_size):
         return _read_safetensors(path)
     if begin.startswith(_PICKLES):
-        return _File("file of torch.save", _about_states(states_of_pickle(path)))
+        return File("file of torch.save", _about_states(states_of_pickle(path)))
     try:
         text = path.read_text(encoding="utf-8")
     except UnicodeDecodeError:
@@ -155,11 +161,11 @@ def _arrays_in(path: Path) -> list[str] | None:
     return [name.removesuffix(".npy") for name in names] if all(name.endswith(".npy") for name in names) else None
 
 
-def _read_arrays(path: Path, names: Sequence[str]) -> _File:
+def _read_arrays(path: Path, names: Sequence[str]) -> File:
     if "probabilities" in names:
         found = Predictions.load(path)
-        return _File("predictions", repr(found), found.made_by)
-    return _File("arrays of numpy", _lines({"arrays": ", ".join(names)}))
+        return File("predictions", repr(found), found.made_by)
+    return File("arrays of numpy", _lines({"arrays": ", ".join(names)}))
 
 
 def _is_safetensors(begin: bytes, size: int) -> bool:
@@ -167,11 +173,11 @@ def _is_safetensors(begin: bytes, size: int) -> bool:
     return begin[8:9] == b"{" and int.from_bytes(begin[:8], "little") <= size - 8
 
 
-def _read_safetensors(path: Path) -> _File:
+def _read_safetensors(path: Path) -> File:
     if not files.is_ours(path):
         made_by = tensor_files.made_by(path)
         kind = "safetensors file of another program" if made_by is None else "tensors of a model"
-        return _File(kind, _about_states(states_of_safetensors(path)), made_by)
+        return File(kind, _about_states(states_of_safetensors(path)), made_by)
     with files.opened(path) as (tensors, about):
         kind, made_by = about["kind"], about.get(provenance.ATTRIBUTE)
         if kind not in _SAFETENSORS:
@@ -181,15 +187,15 @@ def _read_safetensors(path: Path) -> _File:
             drawn = History(**about["history"]) if about["history"] else None
         else:
             drawn = _history_so_far(about) if kind == FIT else None
-        return _File(about["relabelling"]["kind"] if kind == "relabelling" else kind, text, made_by, drawn)
+        return File(about["relabelling"]["kind"] if kind == "relabelling" else kind, text, made_by, drawn)
 
 
-def _read_text(path: Path, text: str) -> _File:
+def _read_text(path: Path, text: str) -> File:
     try:
         if not text.lstrip().startswith("{"):
             return _read_csv(text)
         if _is_records(text):
-            return _File("finished measurements", _lines({"measurements": len(read_records(path))}))
+            return File("finished measurements", _lines({"measurements": len(read_records(path))}))
         return _read_json(text)
     except ValueError as error:
         raise ValueError(f"{str(path)!r}: {shortened(error, 600)}") from None
@@ -199,28 +205,28 @@ def _is_records(text: str) -> bool:
     return re.match(r'\s*\{"[0-9a-f]{32}": \{', text) is not None  # begins with a digest of settings
 
 
-def _read_json(text: str) -> _File:
+def _read_json(text: str) -> File:
     content = from_json(text, "file of modeconn")
     kind = content.get(KIND, _kind_of_older(content))
     made_by = content.get(provenance.ATTRIBUTE)
     if kind == CORRELATIONS:
         correlation = _correlations(content)
-        return _File(kind, _correlation_table(correlation), made_by, correlation)
+        return File(kind, _correlation_table(correlation), made_by, correlation)
     if kind == DEMO:
-        return _File(kind, _demo_table(content), made_by)
+        return File(kind, _demo_table(content), made_by)
     if kind == "Comparison":
         comparison = Comparison.from_json(text)
-        return _File("comparison", repr(comparison), made_by, comparison)
+        return File("comparison", repr(comparison), made_by, comparison)
     if kind == "Plane":
         plane = Plane.from_json(text)
-        return _File("plane", repr(plane), made_by, plane)
+        return File("plane", repr(plane), made_by, plane)
     if kind == "SymmetryReport":
-        return _File("report of symmetries", repr(SymmetryReport.from_json(text)), made_by)
+        return File("report of symmetries", repr(SymmetryReport.from_json(text)), made_by)
     if kind == "PermutationSpec":
-        return _File("spec", repr(PermutationSpec.from_json(text)), made_by)
+        return File("spec", repr(PermutationSpec.from_json(text)), made_by)
     if isinstance(kind, str):
         result = AlongCurve.from_json(text)
-        return _File(_in_words(type(result).__name__), repr(result), made_by, result)
+        return File(_in_words(type(result).__name__), repr(result), made_by, result)
     raise ValueError(
         "it is no result along a curve, no plane, no comparison, no correlations of an alignment and no report of "
         "symmetries."
@@ -233,14 +239,14 @@ def _kind_of_older(content: Mapping[str, Any]) -> str | None:
     return next((kind for sign, kind in signs.items() if sign in content), None)
 
 
-def _read_csv(text: str) -> _File:
+def _read_csv(text: str) -> File:
     header, *rows = [*csv.reader(io.StringIO(text))] or [[]]
     known = {"t": "results along a curve", "pair": "a comparison", "epoch": "epochs of training", "x": "a plane"}
     if len(header) < 2 or header[0] not in known or any(len(row) != len(header) for row in rows) or not rows:
         raise ValueError("it is no file that modeconn wrote, or damaged.")
     facts = _lines({"holds": known[header[0]], "rows": len(rows), "columns": ", ".join(header)})
     is_along = header[0] == "t" and header[1] != "attack"
-    return _File("table", facts, drawn=_along_curve(header, rows) if is_along else None)
+    return File("table", facts, drawn=_along_curve(header, rows) if is_along else None)
 
 
 def _along_curve(header: list[str], rows: list[list[str]]) -> AlongCurve:

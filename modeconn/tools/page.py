@@ -16,7 +16,13 @@ _STYLE = """
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 .figure { width: 100%; height: 34rem; }
-.caption { font-size: 0.9rem; opacity: 0.8; }
+.caption, .made { font-size: 0.9rem; opacity: 0.8; overflow-wrap: anywhere; }
+.wide { overflow-x: auto; }
+table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
+td, th { padding: 0.15rem 0.8rem 0.15rem 0; text-align: right; }
+img { max-width: 100%; background: white; border-radius: 4px; }
+pre { overflow-x: auto; font-size: 0.85rem; }
+@media print { .figure { break-inside: avoid; } details { break-inside: avoid; } }
 """
 _START = """
 (async () => {
@@ -36,28 +42,48 @@ _START = """
 """
 
 
-def figure_page(title: str, caption: str, data: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> str:
-    """Return a page with one figure.
+def figure(traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> str:
+    """Return the place of an interactive figure in a `page`.
+
+    Args:
+        traces: Of plotly, as JSON and tensors can hold them.
+        layout: Its layout; the colours of text and paper are the reader's.
+    """
+    content = json.dumps(to_plain({"data": list(traces), "layout": dict(layout)})).replace("</", "<\\/")
+    return f'<script type="application/json">{content}</script><div class="figure"></div>'
+
+
+def page(title: str, body: str, *, interactive: bool) -> str:
+    """Return a page of HTML that needs no network, light or dark as its reader likes, for screens, phones and paper.
 
     Args:
         title: Of the page.
-        caption: Below the figure.
-        data: Traces of plotly, as JSON and tensors can hold them.
-        layout: Its layout; colours of text and paper are those of the reader's light or dark mode.
+        body: What stands below the title, as HTML.
+        interactive: Whether figures are in it, which need the library.
 
     Raises:
-        ImportError: If plotly is not installed.
+        ImportError: If there are, and plotly is not installed.
     """
-    content = json.dumps(to_plain({"data": list(data), "layout": dict(layout)})).replace("</", "<\\/")
+    library = f'<script type="text/plain" id="library">{_packed_library()}</script>' if interactive else ""
+    start = f"<script>{_START}</script>" if interactive else ""
     return f"""<!DOCTYPE html>
 <html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
 <title>{html.escape(title)}</title><style>{_STYLE}</style></head><body>
 <h1>{html.escape(title)}</h1>
-<script type="application/json">{content}</script><div class="figure"></div>
-<p class="caption">{html.escape(caption)}</p>
-<script type="text/plain" id="library">{_packed_library()}</script><script>{_START}</script>
+{body}
+{library}{start}
 </body></html>
 """
+
+
+def figure_page(title: str, caption: str, traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> str:
+    """Return a page with one figure and its caption.
+
+    Raises:
+        ImportError: If plotly is not installed.
+    """
+    body = f'{figure(traces, layout)}\n<p class="caption">{html.escape(caption)}</p>'
+    return page(title, body, interactive=True)
 
 
 @cache
