@@ -313,9 +313,9 @@ def demo(
 ) -> None:
     r"""Train two networks and connect them: straight and curved, with and without alignment.
 
-    Prints one table, and writes figures, connections and numbers into a folder. On the digits, which come with the
-    package, this takes seconds. On images it trains on 10,000 examples for 10 epochs and measures 2,000, unless told
-    otherwise.
+    Prints one table, and writes figures, connections, numbers and a page about them into a folder. On the digits, which
+    come with the package, this takes seconds. On images it trains on 10,000 examples for 10 epochs and measures 2,000,
+    unless told otherwise.
 
     For example:
 
@@ -347,7 +347,10 @@ def demo(
         found = story.tell(plan, make, *loaders, seeds=seeds, say=say, progress=_bars(progress))
     story.write_results(found, out, {"data": data.data, "data_seed": data.data_seed, "seeds": seeds, **plan.to_json()})
     typer.echo(f"{plan.model} on {data.data}, {found.rows[0].profile.num_examples} test examples\n\n{found.table()}\n")
+    page = report.report(report.parts_of([out]), f"modeconn demo: {plan.model} on {data.data}")
+    write_text(page, out / "report.html")
     typer.echo(f"Figures (*.png), networks and connections (*.safetensors), numbers (*.json): {out.resolve()}")
+    typer.echo(f"All of it on one page: {out.resolve() / 'report.html'}")
 
 
 @app.command()

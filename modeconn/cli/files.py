@@ -136,6 +136,8 @@ def read_file(path: Path) -> File:
         raise ValueError(f"{str(path)!r} is empty.")
     if b"<VTKFile" in begin[:200]:
         return File("VTK image data", _lines({"bytes": path.stat().st_size}))
+    if begin.startswith(b"<!DOCTYPE html>"):
+        return File("page", _lines({"bytes": path.stat().st_size}))
     if (names := _arrays_in(path)) is not None:
         return _read_arrays(path, names)
     for signature, name in _FIGURES.items():
@@ -197,7 +199,7 @@ def _read_text(path: Path, text: str) -> File:
         if _is_records(text):
             return File("finished measurements", _lines({"measurements": len(read_records(path))}))
         return _read_json(text)
-    except ValueError as error:
+    except (ValueError, csv.Error) as error:
         raise ValueError(f"{str(path)!r}: {shortened(error, 600)}") from None
 
 

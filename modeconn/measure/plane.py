@@ -196,7 +196,6 @@ class Plane:
 
         Raises:
             ValueError: If there is no such quantity.
-            ImportError: If plotly is not installed.
         """
         name = next(iter(self.values)) if quantity is None else quantity
         if name not in self.values:

@@ -60,9 +60,6 @@ def page(title: str, body: str, *, interactive: bool) -> str:
         title: Of the page.
         body: What stands below the title, as HTML.
         interactive: Whether figures are in it, which need the library.
-
-    Raises:
-        ImportError: If there are, and plotly is not installed.
     """
     library = f'<script type="text/plain" id="library">{_packed_library()}</script>' if interactive else ""
     start = f"<script>{_START}</script>" if interactive else ""
@@ -77,11 +74,7 @@ def page(title: str, body: str, *, interactive: bool) -> str:
 
 
 def figure_page(title: str, caption: str, traces: Sequence[Mapping[str, Any]], layout: Mapping[str, Any]) -> str:
-    """Return a page with one figure and its caption.
-
-    Raises:
-        ImportError: If plotly is not installed.
-    """
+    """Return a page with one figure and its caption."""
     body = f'{figure(traces, layout)}\n<p class="caption">{html.escape(caption)}</p>'
     return page(title, body, interactive=True)
 
@@ -89,8 +82,6 @@ def figure_page(title: str, caption: str, traces: Sequence[Mapping[str, Any]], l
 @cache
 def _packed_library() -> str:
     """Return plotly's library for browsers, which is 5 MB as it is, packed and as text: 2 MB."""
-    try:
-        from plotly.offline import get_plotlyjs
-    except ImportError:
-        raise ImportError("interactive figures need plotly: pip install plotly, or modeconn[html].") from None
+    from plotly.offline import get_plotlyjs  # takes a moment, and only pages need it
+
     return base64.b64encode(gzip.compress(get_plotlyjs().encode(), mtime=0)).decode()

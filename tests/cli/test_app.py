@@ -369,7 +369,9 @@ def test_the_demo_prints_one_table_and_names_its_folder(demo):
         "curve, aligned",
     ]
     assert str(out) in result.stdout
-    assert {path.suffix for path in out.iterdir()} == {".png", ".safetensors", ".json"}
+    assert {path.suffix for path in out.iterdir()} == {".png", ".safetensors", ".json", ".html"}
+    page = (out / "report.html").read_text()
+    assert all(name in page for name in ("straight-line-aligned", "curve-aligned", "barrier")) and len(page) < 5_000_000
 
 
 def test_alignment_lowers_the_barriers_of_the_demo(demo):
@@ -534,6 +536,8 @@ def test_info_and_plot_know_every_file_that_commands_write(demo, folder, tmp_pat
         "c.plane.npz": "arrays of numpy",
         "c.plane.vti": "VTK image data",
         "c.plane.csv": "table",
+        "c.plane.html": "page",
+        "report.html": "page",
         "c.predictions.npz": "predictions",
         "other.pt": "file of torch.save",
     }
