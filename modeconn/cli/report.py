@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from modeconn.cli.files import File, draw_files, read_file
+from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
 from modeconn.plot.style import COLOURS
 from modeconn.tools.page import figure, page
@@ -175,7 +176,8 @@ def _sections(parts: Sequence[Part]) -> Iterator[str]:
 
 
 def _held(file: File) -> str:
-    if hasattr(file.drawn, "_repr_html_"):
+    is_result = not isinstance(file.drawn, History)  # what is drawn of a connection is a part of it
+    if is_result and hasattr(file.drawn, "_repr_html_"):
         return f'<div class="wide">{file.drawn._repr_html_()}</div>'
     return f"<pre>{html.escape(file.text)}</pre>" if file.text else ""
 

@@ -32,6 +32,14 @@ class History(Shown):
     values: list[dict[str, float]] = field(default_factory=list)
     num_processes: int = 1
 
+    def _facts(self) -> dict[str, str]:
+        found = {"epochs": str(len(self.loss)), "seconds": f"{self.seconds:.1f}"}
+        if self.loss:
+            found["training loss, first and last epoch"] = f"{self.loss[0]:.4g}, {self.loss[-1]:.4g}"
+        if self.turns:
+            found["turns of the refinement"] = str(len(self.turns))
+        return found | ({"processes": str(self.num_processes)} if self.num_processes > 1 else {})
+
     def __post_init__(self) -> None:
         check_settings(self)
         for name in ("loss", "loss_by_t", "turns", "values"):
