@@ -20,6 +20,7 @@ from modeconn.measure.measurable import Measurable
 from modeconn.network.attack import AdversarialExamples
 from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.copies import copy_of
+from modeconn.network.estimates import differing
 from modeconn.network.loss import Forward, TrainingData
 from modeconn.network.registry import describe, rebuild
 from modeconn.network.weights import WeightSpace, are_finite, named_buffers
@@ -93,14 +94,23 @@ class Connection(Measurable):
             training: Data and loss, as a fit would remember them: what batch norm is recalibrated on by default.
 
         Raises:
-            ValueError: If they differ in architecture, dtype or device, hold weights that are not finite, or are fewer
-                than two.
+            ValueError: If they differ in architecture, dtype or device, hold weights that are not finite, are fewer
+                than two, or, of more than two, differ in buffers that are not estimated anew.
         """
+        if isinstance(networks, nn.Module):
+            raise ValueError(f"networks must be a list of networks, got one {type(networks).__name__}.")
         if len(networks) < 2:
             raise ValueError(f"a connection goes through two networks or more, got {len(networks)}.")
         space = WeightSpace(networks[0])
         points = torch.stack([space.flatten(one, name=f"network {number}") for number, one in enumerate(networks)])
-        buffers = named_buffers(networks[0]), named_buffers(networks[-1])
+        every = [named_buffers(one) for one in networks]
+        lost = differing(networks[0], every) if len(networks) > 2 else []
+        if lost:
+            raise ValueError(
+                f"these networks differ in buffers that nothing estimates anew, such as {lost[0]!r}, and a chain holds "
+                f"those of its ends alone. Connect them two by two, with Connection.straight_between."
+            )
+        buffers = every[0], every[-1]
         curve = PolyChain(len(networks) - 1) if len(networks) > 2 else Line()
         return cls(Path(networks[0], curve, points, buffers, space=space, training=training))
 

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import math
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -13,12 +14,12 @@ from torch import Tensor, nn
 
 from modeconn.connection import Connection
 from modeconn.curves.path import Path
-from modeconn.curves.span import Span, dot
+from modeconn.curves.span import Span, SpanNetworks, dot
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.metrics import AnyMetric, as_metrics, higher_is_better
 from modeconn.measure.plane import Plane
 from modeconn.measure.plane_points import Extent, Measuring, OwnExamples, Point, cells_on, chosen_extent, together
-from modeconn.network.attack import AdversarialExamples, Attack
+from modeconn.network.attack import AdversarialExamples, Attack, is_attack
 from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.batches import check_loader, first_batch, tensors_of
 from modeconn.network.loss import Forward, LossFn
@@ -29,6 +30,7 @@ from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
 from modeconn.tools.processes import joined, shared
+from modeconn.tools.provenance import text_of
 from modeconn.tools.rng import seeded
 
 _ON_CURVE = 201  # points of a curve, for its picture
@@ -118,13 +120,13 @@ def plane(
         moved = span.networks(recalibrate, recalibration_examples, forward)
         read = fetch(loader, device)
         own = None if attack is None else OwnExamples(read, attack, seed)
-        about = record_key("plane", *_told(subject, read, recalibrate, settings, checkpoint is not None))
+        about = record_key("plane", *_told(subject, read, moved, settings, checkpoint is not None))
         meter = Meter(read if own is None else own, loss_fn, forward, named)
         measuring = Measuring(moved, meter, own, known, lambda p: record_key(about, p), device, progress=progress)
         corners = [(float(x), float(y)) for x, y in span.corners[subject.shown]]
         at_networks = measuring.of(corners, "networks")
         curve, distance = (None, 0.0) if subject.curve is None else _projected(subject.curve, span)
-        limit = times * max(at_networks[number]["loss"] for number in range(subject.num_ends))
+        limit = _limit([values["loss"] for values in at_networks[: subject.num_ends]], times)
         chosen = extent or _chosen(corners, curve, span, subject, measuring, limit)
         x, y = (Extent((chosen[0], chosen[1]), (chosen[2], chosen[3])) if extent else chosen).grid((columns, rows))
         points = [(column, row) for row in y.tolist() for column in x.tolist()]
@@ -147,7 +149,7 @@ def plane(
         seconds=time.perf_counter() - started,
         higher_is_better=dict(higher_is_better(named)),
         statistics=moved.statistics,
-        attack="" if attack is None else repr(attack),
+        attack="" if attack is None else text_of(attack),
     )
 
 
@@ -191,6 +193,8 @@ def _subject(networks: Any, directions: Any, seed: int) -> _Subject:
         raise ValueError(
             f"networks must be a Connection, three networks, or one with directions=, got {shortened(networks, 80)}."
         )
+    if not all(isinstance(name, str) for name in named):
+        raise ValueError(f"the three networks need names that are text, got {list(named)}.")
     first, second, third = named.values()
     line = Path.straight_between(first, second)
     theta = WeightSpace(first).flatten(third, name=list(named)[2])
@@ -237,6 +241,9 @@ def _along(network: nn.Module, directions: Any, seed: int) -> _Subject:
             f'one network needs directions=, "random" or two vectors of {space.num_parameters} weights, got '
             f"directions={directions!r:.80}."
         )
+    for number, one in enumerate((first, second)):
+        if not bool(one.isfinite().all() and one.norm() > 0):
+            raise ValueError(f"directions[{number}] must be finite and not 0, got {shortened(one, 80)}.")
     buffers = named_buffers(network)
     ends = torch.stack([start, start + first])
     line = Path(network, Path.straight_between(network, network).curve, ends, (buffers, buffers), space=space)
@@ -269,8 +276,19 @@ def _projected(path: Path, span: Span) -> tuple[Tensor, float]:
     return weights @ torch.tensor(places, dtype=torch.float64, device="cpu"), float(distance)
 
 
+def _limit(losses: Sequence[float], times: float) -> float | None:
+    """Return a multiple of the largest finite loss; None if none is above 0, of which a multiple means nothing."""
+    finite = [loss for loss in losses if math.isfinite(loss)]
+    return times * max(finite) if finite and max(finite) > 0 else None
+
+
 def _chosen(
-    corners: Sequence[Point], curve: Tensor | None, span: Span, subject: _Subject, measuring: Measuring, limit: float
+    corners: Sequence[Point],
+    curve: Tensor | None,
+    span: Span,
+    subject: _Subject,
+    measuring: Measuring,
+    limit: float | None,
 ) -> Extent:
     drawn = [] if curve is None else [(float(x), float(y)) for x, y in curve]
     held = Extent.around([*corners, *drawn])
@@ -283,8 +301,13 @@ def _check_settings(columns: int, rows: int, extent: Any, times: float, refine: 
     """Raise a ValueError if a setting is out of range."""
     if columns < 2 or rows < 2:
         raise ValueError(f"num_points must be at least 2 in both directions, got num_points=({columns}, {rows}).")
-    if extent is not None and not (len(extent) == 4 and extent[0] < extent[1] and extent[2] < extent[3]):
-        raise ValueError(f"extent must be (left, right, bottom, top), each pair rising, got extent={extent}.")
+    is_extent = extent is None or (len(extent) == 4 and extent[0] < extent[1] and extent[2] < extent[3])
+    if not is_extent or (extent is not None and not all(map(math.isfinite, extent))):
+        raise ValueError(f"extent must be (left, right, bottom, top), finite, each pair rising, got extent={extent}.")
+    if attack is not None and not is_attack(attack):
+        raise ValueError(
+            f"attack must be called as attack(model, x, y), such as PGD(...), got {shortened(attack, 80)}."
+        )
     if not times > 1:
         raise ValueError(f"times must be more than 1, got times={times}.")
     if not 0 <= refine <= 4:
@@ -293,16 +316,22 @@ def _check_settings(columns: int, rows: int, extent: Any, times: float, refine: 
         raise ValueError("attack= needs batches of inputs and targets, which forward= is not for. Leave one out.")
 
 
-def _told(subject: _Subject, read: Any, recalibrate: Any, settings: Mapping[str, Any], is_kept: bool) -> list[Any]:
+def _told(subject: _Subject, read: Any, moved: SpanNetworks, settings: Mapping[str, Any], is_kept: bool) -> list[Any]:
     """Return what tells the measurements of a plane from others; nothing where they are not kept."""
     if not is_kept:
         return []
-    data = digest([tensor for batch in read for tensor in tensors_of(batch)])
-    plain = recalibrate.loader if isinstance(recalibrate, AdversarialExamples) else recalibrate
-    plain = subject.line.training.loader if plain is None else plain
-    calibration = "" if plain is None else digest(tensors_of(first_batch(plain)))
-    places = digest([*subject.line.control_points, subject.third])
-    return [places, digest(subject.line.template), data, calibration, *(identify(value) for value in settings.values())]
+    calibration = moved.calibration
+    own = isinstance(calibration, AdversarialExamples)
+    places = [*subject.line.control_points, subject.third, *(x for one in subject.buffers for x in one.values())]
+    return [
+        digest(places),
+        digest(subject.line.template),
+        digest([tensor for batch in read for tensor in tensors_of(batch)]),
+        digest([tensor for batch in (calibration.loader if own else calibration) for tensor in tensors_of(batch)]),
+        identify(replace(calibration, loader=())) if own else "",
+        identify(moved.forward),
+        *(identify(value) for value in settings.values()),
+    ]
 
 
 def _check_alike(
@@ -316,5 +345,6 @@ def _check_alike(
     with seeded(0, subject.line.space.device):
         plain = recalibrate.loader if isinstance(recalibrate, AdversarialExamples) else recalibrate
         facts = facts_of(loader, is_measured=True) | facts_of(plain, name="recalibrate", is_measured=True)
-        texts = {name: identify(value) for name, value in {**settings, **shape}.items()}
+        how = {"adversary": replace(recalibrate, loader=()) if isinstance(recalibrate, AdversarialExamples) else None}
+        texts = {name: identify(value) for name, value in {**settings, **shape, **how}.items()}
         them.agree({**texts, "networks": digest([*subject.line.control_points, subject.third]), **facts})

@@ -291,7 +291,9 @@ def test_it_prints_and_is_written(tmp_path):
 
 def test_it_is_drawn():
     ax = small().plot(column="line accuracy")
-    assert [line.get_ydata().tolist() for line in ax.lines] == [[50, 50, 50], [10, 20, 30]]
+    dots = [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "o"]
+    assert dots == [[50, 50, 50], [10, 20, 30]]
+    assert [patch.get_height() for patch in ax.patches] == pytest.approx([50, 20])
     assert [text.get_text() for text in ax.get_xticklabels()] == ["identity", "weights"]
     assert "%" in ax.get_ylabel()
     with pytest.raises(ValueError, match="no column 'curve'"):

@@ -6,6 +6,7 @@ import base64
 import copy
 import gzip
 import json
+import math
 import warnings
 import xml.etree.ElementTree as ElementTree
 from functools import partial
@@ -14,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch import nn
 
 import modeconn
 from modeconn import PGD, AdversarialExamples, Bezier, Connection, Plane, PolyChain, Recipe, plane
@@ -163,6 +165,71 @@ def test_a_plane_goes_on_where_it_was_stopped(tmp_path):
     assert calls and not torch.equal(other.values["loss"], found.values["loss"])
 
 
+class Scaled(nn.Module):
+    """A network with a buffer that nothing estimates anew."""
+
+    def __init__(self, seed, scale=1.0):
+        super().__init__()
+        self.net = CASES[0].make(seed, torch.float64)
+        self.register_buffer("scale", torch.tensor(scale, dtype=torch.float64))
+
+    def forward(self, x):
+        return self.net(x) * self.scale
+
+
+TRAIN = [(x.sigmoid(), y) for x, y in batches(3, dtype=torch.float64)]
+NORMED = next(case for case in CASES if case.name == "residual")
+OTHERS = {
+    "examples": ({"recalibrate": TRAIN}, {"recalibrate": [TRAIN[0], *((x * 0.2, y) for x, y in TRAIN[1:])]}),
+    "fewer": ({"recalibrate": TRAIN}, {"recalibrate": TRAIN[:1]}),
+    "attacked": ({"recalibrate": TRAIN}, {"recalibrate": AdversarialExamples(TRAIN, PGD(0.3, 0.15, 2))}),
+    "attack": tuple({"recalibrate": AdversarialExamples(TRAIN, PGD(eps, eps / 2, 2))} for eps in (0.05, 0.3)),
+    "metrics": tuple({"recalibrate": TRAIN, "metrics": {"m": modeconn.metrics.top_k(k)}} for k in (1, 2)),
+}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_measurements_of_other_settings_are_not_taken(what, tmp_path):
+    three, how = networks(NORMED), {"num_points": 2, "extent": (0.0, 1.0, 0.0, 1.0)}
+    before, after = OTHERS[what]
+    plane(three, TRAIN, checkpoint=tmp_path / "points", **how, **before)
+    found = plane(three, TRAIN, checkpoint=tmp_path / "points", **how, **after)
+    expected = plane(three, TRAIN, **how, **after)
+    assert all(torch.equal(found.values[name], expected.values[name]) for name in expected.values)
+
+
+@pytest.mark.filterwarnings("ignore:buffers differ")
+@pytest.mark.parametrize("which", [0, 1, 2])
+def test_measurements_of_networks_with_other_buffers_are_not_taken(which, tmp_path):
+    how = {"num_points": 2, "extent": (0.0, 1.0, 0.0, 1.0)}
+    found = []
+    for scale in (1.0, 5.0):
+        three = [Scaled(seed, scale if seed == which else 1.0).to(DEVICE) for seed in range(3)]
+        found.append([plane(three, TRAIN, checkpoint=kept, **how) for kept in (tmp_path / "points", None)])
+    assert torch.equal(found[1][0].values["loss"], found[1][1].values["loss"])
+
+
+def test_a_loss_below_zero_has_no_limit():
+    from matplotlib.figure import Figure
+
+    found = plane(networks(CASES[0]), TRAIN, num_points=3, loss_fn=lambda o, y: F.cross_entropy(o, y) - 50)
+    assert found.limit is None and "colours end" not in found.caption
+    levels = found.plot(ax=Figure().subplots()).collections[0].levels
+    assert levels[0] < levels[-1] < 0
+    lost = plane(networks(CASES[0]), TRAIN, num_points=2, loss_fn=lambda o, y: F.cross_entropy(o, y) * float("nan"))
+    assert lost.limit is None and "4 with a loss that is not finite" in lost.caption
+    with pytest.raises(ValueError, match="finite nowhere"):
+        lost.to_html("none.html")
+
+
+def test_what_lies_outside_of_a_given_extent_is_not_drawn():
+    from matplotlib.figure import Figure
+
+    found = plane(networks(CASES[0]), TRAIN, num_points=2, extent=(100.0, 101.0, 100.0, 101.0))
+    ax = found.plot(ax=Figure().subplots())
+    assert ax.get_xlim() == (100, 101) and not ax.texts
+
+
 def test_examples_are_attacked_at_each_point():
     three = networks(CASES[0])
     data = [(x.sigmoid(), y) for x, y in batches(2, dtype=torch.float64)]
@@ -216,6 +283,8 @@ def test_files_keep_all(some, tmp_path):
     arrays = np.load(tmp_path / "plane.npz")
     assert np.array_equal(arrays["values/loss"], some.values["loss"].numpy()) and "networks/a" in arrays
     assert len(some.to_csv().splitlines()) == 1 + len(some.scattered("loss")[0])
+    with pytest.raises(ValueError, match="holds no Plane"):
+        Plane.load(tmp_path / "plane.npz")
     with pytest.raises(ValueError, match="not a Plane"):
         Plane.from_json(Connection.straight_between(mlp(), mlp()).evaluate(batches(), num_points=2).to_json())
 
@@ -291,6 +360,8 @@ def test_processes_share_the_points(pool):
     [
         ({"num_points": 1}, "num_points must be at least 2"),
         ({"extent": (1, 0, 0, 1)}, "extent must be"),
+        ({"extent": (-math.inf, 1, 0, 1)}, "extent must be .* finite"),
+        ({"attack": 3}, "attack must be called as attack"),
         ({"times": 1.0}, "times must be more than 1"),
         ({"refine": 9}, "refine must be from 0 to 4"),
         ({"directions": "random"}, "directions= is for one network"),
@@ -316,5 +387,9 @@ def test_what_is_no_plane_is_refused():
         plane([a, b], batches(dtype=torch.float64))
     with pytest.raises(ValueError, match="directions="):
         plane(a, batches(dtype=torch.float64))
+    with pytest.raises(ValueError, match="names that are text"):
+        plane({1: a, 2: b, 3: middle}, batches(dtype=torch.float64))
+    with pytest.raises(ValueError, match=r"directions\[0\] must be finite and not 0"):
+        plane(a, batches(dtype=torch.float64), directions=tuple(torch.zeros(2, flat(a).numel()).double().to(DEVICE)))
     with pytest.raises(ValueError, match="needs statistics of training data"):
         plane([Residual().double().to(DEVICE) for _ in range(3)], batches(dtype=torch.float64))

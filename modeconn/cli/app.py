@@ -769,6 +769,8 @@ def sample(
         raise FileExistsError(f"{str(taken[0])!r} exists. Choose another folder, or --overwrite it.")
     training, _ = data.load()
     loaded = _connection(connection, shape.template(training), curve_class, data.device)
+    if out.exists() and not out.is_dir():
+        raise ValueError(f"--out must be a folder, and {str(out)!r} is a file.")
     if processes.writes():
         out.mkdir(parents=True, exist_ok=True)
     for t, path in zip(torch.linspace(0, 1, points, dtype=torch.float64).tolist(), files, strict=True):
@@ -871,7 +873,8 @@ def measure_plane(
             --data digits --points 9 --export npz,vti --out three
     """
     endings = _plane_endings(export)
-    base = out or networks[0].with_name(f"{networks[0].stem}.plane")
+    base = networks[0].with_name(f"{networks[0].stem}.plane") if out is None else out
+    base = base.with_suffix("") if base.suffix == ".json" else base
     results = {} if out == _STDOUT else {ending: base.with_name(f"{base.name}.{ending}") for ending in endings}
     _check_outputs(*results.values())
     if results and not overwrite:

@@ -53,8 +53,9 @@ class Span:
         height = dot(self._v, self._v) ** 0.5
         if not height > _FLAT * max(length, reach) or not length > _FLAT * reach:
             raise ValueError(
-                "the three points are on one line, so that there is no plane through them. Take a third network that "
-                "is not between the others or beyond them; a curve that has not been learned yet is a line."
+                "the three points (or directions) are on one line, or one is out of proportion, so there is no plane "
+                "through them. Take a third network that is not between the others or beyond them; a curve that "
+                "has not been learned yet is a line."
             )
         self._v.div_(height)
         self._v.sub_(self._u, alpha=dot(self._u, self._v))  # once more, against rounding
@@ -111,6 +112,16 @@ class SpanNetworks:
     def __init__(self, span: Span, calibration: list[Any] | AdversarialExamples, forward: Forward | None) -> None:
         self._span, self._calibration, self._forward = span, calibration, forward
         self._model, self._theta = span.new_model()
+
+    @property
+    def calibration(self) -> list[Any] | AdversarialExamples:
+        """What batch norm is recalibrated on, empty for nothing."""
+        return self._calibration
+
+    @property
+    def forward(self) -> Forward | None:
+        """What runs the network on a batch of it."""
+        return self._forward
 
     @property
     def statistics(self) -> str:

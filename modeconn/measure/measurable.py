@@ -20,7 +20,7 @@ from modeconn.measure.predictions import Predictions, predictions_along
 from modeconn.measure.profile import Networks, Profile, profile_along
 from modeconn.measure.robust_profile import RobustProfile
 from modeconn.measure.robustness import Attacks, robustness_along
-from modeconn.network.attack import AdversarialExamples, Attack
+from modeconn.network.attack import AdversarialExamples, Attack, is_attack
 from modeconn.network.batch_norm import NUM_EXAMPLES
 from modeconn.network.batches import check_loader, first_batch
 from modeconn.network.loss import Forward, LossFn, TrainingData
@@ -347,6 +347,8 @@ class Measurable(Shown):
                 recalibrate.
         """
         positions = chosen_positions(t, num_points)
+        if attack is not None and not is_attack(attack):
+            raise ValueError(f"attack must be called as attack(model, x, y), such as PGD(...), got {attack!r:.80}.")
         settings = {"t": positions, "attack": attack, "recalibration_examples": recalibration_examples}
         self._check_alike(loader, recalibrate, {**settings, "repair": repair, "seed": seed})
         with seeded(0, self.device):

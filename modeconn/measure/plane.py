@@ -112,6 +112,8 @@ class Plane:
         parts.append(f"{len(self.x)} x {len(self.y)} networks on {self.num_examples:,} examples")
         if self.between is not None and len(self.between):
             parts.append(f"{len(self.between)} more near the curve")
+        lost = sum(int((~value.isfinite()).sum()) for name, value in self.values.items() if name == "loss")
+        parts += [f"{lost} with a loss that is not finite, drawn as the highest"] if lost else []
         parts += [f"under {self.attack}"] if self.attack else []
         parts += [self.statistics] if self.statistics else []
         if self.curve is not None and self.curve_distance > 1e-3 * self._width:
@@ -159,7 +161,13 @@ class Plane:
             FileNotFoundError: If there is no such file.
             ValueError: If it is no plane, or damaged.
         """
-        return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        try:
+            text = Path(path).read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{str(path)!r} holds no Plane: it is no text. save and to_json write files to load."
+            ) from None
+        return cls.from_json(text)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one row for each point, as comma-separated values; also write it to ``path`` if given."""
@@ -198,8 +206,10 @@ class Plane:
             ValueError: If there is no such quantity.
         """
         name = next(iter(self.values)) if quantity is None else quantity
-        if name not in self.values:
+        if not isinstance(name, str) or name not in self.values:
             raise ValueError(f"the plane has no quantity {name!r}; {there_are(map(repr, self.values))}.")
+        if not bool(self.values[name].isfinite().any()):
+            raise ValueError(f"{name!r} is finite nowhere on this plane, so that there is no surface to show.")
         write_text(figure_page(f"{name} on a plane of networks", self.caption, *self._surface(name)), path)
 
     def _surface(self, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
@@ -250,7 +260,9 @@ class Plane:
         for name in names:
             own = self.own.get(name)
             here = [float("nan")] * len(self.networks) if own is None else own.tolist()
-            numbers = [*here, float(self.values[name].min()), float(self.values[name].max())]
+            finite = self.values[name][self.values[name].isfinite()]
+            ends = (float(finite.min()), float(finite.max())) if len(finite) else (float("nan"),) * 2
+            numbers = [*here, *ends]
             rows.append([name, *(self.quantity(name).form.format(number) for number in numbers)])
         return header, rows
 

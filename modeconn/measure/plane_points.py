@@ -148,7 +148,7 @@ class Extent:
         )
 
 
-def chosen_extent(held: Extent, span: float, measuring: Measuring, limit: float) -> Extent:
+def chosen_extent(held: Extent, span: float, measuring: Measuring, limit: float | None) -> Extent:
     """Return how far a plane goes beyond what it has to hold: on each side until the loss exceeds a limit.
 
     The loss is looked at in the middle of each side, at four distances at most.
@@ -157,7 +157,7 @@ def chosen_extent(held: Extent, span: float, measuring: Measuring, limit: float)
         held: What it has to hold.
         span: The length that margins are fractions of.
         measuring: Tells the loss.
-        limit: The loss.
+        limit: The loss; None for a margin of a fifth on each side.
     """
     (left, right), (bottom, top) = held.x, held.y
     middle = ((left + right) / 2, (bottom + top) / 2)
@@ -167,8 +167,11 @@ def chosen_extent(held: Extent, span: float, measuring: Measuring, limit: float)
         "bottom": lambda m: (middle[0], bottom - m * span),
         "top": lambda m: (middle[0], top + m * span),
     }
-    margins = dict.fromkeys(sides, _MARGINS[-1])
-    waiting = list(sides)
+    if limit is None:
+        margins = dict.fromkeys(sides, _MARGINS[1])
+    else:
+        margins = dict.fromkeys(sides, _MARGINS[-1])
+    waiting = list(sides) if limit is not None else []
     for margin in _MARGINS:
         found = measuring.of([sides[side](margin) for side in waiting], "extent") if waiting else []
         for side, values in zip(list(waiting), found, strict=True):

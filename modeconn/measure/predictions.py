@@ -17,7 +17,7 @@ from modeconn.measure.plane_points import OwnExamples
 from modeconn.measure.profile import Networks
 from modeconn.network.attack import Attack
 from modeconn.network.batches import inputs_and_targets, run
-from modeconn.network.scores import is_integer
+from modeconn.network.scores import IGNORED, is_integer
 from modeconn.tools import provenance
 from modeconn.tools.door import looked_at, shortened
 from modeconn.tools.processes import joined
@@ -36,12 +36,13 @@ class Predictions(Shown):
     Args:
         t: Positions, rising, float64 ``(N,)``; this and all others on the CPU.
         probabilities: Of each class, by the softmax of the outputs, float32 ``(N, M, C)``.
-        targets: Classes of the examples, int64 ``(M,)``.
+        targets: Classes of the examples, int64 ``(M,)``; -100 for examples that do not count.
         statistics: Which statistics of norm layers networks had; empty for networks that have none.
         attack: What the examples were attacked by, each network's own; empty for clean ones.
 
     Raises:
-        ValueError: If shapes do not belong together.
+        ValueError: If shapes do not belong together, there is nothing, positions do not rise, or targets are no
+            classes.
     """
 
     t: Tensor
@@ -61,17 +62,31 @@ class Predictions(Shown):
                 f"probabilities must have the shape (positions, examples, classes), with {len(self.t)} positions and "
                 f"{len(self.targets)} examples, got {shape}."
             )
+        if not min(shape) or not bool((self.t.diff() > 0).all() and self.t.isfinite().all()):
+            raise ValueError(
+                f"t must hold rising positions, and there must be examples, got t={self.t.tolist()!r:.80}."
+            )
+        outside = (self.targets != IGNORED) & ((self.targets < 0) | (self.targets >= shape[2]))
+        if not is_integer(self.targets) or bool(outside.any()) or shape[2] < 2:
+            raise ValueError(
+                f"targets must be classes from 0 to {shape[2] - 1}, of two or more, got "
+                f"{shortened(self.targets[outside][:5].tolist() or self.targets.dtype)} for {shape[2]} classes."
+            )
 
     @property
     def accuracy(self) -> Tensor:
-        """Fraction of right answers of each network, float64 ``(N,)``."""
-        return (self.probabilities.argmax(2) == self.targets).double().mean(1)
+        """Fraction of right answers of each network, float64 ``(N,)``; NaN for one whose outputs are not all finite."""
+        return self._right(self.probabilities)
 
     @property
     def ensemble_accuracy(self) -> Tensor:
         """Fraction of right answers of the mean of the first networks, one more each time, float64 ``(N,)``."""
-        sums = self.probabilities.double().cumsum(0)
-        return (sums.argmax(2) == self.targets).double().mean(1)
+        return self._right(self.probabilities.double().cumsum(0))
+
+    def _right(self, scores: Tensor) -> Tensor:
+        counts = self.targets != IGNORED
+        right = (scores[:, counts].argmax(2) == self.targets[counts]).double().mean(1)
+        return torch.where(scores.isfinite().all(2).all(1), right, torch.nan)
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to an ``.npz`` file, all or nothing, which `load` and `numpy.load` read."""

@@ -33,7 +33,7 @@ def plane(result: Plane, *, quantity: str | None = None, ax: Axes | None = None)
     """
     check("result", result, "what modeconn.plane returns", "scattered", "networks", "quantity")
     name = next(iter(result.values)) if quantity is None else quantity
-    if name not in result.values:
+    if not isinstance(name, str) or name not in result.values:
         raise ValueError(f"the plane has no quantity {name!r}, only {', '.join(map(repr, result.values))}.")
     ax = axes(ax)
     points, values = (tensor.numpy() for tensor in result.scattered(name))
@@ -45,9 +45,14 @@ def plane(result: Plane, *, quantity: str | None = None, ax: Axes | None = None)
     if result.curve is not None:
         ax.plot(*result.curve.numpy().T, color="white", linewidth=3.2)
         ax.plot(*result.curve.numpy().T, color="black", linewidth=1.4)
+    held = [(points[:, k].min(), points[:, k].max()) for k in (0, 1)]
     for label, place in result.networks.items():
+        if not all(low <= float(x) <= high for (low, high), x in zip(held, place, strict=True)):
+            continue  # outside of an extent that was given
         _mark(ax, label, place.tolist(), points)
     ax.set_aspect("equal")
+    ax.set_xlim(points[:, 0].min(), points[:, 0].max())
+    ax.set_ylim(points[:, 1].min(), points[:, 1].max())
     ax.set_xlabel("distance in weight space")
     ax.set_ylabel("distance in weight space")
     is_flat = np.ptp(points[:, 0]) > _FLAT * np.ptp(points[:, 1])

@@ -60,21 +60,24 @@ def page(tmp_path):
 
 CLICKS = """
 const place = document.querySelector(".figure");
+const until = async (holds) => {
+  for (let times = 0; times < 100 && !holds(); times++) await new Promise((done) => setTimeout(done, 100));
+};
 const click = (one, kind) => one.dispatchEvent(new MouseEvent(kind, { bubbles: true, clientX: 0, clientY: 0 }));
 const shown = () => place.data.filter((trace) => trace.visible === true).map((trace) => [trace.name, trace.y]);
 const before = { axis: place.layout.yaxis.title.text, shown: shown() };
 click(place.querySelector(".updatemenu-header"), "click");
-await new Promise((done) => setTimeout(done, 500));
+await until(() => place.querySelectorAll(".updatemenu-dropdown-button").length === 3);
 const buttons = [...place.querySelectorAll(".updatemenu-dropdown-button")];
 const names = buttons.map((button) => button.textContent);
 click(buttons[names.indexOf("accuracy")], "click");
-await new Promise((done) => setTimeout(done, 500));
+await until(() => place.layout.yaxis.title.text.startsWith("accuracy"));
 const after = { axis: place.layout.yaxis.title.text, shown: shown() };
 const rail = place.querySelector(".slider-rail-touch-rect").getBoundingClientRect();
 const where = { bubbles: true, clientX: rail.left + rail.width / 2, clientY: rail.top + rail.height / 2 };
 place.querySelector(".slider-rail-touch-rect").dispatchEvent(new MouseEvent("mousedown", where));
 document.dispatchEvent(new MouseEvent("mouseup", where));
-await new Promise((done) => setTimeout(done, 800));
+await until(() => place.layout.shapes);
 return { before, names, after, mark: place.layout.shapes.map((shape) => shape.x0) };
 """
 

@@ -72,6 +72,41 @@ def test_what_is_no_classifier_is_refused():
         Connection.straight_between(a, b).predict(data)
 
 
+def test_examples_that_the_loss_ignores_do_not_count():
+    data = [(x, torch.where(torch.arange(len(y), device=y.device) % 2 == 0, -100, y)) for x, y in DATA]
+    connection = Connection.straight_between(*networks("mlp"))
+    torch.testing.assert_close(
+        connection.predict(data, num_points=2).accuracy, connection.evaluate(data, num_points=2).accuracy
+    )
+
+
+def test_targets_that_are_no_classes_are_refused_and_nan_is_no_answer():
+    connection = Connection.straight_between(*networks("mlp"))
+    with pytest.raises(ValueError, match="targets must be classes from 0 to 2"):
+        connection.predict([(x, y + 20) for x, y in DATA])
+    with pytest.raises(ValueError, match="attack must be called as attack"):
+        connection.predict(DATA, attack=3)
+    found = connection.predict(DATA, num_points=2)
+    lost = found.probabilities.clone()
+    lost[1, 0] = torch.nan
+    told = Predictions(found.t, lost, found.targets)
+    assert torch.equal(told.accuracy.isnan(), torch.tensor([False, True])) and bool(told.ensemble_accuracy[1].isnan())
+    with pytest.raises(ValueError, match="rising positions"):
+        Predictions(torch.zeros(2), found.probabilities, found.targets)
+    with pytest.raises(ValueError, match="there must be examples"):
+        Predictions(found.t, found.probabilities[:, :0], found.targets[:0])
+
+
+def test_a_chain_that_would_lose_buffers_is_refused():
+    several = networks("mlp", 3)
+    for number, one in enumerate(several):
+        one.register_buffer("scale", torch.tensor(float(number)))
+    with pytest.raises(ValueError, match=r"differ in buffers .* 'scale'"):
+        Connection.through(several)
+    with pytest.raises(ValueError, match="must be a list of networks"):
+        Connection.through(several[0])
+
+
 def test_a_chain_goes_through_all_networks():
     several = networks("mlp", 4)
     before = [copy.deepcopy(one) for one in several]
