@@ -77,8 +77,9 @@ def _serve(pipe):
             rank, size, place, function, args = pipe.recv()
         except EOFError:
             return
-        dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
         try:
+            dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=size)
+            dist.barrier()  # one that leaves at once would break the connections that others still make
             pipe.send(function(rank, *args))
         except BaseException as error:
             pipe.send(Failure(type(error).__name__, str(error), traceback.format_exc()))
