@@ -23,7 +23,8 @@ import modeconn
 from modeconn import Connection, Recipe, models, plot
 from modeconn.cli import deep_align, options, parse, report, tensor_files
 from modeconn.cli import demo as story
-from modeconn.cli.files import CORRELATIONS, describe_file, draw_files, is_network, made_by_of
+from modeconn.cli.figures import FIGURES, draw_files
+from modeconn.cli.files import CORRELATIONS, describe_file, is_network, made_by_of
 from modeconn.cli.options import (
     AdversaryOptions,
     DataOptions,
@@ -1062,6 +1063,9 @@ def compare(
 def draw(
     files: options.Files,
     out: Annotated[Path, typer.Option(help="The figure: .png, .pdf, .svg.")],
+    figure: Annotated[
+        str | None, typer.Option(help=f"What of them: {', '.join(FIGURES)}. Default: what one looks at first.")
+    ] = None,
     quantity: Annotated[
         str | None,
         typer.Option(
@@ -1073,12 +1077,14 @@ def draw(
         str | None,
         typer.Option(help="Names for the legend, with commas between them; one with a comma in it in double quotes."),
     ] = None,
+    dark: Annotated[bool, typer.Option("--dark", help="Light text on a dark background.")] = False,
 ) -> None:
     r"""Draw files of one kind.
 
     Results of modeconn evaluate, robustness and curvature are drawn along t; planes as maps; reports (of modeconn
-    align) as correlations before and after; connections as the loss of their training; a comparison (of modeconn
-    compare) as one column of its table, by default the barriers of the straight line.
+    align) as correlations before and after; connections as the loss of their training (also history-by-t, or the turns
+    of PAM); relabellings, also those of connections, as cycles of units or angles; a comparison (of modeconn compare)
+    as one column of its table, by default the barriers of the straight line.
 
     For example:
 
@@ -1088,13 +1094,17 @@ def draw(
         modeconn plot report.json --out correlations.png
 
         modeconn plot curve.safetensors --out history.png
+
+        modeconn plot curve.safetensors --figure cycles --out cycles.png --dark
     """
+    from matplotlib import style
     from matplotlib.figure import Figure
 
     check_writable(out)
-    figure = Figure(figsize=(5.4, 3.6), layout="constrained")
-    draw_files(files, _legend(files, labels), quantity, figure.subplots())
-    options.save_figure(figure, out)
+    with style.context("dark_background" if dark else []):
+        drawn = Figure(figsize=(5.4, 3.6), layout="constrained")
+        draw_files(files, drawn.subplots(), figure=figure, labels=_legend(files, labels), quantity=quantity)
+        options.save_figure(drawn, out)
     typer.echo(f"Wrote {out}")
 
 

@@ -13,7 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import nn
 
-from modeconn import Alignment, Connection, Profile, Recipe, align, fit_curve, models, plot
+from modeconn import Alignment, Connection, Plane, Profile, Recipe, align, fit_curve, models, plane, plot
 from modeconn.cli.files import DEMO
 from modeconn.cli.options import save_figure
 from modeconn.data import TensorLoader
@@ -38,6 +38,7 @@ class Preset:
         endpoints: How the two networks are trained.
         curve: How the curves are.
         num_points: At how many points they are measured.
+        plane_points: How many columns and rows the plane through both networks and the relabelled one has.
         train_examples: How many examples are trained on, None for all.
         test_examples: How many are measured on, None for all.
         num_threads: On how many threads to compute, None for as many as torch takes.
@@ -48,6 +49,7 @@ class Preset:
     endpoints: Recipe
     curve: Recipe
     num_points: int
+    plane_points: int
     train_examples: int | None = None
     test_examples: int | None = None
     num_threads: int | None = None
@@ -67,6 +69,7 @@ DIGITS = Preset(
     endpoints=models.DIGITS_RECIPE,
     curve=Recipe(15, partial(torch.optim.Adam, lr=1e-3), one_cycle),
     num_points=61,
+    plane_points=21,
     num_threads=1,  # matrices this small wait for each other's threads longer than they compute
 )
 IMAGES = Preset(
@@ -75,6 +78,7 @@ IMAGES = Preset(
     endpoints=Recipe(10, partial(torch.optim.SGD, lr=0.1, momentum=0.9, nesterov=True), one_cycle),
     curve=Recipe(10, partial(torch.optim.SGD, lr=0.05, momentum=0.9, nesterov=True), one_cycle),
     num_points=25,
+    plane_points=7,
     train_examples=10_000,
     test_examples=2_000,
 )
@@ -118,6 +122,7 @@ class Story:
     ends: tuple[nn.Module, nn.Module]
     alignment: Alignment
     rows: tuple[Row, ...]
+    plane: Plane
 
     def table(self) -> str:
         """Return the one table."""
@@ -177,7 +182,10 @@ def tell(
         measure("curve", *curved),
         measure("curve, aligned", curved_aligned[0], curved_aligned[1] + align_seconds),
     )
-    return Story((a, b), alignment, rows)
+    say(f"measuring the plane through both networks and the relabelled one, {plan.plane_points} x {plan.plane_points}")
+    through = {"a": a, "b": b, "b relabelled": alignment.model_b}
+    found = plane(through, test, num_points=plan.plane_points, recalibrate=train, progress=progress)
+    return Story((a, b), alignment, rows, found)
 
 
 def write_results(story: Story, folder: Path, settings: dict[str, Any]) -> None:
@@ -188,6 +196,7 @@ def write_results(story: Story, folder: Path, settings: dict[str, Any]) -> None:
     for row in story.rows:
         row.connection.save(folder / f"{_file_name(row)}.safetensors")
         row.profile.to_json(folder / f"{_file_name(row)}.json")
+    story.plane.save(folder / "plane.json")
     numbers = {
         KIND: DEMO,
         "settings": settings,
@@ -212,6 +221,10 @@ def _draw(story: Story, folder: Path) -> None:
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     plot.correlation(story.alignment, ax=figure.subplots())
     save_figure(figure, folder / "correlations.png")
+
+    figure = Figure(figsize=(6.0, 4.4), layout="constrained")
+    plot.plane(story.plane, ax=figure.subplots())
+    save_figure(figure, folder / "plane.png")
 
     figure = Figure(figsize=(5.4, 3.6), layout="constrained")
     learned = [row for row in story.rows if row.connection.history is not None]

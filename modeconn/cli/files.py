@@ -1,4 +1,4 @@
-"""What a file is that one of the commands wrote: told in words, or drawn."""
+"""What a file is that one of the commands wrote, told in words, and the results that it holds."""
 
 from __future__ import annotations
 
@@ -12,24 +12,22 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
-from modeconn import Comparison, DeepAlign, PermutationSpec, Plane, Predictions, Relabelling, plot, tensor_files
+from modeconn import Comparison, DeepAlign, PermutationSpec, Plane, Predictions, Relabelling, tensor_files
 from modeconn.learning.checkpoint import ALIGNER, FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
 from modeconn.models.states import states_of_pickle, states_of_safetensors
+from modeconn.symmetry.relabelling import MOVED, unpack
 from modeconn.symmetry.report import SymmetryReport
 from modeconn.tools import files, provenance
 from modeconn.tools.door import shortened
 from modeconn.tools.json_files import KIND, from_json
 from modeconn.tools.measurements import read_records
 from modeconn.tools.table import table
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 CORRELATIONS, DEMO = "correlations of an alignment", "demo"
 """The kinds of JSON files that only commands write."""
@@ -46,13 +44,17 @@ class File:
         kind: What it is, in words.
         text: What it holds, for people.
         made_by: How it says that it was made.
-        drawn: What of it can be drawn; None if nothing can.
+        result: The result that it holds, for figures; None if it holds none.
+        history: How what it holds was learned; None if that is not in it.
+        relabelling: The relabelling that it holds or in which b was relabelled; None if there is none.
     """
 
     kind: str
     text: str
     made_by: Any = None
-    drawn: Any = None
+    result: Any = None
+    history: History | None = None
+    relabelling: Relabelling | None = None
 
 
 def describe_file(path: Path) -> str:
@@ -78,36 +80,6 @@ def is_network(path: Path) -> bool:
     if not _is_safetensors(begin, path.stat().st_size):
         return begin.startswith(_PICKLES)
     return not files.is_ours(path) or files.read(path)[1]["kind"] == "model"
-
-
-def draw_files(paths: Sequence[Path], labels: Sequence[str] | None, quantity: str | None, ax: Axes) -> None:
-    """Draw results along curves, correlations of alignments or training losses, all of one kind, or one comparison."""
-    read = [read_file(path) for path in paths]
-    for path, file in zip(paths, read, strict=True):
-        if file.drawn is None:
-            raise ValueError(
-                f"{str(path)!r} is {_with_article(file.kind)}, of which there is nothing to draw. Figures show results "
-                f"along curves, planes, comparisons, correlations of alignments, and the training of connections."
-            )
-    contents = [file.drawn for file in read]
-    kinds = {"training" if isinstance(file.drawn, History) else file.kind for file in read}
-    if len(kinds) > 1:
-        raise ValueError(f"one figure shows files of one kind, got {', '.join(map(_with_article, sorted(kinds)))}.")
-    (kind,) = kinds
-    if kind == "training":
-        plot.history(*contents, labels=labels, ax=ax)
-    elif kind == CORRELATIONS:
-        plot.correlation(*contents, labels=labels, ax=ax)
-    elif len(contents) > 1 and kind in ("comparison", "plane"):
-        raise ValueError(f"one figure shows one {kind}, got {len(contents)}.")
-    elif kind == "comparison":
-        plot.comparison(contents[0], column=quantity or "line", ax=ax)
-    elif kind == "plane":
-        plot.plane(contents[0], quantity=quantity, ax=ax)
-    elif kind == "robust profile":
-        plot.robust_profile(*contents, labels=labels, quantity=quantity or "accuracy", ax=ax)
-    else:
-        plot.profile(*contents, labels=labels, quantity=quantity or next(iter(contents[0].values)), ax=ax)
 
 
 def _read_folder(path: Path) -> File:
@@ -185,11 +157,13 @@ def _read_safetensors(path: Path) -> File:
         if kind not in _SAFETENSORS:
             raise ValueError(f"{str(path)!r} is a {kind[:60]}, of which this version of modeconn knows nothing.")
         text = _SAFETENSORS[kind](path, tensors, about)
+        relabelling = _relabelling(tensors, about)
         if kind == "connection":
-            drawn = History(**about["history"]) if about["history"] else None
+            history = History(**about["history"]) if about["history"] else None
         else:
-            drawn = _history_so_far(about) if kind == FIT else None
-        return File(about["relabelling"]["kind"] if kind == "relabelling" else kind, text, made_by, drawn)
+            history = _history_so_far(about) if kind == FIT else None
+        name = about["relabelling"]["kind"] if kind == "relabelling" else kind
+        return File(name, text, made_by, history=history, relabelling=relabelling)
 
 
 def _read_text(path: Path, text: str) -> File:
@@ -248,7 +222,7 @@ def _read_csv(text: str) -> File:
         raise ValueError("it is no file that modeconn wrote, or damaged.")
     facts = _lines({"holds": known[header[0]], "rows": len(rows), "columns": ", ".join(header)})
     is_along = header[0] == "t" and header[1] != "attack"
-    return File("table", facts, drawn=_along_curve(header, rows) if is_along else None)
+    return File("table", facts, result=_along_curve(header, rows) if is_along else None)
 
 
 def _along_curve(header: list[str], rows: list[list[str]]) -> AlongCurve:
@@ -316,7 +290,8 @@ def _in_words(name: str) -> str:
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
 
-def _with_article(kind: str) -> str:
+def with_article(kind: str) -> str:
+    """Return what something is, with "a" or "an" before it."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"
 
 
@@ -357,6 +332,19 @@ def _about_connection(path: Path, tensors: dict[str, Any], about: dict[str, Any]
 def _about_model(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:
     count = sum(tensor.numel() for tensor in tensors.values())
     return _lines({"model": _model(about), "numbers": f"{count:,} in {len(tensors)} parameters and buffers"})
+
+
+def _relabelling(tensors: Mapping[str, Any], about: Mapping[str, Any]) -> Relabelling | None:
+    """Return the relabelling of a connection, or that a file holds; None also of a kind that nobody imported."""
+    holds = {"connection": MOVED, "relabelling": "", "permutation": ""}
+    if about["kind"] not in holds:
+        return None
+    try:
+        return unpack(
+            tensors, {"permutation": about["spec"]} if about["kind"] == "permutation" else about, holds[about["kind"]]
+        )
+    except ValueError:
+        return None
 
 
 def _about_relabelling(path: Path, tensors: dict[str, Any], about: dict[str, Any]) -> str:

@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from modeconn.cli.files import File, draw_files, read_file
-from modeconn.learning.history import History
+from modeconn.cli.figures import draw_files, figures_of
+from modeconn.cli.files import DEMO, File, read_file
 from modeconn.measure.along import AlongCurve
 from modeconn.plot.style import COLOURS
 from modeconn.tools.page import figure, page
@@ -22,6 +22,7 @@ from modeconn.tools.warn import warn
 
 _LEFT_OUT = {".png", ".pdf", ".svg", ".csv", ".html", ".vti", ".log"}
 """Files that say again what others say."""
+_GRID = "rgba(140, 140, 140, 0.3)"  # seen on white and on dark
 _SLIDER = 61  # positions of t at which the values of all curves are read off
 
 
@@ -68,6 +69,9 @@ def parts_of(runs: Sequence[Path]) -> list[Part]:
         names = ", ".join(repr(str(run)) for run in runs)
         why = f" ({found[0].problem})" if found else ""
         raise ValueError(f"there is nothing of modeconn to report in {names}{why}.")
+    order = list(dict.fromkeys(part.run for part in found))
+    is_demo = {id(part): part.file is not None and part.file.kind == DEMO for part in found}
+    found.sort(key=lambda part: (order.index(part.run), not is_demo[id(part)]))  # the table of a demo says most
     for part in found:
         if part.file is None:
             warn(f"left out of the report: {part.problem}")
@@ -76,7 +80,7 @@ def parts_of(runs: Sequence[Path]) -> list[Part]:
 
 def report(parts: Sequence[Part], title: str) -> str:
     """Return the page."""
-    curves = [part for part in parts if part.file and isinstance(part.file.drawn, AlongCurve)]
+    curves = [part for part in parts if part.file and isinstance(part.file.result, AlongCurve)]
     body = "\n".join([*_curves(curves), *_sections(parts)])
     return page(title, body, interactive=bool(curves))
 
@@ -85,11 +89,11 @@ def _curves(curves: Sequence[Part]) -> Iterator[str]:
     """Yield the interactive figure of all results along curves, with a menu of quantities and a slider over t."""
     if not curves:
         return
-    quantities = list(dict.fromkeys(name for part in curves for name in part.file.drawn.values))
+    quantities = list(dict.fromkeys(name for part in curves for name in part.file.result.values))
     traces: list[dict[str, Any]] = []
     shown_by: dict[str, list[bool]] = {name: [] for name in quantities}
     for number, part in enumerate(curves):
-        result = part.file.drawn
+        result = part.file.result
         for name, values in result.values.items():
             unit = result.quantity(name).unit
             text = f"%{{y:.4g}}{'%' if unit == '%' else ''}"
@@ -120,10 +124,18 @@ def _curves(curves: Sequence[Part]) -> Iterator[str]:
         for t in torch.linspace(0, 1, _SLIDER).tolist()
     ]
     layout = {
-        "xaxis": {"title": {"text": "position on the curve, t"}, "range": [0, 1]},
-        "yaxis": {"title": {"text": _axis(curves, quantities[0])}},
+        "xaxis": {"title": {"text": "position on the curve, t"}, "range": [0, 1], "gridcolor": _GRID},
+        "yaxis": {"title": {"text": _axis(curves, quantities[0])}, "gridcolor": _GRID},
         "updatemenus": [
-            {"buttons": menu, "x": 0, "xanchor": "left", "y": 1.16, "yanchor": "top", "font": {"color": "#222222"}}
+            {
+                "buttons": menu,
+                "x": 0,
+                "xanchor": "left",
+                "y": 1.16,
+                "yanchor": "top",
+                "font": {"color": "#222222"},
+                "bgcolor": "#EEEEEE",
+            }
         ],
         "sliders": [{"steps": steps, "currentvalue": {"prefix": "t = "}, "pad": {"t": 40}}],
         "hovermode": "x",
@@ -136,7 +148,7 @@ def _curves(curves: Sequence[Part]) -> Iterator[str]:
 
 
 def _axis(curves: Sequence[Part], name: str) -> str:
-    unit = next(part.file.drawn.quantity(name).unit for part in curves if name in part.file.drawn.values)
+    unit = next(part.file.result.quantity(name).unit for part in curves if name in part.file.result.values)
     return f"{name} ({unit})" if unit else name
 
 
@@ -144,7 +156,7 @@ def _barriers(curves: Sequence[Part]) -> str:
     """Return a table with a row for each curve: where its first quantity is at the ends, at worst, and its barrier."""
     rows = []
     for part in curves:
-        result: AlongCurve = part.file.drawn
+        result: AlongCurve = part.file.result
         name, values = next(iter(result.values.items()))
         form = result.quantity(name).form
         told = [form.format(float(one)) for one in (values[0], values[-1], values.min(), values.max())]
@@ -160,13 +172,14 @@ def _sections(parts: Sequence[Part]) -> Iterator[str]:
         if part.run != run:
             run = part.run
             yield f"<h2>{html.escape(run)}</h2>" if run else "<h2>Files</h2>"
-        yield f"<details{' open' if part.file and part.file.drawn is not None else ''}>"
+        is_open = part.file is not None and (part.file.kind == DEMO or figures_of(part.file))
+        yield f"<details{' open' if is_open else ''}>"
         if part.file is None:
             yield f"<summary>{html.escape(part.path.name)}: cannot be read</summary><p>{html.escape(part.problem)}</p>"
         else:
             yield f"<summary><b>{html.escape(part.path.name)}</b>: {html.escape(part.file.kind)}</summary>"
             yield _held(part.file)
-            yield _picture(part)
+            yield f'<div class="pictures">{"".join(_pictures(part))}</div>'
             made_by = part.file.made_by
             if isinstance(made_by, dict):
                 facts = [f"{name}: {made_by[name]}" for name in ("command", "call") if name in made_by][:1]
@@ -176,24 +189,23 @@ def _sections(parts: Sequence[Part]) -> Iterator[str]:
 
 
 def _held(file: File) -> str:
-    is_result = not isinstance(file.drawn, History)  # what is drawn of a connection is a part of it
-    if is_result and hasattr(file.drawn, "_repr_html_"):
-        return f'<div class="wide">{file.drawn._repr_html_()}</div>'
+    if hasattr(file.result, "_repr_html_"):
+        return f'<div class="wide">{file.result._repr_html_()}</div>'
     return f"<pre>{html.escape(file.text)}</pre>" if file.text else ""
 
 
-def _picture(part: Part) -> str:
-    """Return the figure of a file as SVG; nothing where there is none to draw."""
-    if part.file is None or part.file.drawn is None:
-        return ""
+def _pictures(part: Part) -> Iterator[str]:
+    """Yield every figure that there is of a file, as SVG."""
     from matplotlib.figure import Figure
 
-    drawn = Figure(figsize=(6.0, 4.0), layout="constrained")
-    try:
-        draw_files([part.path], None, None, drawn.subplots())
-    except ValueError as error:  # of one position, say
-        return f"<p>{html.escape(str(error))}</p>"
-    buffer = io.BytesIO()
-    drawn.savefig(buffer, format="svg")
-    text = base64.b64encode(buffer.getvalue()).decode()
-    return f'<img alt="{html.escape(part.name)}" src="data:image/svg+xml;base64,{text}">'
+    for name in figures_of(part.file):
+        drawn = Figure(figsize=(6.0, 4.0), layout="constrained")
+        try:
+            draw_files([part.path], drawn.subplots(), figure=name)
+        except ValueError as error:  # of one position, say
+            yield f"<p>{html.escape(str(error))}</p>"
+            continue
+        buffer = io.BytesIO()
+        drawn.savefig(buffer, format="svg")
+        text = base64.b64encode(buffer.getvalue()).decode()
+        yield f'<img alt="{html.escape(f"{part.name}: {name}")}" src="data:image/svg+xml;base64,{text}">'

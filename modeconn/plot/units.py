@@ -145,7 +145,15 @@ def cycles(relabelling: Relabelling, *, labels: Sequence[str] | None = None, ax:
         name = "stay" if last == 1 else f"cycles of {first}" if first == last else f"of {first} or more"
         name = name if last in (1, first, None) else f"of {first} to {last}"
         colour = style.NEUTRAL if number == 0 else style.COLOURS[number - 1]
-        ax.bar(np.arange(len(found)), shares, 0.7, bottom=below, color=colour, label=name, edgecolor="none")
+        ax.bar(
+            np.arange(len(found)),
+            shares,
+            0.7,
+            bottom=below,
+            color=colour,
+            edgecolor="none",
+            label=name if shares.any() else None,
+        )
         below += shares
     style.name_places(ax, names)
     ax.set_xlabel("group of units")

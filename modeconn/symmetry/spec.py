@@ -663,7 +663,12 @@ class Orthogonal(Relabelling):
         return {group.name: elements[group.name] for group in self.spec.groups if not group.rotates}
 
     def _permuting(self) -> Permutation:
-        return Permutation(self._frame(), self._perms(self.elements))
+        return Permutation(self._frame(), self.perms)
+
+    @property
+    def perms(self) -> dict[str, Tensor]:
+        """The perms of the groups that are permuted, by name, as a `Permutation` has them."""
+        return self._perms(self.elements)
 
     def blocks(self, group: Group, matrices: Tensor, moved: Permutation | None = None) -> Tensor:
         """Return the matrices of the blocks that take the places of a group's parents here, or as ``moved`` says."""

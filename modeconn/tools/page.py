@@ -21,8 +21,10 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: 0.15rem 0.8rem 0.15rem 0; text-align: right; }
 img { max-width: 100%; background: white; border-radius: 4px; }
+.pictures { display: flex; flex-wrap: wrap; gap: 0.7rem; align-items: flex-start; }
+.pictures img { width: 27rem; }
 pre { overflow-x: auto; font-size: 0.85rem; }
-@media print { .figure { break-inside: avoid; } details { break-inside: avoid; } }
+@media print { .figure { break-inside: avoid; } .pictures img { break-inside: avoid; width: 48%; } }
 """
 _START = """
 (async () => {

@@ -473,6 +473,30 @@ def test_info_describes_every_kind_of_run(settings, said, tmp_path):
     assert "fit " in run("info", tmp_path / "c").stdout
 
 
+def test_every_figure_of_a_file_can_be_chosen(folder, tmp_path):
+    train = data.load("digits")[0]
+    a, b = map(models.load, ends(folder))
+    refinement = modeconn.PAM(iterations=1)
+    modeconn.fit_curve(a, b, train, align=True, recipe=Recipe(1), refine=refinement).save(tmp_path / "c")
+    for figure in ("history", "history-by-t", "turns", "cycles"):
+        drawn = [tmp_path / f"{figure}{ending}.png" for ending in ("", "-dark")]
+        run("plot", tmp_path / "c", "--figure", figure, "--out", drawn[0])
+        run("plot", tmp_path / "c", "--figure", figure, "--out", drawn[1], "--dark")
+        corners = [Image.open(path).convert("RGB").getpixel((0, 0)) for path in drawn]
+        assert corners == [(255, 255, 255), (0, 0, 0)]
+    said = run("plot", tmp_path / "c", "--figure", "eigen-angles", "--out", tmp_path / "x.png", code=1).stderr
+    assert (
+        "there is no figure of the kind eigen-angles: --figure can be history or history-by-t or turns or cyc" in said
+    )
+    said = run("plot", tmp_path / "c", "--figure", "pie", "--out", tmp_path / "x.png", code=1).stderr
+    assert "--figure must be one of profile, robust-profile" in said
+    said = run("plot", tmp_path / "c", "--quantity", "loss", "--out", tmp_path / "x.png", code=1).stderr
+    assert "--quantity chooses what is drawn of a profile, a plane or a comparison; history has no choice" in said
+    said = run("plot", *2 * [tmp_path / "c"], "--figure", "turns", "--out", tmp_path / "x.png", code=1).stderr
+    assert "a figure of the kind turns shows one file, got 2." in said
+    assert not (tmp_path / "x.png").exists()
+
+
 @pytest.mark.filterwarnings("ignore:.*attack")
 def test_info_and_plot_know_every_file_that_commands_write(demo, folder, tmp_path):
     out, curve = tmp_path / "out", tmp_path / "out" / "c.safetensors"
@@ -961,7 +985,10 @@ def test_compare_does_what_the_function_does(folder, tmp_path):
     assert repr(found) in run("info", out).stdout
     run("plot", out, "--out", tmp_path / "c.png", "--quantity", "curve accuracy")
     assert (tmp_path / "c.png").stat().st_size > 5_000
-    assert "one comparison, got 2" in run("plot", out, out, "--out", tmp_path / "c.png", code=1).stderr
+    assert (
+        "of the kind comparison shows one file, got 2"
+        in run("plot", out, out, "--out", tmp_path / "c.png", code=1).stderr
+    )
 
 
 def test_compare_keeps_the_checkpoint_that_was_asked_for(folder, tmp_path):

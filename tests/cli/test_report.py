@@ -74,7 +74,7 @@ def test_a_page_holds_all_of_several_runs(runs, tmp_path):
     text = out.read_text()
     page = Page(text)
     assert not page.opened and all(source.startswith("data:image/svg+xml;base64,") for source in page.loaded)
-    assert len(page.loaded) == 5  # the history of the connection, three results and the profile of the other run
+    assert len(page.loaded) == 7  # history, map of it and cycles of the connection, three results, and a profile
     for source in page.loaded:
         assert b"<svg" in base64.b64decode(source.partition(",")[2])
     shown = " ".join(page.texts)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import types
 
-import matplotlib
+import matplotlib.style
 import numpy as np
 import pytest
 import torch

@@ -1,0 +1,130 @@
+"""Which figures there are of the files that commands write, and how each is drawn."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from modeconn import Comparison, Plane, Relabelling, RobustProfile, plot
+from modeconn.cli.files import File, read_file, with_article
+from modeconn.measure.along import AlongCurve
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+
+
+@dataclass(frozen=True)
+class FigureKind:
+    """A figure that can be drawn of files.
+
+    Args:
+        draw: Called with what the files hold, ``labels=`` if it shows several, ``ax=``, and with the quantity under the
+            name that it has there.
+        shows_several: Whether it shows several files.
+        quantity: What its function calls the quantity that is drawn; None if there is but one.
+    """
+
+    draw: Callable[..., Any]
+    shows_several: bool = True
+    quantity: str | None = None
+
+
+FIGURES: Mapping[str, FigureKind] = {
+    "profile": FigureKind(plot.profile, quantity="quantity"),
+    "robust-profile": FigureKind(plot.robust_profile, quantity="quantity"),
+    "plane": FigureKind(plot.plane, shows_several=False, quantity="quantity"),
+    "comparison": FigureKind(plot.comparison, shows_several=False, quantity="column"),
+    "correlation": FigureKind(plot.correlation),
+    "history": FigureKind(plot.history),
+    "history-by-t": FigureKind(plot.history_by_t, shows_several=False),
+    "turns": FigureKind(plot.turns, shows_several=False),
+    "cycles": FigureKind(plot.cycles, shows_several=False),
+    "eigen-angles": FigureKind(plot.eigen_angles, shows_several=False),
+}
+"""Every kind of figure, by the name that ``modeconn plot --figure`` knows it by."""
+
+_OF_RESULTS = (
+    (RobustProfile, "robust-profile"),
+    (AlongCurve, "profile"),
+    (Plane, "plane"),
+    (Comparison, "comparison"),
+    (dict, "correlation"),
+)
+
+
+def figures_of(file: File) -> dict[str, Any]:
+    """Return what of a file can be drawn, by the kind of figure; the first is drawn where none is asked for."""
+    names = [name for kind, name in _OF_RESULTS if isinstance(file.result, kind)]
+    found: dict[str, Any] = {names[0]: file.result} if names else {}
+    if file.history is not None and file.history.loss:
+        found |= dict.fromkeys(("history", "history-by-t"), file.history)
+    if file.history is not None and file.history.turns:
+        found["turns"] = file.history
+    return found | _of_relabelling(file.relabelling)
+
+
+def draw_files(
+    paths: Sequence[Path], ax: Axes, *, figure: str | None = None, labels: Sequence[str] | None = None,
+    quantity: str | None = None,
+) -> None:  # fmt: skip
+    """Draw one figure of one or several files.
+
+    Raises:
+        ValueError: If there is no such figure of one of them, or not one for all.
+    """
+    if figure is not None and figure not in FIGURES:
+        raise ValueError(f"--figure must be one of {', '.join(FIGURES)}, got {figure!r}.")
+    read = [read_file(path) for path in paths]
+    offered = [figures_of(file) for file in read]
+    for path, file, found in zip(paths, read, offered, strict=True):
+        _check_is_offered(path, file, found, figure)
+    names = {figure or next(iter(found)) for found in offered}
+    if len(names) > 1:
+        kinds = ", ".join(sorted({with_article(file.kind) for file in read}))
+        raise ValueError(f"one figure shows files of one kind, got {kinds}.")
+    (name,) = names
+    kind = FIGURES[name]
+    settings: dict[str, Any] = {"ax": ax}
+    if kind.shows_several:
+        settings["labels"] = labels
+    elif len(paths) > 1:
+        raise ValueError(f"a figure of the kind {name} shows one file, got {len(paths)}.")
+    elif labels is not None:
+        raise ValueError(f"--labels are for figures that show several files, which {name} does not. Leave them out.")
+    if kind.quantity is not None:
+        settings[kind.quantity] = _quantity(name, quantity, offered[0][name])
+    elif quantity is not None:
+        raise ValueError(
+            f"--quantity chooses what is drawn of a profile, a plane or a comparison; {name} has no choice."
+        )
+    kind.draw(*(found[name] for found in offered), **settings)
+
+
+def _check_is_offered(path: Path, file: File, found: Mapping[str, Any], figure: str | None) -> None:
+    if not found:
+        raise ValueError(
+            f"{str(path)!r} is {with_article(file.kind)}, of which there is nothing to draw. Figures show results "
+            f"along curves, planes, comparisons, correlations of alignments, relabellings, and the training of "
+            f"connections."
+        )
+    if figure is not None and figure not in found:
+        raise ValueError(
+            f"of {str(path)!r}, {with_article(file.kind)}, there is no figure of the kind {figure}: --figure can be "
+            f"{' or '.join(found)}."
+        )
+
+
+def _of_relabelling(relabelling: Relabelling | None) -> dict[str, Any]:
+    found = {"cycles": relabelling} if getattr(relabelling, "perms", None) else {}
+    turns = hasattr(relabelling, "angles") and any(group.rotates for group in relabelling.spec.groups)
+    return found | ({"eigen-angles": relabelling} if turns else {})
+
+
+def _quantity(name: str, asked: str | None, result: Any) -> str | None:
+    """Return what is drawn of a result: what was asked for, else what one looks at first."""
+    if asked is not None or name == "plane":
+        return asked
+    firsts = {"comparison": "line", "robust-profile": "accuracy"}
+    return firsts.get(name) or next(iter(result.values))
