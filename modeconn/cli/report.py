@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import html
 import io
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -89,7 +90,8 @@ def _curves(curves: Sequence[Part]) -> Iterator[str]:
     """Yield the interactive figure of all results along curves, with a menu of quantities and a slider over t."""
     if not curves:
         return
-    quantities = list(dict.fromkeys(name for part in curves for name in part.file.result.values))
+    counts = Counter(name for part in curves for name in part.file.result.values)
+    quantities = [name for name, _ in counts.most_common()]  # what most have is what is shown first
     traces: list[dict[str, Any]] = []
     shown_by: dict[str, list[bool]] = {name: [] for name in quantities}
     for number, part in enumerate(curves):

@@ -28,6 +28,7 @@ POSITION = "position on the curve, t (0: network a, 1: network b)"
 
 _DASHES = ("-", "--", "-.", ":")  # line styles, which grey print tells apart too
 _FEW, _MANY = 6, 12  # names below places
+_LETTERS = 60  # that fit side by side below a figure
 _WIDEST, _NARROWEST = 2.6, 1.2  # of lines
 
 
@@ -80,7 +81,8 @@ def finished(ax: Axes, *, legend: bool) -> Axes:
 
 def name_places(ax: Axes, names: Sequence[str | None]) -> None:
     """Write a name under each place: upright where they are few, on end where they are many."""
-    few, many = len(names) <= _FEW, len(names) > _MANY
+    widest = max((len(name or "") for name in names), default=0)
+    few, many = len(names) <= _FEW and widest * len(names) <= _LETTERS, len(names) > _MANY
     angle, side = (0, "center") if few else (90, "center") if many else (30, "right")
     ax.set_xticks(np.arange(len(names)), names, rotation=angle, ha=side)
     ax.tick_params(axis="x", labelsize=7 if many else 9)
