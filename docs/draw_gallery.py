@@ -87,7 +87,10 @@ def main() -> None:
             draw(theme)
             for page in () if options.no_pages else (Path("page.html"), Path("surface.html")):
                 photograph(page, theme)
-            for path in Path().glob("*.png"):
+            shown = re.findall(rf"gallery/([\w-]+)-{theme}\.png", PAGE.read_text(encoding="utf-8"))
+            for path in map(Path, (f"{name}.png" for name in shown)):
+                if not path.exists() and options.no_pages:
+                    continue
                 Image.open(path).convert("RGB").quantize(COLOURS).save(out / f"{path.stem}-{theme}.png", optimize=True)
 
 

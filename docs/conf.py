@@ -1,0 +1,92 @@
+"""How the pages are built: ``sphinx-build docs site``, without network."""
+
+from __future__ import annotations
+
+import shutil
+import sys
+from pathlib import Path
+from typing import Any
+
+from docutils import nodes
+from docutils.utils.math.latex2mathml import tex2mathml
+
+import modeconn
+
+HERE = Path(__file__).parent
+sys.path.insert(0, str(HERE))  # for tables.py, of the page of results
+
+project, author, version = "modeconn", "the modeconn developers", modeconn.__version__
+copyright = author
+extensions = [
+    "myst_nb",
+    "sphinx.ext.autodoc",
+    "sphinx.ext.napoleon",
+    "sphinx.ext.viewcode",
+]
+exclude_patterns = ["_build", "**.ipynb_checkpoints"]
+html_theme, html_title = "furo", "modeconn"
+html_math_renderer = "mathml"
+html_static_path, html_css_files = ["_static"], ["pictures.css"]
+html_theme_options = {
+    "light_css_variables": {"color-brand-primary": "#1F5F91", "color-brand-content": "#1F5F91"},
+    "dark_css_variables": {"color-brand-primary": "#7DB8E0", "color-brand-content": "#7DB8E0"},
+}
+
+myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "deflist"]
+myst_heading_anchors = 3
+myst_links_external_new_tab = False
+suppress_warnings = ["myst.xref_missing"]  # links to files of the repository, which a test follows
+
+nb_execution_mode = "force"  # of text notebooks, which draw what lies in benchmarks/results
+nb_execution_excludepatterns = ["notebooks/*"]  # these come with their outputs; CI runs them
+nb_execution_raise_on_error, nb_execution_timeout = True, 60
+nb_merge_streams = True
+
+default_role = "py:obj"  # of `names` in docstrings
+autodoc_typehints, autodoc_typehints_format = "signature", "short"
+autodoc_member_order = "bysource"
+autodoc_default_options = {"members": True, "inherited-members": True, "exclude-members": "__init__, __new__"}
+autodoc_preserve_defaults = True
+napoleon_google_docstring, napoleon_numpy_docstring = True, False
+napoleon_use_rtype = False
+
+
+def copy_notebooks(app: Any) -> None:
+    """Put the notebooks where pages are built from."""
+    place = HERE / "notebooks"
+    place.mkdir(exist_ok=True)
+    for path in [*place.glob("*.ipynb"), *(HERE.parent / "notebooks").glob("*.ipynb")]:
+        if path.parent == place:
+            path.unlink()
+        else:
+            shutil.copy(path, place)
+
+
+def write_math(writer: Any, node: Any) -> None:
+    """Write a formula as MathML, which browsers show without a script from the network.
+
+    Raises:
+        docutils.nodes.SkipNode: Always, since nothing is left to write.
+    """
+    is_block = isinstance(node, nodes.math_block)
+    text = tex2mathml(node.astext(), as_block=is_block)
+    writer.body.append(f'<div class="formula">{text}</div>' if is_block else text)
+    raise nodes.SkipNode
+
+
+def leave_out_inherited(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
+    """Leave out what classes inherit from Python itself and from torch."""
+    owner = getattr(thing, "__objclass__", None)
+    is_inherited = owner in (object, BaseException, Exception, Warning) or _is_of_torch(thing)
+    return True if what == "class" and is_inherited else None
+
+
+def _is_of_torch(thing: Any) -> bool:
+    return (getattr(thing, "__module__", None) or "").partition(".")[0] == "torch"
+
+
+def setup(app: Any) -> None:
+    """Register what is done while pages are built."""
+    app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
+    app.connect("builder-inited", copy_notebooks)
+    app.connect("autodoc-skip-member", leave_out_inherited)
