@@ -142,8 +142,8 @@ def write_tables(folder: Path) -> None:
         "# Barriers of transformers, permuted and rotated",
         "",
         "Made by [benchmarks/rotations.py](../rotations.py), which says what each row is. The barrier of the straight",
-        "line over 11 points on the test set, for each pair of seeds, its mean as a share of that of the networks as",
-        "they are, the mean accuracy in the middle, and the seconds that matching took (discovery apart).",
+        "line over 11 points on the test set, for each pair of seeds, the mean over pairs of its share of that of the",
+        "networks as they are, the mean accuracy in the middle, and the seconds that matching took (discovery apart).",
     ]
     for path in sorted(folder.glob("rotations_*.json")):
         found = json.loads(path.read_text())

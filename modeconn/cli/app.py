@@ -548,7 +548,9 @@ def fit(
     recipe: RecipeOptions,
     adversary: AdversaryOptions,
     method: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
-    curve: Annotated[str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS.")] = "bezier:2",
+    curve: Annotated[
+        str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS, also with ,free_ends=True.")
+    ] = "bezier:2",
     refine: Annotated[
         str,
         typer.Option(

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modeconn.curves.curve import Curve
 from modeconn.curves.line import Line
 from modeconn.network.attack import AdversarialExamples
-from modeconn.network.batch_norm import NUM_EXAMPLES, calibration_batches, norm_layers
+from modeconn.network.batch_norm import NUM_EXAMPLES, but_for, calibration_batches, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
 from modeconn.network.batches import num_examples
 from modeconn.network.copies import copy_of
@@ -188,6 +188,7 @@ class Networks:
     ) -> None:
         self._path, self._calibration, self._ends, self._forward = path, calibration, ends, forward
         self._model, self._theta = copy_of(path.template), torch.empty_like(path.control_points[0])
+        self._missed: tuple[str, ...] = ()
 
     @property
     def ends_have_their_own(self) -> bool:
@@ -204,14 +205,15 @@ class Networks:
         if isinstance(self._calibration, AdversarialExamples):
             return "norm layers recalibrated at every t, the ends included, on each network's own adversarial examples"
         count = sum(map(num_examples, self._calibration))
-        return f"norm layers recalibrated at every t, the ends included, on {count:,} training examples"
+        on = f"on {count:,} training examples"
+        return f"norm layers recalibrated at every t, the ends included, {on}{but_for(self._missed)}"
 
     def __call__(self, t: float) -> nn.Module:
         """Return the network at ``t``, always the same module."""
         path, forward = self._path, self._forward
         model = self._place(path.curve.point(path.control_points, t, out=self._theta), t)
         if self._calibration:
-            recalibrate_statistics(model, self._calibration, forward=forward)
+            self._missed = recalibrate_statistics(model, self._calibration, forward=forward)
         if self._ends is not None and 0 < t < 1:
             impose(model, mix(self._ends, (1 - t, t)), self._calibration, forward=forward)
         return model

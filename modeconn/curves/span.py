@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.curves.path import Path
 from modeconn.network.attack import AdversarialExamples
-from modeconn.network.batch_norm import recalibrate
+from modeconn.network.batch_norm import but_for, recalibrate
 from modeconn.network.batches import num_examples
 from modeconn.network.copies import copy_of
 from modeconn.network.estimates import differing, mixed, settle, warn_of
@@ -112,6 +112,7 @@ class SpanNetworks:
     def __init__(self, span: Span, calibration: list[Any] | AdversarialExamples, forward: Forward | None) -> None:
         self._span, self._calibration, self._forward = span, calibration, forward
         self._model, self._theta = span.new_model()
+        self._missed: tuple[str, ...] = ()
 
     @property
     def calibration(self) -> list[Any] | AdversarialExamples:
@@ -131,13 +132,13 @@ class SpanNetworks:
         if isinstance(self._calibration, AdversarialExamples):
             return "norm layers recalibrated at every point, on each network's own adversarial examples"
         count = sum(map(num_examples, self._calibration))
-        return f"norm layers recalibrated at every point on {count:,} training examples"
+        return f"norm layers recalibrated at every point on {count:,} training examples{but_for(self._missed)}"
 
     def __call__(self, x: float, y: float) -> nn.Module:
         """Return the network at a point, always the same module."""
         self._span.load(x, y, self._model, self._theta)
         if self._calibration:
-            recalibrate(self._model, self._calibration, forward=self._forward)
+            self._missed = recalibrate(self._model, self._calibration, forward=self._forward)
         return self._model
 
 

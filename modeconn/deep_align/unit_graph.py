@@ -167,6 +167,12 @@ def _pieces(spec: PermutationSpec, name: str, positions: Tensor) -> list[Piece]:
 def _check_groups(spec: PermutationSpec) -> None:
     if not spec.groups:
         raise ValueError("the networks have no group of units that may be relabelled, so there is nothing to align.")
+    rotating = [group.name for group in spec.groups if group.rotates]
+    if rotating:
+        raise ValueError(
+            f"DeepAlign permutes units, and this spec has {len(rotating)} groups that rotate them, such as "
+            f"{rotating[0]!r}. Pass a spec of permutations: discover(..., symmetries='permutation')."
+        )
     blocked = [group for group in spec.groups if group.parents]
     if not blocked:
         return

@@ -93,11 +93,14 @@ def curvature_along(
     *,
     wrt: Literal["weights", "inputs"] = "weights",
     arc_length: Tensor | None = None,
-    statistics: str = "",
+    statistics: Callable[[], str] = str,
     progress: bool = False,
     **settings: Any,
 ) -> Curvature:
-    """Return the largest eigenvalue at every t; ``settings`` are those of `largest_eigenvalue`."""
+    """Return the largest eigenvalue at every t; ``settings`` are those of `largest_eigenvalue`.
+
+    ``statistics`` is asked at the end which statistics norm layers had.
+    """
     started, them = time.perf_counter(), joined()
 
     def mine() -> list[tuple[float, int]]:
@@ -112,7 +115,7 @@ def curvature_along(
         num_examples=found[0][1],
         arc_length=arc_length,
         seconds=time.perf_counter() - started,
-        statistics=statistics,
+        statistics=statistics(),
     )
 
 

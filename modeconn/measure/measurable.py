@@ -209,7 +209,7 @@ class Measurable(Shown):
             loss_fn=loss_fn or self.training.loss_fn,
             checkpoint=checkpoint,
             seed=seed,
-            statistics=networks.statistics,
+            statistics=lambda: networks.statistics,
             progress=progress,
         )
 
@@ -281,7 +281,7 @@ class Measurable(Shown):
             positions,
             loader,
             wrt=wrt,
-            statistics=networks.statistics,
+            statistics=lambda: networks.statistics,
             arc_length=self._path.arc_length(positions),
             num_steps=num_steps,
             tolerance=tolerance,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +18,7 @@ from modeconn.tools.callbacks import Callbacks, PointEnd
 from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import reseed
+from modeconn.tools.warn import warn
 
 QUANTITIES = {
     "loss": Quantity("{:.4f}", higher_is_better=False, unit="mean per example"),
@@ -187,6 +189,12 @@ def profile_along(
         return meter.results() if len(them.mine(to_measure)) else None
 
     found = Measured.joined([part for part in them.each(mine) if part is not None])
+    lost = [position for position, value in zip(t, found.loss.tolist(), strict=False) if math.isnan(value)]
+    if lost:
+        warn(
+            f"the loss is NaN at {len(lost)} of {count} positions, the first t={lost[0]:.4g}. Look for values in the "
+            f"data that are not finite, whose accuracies and metrics mean nothing, or batches without a loss."
+        )
     return Profile(
         t=torch.tensor(t, dtype=torch.float64),
         loss=found.loss[:count],

@@ -122,12 +122,13 @@ def robustness_along(
     loss_fn: LossFn = cross_entropy,
     checkpoint: str | os.PathLike[str] | None = None,
     seed: int = 0,
-    statistics: str = "",
+    statistics: Callable[[], str] = str,
     progress: bool = False,
 ) -> RobustProfile:
     """Attack the network at every t; `Connection.robustness` says what the arguments are.
 
-    ``model_at`` may return one module that it moves.
+    ``model_at`` may return one module that it moves; ``statistics`` is asked at the end, and says
+    which those of norm layers were.
     """
     start, named = time.perf_counter(), _named(attacks)
     if smooths_weightless(loss_fn):
@@ -181,7 +182,7 @@ def robustness_along(
         trial.data_digest,
         {row: torch.stack([one.elsewhere for one in rows[row]]) for row in named} if transfer else None,
         time.perf_counter() - start,
-        statistics,
+        statistics(),
         trial.weights,
     )
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import pickle
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -22,6 +23,7 @@ State = Mapping[str, Any]
 """Tensors by name, and what modules keep as extra state."""
 
 _DEPTH = 3
+_ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # with which torch makes its messages bold
 _COMPILED = "_orig_mod."  # what torch.compile puts in front of names, wherever a module was compiled
 _EXTRA = "_extra_state"
 _COUNTERS = ("num_batches_tracked",)  # which torch lets be missing, too
@@ -46,9 +48,10 @@ def states_of_pickle(path: Path) -> dict[str, State]:
         raise
     except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, LookupError, *_ODD) as error:
         lines = str(error).splitlines() or [type(error).__name__]
+        said = _ESCAPES.sub("", lines[0]).partition(". This file can still")[0]
         raise ValueError(
             f"{str(path)!r} is damaged, or holds more than tensors and plain values, which could run code "
-            f"({lines[0]}). Write it with torch.save(model.state_dict(), path)."
+            f"({said}). Write it with torch.save(model.state_dict(), path)."
         ) from None
     return dict(_states_in(content, "", _DEPTH))
 

@@ -273,8 +273,8 @@ def run_epochs(
             step, *networks = place = (~losses.isfinite()).nonzero()[0].tolist()
             whose = "".join(f" of models[{network}]" for network in networks)
             raise FloatingPointError(
-                f"the training loss{whose} became {losses[tuple(place)].item()} in epoch {epoch + 1} of "
-                f"{recipe.epochs}, step {step + 1} of {len(losses)}. Lower the learning rate of the recipe's "
+                f"the training loss{whose} became {losses[tuple(place)].item()} in epoch {epoch}, step "
+                f"{step}. Lower the learning rate of the recipe's "
                 f"optimizer, or look for values in the data that are not finite."
             )
         mean = losses.mean().item()

@@ -7,7 +7,7 @@ fit between them, nor does any mixture of the two (Garipov et al., 2018, https:/
 from __future__ import annotations
 
 import inspect
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
@@ -98,7 +98,9 @@ def calibration_batches(
 
 
 @torch.no_grad()
-def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, forward: Forward | None = None) -> None:
+def recalibrate(
+    model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, forward: Forward | None = None
+) -> tuple[str, ...]:
     r"""Estimate the running statistics of all batch-norm layers anew, in place.
 
     Every layer normalises with the statistics of the batch at hand, dropout is off, and the moments are pooled over
@@ -117,10 +119,14 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
         model: Its statistics change; parameters, the ``training`` flags, momenta and batch counters do not.
         data: Batches on the model's device, each of more than one value per channel; or `AdversarialExamples` of them.
         forward: Called with the model and a batch; default ``model(inputs)``, see `modeconn.network.batches.inputs_of`.
+
+    Returns:
+        The names of norm layers whose statistics matter and stay as they were, since they are used in a way in which
+        they cannot be estimated; a warning names them, too.
     """
     layers = norm_layers(model)
     if not layers:
-        return
+        return ()
     if isinstance(data, AdversarialExamples):
         recalibrate(model, data.loader, forward=forward)
         data = data.of(model)
@@ -145,6 +151,13 @@ def recalibrate(model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, 
             f"be estimated, so they stay as they are. Call the layers, or torch.nn.functional.batch_norm with their "
             f"buffers."
         )
+        return tuple(missed)
+    return ()
+
+
+def but_for(missed: Sequence[str]) -> str:
+    """Say which norm layers were not recalibrated, behind a sentence that says that they were."""
+    return f", but for {', '.join(map(repr, missed))}, whose statistics cannot be estimated" if missed else ""
 
 
 def _run(model: nn.Module, batch: Any, forward: Forward | None) -> Any:

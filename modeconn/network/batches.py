@@ -57,9 +57,12 @@ def refused(inputs: Any) -> Iterator[None]:
         raise
     except (RuntimeError, TypeError, ValueError, IndexError) as error:
         lines = str(error).strip().splitlines()
+        said = lines[0] if lines else repr(error)
+        way_out = "For batches that are no (inputs, targets) pass forward=."
+        if "dtype" in said:
+            way_out = "Let the loader yield inputs of the dtype of the network's weights, or convert the network."
         raise ValueError(
-            f"the model does not run on the inputs of a batch, {described(inputs)}: {lines[0] if lines else error!r} "
-            f"For batches that are no (inputs, targets) pass forward=."
+            f"the model does not run on the inputs of a batch, {described(inputs)}: {said.removesuffix('.')}. {way_out}"
         ) from error
 
 

@@ -44,9 +44,8 @@ def profile(
     groups = [_members(one, number, quantity) for number, one in enumerate(profiles)]
     units = {one.quantity(quantity).unit for group in groups for one in group}
     if len(units) > 1:
-        raise ValueError(
-            f"one figure has one unit, but {quantity!r} is in {' and in '.join(map(repr, sorted(units)))}."
-        )
+        told = " and in ".join(repr(unit) if unit else "no unit" for unit in sorted(units))
+        raise ValueError(f"one figure has one unit, but {quantity!r} is in {told}.")
     unit = units.pop()
     scale = 100 if unit == "%" else 1
     ax = style.axes(ax)

@@ -114,6 +114,8 @@ def verify(
     model = untied_copy(model) if spec.untied else model
     traces = spec.traces
     check_function(spec, model, given)
+    if spec.one_path:
+        _check_path(spec, model, given)
     _check_outputs(spec)
     generator = torch.Generator().manual_seed(seed)
     if spec.one_path:
@@ -190,6 +192,17 @@ def check_function(spec: Provable, model: nn.Module, example: Example) -> None:
             raise ValueError(
                 f"this spec is of another model: {type(model).__name__} does not compute what the model does in which "
                 f"the spec was found. Call discover on it."
+            )
+
+
+def _check_path(spec: Provable, model: nn.Module, example: Example) -> None:
+    """Raise a VerificationError unless a model does on these inputs what was recorded of it."""
+    for graph in (trace.graph for trace in spec.traces if trace.model() is model):
+        own = export(model, example, training=graph.training, outputs=spec.outputs, freeze=spec.freeze)
+        if not own.is_like(graph, set(graph.written_state)):
+            raise VerificationError(
+                f"on this example_input {type(model).__name__} takes another path than in the run that was recorded, "
+                f"for which alone this spec holds. Pass inputs of that path, or call discover with these."
             )
 
 

@@ -47,7 +47,8 @@ def from_json(text: str, what: str) -> dict[str, Any]:
     try:
         record = json.loads(text)
     except (ValueError, TypeError, RecursionError) as error:
-        raise ValueError(f"this is no {what}: it cannot be read as JSON ({shortened(error, 600)}).") from None
+        hint = "" if "{" in str(text) else " Pass the text of a file, not its name: Path(name).read_text()."
+        raise ValueError(f"this is no {what}: it cannot be read as JSON ({shortened(error, 600)}).{hint}") from None
     if not isinstance(record, dict):
         raise ValueError(f"this is no {what}: it is no JSON object.")
     digest = record.pop(DIGEST, None)

@@ -804,6 +804,15 @@ def test_units_in_blocks_are_refused_by_the_name_of_their_group_and_may_be_froze
     assert list(found) == [group.name for group in spec.groups]
 
 
+def test_a_spec_of_rotations_is_refused_before_anything_is_learned():
+    def build():
+        return nn.Sequential(nn.Linear(3, 4), nn.LayerNorm(4), nn.Linear(4, 4), nn.LayerNorm(4), nn.Linear(4, 2))
+
+    spec = discover(build(), torch.randn(2, 3), symmetries="orthogonal")
+    with pytest.raises(ValueError, match=r"DeepAlign permutes units, and this spec has \d groups that rotate them"):
+        replace(SMALL, connectivity=0).fit([build() for _ in range(2)], spec=spec)
+
+
 def test_where_all_units_lie_in_blocks_nothing_is_left_to_align():
     model = nn.Sequential(nn.Conv2d(1, 8, 3), nn.GroupNorm(2, 8), nn.ReLU(), nn.Flatten(), nn.Linear(8 * 36, 3))
     with pytest.raises(ValueError, match=r"lie in blocks .*; use WeightMatching or ActivationMatching\.$"):

@@ -204,3 +204,32 @@ def test_layers_are_compared_by_what_they_make_even_if_the_next_works_in_place()
         for inplace in (False, True)
     ]
     torch.testing.assert_close(*found)
+
+
+def test_a_loss_that_is_nan_is_told():
+    line = Connection.straight_between(*(nn.Linear(3, 2) for _ in range(2)))
+    x = torch.randn(4, 3)
+    x[1] = torch.nan
+    with pytest.warns(UserWarning, match=r"the loss is NaN at 3 of 3 positions, the first t=0\. Look for values in"):
+        line.evaluate([(x, torch.tensor([0, 1, 0, 1]))], num_points=3)
+
+
+def test_norm_layers_that_stay_as_they_are_are_named_beside_those_that_do_not():
+    class Own(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+        def forward(self, x):
+            x = self.norm(self.first(x))
+            return (x - self.last.running_mean) / (self.last.running_var + 1e-5).sqrt()
+
+    data = [(torch.randn(8, 3), torch.randint(4, (8,)))]
+    line = Connection.straight_between(Own(), Own())
+    with pytest.warns(UserWarning, match="norm layers 'last' are used in a way in which they cannot be estimated"):
+        profile = line.evaluate(data, num_points=3, recalibrate=data)
+        assert profile.statistics.endswith(
+            "on 8 training examples, but for 'last', whose statistics cannot be estimated"
+        )
+        attacked = line.curvature(data, num_points=2, recalibrate=data)
+        assert attacked.statistics == profile.statistics

@@ -124,6 +124,18 @@ def test_what_values_steer_is_recorded_and_what_is_read_stays(act, groups) -> No
     assert largest_change(spec, model, x) < 1e-12
 
 
+@pytest.mark.filterwarnings("ignore:torch.export cannot follow")
+def test_a_recorded_run_is_no_proof_for_inputs_of_another_path():
+    def forked(m, h, x):
+        return m.head(h) if h.abs().mean() < 20 else m.head(m.mid(h).relu())
+
+    model, x = model_of(forked), torch.randn(12, 5)
+    spec = discover(model, x)
+    assert spec.verify(model, x) < 1e-12 and spec.verify(model, x / 2) < 1e-12
+    with pytest.raises(VerificationError, match="takes another path than in the run that was recorded"):
+        spec.verify(model, 1000 * x)
+
+
 ACTIVATIONS = [torch.tanh, F.silu, F.gelu, F.softplus, torch.sin, torch.square, lambda h: h * torch.sigmoid(h)]
 
 
