@@ -104,7 +104,8 @@ def write_tables(folder: Path) -> None:
         "Made by [benchmarks/learned_rotations.py](../learned_rotations.py), which says what each row is. The barrier",
         "of the straight line over 11 points on the test set, as a share of that of the networks as they are, for each",
         "pair of seeds and in the mean; the same of a quadratic Bezier curve of 200 steps from there, and of 1,000;",
-        "the lowest accuracy on line and curve; and the seconds of the alignment with the correlations that it reports (discovery apart).",
+        "the lowest accuracy on line and curve; and the seconds of the alignment with the correlations that it",
+        "reports (discovery apart).",
     ]
     for path in sorted(folder.glob("learned_rotations_*.json")):
         found = json.loads(path.read_text())
