@@ -36,8 +36,8 @@ class Connection(Measurable):
     """A curve between two networks of one architecture.
 
     At t=0 it is network a and at t=1 the relabelled network b, both bit for bit, weights and buffers; between them
-    weights follow the curve, batch norm is recalibrated on training data, and other floating-point buffers that differ are mixed, with a warning; integer ones
-    are a's.
+    weights follow the curve, batch norm is recalibrated on training data, and of other buffers that differ those of
+    real numbers are mixed, with a warning, and all else is a's.
 
     Made by `modeconn.fit_curve`, `straight_between` and `load`.
 

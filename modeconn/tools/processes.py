@@ -6,6 +6,7 @@ process that fails sends its error in place of it: so the others hear of it wher
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import functools
 import os
@@ -31,7 +32,7 @@ _PATIENCE = timedelta(minutes=5)
 """How long processes wait for the last of them to come to a call; they may have loaded data before it."""
 
 _MOMENT = 0.5
-"""Seconds that a process of a launcher stays after the end of its group."""
+"""Seconds that a process that was a member of a group stays at its end."""
 
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 _WAY_OUT = (
@@ -418,8 +419,16 @@ def _current() -> Processes:
         with _all_come():
             meeting = dist.new_group(backend="gloo", timeout=_PATIENCE)
         control = dist.new_group(backend="gloo", timeout=_LONG)
+        atexit.register(_stay_a_moment)
         _group[:] = [(world, Processes(dist.get_rank(), dist.get_world_size(), control, meeting))]
     return _group[0][1]
+
+
+def _stay_a_moment() -> None:
+    """Let the threads of gloo finish: a process that ends at once may be aborted by them."""
+    atexit.unregister(_stay_a_moment)  # once, however many groups there were
+    _group.clear()
+    time.sleep(_MOMENT)
 
 
 def is_launched() -> bool:
@@ -464,7 +473,6 @@ def launched() -> Iterator[None]:
     finally:
         _group.clear()
         dist.destroy_process_group()
-        time.sleep(_MOMENT)  # a process that ends at once may be aborted: threads of gloo are still at work
 
 
 def _filled(numbers: Sequence[float]) -> list[float]:
