@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import shutil
 import sys
 from pathlib import Path
@@ -35,11 +36,11 @@ html_theme_options = {
 myst_enable_extensions = ["dollarmath", "amsmath", "attrs_inline", "deflist"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
-suppress_warnings = ["myst.xref_missing"]  # links to files of the repository, which a test follows
 
 nb_execution_mode = "force"  # of text notebooks, which draw what lies in benchmarks/results
 nb_execution_excludepatterns = ["notebooks/*"]  # these come with their outputs; CI runs them
 nb_execution_raise_on_error, nb_execution_timeout = True, 60
+suppress_warnings = ["misc.highlighting_failure"]  # of shell commands in notebooks
 nb_merge_streams = True
 
 default_role = "py:obj"  # of `names` in docstrings
@@ -52,14 +53,20 @@ napoleon_use_rtype = False
 
 
 def copy_notebooks(app: Any) -> None:
-    """Put the notebooks where pages are built from."""
+    """Put the notebooks where pages are built from, their links as they are from there."""
     place = HERE / "notebooks"
-    place.mkdir(exist_ok=True)
-    for path in [*place.glob("*.ipynb"), *(HERE.parent / "notebooks").glob("*.ipynb")]:
-        if path.parent == place:
-            path.unlink()
-        else:
-            shutil.copy(path, place)
+    shutil.rmtree(place, ignore_errors=True)
+    place.mkdir()
+    for path in (HERE.parent / "notebooks").glob("*.ipynb"):
+        text = path.read_text(encoding="utf-8")
+        moved = text.replace("](../benchmarks/", "](../../benchmarks/").replace("](../docs/", "](../")
+        (place / path.name).write_text(moved, encoding="utf-8")
+
+
+def link_files(app: Any, name: str, source: list[str]) -> None:
+    """Lead links to notebooks to their pages; make those to Markdown elsewhere links to files, as all others are."""
+    text = source[0].replace("](../notebooks/", "](notebooks/")
+    source[0] = re.sub(r"\]\(((?:\.\./)+(?:benchmarks/[^)]*|[A-Z]+)\.md)\)", r"](<path:\1>)", text)
 
 
 def write_math(writer: Any, node: Any) -> None:
@@ -89,4 +96,5 @@ def setup(app: Any) -> None:
     """Register what is done while pages are built."""
     app.add_html_math_renderer("mathml", (write_math, None), (write_math, None))
     app.connect("builder-inited", copy_notebooks)
+    app.connect("source-read", link_files)
     app.connect("autodoc-skip-member", leave_out_inherited)

@@ -28,7 +28,7 @@ def test_every_python_block_runs_in_order(tmp_path, monkeypatch, capsys):
     assert namespace["profile"].barrier < 0.1 * namespace["naive"].barrier
     printed = capsys.readouterr().out
     assert str(namespace["spec"]) in printed and str(namespace["spec"]) in README.read_text(encoding="utf-8")
-    assert (tmp_path / "profiles.png").exists() and (tmp_path / "profile.csv").exists()
+    assert (tmp_path / "profiles.png").exists() and (tmp_path / "a-b.safetensors").exists()
 
 
 def test_two_lines_install_and_do_everything():

@@ -141,7 +141,8 @@ class SoftPermutation(Shown):
         return [find_label(parent, tuple(labels), origin) for parent in self.spec.structure.parents[atom]]
 
     def __repr__(self) -> str:
-        return f"SoftPermutation({len(self.matrices)} groups, {self.spec.num_units:,} units)"
+        groups = f"{len(self.matrices)} group{'s' * (len(self.matrices) != 1)}"
+        return f"SoftPermutation({groups}, {self.spec.num_units:,} units)"
 
 
 def shape_of(group: Group) -> tuple[int, ...]:

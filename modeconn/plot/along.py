@@ -111,7 +111,9 @@ def robust_profile(
         t = one.t.numpy()
         for row in some:
             look = style.line(number if len(profiles) > 1 else places.index(row))
-            look |= {"linestyle": style.dashes(places.index(row)), "label": row if name is None else f"{name}, {row}"}
+            look |= {"linestyle": style.dashes(places.index(row)), "label": row}
+            if name is not None:  # the axis names what all lines share
+                look["label"] = name if len(places) == 1 else f"{name}, {row}"
             if quantity == "loss":
                 ax.plot(t, one.loss[row].numpy(), marker=".", **look)
                 continue
@@ -121,7 +123,9 @@ def robust_profile(
             ax.plot(t, 100 * values, marker=".", **look)
             style.band(ax, t, *(100 * bounds), look["color"])
     ax.set_xlabel(style.POSITION)
-    ax.set_ylabel(f"{quantity} (%)" if quantity in style.PERCENT else "loss (mean per example)")
+    shown = f", {places[0]}" if len(places) == 1 and names[0] is not None else ""
+    unit = "%" if quantity in style.PERCENT else "mean per example"
+    ax.set_ylabel(f"{quantity}{shown} ({unit})")
     return style.finished(ax, legend=True)
 
 

@@ -142,8 +142,8 @@ def cycles(relabelling: Relabelling, *, labels: Sequence[str] | None = None, ax:
     for number, (first, last) in enumerate(_LENGTHS):
         ends = np.inf if last is None else last
         shares = np.array([100 * np.mean((first <= lengths) & (lengths <= ends)) for lengths in found])
-        name = "stay" if last == 1 else f"cycles of {first}" if first == last else f"of {first} or more"
-        name = name if last in (1, first, None) else f"of {first} to {last}"
+        name = "stay" if last == 1 else f"cycles of {first}" if first == last else f"cycles of {first} or more"
+        name = name if last in (1, first, None) else f"cycles of {first} to {last}"
         colour = style.NEUTRAL if number == 0 else style.COLOURS[number - 1]
         ax.bar(
             np.arange(len(found)),

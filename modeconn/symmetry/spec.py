@@ -573,7 +573,8 @@ class Permutation(Relabelling):
         return sum(int((perm != torch.arange(perm.shape[-1], device="cpu")).sum()) for perm in self.perms.values())
 
     def __repr__(self) -> str:
-        return f"Permutation({len(self.perms)} groups, {self.num_moved:,} of {self.spec.num_units:,} units moved)"
+        groups = f"{len(self.perms)} group{'s' * (len(self.perms) != 1)}"
+        return f"Permutation({groups}, {self.num_moved:,} of {self.spec.num_units:,} units moved)"
 
     @property
     def is_identity(self) -> bool:

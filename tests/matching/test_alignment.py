@@ -381,7 +381,7 @@ def test_a_wrong_spec_is_caught_before_it_is_used(monkeypatch: pytest.MonkeyPatc
 def test_an_alignment_prints_the_correlations(generator: torch.Generator) -> None:
     a = models.mlp(8, (5,), 2)
     text = repr(align(a, discover(a).random(generator).apply(a), batches((8,), generator)))
-    assert text.startswith("Alignment(Permutation(1 groups")
+    assert text.startswith("Alignment(Permutation(1 group,")
     assert "layers.0  correlation" in text
 
 
