@@ -81,7 +81,7 @@ def finished(ax: Axes, *, legend: bool) -> Axes:
 
 def name_places(ax: Axes, names: Sequence[str | None]) -> None:
     """Write a name under each place: upright where they are few, on end where they are many."""
-    widest = max((len(name or "") for name in names), default=0)
+    widest = max((len(str(name or "")) for name in names), default=0)
     few, many = len(names) <= _FEW and widest * len(names) <= _LETTERS, len(names) > _MANY
     angle, side = (0, "center") if few else (90, "center") if many else (30, "right")
     ax.set_xticks(np.arange(len(names)), names, rotation=angle, ha=side)

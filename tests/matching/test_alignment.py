@@ -60,15 +60,16 @@ def blobs(generator: torch.Generator, sizes: tuple[int, ...]) -> list:
 # ---------------------------------------------------------------- recovery
 
 
-LARGEST = {"googlenet", "preresnet164", "wideresnet28x10"}
+LARGEST = {"googlenet", "wideresnet28x10"}
+FAMILIES = [name for name in models.names() if name not in ("preresnet164", "vgg19", "vgg19_bn")]  # deeper twins
 
 
 @pytest.mark.parametrize(
     ("name", "pre_activation"),
-    [(name, False) for name in models.names()] + [(name, True) for name in models.names() if name not in LARGEST],
+    [(name, False) for name in FAMILIES] + [(name, True) for name in FAMILIES if name not in LARGEST],
     ids=lambda value: {False: "post", True: "pre"}.get(value, value),
 )
-def test_activations_recover_a_planted_permutation_of_every_zoo_model(
+def test_activations_recover_a_planted_permutation_of_every_family_of_the_zoo(
     name: str, pre_activation: bool, generator: torch.Generator
 ) -> None:
     """On every unit that is not constant; constant ones are counted, and only they may be misplaced.
