@@ -393,3 +393,10 @@ def test_what_is_no_plane_is_refused():
         plane(a, batches(dtype=torch.float64), directions=tuple(torch.zeros(2, flat(a).numel()).double().to(DEVICE)))
     with pytest.raises(ValueError, match="needs statistics of training data"):
         plane([Residual().double().to(DEVICE) for _ in range(3)], batches(dtype=torch.float64))
+
+
+def test_norm_layers_of_a_plane_need_training_data():
+    networks = [nn.Sequential(nn.Linear(3, 4), nn.BatchNorm1d(4), nn.Linear(4, 2)) for _ in range(3)]
+    data = [(torch.randn(8, 3), torch.randint(2, (8,)))]
+    with pytest.raises(ValueError, match=r"between the networks of a plane batch norm needs .* Pass recalibrate="):
+        modeconn.plane(networks, data, num_points=3)

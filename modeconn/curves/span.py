@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from modeconn.curves.path import Path
 from modeconn.network.attack import AdversarialExamples
-from modeconn.network.batch_norm import but_for, recalibrate
+from modeconn.network.batch_norm import but_for, norm_layers, recalibrate
 from modeconn.network.batches import num_examples
 from modeconn.network.copies import copy_of
 from modeconn.network.estimates import differing, mixed, settle, warn_of
@@ -75,6 +75,11 @@ class Span:
         self, calibrate: Iterable[Any] | AdversarialExamples | None, limit: int | None, forward: Forward | None
     ) -> SpanNetworks:
         """Return one network that can be moved in the plane; arguments are those of `Path.networks`."""
+        if calibrate is None and self._line.training.loader is None and norm_layers(self._line.template):
+            raise ValueError(
+                "between the networks of a plane batch norm needs statistics of training data, but none are "
+                "remembered. Pass recalibrate=, a loader of such data."
+            )
         data = self._line.calibration_data(calibrate, limit, repair=False)
         return SpanNetworks(self, data, forward or self._line.training.forward)
 

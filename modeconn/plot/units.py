@@ -72,7 +72,7 @@ def unit_correlation(matrix: Tensor, *, ax: Axes | None = None) -> Axes:
     Raises:
         ValueError: If it is no square matrix.
     """
-    if getattr(matrix, "ndim", None) != 2 or matrix.shape[0] != matrix.shape[1]:
+    if getattr(matrix, "ndim", None) != 2 or matrix.shape[0] != matrix.shape[1] or not len(matrix):
         raise ValueError(
             f"matrix must be one square matrix that modeconn.unit_correlations returns, got {matrix!r:.80}."
         )
