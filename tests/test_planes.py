@@ -307,8 +307,14 @@ def test_a_page_holds_the_surface_and_its_library(some, tmp_path):
     text = (tmp_path / "plane.html").read_text()
     content = text.split('<script type="application/json">')[1].split("</script>")[0]
     surface, marks, line = json.loads(content)["data"]
-    assert np.allclose(surface["z"], some.values["loss"].clamp(max=some.limit).log10())
-    assert surface["customdata"] == some.values["loss"].tolist() and surface["x"] == some.x.tolist()
+    points, values = some.scattered("loss")
+    assert np.allclose(surface["z"], values.clamp(max=some.limit).log10())
+    assert surface["customdata"] == values.tolist() and surface["x"] == points[:, 0].tolist()
+    corners = np.stack([surface[name] for name in "ijk"], 1)
+    sides = points.numpy()[corners]
+    (first, second) = (sides[:, corner] - sides[:, 0] for corner in (1, 2))
+    areas = np.abs(first[:, 0] * second[:, 1] - first[:, 1] * second[:, 0]) / 2
+    assert np.isclose(areas.sum(), float((some.x[-1] - some.x[0]) * (some.y[-1] - some.y[0])))  # they cover the plane
     assert marks["text"] == list(some.networks) and line["x"] == some.curve[:, 0].tolist()
     library = text.split('id="library">')[1].split("</script>")[0]
     assert b"plotly.js" in gzip.decompress(base64.b64decode(library))[:500]

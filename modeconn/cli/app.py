@@ -24,7 +24,7 @@ from modeconn import Connection, Recipe, models, plot
 from modeconn.cli import deep_align, options, parse, report, tensor_files
 from modeconn.cli import demo as story
 from modeconn.cli.figures import FIGURES, draw_files
-from modeconn.cli.files import CORRELATIONS, describe_file, is_network, made_by_of
+from modeconn.cli.files import CORRELATIONS, check_holds_networks, describe_file, is_network, made_by_of
 from modeconn.cli.options import (
     AdversaryOptions,
     DataOptions,
@@ -630,6 +630,7 @@ def evaluate(
 
         modeconn evaluate curve.safetensors --data digits --points 25
     """
+    check_holds_networks(connection)
     own = connection.with_name(connection.stem if on == "test" else f"{connection.stem}.{on}")
     results = _result_files(own, out, overwrite=overwrite)
     train_loader, measured = _training_and_measured(data, on)
@@ -963,6 +964,7 @@ def curvature(
 
         modeconn curvature curve.safetensors --data digits --points 5
     """
+    check_holds_networks(connection)
     own = f"{connection.stem}.curvature" if on == "test" else f"{connection.stem}.curvature.{on}"
     results = _result_files(connection.with_name(own), out, overwrite=overwrite)
     if wrt not in ("weights", "inputs"):

@@ -290,6 +290,18 @@ def _in_words(name: str) -> str:
     return "".join(f" {letter.lower()}" if letter.isupper() else letter for letter in name).strip()
 
 
+def check_holds_networks(*paths: Path) -> None:
+    """Raise a ValueError if a file is a result that a command wrote as text, of which there is nothing to measure."""
+    for path in paths:
+        with path.open("rb") as file:
+            is_text = file.read(1) == b"{"
+        if is_text:
+            raise ValueError(
+                f"{str(path)!r} is {with_article(read_file(path).kind)}, not a connection or a network, of which there "
+                f"is something to measure. modeconn info says what made it."
+            )
+
+
 def with_article(kind: str) -> str:
     """Return what something is, with "a" or "an" before it."""
     return f"{'an' if kind[0] in 'aeiou' else 'a'} {kind}"

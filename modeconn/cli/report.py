@@ -21,8 +21,8 @@ from modeconn.tools.page import figure, page
 from modeconn.tools.table import html_table
 from modeconn.tools.warn import warn
 
-_LEFT_OUT = {".png", ".pdf", ".svg", ".csv", ".html", ".vti", ".log"}
-"""Files that say again what others say."""
+_LEFT_OUT = {".png", ".pdf", ".svg", ".csv", ".html", ".vti", ".log", ".py", ".ipynb", ".sh", ".md", ".toml", ".yaml"}
+"""Files that say again what others say, and those that people write."""
 _GRID = "rgba(140, 140, 140, 0.3)"  # seen on white and on dark
 _SLIDER = 61  # positions of t at which the values of all curves are read off
 
@@ -58,7 +58,7 @@ def parts_of(runs: Sequence[Path]) -> list[Part]:
     found: list[Part] = []
     for run in runs:
         label = run.name if len(runs) > 1 and run.is_dir() else ""
-        paths = sorted(one for one in run.iterdir() if one.is_file()) if run.is_dir() else [run]
+        paths = sorted(one for one in run.iterdir() if one.is_file() or one.is_symlink()) if run.is_dir() else [run]
         for path in paths:
             if path.suffix in _LEFT_OUT or path.name.startswith("."):
                 continue

@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 
 
 _MARK = "#D55E00"  # what stands out from the colours of a surface
-_LIFT = 0.05  # by which networks and curve lie above a surface, as a fraction of its height
+_LIFTS = (0.2, 0.08)  # by which networks, with their names, and the curve lie above a surface, by its height
 
 
 @dataclass(frozen=True, eq=False, repr=False)
@@ -214,37 +214,49 @@ class Plane:
 
     def _surface(self, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return traces and layout of a surface, as plotly has them; networks and curve lie on it, a little above."""
-        values, unit = self.values[name], self.quantity(name).unit
-        is_log = name == "loss" and self.limit is not None and float(values[values.isfinite()].min()) > 0
+        (points, values), unit = self.scattered(name), self.quantity(name).unit
+        points, values = points[values.isfinite()], values[values.isfinite()]
+        is_log = name == "loss" and self.limit is not None and float(values.min()) > 0
         heights = values.clamp(max=self.limit).log10() if is_log else values
-        heights = torch.where(heights.isfinite(), heights, torch.nan)
-        low, high = (float(found) for found in (heights[~heights.isnan()].min(), heights[~heights.isnan()].max()))
+        low, high = float(heights.min()), float(heights.max())
         ticks = [low + share * (high - low) for share in (0, 0.25, 0.5, 0.75, 1)]
         scale = {"tickvals": ticks, "ticktext": [f"{10**tick if is_log else tick:.3g}" for tick in ticks]}
         title = {"title": {"text": f"{name} ({unit})" if unit else name}}
-        surface = {"type": "surface", "x": self.x, "y": self.y, "z": heights, "customdata": values}
-        surface |= {"colorscale": "Viridis", "colorbar": {**title, **scale}}
+        triangles = _triangles(points)
+        surface = {"type": "mesh3d", "x": points[:, 0], "y": points[:, 1], "z": heights, "customdata": values}
+        surface |= dict(zip("ijk", torch.from_numpy(triangles.simplices.astype(np.int64)).T, strict=True))
+        surface |= {
+            "intensity": heights,
+            "colorscale": "Viridis",
+            "colorbar": {**title, **scale, "y": 0.45, "len": 0.85},
+        }
         surface["hovertemplate"] = f"x %{{x:.3g}}<br>y %{{y:.3g}}<br>{name} %{{customdata:.4g}}<extra></extra>"
         traces = [surface]
 
-        def above(places: Tensor) -> dict[str, Any]:
-            on_it = interpolated(self.x, self.y, heights, places) + _LIFT * (high - low)
+        def above(places: Tensor, lift: float) -> dict[str, Any]:
+            on_it = _interpolated(triangles, heights, places) + lift * (high - low)
             return {"type": "scatter3d", "x": places[:, 0], "y": places[:, 1], "z": on_it}
 
         if self.networks:
             look = {"mode": "markers+text", "marker": {"size": 5, "color": _MARK}, "textposition": "top center"}
+            look["textfont"] = {"color": "white", "size": 14}  # networks lie low, where surfaces are dark
             told = self.own[name].tolist() if name in self.own else [float("nan")] * len(self.networks)
             texts = {"text": list(self.networks), "hoverinfo": "text"}
             texts["hovertext"] = [f"{one}: {value:.4g}" for one, value in zip(self.networks, told, strict=True)]
-            traces.append({**above(torch.stack(list(self.networks.values()))), **look, **texts})
+            traces.append({**above(torch.stack(list(self.networks.values())), _LIFTS[0]), **look, **texts})
         if self.curve is not None:
             traces.append(
-                {**above(self.curve), "mode": "lines", "line": {"color": _MARK, "width": 6}, "hoverinfo": "skip"}
+                {
+                    **above(self.curve, _LIFTS[1]),
+                    "mode": "lines",
+                    "line": {"color": _MARK, "width": 6},
+                    "hoverinfo": "skip",
+                }
             )
-        axes = {axis: {"title": {"text": "distance in weight space"}} for axis in ("xaxis", "yaxis")}
+        axes = {axis: {"title": {"text": "distance"}} for axis in ("xaxis", "yaxis")}
         ratio = {"x": 1.4, "y": 1.0, "z": 0.35}
-        scene = {**axes, "zaxis": {**title, **scale}, "aspectmode": "manual", "aspectratio": ratio}
-        scene["camera"] = {"eye": {"x": 0.2, "y": -0.8, "z": 1.5}}
+        scene = {**axes, "zaxis": {"title": {"text": ""}, **scale}, "aspectmode": "manual", "aspectratio": ratio}
+        scene["camera"] = {"eye": {"x": 0.15, "y": -1.1, "z": 1.75}, "center": {"x": 0, "y": -0.05, "z": -0.1}}
         return traces, {"scene": scene, "showlegend": False, "margin": {"l": 0, "r": 0, "t": 10, "b": 0}}
 
     # -- text and pictures
@@ -260,7 +272,8 @@ class Plane:
         for name in names:
             own = self.own.get(name)
             here = [float("nan")] * len(self.networks) if own is None else own.tolist()
-            finite = self.values[name][self.values[name].isfinite()]
+            known = torch.cat([self.scattered(name)[1], torch.tensor(here, dtype=torch.float64, device="cpu")])
+            finite = known[known.isfinite()]
             ends = (float(finite.min()), float(finite.max())) if len(finite) else (float("nan"),) * 2
             numbers = [*here, *ends]
             rows.append([name, *(self.quantity(name).form.format(number) for number in numbers)])
@@ -274,12 +287,18 @@ class Plane:
         return f"{html_table(*self._table())}<p>{html.escape(self.caption)}</p>"
 
 
-def interpolated(x: Tensor, y: Tensor, values: Tensor, places: Tensor) -> Tensor:
-    """Return values of a grid ``(H, W)`` at places ``(N, 2)``, linear in x and in y; NaN beyond the grid."""
-    from scipy.interpolate import RegularGridInterpolator
+def _triangles(points: Tensor) -> Any:
+    """Return triangles between points ``(M, 2)``, as `scipy.spatial.Delaunay` has them."""
+    from scipy.spatial import Delaunay
 
-    of = RegularGridInterpolator((y.numpy(), x.numpy()), values.numpy(), bounds_error=False)
-    return torch.from_numpy(np.asarray(of(places.flip(1).numpy()), dtype=np.float64))
+    return Delaunay(points.numpy())
+
+
+def _interpolated(triangles: Any, values: Tensor, places: Tensor) -> Tensor:
+    """Return values of the corners ``(M,)`` at places ``(N, 2)``, linear in each triangle; NaN beyond them."""
+    from scipy.interpolate import LinearNDInterpolator
+
+    return torch.from_numpy(np.asarray(LinearNDInterpolator(triangles, values.numpy())(places.numpy())))
 
 
 def _tensors(value: Any) -> Any:

@@ -189,6 +189,9 @@ def profile_along(
         return meter.results() if len(them.mine(to_measure)) else None
 
     found = Measured.joined([part for part in them.each(mine) if part is not None])
+    for name, values in found.metrics.items():
+        if not bool(values[:count].isfinite().all()):
+            warn(f"the metric {name!r} is NaN or infinite at some positions: its table and figures leave these empty.")
     lost = [position for position, value in zip(t, found.loss.tolist(), strict=False) if math.isnan(value)]
     if lost:
         warn(

@@ -838,6 +838,7 @@ def test_the_help_of_every_command_has_an_example(command):
             ("evaluate", "{}/c.safetensors", "--data", "digits", "--on", "both"),
             "--on must be train or test, got 'both'",
         ),
+        (("evaluate", "{}/notes.json", "--data", "digits"), "it is no result along a curve, no plane, no comparison"),
         (("plot", "{}/a.safetensors", "--out", "{}/x.png"), "is a model, of which there is nothing to draw"),
         (
             ("plot", "{}/notes.json", "--out", "{}/x.png"),

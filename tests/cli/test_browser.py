@@ -110,4 +110,4 @@ const place = document.querySelector(".figure");
 return [place.data.map((trace) => trace.type), place.querySelectorAll("canvas").length];
 """
     kinds, canvases = seen(tmp_path / "plane.html", script, tmp_path)
-    assert kinds == ["surface", "scatter3d"] and canvases >= 1
+    assert kinds == ["mesh3d", "scatter3d"] and canvases >= 1
