@@ -26,7 +26,7 @@ from modeconn.cli.app import app
 HERE = Path(__file__).parent
 PAGE = HERE / "gallery.md"
 THEMES = {"light": "default", "dark": "dark_background"}
-COLOURS = 64  # of a picture, so that files are small
+COLOURS = 160  # of a picture, so that files are small
 
 
 def blocks() -> list[tuple[str, str]]:
