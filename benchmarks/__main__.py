@@ -2,10 +2,10 @@
 
     python -m benchmarks                       every benchmark in a line
     python -m benchmarks NAME [ARGUMENTS]      run one; NAME --help says what it takes
-    python -m benchmarks --quick               run those of speed at a small size: whether they work, not how fast
+    python -m benchmarks --quick               run three of speed at a small size: whether they work, not how fast
 
 Those that measure speed take rivals in turn within one run, and print the median ratio with its quartiles, n and the
-hardware. What they write goes to benchmarks/results.
+hardware. Most write a file with --out; what is kept lies in benchmarks/results.
 """
 
 from __future__ import annotations

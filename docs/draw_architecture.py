@@ -39,7 +39,7 @@ def imports() -> dict[str, set[str]]:
             elif isinstance(node, ast.ImportFrom) and node.module == "modeconn":
                 known |= {public[alias.name] for alias in node.names if alias.name in public}
             elif isinstance(node, ast.Attribute) and isinstance(node.value, ast.Name) and node.value.id == "modeconn":
-                known |= {public[node.attr]} & {*public.values()} if node.attr in public else set()
+                known |= {public[node.attr]} if node.attr in public else set()
     return {stage: {one for one in known - {stage} if one not in OUTSIDE} for stage, known in found.items()}
 
 

@@ -25,7 +25,7 @@ from modeconn.cli.app import app
 
 HERE = Path(__file__).parent
 PAGE = HERE / "gallery.md"
-THEMES = {"light": "default", "dark": "dark_background"}
+THEMES = {"light": [], "dark": ["dark_background"]}
 COLOURS = 160  # of a picture, so that files are small
 
 
@@ -50,7 +50,7 @@ def run_command(line: str, theme: str) -> None:
 
 
 def draw(theme: str) -> None:
-    """Run all blocks in the current folder; of a second theme only what draws, the rest is there."""
+    """Run all blocks in the current folder; of commands a second theme repeats those that draw."""
     namespace: dict[str, Any] = {}
     with matplotlib.rc_context({"backend": "agg", "savefig.dpi": 150}), style.context(THEMES[theme]):
         for number, (language, text) in enumerate(blocks()):

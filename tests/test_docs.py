@@ -21,6 +21,7 @@ PAGES = sorted(
     for path in DOCS.rglob("*.md")
     if path.name not in OTHERS and "notebooks" not in path.parts and BLOCK.search(path.read_text(encoding="utf-8"))
 )
+COMMANDS = re.findall(r"^modeconn .*", (DOCS / "start.md").read_text(encoding="utf-8"), flags=re.MULTILINE)
 MODULES = {"plot": plot, "models": models, "data": data, "attacks": attacks, "tensor_files": tensor_files}
 
 
@@ -45,17 +46,16 @@ def test_every_public_object_has_a_place_in_the_reference():
     assert described == objects - {"__version__", "RULES"}  # rules of operators: `Add what is missing` says how
 
 
-@pytest.mark.parametrize("line", [line for line in (DOCS / "start.md").read_text().splitlines() if "modeconn " in line])
+@pytest.mark.parametrize("line", COMMANDS)
 def test_commands_of_the_first_page_exist(line):
     from typer.main import get_command
 
     from modeconn.cli.app import app
 
-    if line.startswith("modeconn "):
-        words = shlex.split(line)
-        command = get_command(app).commands[words[1]]
-        known = {name for option in command.params for name in option.opts}
-        assert {word for word in words[2:] if word.startswith("--")} <= known
+    words = shlex.split(line)
+    command = get_command(app).commands[words[1]]
+    known = {name for option in command.params for name in option.opts}
+    assert {word for word in words[2:] if word.startswith("--")} <= known
 
 
 def test_pictures_of_the_gallery_are_those_that_its_lines_draw():

@@ -14,7 +14,7 @@ from modeconn.cli.app import app
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCKS = re.findall(r"^```(\w+)\n(.*?)^```", README.read_text(encoding="utf-8"), flags=re.DOTALL | re.MULTILINE)
-PAGES = sorted((README.parent / "docs").glob("*.md"))
+PAGES = sorted(page for page in (README.parent / "docs").rglob("*.md") if "notebooks" not in page.parts)
 INSTALL = "pip install -c constraints.txt "
 
 

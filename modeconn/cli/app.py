@@ -704,6 +704,7 @@ def robustness(
         raise ValueError(f"--statistics must be clean or adversarial, got {statistics!r}.")
     if out == _STDOUT and len(connections) > 1:
         raise ValueError(f"--out - prints one result, but there are {len(connections)} files.")
+    check_holds_networks(*connections)
     endings = () if out == _STDOUT else ("json", "csv", "png")
     bases = [(out if out and endings else path.parent) / f"{path.stem}.robust" for path in connections]
     results = [[base.with_name(f"{base.name}.{ending}") for ending in endings] for base in bases]
@@ -772,6 +773,7 @@ def sample(
     if taken and not overwrite:
         raise FileExistsError(f"{str(taken[0])!r} exists. Choose another folder, or --overwrite it.")
     training, _ = data.load()
+    check_holds_networks(connection)
     loaded = _connection(connection, shape.template(training), curve_class, data.device)
     if out.exists() and not out.is_dir():
         raise ValueError(f"--out must be a folder, and {str(out)!r} is a file.")
@@ -814,6 +816,7 @@ def predict(
         raise FileExistsError(f"{str(path)!r} exists. Give --out another name, or --overwrite it.")
     _check_outputs(path)
     training, measured = _training_and_measured(data, on)
+    check_holds_networks(connection)
     loaded = _connection(connection, shape.template(training), curve_class, data.device)
     found = loaded.predict(
         measured,
@@ -876,6 +879,7 @@ def measure_plane(
         modeconn plane a.safetensors b.safetensors b-aligned.safetensors \
             --data digits --points 9 --export npz,vti --out three
     """
+    check_holds_networks(*networks)
     endings = _plane_endings(export)
     base = networks[0].with_name(f"{networks[0].stem}.plane") if out is None else out
     base = base.with_suffix("") if base.suffix == ".json" else base

@@ -292,7 +292,7 @@ def _in_words(name: str) -> str:
 
 def check_holds_networks(*paths: Path) -> None:
     """Raise a ValueError if a file is a result that a command wrote as text, of which there is nothing to measure."""
-    for path in paths:
+    for path in filter(Path.is_file, paths):
         with path.open("rb") as file:
             is_text = file.read(1) == b"{"
         if is_text:

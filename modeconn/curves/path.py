@@ -188,7 +188,7 @@ class Networks:
     ) -> None:
         self._path, self._calibration, self._ends, self._forward = path, calibration, ends, forward
         self._model, self._theta = copy_of(path.template), torch.empty_like(path.control_points[0])
-        self._missed: tuple[str, ...] = ()
+        self._missed: tuple[str, ...] | None = None  # of a network that was recalibrated
 
     @property
     def ends_have_their_own(self) -> bool:
@@ -202,8 +202,11 @@ class Networks:
             return ""
         if self._ends is not None:
             return "pre-activations repaired between the ends"
+        if self._missed is None:  # all points were measured before, or by other processes
+            self(0.0)
         if isinstance(self._calibration, AdversarialExamples):
-            return "norm layers recalibrated at every t, the ends included, on each network's own adversarial examples"
+            on = "on each network's own adversarial examples"
+            return f"norm layers recalibrated at every t, the ends included, {on}{but_for(self._missed)}"
         count = sum(map(num_examples, self._calibration))
         on = f"on {count:,} training examples"
         return f"norm layers recalibrated at every t, the ends included, {on}{but_for(self._missed)}"

@@ -117,7 +117,7 @@ class SpanNetworks:
     def __init__(self, span: Span, calibration: list[Any] | AdversarialExamples, forward: Forward | None) -> None:
         self._span, self._calibration, self._forward = span, calibration, forward
         self._model, self._theta = span.new_model()
-        self._missed: tuple[str, ...] = ()
+        self._missed: tuple[str, ...] | None = None  # of a network that was recalibrated
 
     @property
     def calibration(self) -> list[Any] | AdversarialExamples:
@@ -134,8 +134,11 @@ class SpanNetworks:
         """Which statistics norm layers have, empty for none."""
         if not self._calibration:
             return ""
+        if self._missed is None:  # all points were measured before, or by other processes
+            self(0.0, 0.0)
         if isinstance(self._calibration, AdversarialExamples):
-            return "norm layers recalibrated at every point, on each network's own adversarial examples"
+            on = "on each network's own adversarial examples"
+            return f"norm layers recalibrated at every point, {on}{but_for(self._missed)}"
         count = sum(map(num_examples, self._calibration))
         return f"norm layers recalibrated at every point on {count:,} training examples{but_for(self._missed)}"
 

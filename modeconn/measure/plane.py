@@ -215,10 +215,11 @@ class Plane:
     def _surface(self, name: str) -> tuple[list[dict[str, Any]], dict[str, Any]]:
         """Return traces and layout of a surface, as plotly has them; networks and curve lie on it, a little above."""
         (points, values), unit = self.scattered(name), self.quantity(name).unit
-        points, values = points[values.isfinite()], values[values.isfinite()]
-        is_log = name == "loss" and self.limit is not None and float(values.min()) > 0
+        is_finite = values.isfinite()
+        is_log = name == "loss" and self.limit is not None and float(values[is_finite].min()) > 0
         heights = values.clamp(max=self.limit).log10() if is_log else values
-        low, high = float(heights.min()), float(heights.max())
+        low, high = float(heights[is_finite].min()), float(heights[is_finite].max())
+        heights = torch.where(is_finite, heights, high)
         ticks = [low + share * (high - low) for share in (0, 0.25, 0.5, 0.75, 1)]
         scale = {"tickvals": ticks, "ticktext": [f"{10**tick if is_log else tick:.3g}" for tick in ticks]}
         title = {"title": {"text": f"{name} ({unit})" if unit else name}}

@@ -192,11 +192,11 @@ def profile_along(
     for name, values in found.metrics.items():
         if not bool(values[:count].isfinite().all()):
             warn(f"the metric {name!r} is NaN or infinite at some positions: its table and figures leave these empty.")
-    lost = [position for position, value in zip(t, found.loss.tolist(), strict=False) if math.isnan(value)]
+    lost = [position for position, value in zip(t, found.loss.tolist(), strict=False) if not math.isfinite(value)]
     if lost:
         warn(
-            f"the loss is NaN at {len(lost)} of {count} positions, the first t={lost[0]:.4g}. Look for values in the "
-            f"data that are not finite, whose accuracies and metrics mean nothing, or batches without a loss."
+            f"the loss is NaN or infinite at {len(lost)} of {count} positions, the first t={lost[0]:.4g}. Look for "
+            f"values in the data that are not finite, whose accuracies mean nothing either, or batches without a loss."
         )
     return Profile(
         t=torch.tensor(t, dtype=torch.float64),

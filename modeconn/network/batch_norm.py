@@ -155,7 +155,7 @@ def recalibrate(
     return ()
 
 
-def but_for(missed: Sequence[str]) -> str:
+def but_for(missed: Sequence[str] | None) -> str:
     """Say which norm layers were not recalibrated, behind a sentence that says that they were."""
     return f", but for {', '.join(map(repr, missed))}, whose statistics cannot be estimated" if missed else ""
 

@@ -468,6 +468,7 @@ def launched() -> Iterator[None]:
             f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']} ({lines[0] if lines else error!r}). If the port "
             f"is in use, choose another one: torchrun --master-port."
         ) from error
+    atexit.register(_stay_a_moment)
     try:
         yield
     finally:

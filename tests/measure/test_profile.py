@@ -210,7 +210,9 @@ def test_a_loss_that_is_nan_is_told():
     line = Connection.straight_between(*(nn.Linear(3, 2) for _ in range(2)))
     x = torch.randn(4, 3)
     x[1] = torch.nan
-    with pytest.warns(UserWarning, match=r"the loss is NaN at 3 of 3 positions, the first t=0\. Look for values in"):
+    with pytest.warns(
+        UserWarning, match=r"the loss is NaN or infinite at 3 of 3 positions, the first t=0\. Look for values"
+    ):
         line.evaluate([(x, torch.tensor([0, 1, 0, 1]))], num_points=3)
 
 
