@@ -159,7 +159,7 @@ def merge_many(
         >>> from modeconn import models
         >>> merged = merge_many([models.mlp(8, (6,), 3, seed=s) for s in range(3)])
         >>> merged.pairwise(0, 1) @ merged.pairwise(1, 2) @ merged.pairwise(2, 0)
-        Permutation(1 groups, 0 of 6 units moved)
+        Permutation(1 group, 0 of 6 units moved)
     """
     models = list(models)
     space = _check_models(models, loader, repair=repair)

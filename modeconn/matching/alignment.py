@@ -157,7 +157,7 @@ def align(
         >>> from modeconn import models
         >>> a, b = (models.mlp(64, (16,), 10, seed=s) for s in (1, 2))
         >>> align(a, b).permutation
-        Permutation(1 groups, 15 of 16 units moved)
+        Permutation(1 group, 15 of 16 units moved)
     """
     space = WeightSpace(model_a)
     space.check(model_a, name="a")
