@@ -26,6 +26,7 @@ from modeconn.cli.app import app
 HERE = Path(__file__).parent
 PAGE = HERE / "gallery.md"
 THEMES = {"light": [], "dark": ["dark_background"]}
+PAGES = ("page", "surface")
 COLOURS = 160  # of a picture, so that files are small
 
 
@@ -85,11 +86,11 @@ def main() -> None:
         os.chdir(folder)
         for theme in THEMES:
             draw(theme)
-            for page in () if options.no_pages else (Path("page.html"), Path("surface.html")):
-                photograph(page, theme)
+            for page in () if options.no_pages else PAGES:
+                photograph(Path(f"{page}.html"), theme)
             shown = re.findall(rf"gallery/([\w-]+)-{theme}\.png", PAGE.read_text(encoding="utf-8"))
             for path in map(Path, (f"{name}.png" for name in shown)):
-                if not path.exists() and options.no_pages:
+                if options.no_pages and path.stem in PAGES:
                     continue
                 Image.open(path).convert("RGB").quantize(COLOURS).save(out / f"{path.stem}-{theme}.png", optimize=True)
 
