@@ -24,7 +24,8 @@ img { max-width: 100%; background: white; border-radius: 4px; }
 .pictures { display: flex; flex-wrap: wrap; gap: 0.7rem; align-items: flex-start; }
 .pictures img { width: 27rem; }
 pre { overflow-x: auto; font-size: 0.85rem; }
-@media print { .figure { break-inside: avoid; } .pictures img { break-inside: avoid; width: 48%; } }
+@media print { .figure { break-inside: avoid; } .pictures img { break-inside: avoid; width: 48%; }
+  .wide, pre { overflow: visible; } pre { white-space: pre-wrap; font-size: 0.55rem; } table { font-size: 0.72rem; } }
 """
 _START = """
 (async () => {
