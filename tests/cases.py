@@ -127,3 +127,15 @@ def same_bits(left: nn.Module, right: nn.Module) -> bool:
 
 def clone(model: nn.Module) -> nn.Module:
     return copy.deepcopy(model)
+
+
+class ReadsStatistics(nn.Module):
+    """Reads the statistics of its layer ``last`` by itself, so that nobody can estimate them."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        x = self.norm(self.first(x))
+        return (x - self.last.running_mean) / (self.last.running_var + 1e-5).sqrt()

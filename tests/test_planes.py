@@ -20,6 +20,7 @@ from torch import nn
 import modeconn
 from modeconn import PGD, AdversarialExamples, Bezier, Connection, Plane, PolyChain, Recipe, plane
 from modeconn.tools.measurements import read_records
+from tests.cases import ReadsStatistics
 
 from .cases import CASES, DEVICE, Residual, batches, mlp, same_bits
 from .reference import pooled_statistics
@@ -410,16 +411,7 @@ def test_norm_layers_of_a_plane_need_training_data():
 
 @pytest.mark.filterwarnings("ignore:the statistics of the norm layers 'last'")
 def test_a_plane_that_was_measured_before_names_norm_layers_that_stay_too(tmp_path):
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
-
-        def forward(self, x):
-            x = self.norm(self.first(x))
-            return (x - self.last.running_mean) / (self.last.running_var + 1e-5).sqrt()
-
     data = [(torch.randn(8, 3), torch.randint(4, (8,)))]
-    networks, settings = [Own() for _ in range(3)], {"recalibrate": data, "checkpoint": tmp_path / "seen"}
+    networks, settings = [ReadsStatistics() for _ in range(3)], {"recalibrate": data, "checkpoint": tmp_path / "seen"}
     first, again = (modeconn.plane(networks, data, num_points=2, **settings) for _ in range(2))
     assert first.statistics == again.statistics and "but for 'last'" in again.statistics

@@ -12,7 +12,7 @@ from modeconn import Connection, metrics, plot
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.profile import Profile
 from modeconn.network.loss import cross_entropy
-from tests.cases import CASE, batches
+from tests.cases import CASE, ReadsStatistics, batches
 
 CPU = torch.device("cpu")
 
@@ -217,17 +217,8 @@ def test_a_loss_that_is_nan_is_told():
 
 
 def test_norm_layers_that_stay_as_they_are_are_named_beside_those_that_do_not():
-    class Own(nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.first, self.norm, self.last = nn.Linear(3, 4), nn.BatchNorm1d(4), nn.BatchNorm1d(4)
-
-        def forward(self, x):
-            x = self.norm(self.first(x))
-            return (x - self.last.running_mean) / (self.last.running_var + 1e-5).sqrt()
-
     data = [(torch.randn(8, 3), torch.randint(4, (8,)))]
-    line = Connection.straight_between(Own(), Own())
+    line = Connection.straight_between(ReadsStatistics(), ReadsStatistics())
     with pytest.warns(UserWarning, match="norm layers 'last' are used in a way in which they cannot be estimated"):
         profile = line.evaluate(data, num_points=3, recalibrate=data)
         assert profile.statistics.endswith(
