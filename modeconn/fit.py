@@ -10,6 +10,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from modeconn.attacks.training import AdversaryLike, adversary_of
@@ -60,6 +61,7 @@ def fit_curve(
     *,
     align: bool | Relabelling | Alignment | Method = True,
     curve: Curve = _QUADRATIC,
+    start: Connection | nn.Module | Sequence[nn.Module] | None = None,
     recipe: Recipe = _RECIPE,
     refine: PAM | None = None,
     adversary: AdversaryLike | None = None,
@@ -99,6 +101,10 @@ def fit_curve(
             or False to take b as it is.
         curve: The family of curves to learn from; `Line()` learns nothing. A class of your own is a dataclass that
             inherits from `modeconn.curves.Curve`.
+        start: What the curve's inner control points are at first: a network for each of them, such as one fresh from
+            its factory; or a connection on a curve of as many, of which they are taken (give its ``permutation`` as
+            ``align``, so that b bears the same labels). Frozen parameters stay on the straight line. Default: points
+            evenly spaced on it.
         recipe: Epochs, optimizer, schedule, weight decay, autocast, compile.
         refine: `PAM()` to improve the relabelling and the curve together, by turns, from where ``align`` starts.
         adversary: An attack, such as `PGD(8 / 255, 2 / 255, 5)`, or `AdversarialTraining` or `TRADES` with one, or
@@ -142,6 +148,7 @@ def fit_curve(
     for end, model in zip("ab", ends, strict=True):
         space.check(model, name=end)
     _check_settings(align, refine, curve, recipe, adversary, loader)
+    starts = _check_start(start, curve, space, loader, may_untie=untie or _unties(spec) or _unties(finished(align)))
     told = Callbacks(callbacks, space.device)
     loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward, sharded)
     them = joined()
@@ -159,6 +166,7 @@ def fit_curve(
         "adversary": None if adversary is None else adversary_of(adversary),
         "align": finished(align) or align,
         "seed": seed,
+        **({"start": starts} if starts else {}),
     }
     with seeded(seed, space.device), ExitStack() as until_end:
         data = None if loader is None else _opened(loader, space, forward)
@@ -178,11 +186,14 @@ def fit_curve(
         file.keep(permutation)
         del data  # ends the pass that was begun, with its worker processes, if nobody went on with it
         points = curve.initial_control_points(space.flatten(model_a), space.flatten(relabelled, name="b"))
+        for number, given in enumerate(starts, 1):
+            weights = _weights_of(given, start, space, permutation, f"start network {number}")
+            points[number] = torch.where(space.trainable, weights, points[number])
         buffers = (named_buffers(model_a), named_buffers(relabelled))
         warn_of(differing(model_a, buffers), buffers[0])
         if curve.num_trained or refine:
             step = CurveStep(Workspace(model_a, space), curve, points, recipe)
-            learner = _Learner(step, loss, training, refine, permutation, buffers, ends)
+            learner = _Learner(step, loss, training, refine, permutation, buffers, (model_a, ends[1]))
             history = learner.learn(file, told, seed=seed, progress=progress)
             return learner.connection(points, history)
     path = Path(model_a, curve, points, buffers, space=space, training=training, warns=False)
@@ -200,7 +211,7 @@ class _Learner:
         refine: How relabelling and curve are refined together, or None.
         permutation: How b is relabelled.
         buffers: Of a and of the relabelled b.
-        ends: The networks as they were given.
+        ends: Network a, untied where b is, and b as it was given.
     """
 
     step: CurveStep
@@ -272,6 +283,65 @@ def _check_settings(
         raise ValueError(f"{adversary!r} attacks training data, so fit_curve needs it: pass loader=.")
     if adversary is not None and refine is not None:
         raise ValueError(f"{refine!r} moves units by the clean loss, so it does not go with {adversary!r}.")
+
+
+def _unties(known: Any) -> bool:
+    """Whether a spec, or the spec of a relabelling, is of networks whose tied weights have a tensor for each name."""
+    return bool(getattr(getattr(known, "spec", known), "untied", ()))
+
+
+def _check_start(
+    start: Connection | nn.Module | Sequence[nn.Module] | None,
+    curve: Curve,
+    space: WeightSpace,
+    loader: Iterable[Any] | None,
+    *,
+    may_untie: bool,
+) -> list[Tensor] | list[nn.Module]:
+    """Return what the inner control points are at first, as points or as networks; empty for the straight line.
+
+    Raises:
+        ValueError: If nothing is learned, if there are not as many as the curve has inner control points, or if they
+            are of another architecture. Where tied weights may be untied, that is seen only once they are.
+    """
+    if start is None:
+        return []
+    if loader is None:
+        raise ValueError("start= is where a curve is learned from, and without loader= none is learned: pass one.")
+    num_inner = curve.num_control_points - 2
+    if isinstance(start, Connection):
+        given: Any = list(start.control_points[1:-1])
+        if not may_untie:
+            _check_weights(start, space)
+    else:
+        given = [start] if isinstance(start, nn.Module) else list(start)
+        for number, network in enumerate(given, 1):
+            if not may_untie:
+                space.check(network, name=f"start network {number}")
+    if len(given) != num_inner:
+        raise ValueError(
+            f"{curve!r} has {num_inner} inner control points, and start= has {len(given)}. Pass a network for each, "
+            f"or a curve of as many."
+        )
+    return given
+
+
+def _check_weights(start: Connection, space: WeightSpace) -> None:
+    if start.space.shapes != space.shapes:
+        raise ValueError("start= is a connection between networks of another architecture: its weights are not a's.")
+
+
+def _weights_of(
+    given: Tensor | nn.Module, start: Any, space: WeightSpace, relabelling: Relabelling | None, name: str
+) -> Tensor:
+    """Return the weights that an inner control point begins with, in the space of the fit."""
+    if isinstance(given, Tensor):
+        _check_weights(start, space)
+        return space.from_canonical(start.space.to_canonical(given))  # memory formats may differ
+    spec = getattr(relabelling, "spec", None)
+    if getattr(spec, "prepares", False) and not (spec.untied and WeightSpace(given).shapes == space.shapes):
+        given = spec.prepared(given)  # the curve lies among networks with gains folded and weights untied
+    return space.flatten(given, name=name)
 
 
 def _opened(loader: Iterable[Any], space: WeightSpace, forward: Forward | None) -> Opened:

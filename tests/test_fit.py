@@ -29,7 +29,10 @@ from modeconn.network.weights import WeightSpace
 from modeconn.symmetry import discover
 from modeconn.tools.rng import rng_state
 from tests.cases import CASE, CASES, batches, clone, same_bits
+from tests.matching.test_rotations import generic
 from tests.reference import fit_by_autograd
+from tests.refinement.test_turning import LOADER
+from tests.symmetry.rotating import LanguageModel
 
 CPU = torch.device("cpu")
 SHORT = Recipe(epochs=2, optimizer=partial(torch.optim.SGD, lr=0.1, momentum=0.9), schedule=constant)
@@ -105,6 +108,33 @@ def test_free_ends_are_trained_too():
     a, b = pair()
     connection = fit_curve(a, b, batches(), align=False, curve=Bezier(2, free_ends=True), recipe=SHORT)
     assert not same_bits(connection.model_at(0), a) and not same_bits(connection.model_at(1), b)
+
+
+@pytest.mark.parametrize("name", ["mlp", "batch_norm"])
+@pytest.mark.parametrize(("free", "fixed"), ["ab", "ba"])
+def test_one_end_alone_is_trained_and_the_other_stays_the_network_that_it_was(free, fixed, name, tmp_path):
+    models = dict(zip("ab", pair(name), strict=True))
+    curve = Bezier(2, free_ends=free)
+    fitted = fit_curve(*models.values(), batches(), align=False, curve=curve, recipe=SHORT)
+    fitted.save(tmp_path / "c")
+    for connection in (fitted, modeconn.Connection.load(tmp_path / "c", models["a"])):
+        assert connection.curve == curve
+        assert same_bits(connection.model_at("ab".index(fixed)), models[fixed])
+        trained = connection.model_at("ab".index(free), recalibrate=batches())
+        assert not same_bits(trained, models[free])
+
+
+@pytest.mark.parametrize("refine", [None, PAM(iterations=1)], ids=str)
+def test_curves_between_untied_networks_have_their_ends_as_functions(refine, tmp_path):
+    a, b = (generic(lambda: LanguageModel(nn.LayerNorm, tied=True), seed).float() for seed in (0, 1))
+    how = {"symmetries": "orthogonal", "untie": True, "align": WeightMatching(), "refine": refine}
+    fitted = fit_curve(a, b, LOADER, recipe=Recipe(epochs=1), **how)
+    fitted.save(tmp_path / "c")
+    loaded = Connection.load(tmp_path / "c", fitted.model_at(0))
+    for connection in (fitted, loaded):
+        for t, end in ((0, a), (1, b)):
+            torch.testing.assert_close(connection.model_at(t)(LOADER[0][0]), end(LOADER[0][0]), rtol=1e-4, atol=1e-4)
+        assert connection.evaluate(LOADER, num_points=3).loss.isfinite().all()
 
 
 @pytest.mark.parametrize("curve", [Bezier(2), Bezier(3, free_ends=True)], ids=str)

@@ -549,7 +549,7 @@ def fit(
     adversary: AdversaryOptions,
     method: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
     curve: Annotated[
-        str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS, also with ,free_ends=True.")
+        str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS, also with ,free_ends=True, or =a or =b for one end.")
     ] = "bezier:2",
     refine: Annotated[
         str,

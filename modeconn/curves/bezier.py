@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,7 +23,7 @@ class Bezier(Curve):
 
     Args:
         degree: ``n``, at least 1; the curve has ``n - 1`` inner control points.
-        free_ends: Whether `fit_curve` trains the ends as well.
+        free_ends: Whether `fit_curve` trains the ends as well: True for both, "a" or "b" for one of them.
 
     Raises:
         ValueError: If the degree is below 1.
@@ -36,7 +37,7 @@ class Bezier(Curve):
     """
 
     degree: int = 2
-    free_ends: bool = False
+    free_ends: bool | Literal["a", "b"] = False
 
     def __post_init__(self) -> None:
         check_settings(self)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
+from typing import Literal
 
 import numpy as np
 import torch
@@ -22,12 +23,13 @@ class Curve(Shown, ABC):
     .. math:: \theta(t) = \sum_k B_k(t) \, c_k, \qquad c_k \in \mathbb{R}^P, \quad \sum_k B_k(t) = 1
 
     A curve holds no weights: control points ``(K, P)`` are passed to it. With ``free_ends`` the first and the last
-    one are trained too, and need no longer be the networks that were connected. A subclass states only its formula:
+    one are trained too, and need no longer be the networks that were connected; "a" frees the first alone, "b" the last
+    alone. A subclass states only its formula:
     `num_control_points`, `_basis` and `_derivative`, float64, for ``t`` of any shape. Its ends are fixed unless it sets
     ``free_ends``.
     """
 
-    free_ends: bool = False
+    free_ends: bool | Literal["a", "b"] = False
 
     @property
     @abstractmethod
@@ -48,7 +50,11 @@ class Curve(Shown, ABC):
     @property
     def trained(self) -> slice:
         """The rows of the control points that `fit_curve` learns."""
-        return slice(0, self.num_control_points) if self.free_ends else slice(1, self.num_control_points - 1)
+        return slice(0 if self.frees(0) else 1, self.num_control_points - (0 if self.frees(1) else 1))
+
+    def frees(self, end: float) -> bool:
+        """Whether `fit_curve` trains the end at t=0 or t=1, so that it need not be the network that was connected."""
+        return self.free_ends is True or self.free_ends == "ab"[int(end)]
 
     @property
     def num_trained(self) -> int:

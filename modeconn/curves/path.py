@@ -101,7 +101,7 @@ class Path:
 
         At the ends, which have statistics of their own, nothing is recalibrated unless there is ``recalibrate``.
         """
-        if recalibrate is None and t in (0, 1) and not self.curve.free_ends:
+        if recalibrate is None and t in (0, 1) and not self.curve.frees(t):
             return Networks(self, [], None)(t)
         return self.networks(recalibrate, num_examples, repair, forward)(t)
 
@@ -228,6 +228,6 @@ class Networks:
     def _place(self, theta: Tensor, t: float) -> nn.Module:
         self._path.space.load(theta, self._model)
         load_buffers(self._path.buffers_at(t), self._model)
-        if t not in (0, 1) or self._path.curve.free_ends:
+        if t not in (0, 1) or self._path.curve.frees(t):
             settle(self._model)
         return self._model

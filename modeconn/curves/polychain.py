@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -21,7 +22,7 @@ class PolyChain(Curve):
 
     Args:
         num_segments: ``n``, at least 1; the chain has ``n - 1`` inner control points.
-        free_ends: Whether `fit_curve` trains the ends as well.
+        free_ends: Whether `fit_curve` trains the ends as well: True for both, "a" or "b" for one of them.
 
     Raises:
         ValueError: If there is no segment.
@@ -35,7 +36,7 @@ class PolyChain(Curve):
     """
 
     num_segments: int = 2
-    free_ends: bool = False
+    free_ends: bool | Literal["a", "b"] = False
 
     def __post_init__(self) -> None:
         check_settings(self)

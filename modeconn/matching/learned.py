@@ -91,7 +91,7 @@ class LearnedMatching(Shown, ABC):
                 f"objective must be {', '.join(map(repr, self.objectives))} or a curve, got objective={objective!r}."
             )
         if isinstance(objective, Curve) and objective.free_ends:
-            raise ValueError(f"objective must be a curve with fixed ends, but {objective!r} frees its ends.")
+            raise ValueError(f"objective must be a curve with fixed ends, but {objective!r} frees an end.")
         if self.invertible and objective == "weights":
             raise ValueError(
                 "invertible=True is learned through the loss: maps that are not orthogonal change how long weights "

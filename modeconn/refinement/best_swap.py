@@ -134,7 +134,7 @@ def _check_connection(connection: Swappable, training: TrainingData) -> None:
     if training.loader is None:
         raise ValueError("this connection remembers no training data: pass loader=.")
     if connection.curve.free_ends:
-        raise ValueError(f"best_swap relabels the end b, but {connection.curve!r} has trained its ends.")
+        raise ValueError(f"best_swap relabels the end b, but {connection.curve!r} has trained an end.")
 
 
 def _relabelled(connection: Swappable, training: TrainingData, num_batches: int | None, seed: int) -> Relabelled:

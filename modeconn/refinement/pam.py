@@ -116,7 +116,7 @@ class PAM(Shown):
             raise ValueError("refine=PAM(...) measures the loss of the curve, so it needs data: pass loader=.")
         if curve.free_ends:
             raise ValueError(
-                f"refine=PAM(...) relabels the end b, but {curve!r} trains its ends. Use a curve with fixed ends."
+                f"refine=PAM(...) relabels the end b, but {curve!r} trains an end. Use a curve with fixed ends."
             )
         if self.iterations > recipe.epochs:
             raise ValueError(

@@ -101,6 +101,8 @@ def test_only_inner_control_points_are_trained_unless_the_ends_are_free():
     rows = list(range(4))
     assert rows[Bezier(3).trained] == [1, 2] and Bezier(3).num_trained == 2
     assert rows[PolyChain(3, free_ends=True).trained] == rows
+    assert rows[Bezier(3, free_ends="a").trained] == [0, 1, 2] and rows[Bezier(3, free_ends="b").trained] == [1, 2, 3]
+    assert Bezier(1, free_ends="b").num_trained == 1
     assert Line().num_trained == 0 and Bezier(1).num_trained == 0
 
 
