@@ -320,8 +320,8 @@ def _check_start(
                 space.check(network, name=f"start network {number}")
     if len(given) != num_inner:
         raise ValueError(
-            f"{curve!r} has {num_inner} inner control points, and start= has {len(given)}. Pass a network for each, "
-            f"or a curve of as many."
+            f"{curve!r} has {num_inner} inner control point{'s' * (num_inner != 1)}, and start= has {len(given)}. Pass "
+            f"a network for each, or a curve of as many."
         )
     return given
 

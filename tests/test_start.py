@@ -141,7 +141,7 @@ def test_where_gains_are_folded_and_weights_untied_the_start_is_the_same_functio
         ({"start": models.mlp(4, (5,), 3)}, r"differ: parameter .* not in start network 1"),
         ({"curve": Bezier(3)}, r"Bezier\(degree=3, .*\) has 2 inner control points, and start= has 1\. Pass a network"),
         ({"curve": Line()}, r"Line\(\) has 0 inner control points, and start= has 1"),
-        ({"start": []}, r"has 1 inner control points, and start= has 0"),
+        ({"start": []}, r"has 1 inner control point, and start= has 0"),
         ({"start": 3}, r"start must be a Connection, or a torch\.nn\.Module"),
     ],
 )

@@ -549,8 +549,22 @@ def fit(
     adversary: AdversaryOptions,
     method: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
     curve: Annotated[
-        str, typer.Option(help="line, bezier:DEGREE or polychain:SEGMENTS, also with ,free_ends=True, or =a or =b for one end.")
+        str,
+        typer.Option(
+            help="line, bezier:DEGREE or polychain:SEGMENTS, also with ,free_ends=True, or =a, =b for one end."
+        ),
     ] = "bezier:2",
+    start: Annotated[
+        list[Path] | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            metavar="FILE",
+            help="A network that an inner control point begins with, repeated for each of them; or a connection, whose "
+            "inner control points are taken. Default: points on the straight line.",
+        ),
+    ] = None,
     refine: Annotated[
         str,
         typer.Option(
@@ -584,6 +598,9 @@ def fit(
         "refine": parse.refinement(refine),
         "adversary": adversary.opponent(),
     }
+    started = start or []
+    if len(started) > 1 and not all(map(is_network, started)):
+        raise ValueError("--start takes one connection, or a network for each inner control point, not both.")
     kept = checkpoint or out.with_name(out.name + ".checkpoint")
     _check_outputs(out, kept)
     loader, _ = data.load()
@@ -593,6 +610,7 @@ def fit(
             *networks,
             loader,
             **settings,
+            start=_start(started, shape, loader, data.device),
             checkpoint=modeconn.Checkpoint(kept, every_seconds=save_every),
             seed=seed,
             outputs=parse.outputs(shape.outputs),
@@ -601,6 +619,49 @@ def fit(
             progress=_bars(progress),
         )
         connection.save(out)
+    typer.echo(repr(connection))
+    typer.echo(f"Wrote {out}")
+
+
+def _start(files: list[Path], shape: ModelOptions, train: Any, device: str) -> Any:
+    """Return what inner control points begin with: a connection, networks, or None if no files were given."""
+    if files and not is_network(files[0]):
+        return _connection(files[0], shape.template(train), None, device)
+    return shape.read(files, train, device) or None
+
+
+@app.command()
+@grouped(
+    "batch_size",
+    "augment",
+    "train_examples",
+    "test_examples",
+    "data_seed",
+    "input_shape",
+    "outputs",
+    "symmetries",
+    "untie",
+    data=None,
+)
+def chain(
+    networks: options.Files,
+    out: Annotated[Path, typer.Option(help="File for the connection.")],
+    data: DataOptions,
+    shape: ModelOptions,
+) -> None:
+    r"""Connect many networks, such as checkpoints of one run, by a chain of straight lines.
+
+    Network k of K lies at t = k / (K - 1). The file is measured as any other connection: by evaluate, predict, plane.
+
+    For example:
+
+        modeconn chain a.safetensors b.safetensors c.safetensors \
+            --out chain.safetensors
+    """
+    _check_outputs(out)
+    train = data.load_if_given()[0]
+    connection = Connection.through(shape.read(networks, train, data.device))
+    connection.save(out)
     typer.echo(repr(connection))
     typer.echo(f"Wrote {out}")
 

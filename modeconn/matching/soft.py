@@ -5,12 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import islice
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from modeconn.matching.assignment import match_groups
+from modeconn.matching.birkhoff import draws
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.relabelling import relabelled_copy
 from modeconn.symmetry.spec import Permutation, PermutationSpec
@@ -67,6 +69,27 @@ class SoftPermutation(Shown):
     def round(self) -> Permutation:
         """Return the permutation of largest total weight, by assignment; blocks with what is inside them."""
         return match_groups(self.spec, {g.name: self.matrix(g.name).detach() for g in self.spec.groups})
+
+    def sample(self, num_samples: int = 1, *, num_parts: int = 11, seed: int = 0) -> list[Permutation]:
+        """Draw permutations, of which this is nearly the mean.
+
+        The matrices of each group are decomposed into permutations (Birkhoff and von Neumann), greedily, from the
+        largest weight on; what is drawn are parts by their weights, for each group by itself.
+
+        Args:
+            num_samples: How many permutations, at least 1.
+            num_parts: How many parts of each decomposition are drawn from, the largest ones; at least 1. The more, the
+                closer is the mean.
+            seed: Of the draws.
+
+        Raises:
+            ValueError: If a number is below 1.
+        """
+        for name, value in (("num_samples", num_samples), ("num_parts", num_parts)):
+            if value < 1:
+                raise ValueError(f"{name} must be at least 1, got {name}={value}.")
+        drawn = draws(self.spec, self.matrices, num_parts, torch.Generator().manual_seed(seed))
+        return list(islice(drawn, num_samples))
 
     def matrix(self, name: str) -> Tensor:
         """Return the weight of every unit of a group at every place, ``(N, N)``, blocks and units inside row-major."""

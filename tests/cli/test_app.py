@@ -335,6 +335,26 @@ def test_planes_that_cannot_be_are_one_sentence(folder, arguments, message):
     assert not list(folder.glob("none*"))
 
 
+def test_a_chain_goes_through_the_networks_of_its_files(folder, tmp_path):
+    a, b = ends(folder)
+    run("chain", a, b, a, "--out", tmp_path / "chain")
+    chain = Connection.load(tmp_path / "chain")
+    assert all(same_bits(chain.model_at(t), models.load(path)) for t, path in ((0, a), (0.5, b), (1, a)))
+    assert "goes through two networks or more, got 1" in run("chain", a, "--out", tmp_path / "x", code=1).stderr
+    assert not (tmp_path / "x").exists()
+
+
+def test_a_fit_starts_from_a_network_or_from_a_connection(folder, tmp_path):
+    a, b, other = *ends(folder), folder / "c.safetensors"
+    still = ["--data", "digits", "--epochs", 1, "--optimizer", "sgd:lr=0", "--weight-decay", 0, "--out", tmp_path / "d"]
+    connection = Connection.load(other)
+    for start, point in ((b, connection.space.flatten(models.load(b))), (other, connection.control_points[1])):
+        run("fit", a, b, *still, "--start", start)
+        assert torch.equal(Connection.load(tmp_path / "d").control_points[1], point)
+    refused = run("fit", a, b, *still, "--start", a, "--start", other, code=1).stderr
+    assert "--start takes one connection, or a network for each inner control point" in " ".join(refused.split())
+
+
 def test_networks_along_a_connection_are_written_and_predict(folder, tmp_path):
     run("sample", folder / "c.safetensors", "--data", "digits", "--points", 3, "--out", tmp_path)
     connection = Connection.load(folder / "c.safetensors")

@@ -63,6 +63,25 @@ def state(model: nn.Module, spec: PermutationSpec) -> dict[str, Tensor]:
     return {name: named[name].detach().double() for name in spec.state}
 
 
+@pytest.mark.parametrize("name", ["residual", "vit"])
+def test_samples_are_permutations_whose_mean_is_the_soft_permutation(name, generator):
+    spec = built(name)[2]
+    soft = drawn(spec, generator)
+    samples = soft.sample(1000, num_parts=200, seed=3)
+    for group in spec.groups:
+        mean = torch.stack([SoftPermutation.of(sample).matrix(group.name) for sample in samples]).mean(0)
+        torch.testing.assert_close(mean.double(), soft.matrix(group.name), rtol=0, atol=0.07)  # four standard errors
+    assert samples[0] == soft.sample(seed=3, num_parts=200)[0]
+
+
+def test_a_permutation_has_no_sample_but_itself():
+    spec = built("vit")[2]
+    permutation = spec.random(torch.Generator().manual_seed(0))
+    assert SoftPermutation.of(permutation).sample(3) == [permutation] * 3
+    with pytest.raises(ValueError, match=r"num_parts must be at least 1, got num_parts=0\."):
+        SoftPermutation.of(permutation).sample(num_parts=0)
+
+
 # ---------------------------------------------------------------- Sinkhorn's operator
 
 

@@ -13,16 +13,18 @@ from modeconn import PAM, Bezier, Line, PolyChain, ProximalLinear, Recipe, Relax
 from modeconn.curves.loss import CurveLoss
 from modeconn.curves.path import Path
 from modeconn.matching import match_units
+from modeconn.matching.birkhoff import decompose
 from modeconn.matching.learned import SoftWeights
 from modeconn.models.preresnet import PreActivationResNet, bottleneck
 from modeconn.models.zoo import Images
 from modeconn.network.loss import supervised
 from modeconn.network.weights import WeightSpace, Workspace
+from modeconn.refinement import relaxed_step
 from modeconn.refinement.exact import Descent
 from modeconn.refinement.moves import Move, cycles, exchanges, gain, linear_costs, proximal_proposals
 from modeconn.refinement.pam import draw_sample
 from modeconn.refinement.relabelled import Relabelled
-from modeconn.refinement.relaxed_step import decompose, project
+from modeconn.refinement.relaxed_step import project
 from modeconn.symmetry.spec import Permutation
 from tests.cases import CASE, DEVICE, batches, same_bits
 from tests.learning.resume_worker import fit, loader
@@ -493,6 +495,7 @@ def test_settings_out_of_range(settings, message):
         (ProximalLinear, {"weights": 0.1}, "weights must be a list or tuple, each a number, got weights=0.1"),
         (ProximalLinear, {"weights": (math.nan,)}, r"weights\[0\] must be a number, got weights\[0\]=nan"),
         (ProximalLinear, {"weights": ()}, "weights must be one or more numbers"),
+        (RelaxedStep, {"penalty": -0.1}, "penalty must be at least 0, got penalty=-0.1"),
         (RelaxedStep, {"num_halvings": -1}, "num_halvings must be at least 0, got num_halvings=-1"),
         (RelaxedStep, {"seed": None}, "seed must be an integer, got seed=None"),
     ],
@@ -504,7 +507,7 @@ def test_settings_of_steps_out_of_range(step, settings, message):
 
 def test_what_cannot_be_refined():
     a, b = pair()
-    with pytest.raises(ValueError, match=r"trains its ends\. Use a curve with fixed ends"):
+    with pytest.raises(ValueError, match=r"trains an end\. Use a curve with fixed ends"):
         modeconn.fit_curve(a, b, batches(), curve=Bezier(2, free_ends=True), refine=PAM())
     with pytest.raises(ValueError, match="divides the epochs of the recipe, which has only 2"):
         modeconn.fit_curve(a, b, batches(), refine=PAM(iterations=3), recipe=Recipe(epochs=2))
@@ -588,6 +591,26 @@ def test_the_projection_is_doubly_stochastic_whatever_its_size(size, noise):
     assert float((cut * (vertex - found[0])).sum()) <= 1e-4 * noise * size
 
 
+def test_the_penalty_of_a_relaxed_step_is_that_of_power_three_quarters_and_hardens_the_matrices(monkeypatch):
+    matrix = project(torch.rand(6, 6, dtype=torch.float64)).clamp(min=1e-2).requires_grad_()
+    (slope,) = torch.autograd.grad((matrix**0.75).sum(), matrix)
+    torch.testing.assert_close(relaxed_step._slope(matrix.detach()), slope)
+
+    kept = {}
+    draws = relaxed_step.draws
+
+    def spy(spec, matrices, *others):
+        kept["sum"] = sum(float((m.detach().clamp(min=0) ** 0.75).sum()) for m in matrices.values())
+        return draws(spec, matrices, *others)
+
+    monkeypatch.setattr(relaxed_step, "draws", spy)
+    sums = []
+    for penalty in (0.0, 0.3):
+        fit(recipe=RECIPE, align=True, refine=PAM(iterations=1, step=RelaxedStep(30, 0.5, nu=1e6, penalty=penalty)))
+        sums.append(kept["sum"])
+    assert sums[1] < 0.95 * sums[0]
+
+
 def test_a_decomposition_sums_to_its_matrix():
     matrix = project(torch.randn(6, 6, generator=torch.Generator().manual_seed(0), dtype=torch.float64))
     parts = decompose(matrix, 100)
@@ -647,5 +670,5 @@ def test_a_swap_needs_a_permutation_data_and_fixed_ends():
     free = modeconn.Connection(path, permutation=aligned.permutation)
     with pytest.raises(ValueError, match="remembers no training data: pass loader="):
         modeconn.best_swap(free)
-    with pytest.raises(ValueError, match="has trained its ends"):
+    with pytest.raises(ValueError, match="has trained an end"):
         modeconn.best_swap(free, batches())
