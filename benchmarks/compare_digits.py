@@ -109,7 +109,7 @@ def markdown(splits: dict[int, Comparison]) -> str:
             f"{total['line']['mean']:.4f} ± {total['line']['std']:.4f}",
             f"{share:.2f}% ({low:.2f}-{high:.2f})",
             f"{total['repaired']['mean']:.4f}",
-            f"{total['line accuracy']['mean']:.2%}",
+            f"{total['line accuracy lost']['mean']:.2%}",
             f"{total['seconds']['median']:.3f}",
         ]
         lines.append("| " + " | ".join([row, *cells]) + " |")

@@ -211,7 +211,7 @@ def methods_digits() -> Table:
                 f"{row['line']['mean']:.4f} ± {row['line']['std']:.4f}",
                 "" if share is None else f"{share[0]:.2%} ({100 * share[1]:.2f}-{100 * share[2]:.2f})",
                 f"{row['repaired']['mean']:.4f}",
-                f"{row['line accuracy']['mean']:.2%}",
+                f"{row['line accuracy lost']['mean']:.2%}",
                 f"{row['seconds']['median']:.3f}",
             ]
         )
@@ -254,9 +254,9 @@ def methods(network: str) -> Table:
             [
                 name,
                 _over(row["line"]),
-                _over(row["line accuracy"], ".1f", 100),
+                _over(row["line accuracy lost"], ".1f", 100),
                 _over(row["repaired"]),
-                _over(row["repaired accuracy"], ".1f", 100),
+                _over(row["repaired accuracy lost"], ".1f", 100),
                 f"{statistics.mean(row['seconds']):.2f}",
                 f"{memory:.1f}" if memory >= 0.05 else "",
             ]
@@ -278,7 +278,7 @@ def balanced() -> Table:
             cells = [
                 cell
                 for one in tables.values()
-                for cell in (_over(one[row]["line"], ".4f"), _over(one[row]["line accuracy"], ".1f", 100))
+                for cell in (_over(one[row]["line"], ".4f"), _over(one[row]["line accuracy lost"], ".1f", 100))
             ]
             rows.append([f"{title}: {row}", *cells])
     few, many = _read("balanced_digits"), _read("balanced_cifar10")

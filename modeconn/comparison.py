@@ -66,8 +66,8 @@ class Comparison:
     r"""What each method made of each pair of networks.
 
     Columns are "line", "repaired" and "curve", the barrier of the loss (see `Profile.barrier`) on the straight line as
-    it is, on the straight line repaired, and on a fitted curve; the same with " accuracy" for `Profile.accuracy_drop`,
-    a fraction; "length" and "curve length" in weight space, in the Euclidean norm; "seconds" and "peak bytes" of the
+    it is, on the straight line repaired, and on a fitted curve; the same with " accuracy lost" for
+    `Profile.accuracy_drop`, a fraction; "length" and "curve length" in weight space, in the Euclidean norm; "seconds" and "peak bytes" of the
     matching alone, "curve seconds" of the fit. "Tempered" is the barrier of the straight line if each network on it
     has its best temperature, see `modeconn.metrics.TemperedLoss`. Columns that were not measured are absent.
 
@@ -279,7 +279,7 @@ def compare(
         >>> train, test = data.load("digits")
         >>> networks = [models.mlp(64, (8,), 10, seed=seed) for seed in range(2)]
         >>> compare([networks], {"weights": WeightMatching()}, train, test, num_points=3, repair=False).columns
-        ['line', 'line accuracy', 'length', 'seconds', 'peak bytes']
+        ['line', 'line accuracy lost', 'length', 'seconds', 'peak bytes']
     """
     if not isinstance(num_points, int) or num_points < 2:
         raise ValueError(f"num_points must be an integer of at least 2, got num_points={num_points!r}.")
@@ -417,7 +417,7 @@ class _Matching:
         for model in (model_a, model_b, Ensemble([model_a, model_b], axis=self.axis or 1)):
             meter.measure(copy_of(model).eval())
         found = meter.results()
-        more = {} if found.accuracy is None else {"line accuracy": float(found.accuracy[:2].mean() - found.accuracy[2])}
+        more = {} if found.accuracy is None else {"line accuracy lost": float(found.accuracy[:2].mean() - found.accuracy[2])}
         return {"line": float(found.loss[2] - found.loss[:2].mean()), **more}
 
     def _prepared(self, model: nn.Module) -> nn.Module:
@@ -517,7 +517,7 @@ def _check_pairs(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> WeightSpace:
 
 def _barriers(column: str, profile: Profile) -> _Record:
     drop = profile.accuracy_drop
-    return {column: profile.barrier, **({} if drop is None else {f"{column} accuracy": drop})}
+    return {column: profile.barrier, **({} if drop is None else {f"{column} accuracy lost": drop})}
 
 
 def _values(records: Mapping[str, Sequence[_Record]]) -> dict[str, dict[str, list[float]]]:
@@ -546,6 +546,6 @@ def _cell(column: str, found: Mapping[str, float]) -> str:
         return f"{found['median']:.3g} s"
     if column.endswith("length"):
         return f"{found['mean']:.4g}"
-    scale, form, unit = (100, ".2f", " %") if column.endswith("accuracy") else (1, ".4f", "")
+    scale, form, unit = (100, ".2f", " %") if column.endswith("accuracy lost") else (1, ".4f", "")
     spread = f" ± {scale * found['std']:{form}}" if "std" in found else ""
     return f"{scale * found['mean']:{form}}{spread}{unit}"

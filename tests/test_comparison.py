@@ -72,7 +72,7 @@ def test_cells_are_what_align_fit_curve_and_evaluate_give(pairs, compared, row):
         }
         for column, profile in profiles.items():
             assert compared.values[row][column][number] == pytest.approx(profile.barrier, abs=1e-7)
-            assert compared.values[row][f"{column} accuracy"][number] == pytest.approx(profile.accuracy_drop, abs=1e-9)
+            assert compared.values[row][f"{column} accuracy lost"][number] == pytest.approx(profile.accuracy_drop, abs=1e-9)
         assert compared.values[row]["seconds"][number] > 0
 
 
@@ -112,7 +112,7 @@ def test_without_recalibration_running_statistics_lie_on_the_line_too():
 
 def test_columns_that_are_not_asked_for_are_absent(pairs):
     found = compare(pairs, METHODS, *digits(), num_points=3, repair=False)
-    assert [column for column in found.columns if column not in TIMES] == ["line", "line accuracy", "length"]
+    assert [column for column in found.columns if column not in TIMES] == ["line", "line accuracy lost", "length"]
 
 
 def test_a_list_of_methods_is_named_by_their_classes(pairs):
@@ -230,8 +230,8 @@ def test_imports_that_happen_once_are_at_no_methods_expense(pairs, monkeypatch):
 
 def small() -> Comparison:
     values = {
-        "identity": {"line": [1.0, 2.0, 4.0], "line accuracy": [0.5, 0.5, 0.5], "seconds": [1.0, 1.0, 9.0]},
-        "weights": {"line": [0.5, 0.5, 3.0], "line accuracy": [0.1, 0.2, 0.3], "seconds": [0.5, 1.0, 1.5]},
+        "identity": {"line": [1.0, 2.0, 4.0], "line accuracy lost": [0.5, 0.5, 0.5], "seconds": [1.0, 1.0, 9.0]},
+        "weights": {"line": [0.5, 0.5, 3.0], "line accuracy lost": [0.1, 0.2, 0.3], "seconds": [0.5, 1.0, 1.5]},
     }
     return Comparison(values, num_points=25, num_examples=500)
 
@@ -246,7 +246,7 @@ def test_a_ratio_is_that_of_the_means_with_a_paired_bootstrap():
         resampled.append(sum(ours[i] for i in chosen) / sum(theirs[i] for i in chosen))
     resampled.sort()
     assert low == pytest.approx(resampled[500], abs=0.02) and high == pytest.approx(resampled[-500], abs=0.02)
-    assert small().ratio("weights", column="line accuracy")[0] == pytest.approx(0.4)
+    assert small().ratio("weights", column="line accuracy lost")[0] == pytest.approx(0.4)
     assert small().ratio("weights", "weights") == (1, 1, 1)
 
 
@@ -285,12 +285,12 @@ def test_it_prints_and_is_written(tmp_path):
     assert json.loads((tmp_path / "c.json").read_text())["summary"]["weights"]["line"]["mean"] == pytest.approx(4 / 3)
     rows = list(csv.DictReader(io.StringIO(one.to_csv())))
     assert len(rows) == 6 and rows[1] == {
-        **{"pair": "0", "row": "weights", "line": "0.5", "line accuracy": "0.1", "seconds": "0.5"}
+        **{"pair": "0", "row": "weights", "line": "0.5", "line accuracy lost": "0.1", "seconds": "0.5"}
     }
 
 
 def test_it_is_drawn():
-    ax = small().plot(column="line accuracy")
+    ax = small().plot(column="line accuracy lost")
     dots = [list(line.get_ydata()) for line in ax.lines if line.get_marker() == "o"]
     assert dots == [[50, 50, 50], [10, 20, 30]]
     assert [patch.get_height() for patch in ax.patches] == pytest.approx([50, 20])
@@ -426,7 +426,7 @@ def test_the_ensemble_is_the_mean_of_both_ends_probabilities(pairs, referred):
         right = [(p.argmax(1) == targets).double().mean().item() for p in (*both, sum(both) / 2)]
         cells = {column: cells[number] for column, cells in referred.values["ensemble"].items()}
         assert cells["line"] == pytest.approx(losses[2] - sum(losses[:2]) / 2, abs=1e-6)
-        assert cells["line accuracy"] == pytest.approx(sum(right[:2]) / 2 - right[2])
+        assert cells["line accuracy lost"] == pytest.approx(sum(right[:2]) / 2 - right[2])
         assert all(math.isnan(cells[column]) for column in ("repaired", "tempered", "length", "seconds"))
 
 

@@ -120,7 +120,7 @@ def comparison(compared: Comparison, *, column: str = "line", ax: Axes | None = 
     is_log = any(word in column for word in ("seconds", "bytes")) and min(map(np.nanmin, every)) > 0
     ax = style.axes(ax)
     for place, values in enumerate(every):
-        values = values * (100 if column.endswith("accuracy") else 1)
+        values = values * (100 if column.endswith("accuracy lost") else 1)
         colour = style.COLOURS[place % len(style.COLOURS)]
         beside = place + (np.linspace(-0.25, 0.25, len(values)) if len(values) > 1 else np.zeros(1))
         if is_log:

@@ -997,14 +997,14 @@ def test_compare_does_what_the_function_does(folder, tmp_path):
         recipe=Recipe(1, parse.optimizer("adam:lr=0.003"), one_cycle, 0.0),
     )
     for row in ("identity", "random", *methods):
-        for column in ("line", "line accuracy", "curve"):
+        for column in ("line", "line accuracy lost", "curve"):
             assert found.values[row][column] == expected.values[row][column]
     assert repr(found) in result.stdout
     assert (tmp_path / "c.csv").read_text() == found.to_csv()
     assert not (tmp_path / "c.json.checkpoint").exists()
 
     assert repr(found) in run("info", out).stdout
-    run("plot", out, "--out", tmp_path / "c.png", "--quantity", "curve accuracy")
+    run("plot", out, "--out", tmp_path / "c.png", "--quantity", "curve accuracy lost")
     assert (tmp_path / "c.png").stat().st_size > 5_000
     assert (
         "of the kind comparison shows one file, got 2"
