@@ -67,9 +67,10 @@ class Comparison:
 
     Columns are "line", "repaired" and "curve", the barrier of the loss (see `Profile.barrier`) on the straight line as
     it is, on the straight line repaired, and on a fitted curve; the same with " accuracy lost" for
-    `Profile.accuracy_drop`, a fraction; "length" and "curve length" in weight space, in the Euclidean norm; "seconds" and "peak bytes" of the
-    matching alone, "curve seconds" of the fit. "Tempered" is the barrier of the straight line if each network on it
-    has its best temperature, see `modeconn.metrics.TemperedLoss`. Columns that were not measured are absent.
+    `Profile.accuracy_drop`, a fraction; "length" and "curve length" in weight space, in the Euclidean norm; "seconds"
+    and "peak bytes" of the matching alone, "curve seconds" of the fit. "Tempered" is the barrier of the straight line
+    if each network on it has its best temperature, see `modeconn.metrics.TemperedLoss`. Columns that were not measured
+    are absent.
 
     Args:
         values: By row and column one value for each pair; rows are "identity", "random", the methods and the
@@ -417,8 +418,10 @@ class _Matching:
         for model in (model_a, model_b, Ensemble([model_a, model_b], axis=self.axis or 1)):
             meter.measure(copy_of(model).eval())
         found = meter.results()
-        more = {} if found.accuracy is None else {"line accuracy lost": float(found.accuracy[:2].mean() - found.accuracy[2])}
-        return {"line": float(found.loss[2] - found.loss[:2].mean()), **more}
+        of_loss = {"line": float(found.loss[2] - found.loss[:2].mean())}
+        if found.accuracy is None:
+            return of_loss
+        return {**of_loss, "line accuracy lost": float(found.accuracy[:2].mean() - found.accuracy[2])}
 
     def _prepared(self, model: nn.Module) -> nn.Module:
         return self.spec.prepared(model) if self.spec.prepares else model

@@ -72,7 +72,8 @@ def test_cells_are_what_align_fit_curve_and_evaluate_give(pairs, compared, row):
         }
         for column, profile in profiles.items():
             assert compared.values[row][column][number] == pytest.approx(profile.barrier, abs=1e-7)
-            assert compared.values[row][f"{column} accuracy lost"][number] == pytest.approx(profile.accuracy_drop, abs=1e-9)
+            lost = compared.values[row][f"{column} accuracy lost"][number]
+            assert lost == pytest.approx(profile.accuracy_drop, abs=1e-9)
         assert compared.values[row]["seconds"][number] > 0
 
 
