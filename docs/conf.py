@@ -27,7 +27,7 @@ extensions = [
 exclude_patterns = ["_build", "**.ipynb_checkpoints"]
 html_theme, html_title = "furo", "modeconn"
 html_math_renderer = "mathml"
-html_static_path, html_css_files = ["_static"], ["pictures.css"]
+html_static_path, html_css_files = ["_static"], ["pages.css"]
 html_theme_options = {
     "light_css_variables": {"color-brand-primary": "#1F5F91", "color-brand-content": "#1F5F91"},
     "dark_css_variables": {"color-brand-primary": "#7DB8E0", "color-brand-content": "#7DB8E0"},
