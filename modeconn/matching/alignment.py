@@ -15,7 +15,7 @@ from modeconn.matching.activation_matching import ActivationMatching
 from modeconn.matching.method import Method, check_data, check_method, correlations
 from modeconn.matching.statistics import collect
 from modeconn.matching.weight_matching import WeightMatching
-from modeconn.network.batches import Opened, check_rereadable, first_batch, inputs_of
+from modeconn.network.batches import Opened, check_rereadable, first_batch, inputs_of, is_of_dtypes
 from modeconn.network.shares import check_whole
 from modeconn.network.weights import WeightSpace, device_of
 from modeconn.symmetry.discover import discover
@@ -236,7 +236,10 @@ def _discovered(model: nn.Module, example: Any, known: Symmetry, *, is_of_loader
     except ValueError as error:
         if not is_of_loader:
             raise
-        raise ValueError(
-            f"{error} That is the loader's first batch. Where batches are not (inputs, targets), pass example_input=, "
-            f"and a method that reads no data, such as WeightMatching()."
-        ) from error
+        way_out = (
+            " Where batches are not (inputs, targets), pass example_input=, and a method that reads no data, such as "
+            "WeightMatching()."
+        )
+        said = str(error).removesuffix(".")
+        way_out = "" if is_of_dtypes(said) else way_out
+        raise ValueError(f"{said}. That is the loader's first batch.{way_out}") from error

@@ -5,6 +5,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import math
+import re
 import zlib
 from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from contextlib import contextmanager
@@ -13,6 +14,7 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
+from torch.utils.data import Dataset, IterableDataset
 
 from modeconn.network.scores import comparable
 from modeconn.tools import provenance
@@ -59,11 +61,16 @@ def refused(inputs: Any) -> Iterator[None]:
         lines = str(error).strip().splitlines()
         said = lines[0] if lines else repr(error)
         way_out = "For batches that are no (inputs, targets) pass forward=."
-        if "dtype" in said:
+        if is_of_dtypes(said):
             way_out = "Let the loader yield inputs of the dtype of the network's weights, or convert the network."
         raise ValueError(
             f"the model does not run on the inputs of a batch, {described(inputs)}: {said.removesuffix('.')}. {way_out}"
         ) from error
+
+
+def is_of_dtypes(said: str) -> bool:
+    """Whether torch says that tensors of two dtypes met; its layers have different words for it."""
+    return re.search(r"dtype|scalar type|type .* should be the same", said) is not None
 
 
 def described(inputs: Any) -> str:
@@ -287,6 +294,11 @@ def check_rereadable(loader: Any, *, name: str = "loader") -> None:
         raise ValueError(f"{name} must yield (inputs, targets) batches, got one tensor. {_WAY_OUT}")
     if isinstance(loader, Mapping):
         raise ValueError(f"{name} must yield batches, got one {type(loader).__name__}. {_WAY_OUT}")
+    if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
+        raise ValueError(
+            f"{name} must yield batches, got a {type(loader).__name__}, a data set of single examples. Pass "
+            f"DataLoader({name}, batch_size=128), or with batch_size=None if each of its items is a batch."
+        )
     if not is_iterable(loader):
         raise ValueError(f"{name} is no iterable of batches, got {type(loader).__name__}. {_WAY_OUT}")
     if isinstance(loader, Iterator):

@@ -21,6 +21,7 @@ from torch.nn.modules import transformer
 from torch.nn.modules.batchnorm import _NormBase
 from torch.utils import _pytree as pytree
 
+from modeconn.network.batches import is_of_dtypes
 from modeconn.network.copies import check_no_inference, copy_with, plain_tensors
 from modeconn.symmetry.graph import ALL, Example, Graph, Program, State
 from modeconn.symmetry.lower import levels_kept
@@ -290,6 +291,8 @@ def _export_error(model: nn.Module, example: Example, training: bool, outputs: O
         way_out = ""
         if isinstance(own, TypeError) and "argument" in str(own):
             way_out = ". Pass example_input=, a tuple of all positional inputs or a dict of keyword inputs."
+        elif is_of_dtypes(str(own)):
+            way_out = ". Inputs and weights have to be of one dtype: convert the inputs, or the network."
         return ValueError(f"{name} does not run on example_input {shapes}: {first_line(own)}{way_out}")
     try:
         outputs(found)

@@ -29,6 +29,7 @@ from modeconn.network.batches import (
     inputs_of,
     num_bytes,
     num_examples,
+    run,
     shuffled,
     tensors_of,
     to_device,
@@ -339,3 +340,23 @@ def test_the_learning_rate_never_leaves_its_schedule(monkeypatch):
     with pytest.warns(UserWarning, match="batches in this epoch"):
         modeconn.models.train(nn.Linear(3, 2), Growing(), recipe=modeconn.Recipe(epochs=2))
     assert seen == sorted(seen) and max(seen) == 2.0
+
+
+def test_a_data_set_of_single_examples_is_no_loader():
+    examples = TensorDataset(torch.rand(8, 4), torch.randint(3, (8,)))
+    with pytest.raises(ValueError, match=r"got a TensorDataset, .* Pass DataLoader\(loader, batch_size=128\)"):
+        modeconn.models.train(nn.Linear(4, 3), examples)
+    pairs = TensorDataset(torch.rand(2, 8, 4), torch.randint(3, (2, 8)))  # of which each item is a batch
+    modeconn.models.train(nn.Linear(4, 3), DataLoader(pairs, batch_size=None), recipe=modeconn.Recipe(epochs=1))
+
+
+@pytest.mark.parametrize("layer", [nn.Conv1d(4, 3, 1), nn.GRU(4, 3)], ids=repr)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.uint8], ids=str)
+def test_inputs_of_another_dtype_are_told_from_batches_of_another_kind(layer, dtype):
+    x = torch.ones(4, 4, 4).to(dtype)
+    with pytest.raises(ValueError, match=r"Let the loader yield inputs of the dtype of the network's weights"):
+        run(layer, x)
+    with pytest.raises(ValueError, match=r"have to be of one dtype: convert the inputs, or the network\.$"):
+        modeconn.discover(layer, x)
+    with pytest.raises(ValueError, match=r"one dtype: .*\. That is the loader's first batch\.$"):
+        modeconn.align(layer, layer, [(x, x)])
