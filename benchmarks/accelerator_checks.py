@@ -608,7 +608,7 @@ def _(agreement: Agreement) -> None:
 @check("Connection.curvature")
 def _(agreement: Agreement) -> None:
     settings: dict[str, Any] = {"t": [0, 1], "tolerance": 1e-6, "num_steps": 150}
-    for name, wrt in (("mlp", "weights"), ("mlp", "inputs"), ("conv", "weights")):
+    for name, wrt in (("mlp", "weights"), ("mlp", "inputs"), ("mlp", "both"), ("conv", "weights")):
 
         def sharpness(at: Place, name: str = name, wrt: Any = wrt) -> Any:
             line = Connection.straight_between(*at.networks(name))

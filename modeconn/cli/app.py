@@ -1013,7 +1013,7 @@ def curvature(
         ),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many networks to measure, both ends included.")] = 11,
-    wrt: Annotated[str, typer.Option(help="weights or inputs: whose Hessian to look at.")] = "weights",
+    wrt: Annotated[str, typer.Option(help="weights, inputs or both: whose Hessian to look at.")] = "weights",
     steps: Annotated[int, typer.Option(min=1, help="How many products with the Hessian at most, at each point.")] = 100,
     on: Annotated[str, typer.Option(help="test or train: what to measure on.")] = "test",
     seed: Annotated[int, typer.Option(help="Of the vectors that the method begins with.")] = 0,
@@ -1032,8 +1032,8 @@ def curvature(
     check_holds_networks(connection)
     own = f"{connection.stem}.curvature" if on == "test" else f"{connection.stem}.curvature.{on}"
     results = _result_files(connection.with_name(own), out, overwrite=overwrite)
-    if wrt not in ("weights", "inputs"):
-        raise ValueError(f"--wrt must be weights or inputs, got {wrt!r}.")
+    if wrt not in ("weights", "inputs", "both"):
+        raise ValueError(f"--wrt must be weights, inputs or both, got {wrt!r}.")
     train_loader, measured = _training_and_measured(data, on)
     loaded = _connection(connection, shape.template(train_loader), curve_class, data.device)
     found = loaded.curvature(

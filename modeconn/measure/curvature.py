@@ -49,6 +49,10 @@ _LOOK_EVERY = 10
 _ASYMMETRY = 0.05  # far above rounding in single precision, and far below what wrong derivatives are off by
 _ROUNDING = 10.0  # relative to the machine precision
 
+Wrt = Literal["weights", "inputs", "both"]
+"""What a Hessian is taken with respect to."""
+_WRITTEN = {"both": "weights and inputs"}  # in tables and figures
+
 _Product = Callable[[Tensor], Tensor]
 """Vectors ``(R, D)`` to what R symmetric matrices make of them, ``(R, D)``."""
 
@@ -61,7 +65,7 @@ class Curvature(AlongCurve):
         t: Positions, rising, float64 ``(N,)``.
         eigenvalue: The largest eigenvalue at each, float64 ``(N,)``; with respect to inputs, the mean over examples of
             what each has by itself.
-        wrt: "weights" or "inputs".
+        wrt: "weights", "inputs" or "both", of which the table writes "weights and inputs".
         num_examples: How many examples the loss is a mean over.
         arc_length: Length of the curve from 0 to each position, ``(N,)``, in the norm of weight space; None if unknown.
         seconds: How long that took.
@@ -79,7 +83,7 @@ class Curvature(AlongCurve):
     @property
     def values(self) -> dict[str, Tensor]:
         """The eigenvalue by its name in tables and figures, ``(N,)``."""
-        return {f"largest eigenvalue, {self.wrt}": self.eigenvalue}
+        return {f"largest eigenvalue, {_WRITTEN.get(self.wrt, self.wrt)}": self.eigenvalue}
 
     def quantity(self, name: str) -> Quantity:
         """Return how the eigenvalue is written; it has no better and no worse."""
@@ -91,7 +95,7 @@ def curvature_along(
     t: Sequence[float],
     loader: Iterable[Any],
     *,
-    wrt: Literal["weights", "inputs"] = "weights",
+    wrt: Wrt = "weights",
     arc_length: Tensor | None = None,
     statistics: Callable[[], str] = str,
     progress: bool = False,
@@ -124,7 +128,7 @@ def largest_eigenvalue(
     model: nn.Module,
     loader: Iterable[Any],
     *,
-    wrt: Literal["weights", "inputs"] = "weights",
+    wrt: Wrt = "weights",
     num_steps: int = 100,
     tolerance: float = 1e-3,
     loss_fn: LossFn = cross_entropy,
@@ -135,18 +139,19 @@ def largest_eigenvalue(
 
     By the method of Lanczos, from products with the Hessian alone: none is formed, and a product costs about two steps
     of training. Power iteration makes the same products, but keeps only the last vector, and so stops at wrong values
-    where eigenvalues are close, or as far below zero as above. This keeps a vector ``(P,)`` for each product (with
-    respect to inputs, one of the size of a batch), usually 10 to 50. The largest eigenvalue in their span is returned
-    once its residual :math:`\lVert H v - \lambda v \rVert` is small.
+    where eigenvalues are close, or as far below zero as above. This keeps a vector ``(P,)`` for each product, usually
+    10 to 50; with respect to inputs, one of the size of a batch, and to both, one of ``(P,)`` and all data. The largest
+    eigenvalue in their span is returned once its residual :math:`\lVert H v - \lambda v \rVert` is small.
 
     With respect to weights it is the Hessian of the mean loss, for all parameters that are not frozen. With respect to
     inputs each example has one of its own; all are found side by side, and the result is the mean of their eigenvalues
-    (Zhao et al., 2020, compare it with the robust loss along a curve).
+    (Zhao et al., 2020, compare it with the robust loss along a curve). With respect to both it is again the one Hessian
+    of the mean loss, over these parameters and the inputs of all examples.
 
     Args:
         model: A network in eval mode, in which no example depends on others.
         loader: Data.
-        wrt: Which Hessian.
+        wrt: Which Hessian: "weights", "inputs" or "both".
         num_steps: How many products at most; more would be needed if a warning says so.
         tolerance: How large the residual may be, relative to the eigenvalue.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over examples, differentiable twice.
@@ -160,13 +165,11 @@ def largest_eigenvalue(
     References:
         Zhao et al., 2020, https://arxiv.org/abs/2005.00060
     """
-    if wrt not in ("weights", "inputs"):
-        raise ValueError(f"wrt must be 'weights' or 'inputs', got wrt={wrt!r}.")
     if num_steps < 1 or not tolerance > 0:
         raise ValueError(
             f"num_steps must be at least 1 and tolerance positive, got num_steps={num_steps}, tolerance={tolerance}."
         )
-    if forward is not None and wrt == "inputs":
+    if forward is not None and wrt != "weights":
         raise ValueError(
             "with forward= it is not known which inputs belong to which example: pass loss_fn=, or wrt='weights'."
         )
@@ -175,14 +178,14 @@ def largest_eigenvalue(
     with seeded(seed, device), under_attack(model), torch.enable_grad(), _twice_differentiable():
         check_loader(loader) if forward is None else first_batch(loader)
         data = list(batches(loader, device))
-        for batch in data if wrt == "inputs" else ():
-            _check_examples(*inputs_and_targets(batch))
+        for batch in data if wrt != "weights" else ():
+            _check_examples(*inputs_and_targets(batch), wrt)
         meter = Meter(data, loss_fn, forward)
         meter.measure(model)  # which looks at every batch, and whether the loss is a mean
         meter.results()  # raises where no target counts
-        if wrt == "weights":
+        if wrt != "inputs":
             count = sum(num_examples(batch) for batch in data)
-            products = [_product_in_weights(loss, space, data)]
+            products = [_product_in_weights(loss, space, data, with_inputs=wrt == "both")]
         else:
             alone = [_examples(model, loss_fn, *inputs_and_targets(batch)) for batch in data]
             count = sum(len(x) for x, _ in alone)
@@ -237,32 +240,47 @@ def _weight_norm(v: Tensor, g: Tensor, dim: int = 0) -> Tensor:
     return v * (g / torch.norm_except_dim(v, 2, dim))
 
 
-def _product_in_weights(loss: _Loss, space: WeightSpace, data: list[Any]) -> tuple[_Product, Tensor]:
-    """Return products with the Hessian of the mean loss over ``data``, and a first vector ``(1, P)``."""
+def _product_in_weights(
+    loss: _Loss, space: WeightSpace, data: list[Any], *, with_inputs: bool
+) -> tuple[_Product, Tensor]:
+    """Return products with the Hessian of the mean loss over ``data``, and a first vector ``(1, D)``.
+
+    It is taken in the weights, or in these and the inputs of all batches, one behind the other.
+    """
     theta = space.flatten(loss.model).requires_grad_()
     moving = space.trainable.to(theta)
+    if with_inputs:
+        pairs = [inputs_and_targets(batch) for batch in data]
+        data = [(x.detach().requires_grad_(), y) for x, y in pairs]
+    inputs = [x for x, _ in data] if with_inputs else []
+    sizes = [len(theta), *(x.numel() for x in inputs)]
 
     def product(vectors: Tensor) -> Tensor:
-        total, weight = torch.zeros_like(theta), 0.0
-        for batch in data:
+        in_weights, *in_inputs = vectors[0].split(sizes)
+        total, found_in_inputs, weight = torch.zeros_like(theta), [], 0.0
+        for number, batch in enumerate(data):
             weights = {f"model.{name}": tensor for name, tensor in space.unflatten(theta).items()}
             found = torch.func.functional_call(loss, weights, (batch,))
-            total += _times(found.total, theta, vectors[0])
+            here = slice(number, number + 1)  # an empty one where inputs stay as they are
+            moved, *rest = _times(found.total, [theta, *inputs[here]], [in_weights * moving, *in_inputs[here]])
+            total += moved
+            found_in_inputs += [one.flatten() for one in rest]
             weight = weight + found.weight
-        return (total * moving / weight)[None]
+        return torch.cat([total * moving, *found_in_inputs])[None] / weight
 
-    return product, (torch.randn_like(theta) * moving)[None]
+    start = [torch.randn_like(theta) * moving, *(torch.randn_like(x).flatten() for x in inputs)]
+    return product, torch.cat(start)[None]
 
 
-def _check_examples(x: Any, y: Any) -> None:
+def _check_examples(x: Any, y: Any, wrt: str) -> None:
     """Raise unless each example of a batch has an input that can be differentiated by, and a target."""
     if not (is_dense(x) and x.is_floating_point()):
         raise ValueError(
-            f"inputs of loader must be one dense floating-point tensor for wrt='inputs', got {described(x)}."
+            f"inputs of loader must be one dense floating-point tensor for wrt={wrt!r}, got {described(x)}."
         )
     if not (is_dense(y) and x.ndim and y.ndim and len(x) == len(y)):
         raise ValueError(
-            f"loader must yield a target for each example for wrt='inputs', got inputs {described(x)} and targets "
+            f"loader must yield a target for each example for wrt={wrt!r}, got inputs {described(x)} and targets "
             f"{described(y)}."
         )
 
@@ -282,18 +300,18 @@ def _product_in_inputs(model: nn.Module, loss_fn: LossFn, x: Tensor, y: Tensor) 
     def product(vectors: Tensor) -> Tensor:
         # The Hessian of the sum over examples has one block for each example.
         total = per_example(loss_fn, run(model, x), y).double().sum()
-        return _times(total, x, vectors.view_as(x)).reshape(len(x), -1)
+        return _times(total, [x], [vectors])[0].reshape(len(x), -1)
 
     return product, torch.randn_like(x).reshape(len(x), -1)
 
 
-def _times(loss: Tensor, at: Tensor, vector: Tensor) -> Tensor:
-    """Return the product of the Hessian of ``loss`` with a vector."""
-    (gradient,) = torch.autograd.grad(differentiable(loss, "the loss"), at, create_graph=True)
-    if not gradient.requires_grad:  # A linear loss has no second derivative.
-        return torch.zeros_like(vector)
-    (product,) = torch.autograd.grad((gradient * vector).sum(), at, materialize_grads=True)
-    return product.detach()
+def _times(loss: Tensor, at: Sequence[Tensor], vector: Sequence[Tensor]) -> Sequence[Tensor]:
+    """Return the product of the Hessian of ``loss`` with a vector, both in parts, each of the size of one of ``at``."""
+    gradients = torch.autograd.grad(differentiable(loss, "the loss"), at, create_graph=True)
+    along = sum((gradient * part.view_as(gradient)).sum() for gradient, part in zip(gradients, vector, strict=True))
+    if not along.requires_grad:  # A linear loss has no second derivative.
+        return [torch.zeros_like(one) for one in at]
+    return [product.detach() for product in torch.autograd.grad(along, at, materialize_grads=True)]
 
 
 def _largest(product: _Product, start: Tensor, num_steps: int, tolerance: float) -> Tensor:

@@ -6,13 +6,13 @@ import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from modeconn.measure.along import chosen_positions
-from modeconn.measure.curvature import Curvature, curvature_along
+from modeconn.measure.curvature import Curvature, Wrt, curvature_along
 from modeconn.measure.explore import explorer, library
 from modeconn.measure.meter import Meter, fetch
 from modeconn.measure.metrics import AnyMetric, as_metrics
@@ -219,7 +219,7 @@ class Measurable(Shown):
         self,
         loader: Iterable[Any],
         *,
-        wrt: Literal["weights", "inputs"] = "weights",
+        wrt: Wrt = "weights",
         t: Sequence[float] | None = None,
         num_points: int = 11,
         recalibrate: Iterable[Any] | AdversarialExamples | None = None,
@@ -238,7 +238,8 @@ class Measurable(Shown):
 
         Args:
             loader: Data whose loss is looked at.
-            wrt: "weights", or "inputs", to which the robust loss is related.
+            wrt: "weights", or "inputs", to which the robust loss is related, or "both": weights and the inputs of all
+                examples together.
             t: Positions, rising. Default: ``num_points`` evenly spaced ones, both ends included.
             num_points: How many.
             recalibrate: Training data for batch norm, or `AdversarialExamples` of it; default the fit's training

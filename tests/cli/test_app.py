@@ -160,7 +160,7 @@ def test_curvature_is_written_and_drawn_like_every_result(folder, tmp_path):
     run("plot", tmp_path / "h.json", "--out", tmp_path / "h.png")
     assert (tmp_path / "h.png").stat().st_size > 1000
     refused = run("curvature", folder / "c.safetensors", "--data", "digits", "--wrt", "x", code=1)
-    assert "--wrt must be weights or inputs, got 'x'" in refused.stderr
+    assert "--wrt must be weights, inputs or both, got 'x'" in refused.stderr
 
 
 @pytest.mark.parametrize("command", ["evaluate", "robustness", "curvature"])

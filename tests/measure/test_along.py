@@ -63,6 +63,7 @@ RESULTS = {
         {"pgd": {"settings": {"steps": 3}, "kind": "PGD", "eps": 0.1, "norm": "linf", "black_box": False}},
     ),
     "curvature": Curvature(T, WAVE, "inputs", 10, arc_length=2 * T, seconds=0.5),
+    "curvature in both": Curvature(T, WAVE, "both", 10),
     "a user's": Sharpness(T, RISING, radius=0.5),
 }
 each_result = pytest.mark.parametrize("result", RESULTS.values(), ids=RESULTS)

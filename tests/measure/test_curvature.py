@@ -57,6 +57,44 @@ def test_places_of_an_image_count_as_its_own_mean():
     assert found == pytest.approx(of_each_example(model, F.cross_entropy, x, y), rel=1e-6)
 
 
+def of_both(model, loss_fn, x, y):
+    """The Hessian of the mean loss over all parameters that are not frozen and all inputs, written out."""
+    moving = {name: tensor.detach() for name, tensor in model.named_parameters() if tensor.requires_grad}
+    sizes = [tensor.numel() for tensor in moving.values()]
+
+    def loss(flat):
+        *parts, inputs = flat.split([*sizes, x.numel()])
+        weights = {name: part.view_as(moving[name]) for name, part in zip(moving, parts, strict=True)}
+        return loss_fn(torch.func.functional_call(model, weights, (inputs.view_as(x),)), y)
+
+    return torch.autograd.functional.hessian(
+        loss, torch.cat([*(tensor.flatten() for tensor in moving.values()), x.flatten()])
+    )
+
+
+@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_weights_and_inputs_together_have_the_curvature_of_one_hessian(name, frozen):
+    (loss_fn, y), model = LOSSES[name], net()
+    model[2].requires_grad_(not frozen)
+    hessian = of_both(model, loss_fn, X, y)
+    batches = list(zip(X.split(3), y.split(3), strict=True))
+    found, count = largest_eigenvalue(model, batches, wrt="both", loss_fn=loss_fn, tolerance=1e-9, num_steps=200)
+    assert count == 7 and found == pytest.approx(float(torch.linalg.eigvalsh(hessian)[-1]), rel=1e-6)
+    in_weights, _ = largest_eigenvalue(model, batches, loss_fn=loss_fn, tolerance=1e-9, num_steps=200)
+    block = hessian[: -X.numel(), : -X.numel()]
+    assert in_weights == pytest.approx(float(torch.linalg.eigvalsh(block)[-1]), rel=1e-6) and in_weights < found
+    assert not X.requires_grad
+
+
+def test_both_needs_inputs_to_differentiate_by_and_a_loss_of_outputs():
+    tokens = nn.Sequential(nn.Embedding(7, 4), nn.Linear(4, 7)).double().eval()
+    with pytest.raises(ValueError, match="one dense floating-point tensor for wrt='both', got Tensor of int64"):
+        largest_eigenvalue(tokens, [(torch.zeros(2, 3).long(), torch.zeros(2, 3).long())], wrt="both")
+    with pytest.raises(ValueError, match="not known which inputs belong to which example"):
+        largest_eigenvalue(net(), [(X, CLASSES)], wrt="both", forward=lambda model, batch: model(batch[0]).mean())
+
+
 def test_examples_whose_target_does_not_count_are_left_out():
     y = CLASSES.clone()
     y[2:5] = -100

@@ -809,7 +809,7 @@ def test_flat_losses_have_no_curvature_and_wrong_settings_are_refused():
         largest_eigenvalue(model, examples(), loss_fn=lambda outputs, targets: outputs.sum(1).mean(), wrt="inputs")[0]
         == 0
     )
-    with pytest.raises(ValueError, match="wrt must be 'weights' or 'inputs', got wrt='x'"):
+    with pytest.raises(ValueError, match="wrt must be 'weights' or 'inputs' or 'both', got wrt='x'"):
         largest_eigenvalue(model, examples(), wrt="x")
     with pytest.raises(ValueError, match="num_steps must be at least 1 and tolerance positive"):
         largest_eigenvalue(model, examples(), num_steps=0)
