@@ -5,6 +5,7 @@ from __future__ import annotations
 from types import SimpleNamespace
 
 import matplotlib
+import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
@@ -78,6 +79,12 @@ def drawn(one, **settings) -> Tensor:
     return torch.cat([torch.as_tensor(line.get_ydata()).double().flatten() for line in ax.lines])
 
 
+def arrays(one, path) -> Tensor:
+    one.to_npz(path)
+    with np.load(path) as held:
+        return torch.cat([torch.from_numpy(held[name]).flatten().double() for name in held.files])
+
+
 def perms(permutation) -> Tensor:
     return torch.cat([perm.flatten() for perm in permutation.perms.values()])
 
@@ -88,6 +95,7 @@ RESULT = {
     "to_json": lambda one, made: one.to_json(),
     "repr": lambda one, made: repr(one) + one._repr_html_(),
 }
+ARRAYS = {**RESULT, "to_npz": lambda one, made: arrays(one, made.folder / "arrays.npz")}
 TABLE = {
     "model": {
         "discover": lambda one, made: modeconn.discover(one).to_json(),
@@ -158,11 +166,11 @@ TABLE = {
             [(made.a, made.b)], {"learned": one}, made.train, made.test, num_points=3
         ).values["learned"]["line"],
     },
-    "profile": RESULT,
-    "robust profile": RESULT,
-    "curvature": RESULT,
+    "profile": ARRAYS,
+    "robust profile": ARRAYS,
+    "curvature": ARRAYS,
     "comparison": RESULT,
-    "plane": RESULT,
+    "plane": ARRAYS,
 }
 CELLS = [(kind, verb) for kind, verbs in TABLE.items() for verb in verbs]
 

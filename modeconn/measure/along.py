@@ -20,7 +20,7 @@ from modeconn.tools.door import check, looked_at, shortened
 from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
-from modeconn.tools.writing import write_text
+from modeconn.tools.writing import write_arrays, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -207,12 +207,22 @@ class AlongCurve:
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one row for each point, as comma-separated values; also write it to ``path`` if given."""
-        columns = {"t": self.t}
-        if self.arc_length is not None:
-            columns["arc_length"] = self.arc_length
-        columns |= self.values
+        columns = self._columns()
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         return write_text(csv_table(columns, rows), path)
+
+    def to_npz(self, path: str | os.PathLike[str]) -> None:
+        """Write positions and every quantity under its name, ``(N,)`` each, and own ends, for `numpy.load`.
+
+        There are "t", "arc_length" where the length is known, names as in ``values``, such as "loss", and "own/loss"
+        for values of both ends with the statistics they came with, ``(2,)``.
+        """
+        write_arrays(self._columns() | {f"own/{name}": value for name, value in self.own.items()}, path)
+
+    def _columns(self) -> dict[str, Tensor]:
+        """Return what has a value at each position, by name, positions first."""
+        length = {} if self.arc_length is None else {"arc_length": self.arc_length}
+        return {"t": self.t, **length, **self.values}
 
     def _record(self) -> dict[str, Any]:
         """Return what `_restored` makes the result from again, as JSON can hold it."""

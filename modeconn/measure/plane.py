@@ -23,7 +23,7 @@ from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_jso
 from modeconn.tools.page import figure_page
 from modeconn.tools.table import csv_table, html_table, table
 from modeconn.tools.vtk import image_data
-from modeconn.tools.writing import replacing, write_text
+from modeconn.tools.writing import write_arrays, write_text
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -184,8 +184,7 @@ class Plane:
         if self.between is not None:
             arrays["between"] = self.between
             arrays |= {f"between/{name}": value for name, value in self.between_values.items()}
-        with replacing(path) as file:
-            np.savez_compressed(file, **{name: np.asarray(value) for name, value in arrays.items()})
+        write_arrays(arrays, path)
 
     def to_vti(self, path: str | os.PathLike[str]) -> None:
         """Write the values of the grid as VTK image data (``.vti``), for ParaView and the like."""

@@ -24,7 +24,7 @@ from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.rng import reseed
 from modeconn.tools.shown import Shown
-from modeconn.tools.writing import replacing
+from modeconn.tools.writing import write_arrays
 
 _MADE_BY = provenance.ATTRIBUTE
 
@@ -92,12 +92,7 @@ class Predictions(Shown):
         """Write everything to an ``.npz`` file, all or nothing, which `load` and `numpy.load` read."""
         tensors = {"t": self.t, "probabilities": self.probabilities, "targets": self.targets}
         texts = {"statistics": self.statistics, "attack": self.attack, _MADE_BY: json.dumps(provenance.of(self))}
-        with replacing(path) as file:
-            np.savez_compressed(
-                file,
-                **{name: tensor.numpy() for name, tensor in tensors.items()},
-                **{name: np.array(text) for name, text in texts.items()},
-            )
+        write_arrays({**tensors, **texts}, path)
 
     @classmethod
     def load(cls, path: str | os.PathLike[str]) -> Predictions:

@@ -260,6 +260,11 @@ class RobustProfile(AlongCurve):
         ]
         return write_text(csv_table(["t", "attack", "loss", "accuracy", "low", "high"], rows), path)
 
+    def _columns(self) -> dict[str, Tensor]:
+        """Return what has a value at each position, by name, with the ends of intervals."""
+        ends = ({f"{row} low": bounds[:, 0], f"{row} high": bounds[:, 1]} for row, bounds in self.interval.items())
+        return super()._columns() | {name: value for pair in ends for name, value in pair.items()}
+
     def plot(self, *, quantity: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw accuracy, "loss" or "error" by row with matplotlib; see `modeconn.plot.robust_profile`."""
         return plot.robust_profile(self, quantity=quantity or "accuracy", ax=ax)

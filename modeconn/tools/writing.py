@@ -10,9 +10,11 @@ import os
 import secrets
 import socket
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import IO, Any
+
+import numpy as np
 
 from modeconn.tools.door import check
 from modeconn.tools.processes import writes
@@ -71,6 +73,12 @@ def write_text(text: str, path: str | os.PathLike[str] | None) -> str:
     if path is not None:
         write_bytes(text.encode("utf-8"), path)
     return text
+
+
+def write_arrays(arrays: Mapping[str, Any], path: str | os.PathLike[str]) -> None:
+    """Write arrays under their names for `numpy.load`, compressed, all or nothing."""
+    with replacing(path) as file:
+        np.savez_compressed(file, **{name: np.asarray(value) for name, value in arrays.items()})
 
 
 def check_writable(path: str | os.PathLike[str]) -> None:

@@ -7,6 +7,7 @@ import json
 import math
 from dataclasses import dataclass
 
+import numpy as np
 import pytest
 import torch
 from matplotlib.figure import Figure
@@ -88,6 +89,21 @@ def test_csv_holds_every_value(result, tmp_path):
     written = [float(cell) for row in csv.DictReader(text.splitlines()) for cell in row.values() if _is_number(cell)]
     for values in (result.t, *result.values.values()):
         assert all(math.isnan(value) or value in written for value in values.tolist())
+
+
+@each_result
+def test_npz_holds_every_value_under_its_name(result, tmp_path):
+    result.to_npz(tmp_path / "result.npz")
+    held = np.load(tmp_path / "result.npz")
+    expected = {"t": result.t, **result.values, **{f"own/{name}": value for name, value in result.own.items()}}
+    expected |= {} if result.arc_length is None else {"arc_length": result.arc_length}
+    for name, values in expected.items():
+        assert held[name].dtype == np.float64
+        np.testing.assert_array_equal(held[name], values)
+    intervals = getattr(result, "interval", {})
+    for row, bounds in intervals.items():
+        np.testing.assert_array_equal(np.stack([held[f"{row} low"], held[f"{row} high"]], 1), bounds)
+    assert len(held.files) == len(expected) + 2 * len(intervals)
 
 
 @each_result
