@@ -165,10 +165,9 @@ def markdown(tables: dict[str, Comparison]) -> str:
         lines += [f"{title}, {table.num_pairs} pairs:", ""]
         lines += [f'| | barrier (± s.e.) | of "{best}" | s a pair |', "|---|---|---|---|"]
         for row, cells in table.summary().items():
-            error = cells["line"]["std"] / table.num_pairs**0.5
             seconds = f"{cells['seconds']['median']:.3f}" if "seconds" in cells else ""
             share = "{:.3f} ({:.3f}-{:.3f})".format(*table.ratio(row, best))
-            lines.append(f"| {row} | {cells['line']['mean']:.4f} ± {error:.4f} | {share} | {seconds} |")
+            lines.append(f"| {row} | {cells['line']['mean']:.4f} ± {cells['line']['sem']:.4f} | {share} | {seconds} |")
         lines.append("")
     return "\n".join(lines)
 

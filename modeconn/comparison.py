@@ -101,7 +101,11 @@ class Comparison:
         return list(self.values[BASELINES[0]])
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
-        """Return mean, median, maximum and, of two pairs or more, standard deviation over pairs, by row and column."""
+        """Return mean, median and maximum over pairs by row and column, of two pairs or more with "std" and "sem".
+
+        "std" is the standard deviation over pairs (with n - 1), "sem" the standard error of the mean: "std" over the
+        root of the number of pairs. One pair tells nothing of either, so it has neither.
+        """
         return {
             row: {column: _moments(cells) for column, cells in columns.items()} for row, columns in self.values.items()
         }
@@ -178,9 +182,9 @@ class Comparison:
         ]
         return write_text(csv_table(["pair", "row", *self.columns], rows), path)
 
-    def plot(self, *, column: str = "line", ax: Axes | None = None) -> Axes:
-        """Draw one column with matplotlib; see `modeconn.plot.comparison`."""
-        return plot.comparison(self, column=column, ax=ax)
+    def plot(self, *, column: str = "line", rows: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+        """Draw one column with matplotlib, of all rows or of some; see `modeconn.plot.comparison`."""
+        return plot.comparison(self, column=column, rows=rows, ax=ax)
 
     def __repr__(self) -> str:
         title = f"Comparison({self.num_pairs} pairs, {self.num_points} points, {self.num_examples} examples)"
@@ -535,9 +539,12 @@ def _values(records: Mapping[str, Sequence[_Record]]) -> dict[str, dict[str, lis
 
 def _moments(cells: Sequence[float]) -> dict[str, float]:
     if any(map(math.isnan, cells)):  # of which the standard library has no deviation
-        return dict.fromkeys(("mean", "median", "max", "std")[: 3 + (len(cells) > 1)], math.nan)
+        return dict.fromkeys(("mean", "median", "max", "std", "sem")[: 5 if len(cells) > 1 else 3], math.nan)
     found = {"mean": statistics.fmean(cells), "median": statistics.median(cells), "max": max(cells)}
-    return {**found, "std": statistics.stdev(cells)} if len(cells) > 1 else found
+    if len(cells) < 2:
+        return found
+    deviation = statistics.stdev(cells)
+    return {**found, "std": deviation, "sem": deviation / len(cells) ** 0.5}
 
 
 def _cell(column: str, found: Mapping[str, float]) -> str:

@@ -12,6 +12,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import scipy.stats
 import torch
 from torch import nn
 
@@ -263,9 +264,17 @@ def test_ratios_to_nothing_are_errors():
 
 def test_one_pair_shows_no_spread():
     one = Comparison({"identity": {"line": [2.0]}, "weights": {"line": [0.5]}}, 25, 500)
-    assert "std" not in one.summary()["weights"]["line"] and "±" not in repr(one)
+    assert not {"std", "sem"} & one.summary()["weights"]["line"].keys() and "±" not in repr(one)
     ratio, *interval = one.ratio("weights")
     assert ratio == 0.25 and all(math.isnan(bound) for bound in interval)
+
+
+def test_the_standard_error_of_the_mean_is_in_the_summary():
+    cells, found = small().values["weights"]["line"], small().summary()["weights"]["line"]
+    assert found["sem"] == pytest.approx(scipy.stats.sem(cells))
+    assert found["std"] == pytest.approx(torch.tensor(cells, dtype=torch.float64).std().item())
+    lacking = Comparison({"identity": {"line": [1.0, 2.0]}, "random direction": {"line": [math.nan] * 2}}, 25, 500)
+    assert math.isnan(lacking.summary()["random direction"]["line"]["sem"])
 
 
 def test_pairs_without_a_barrier_leave_an_interval():
@@ -297,6 +306,7 @@ def test_it_is_drawn():
     assert [patch.get_height() for patch in ax.patches] == pytest.approx([50, 20])
     assert [text.get_text() for text in ax.get_xticklabels()] == ["identity", "weights"]
     assert "%" in ax.get_ylabel()
+    assert [text.get_text() for text in small().plot(rows=["weights"]).get_xticklabels()] == ["weights"]
     with pytest.raises(ValueError, match="no column 'curve'"):
         small().plot(column="curve")
 

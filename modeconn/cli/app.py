@@ -188,11 +188,9 @@ def _refuse_data(done: str, data: DataOptions, adversary: AdversaryOptions | Non
         raise ValueError(f"networks that are read tensor by tensor are {done} on the CPU: leave out --device.")
 
 
-def _legend(files: list[Path], labels: str | None) -> list[str] | None:
-    if labels is not None:
-        (row,) = csv.reader([labels], skipinitialspace=True)
-        return row
-    return None if len(files) == 1 else [path.stem for path in files]
+def _legend(labels: str) -> list[str]:
+    (row,) = csv.reader([labels], skipinitialspace=True)
+    return row
 
 
 def _training_and_measured(data: DataOptions, on: str) -> tuple[Any, Any]:
@@ -910,6 +908,12 @@ def measure_plane(
         typer.Option(help="Begin of the names of the JSON file and the figure; default: NAME.plane. - prints JSON."),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="Columns, and rows, of networks to measure.")] = 21,
+    extent: Annotated[
+        str | None,
+        typer.Option(
+            metavar="LEFT,RIGHT,BOTTOM,TOP", help="The window; default: what holds networks and curve, and some more."
+        ),
+    ] = None,
     refine: Annotated[int, typer.Option(min=0, max=4, help="How often cells that the curve passes are halved.")] = 0,
     times: Annotated[float, typer.Option(help="Colours and plane end at so many times the loss of the ends.")] = 5.0,
     attack: Annotated[
@@ -953,7 +957,7 @@ def measure_plane(
     names = [path.stem for path in networks]
     if len(set(names)) < len(names):
         raise ValueError(f"the three networks need names of their own, got {', '.join(names)}.")
-    against = _attack(attack, eps, norm)
+    against, window = _attack(attack, eps, norm), None if extent is None else parse.extent(extent)
     training, measured = _training_and_measured(data, on)
     template = shape.template(training)
     subject: Any = {p.stem: options.read_network(p, template, shape.entry).to(data.device) for p in networks[1:]}
@@ -963,7 +967,7 @@ def measure_plane(
         first = options.read_network(networks[0], template, shape.entry).to(data.device)
         subject = {networks[0].stem: first, **subject}
     kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
-    how = {"num_points": points, "refine": refine, "times": times, "attack": against, "seed": seed}
+    how = {"num_points": points, "extent": window, "refine": refine, "times": times, "attack": against, "seed": seed}
     with kept_until_done(kept, is_own=checkpoint is not None):
         found = modeconn.plane(
             subject, measured, recalibrate=training, checkpoint=kept, progress=_bars(progress), **how
@@ -1138,7 +1142,8 @@ def draw(
     quantity: Annotated[
         str | None,
         typer.Option(
-            help="Of profiles loss, accuracy, error or a metric, of a comparison a column. Default: the first.",
+            help="Of profiles and planes loss, accuracy, error or a metric, of a comparison a column, of a history "
+            "loss, or what callbacks measured, such as accuracy. Default: the first.",
             show_default=False,
         ),
     ] = None,
@@ -1150,9 +1155,10 @@ def draw(
 ) -> None:
     r"""Draw files of one kind.
 
-    Results of modeconn evaluate, robustness and curvature are drawn along t; planes as maps; reports (of modeconn
-    align) as correlations before and after; connections as the loss of their training (also history-by-t, or the turns
-    of PAM); relabellings, also those of connections, as cycles of units or angles; a comparison (of modeconn compare)
+    Results of modeconn evaluate, robustness and curvature are drawn along t (or as a spectrum); planes as maps (several
+    of one --extent as mean-plane, and std-plane for their standard deviation); reports (of modeconn align) as
+    correlations before and after; connections as the loss of their training (also history-by-t, or the turns of PAM);
+    relabellings, also those of connections, as cycles of units or angles; a comparison (of modeconn compare)
     as one column of its table, by default the barriers of the straight line.
 
     For example:
@@ -1172,7 +1178,8 @@ def draw(
     check_writable(out)
     with style.context("dark_background" if dark else []):
         drawn = Figure(figsize=(5.4, 3.6), layout="constrained")
-        draw_files(files, drawn.subplots(), figure=figure, labels=_legend(files, labels), quantity=quantity)
+        names = None if labels is None else _legend(labels)
+        draw_files(files, drawn.subplots(), figure=figure, labels=names, quantity=quantity)
         options.save_figure(drawn, out)
     typer.echo(f"Wrote {out}")
 

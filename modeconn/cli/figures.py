@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,24 +21,36 @@ class FigureKind:
     """A figure that can be drawn of files.
 
     Args:
-        draw: Called with what the files hold, ``labels=`` if it shows several, ``ax=``, and with the quantity under the
-            name that it has there.
+        draw: Called with what the files hold, ``labels=`` if it has a legend of them, ``ax=``, and with the quantity
+            under the name that it has there.
         shows_several: Whether it shows several files.
+        has_labels: Whether each of several files has a name in its legend.
+        in_reports: Whether a report of a folder draws it of each file.
         quantity: What its function calls the quantity that is drawn; None if there is but one.
     """
 
     draw: Callable[..., Any]
     shows_several: bool = True
+    has_labels: bool = True
+    in_reports: bool = True
     quantity: str | None = None
+
+
+def _of_planes(statistic: str) -> FigureKind:
+    draw = partial(plot.mean_plane, statistic=statistic)  # type: ignore[arg-type]  # one of its own
+    return FigureKind(draw, has_labels=False, in_reports=False, quantity="quantity")
 
 
 FIGURES: Mapping[str, FigureKind] = {
     "profile": FigureKind(plot.profile, quantity="quantity"),
     "robust-profile": FigureKind(plot.robust_profile, quantity="quantity"),
+    "spectrum": FigureKind(plot.spectrum, in_reports=False, quantity="quantity"),
     "plane": FigureKind(plot.plane, shows_several=False, quantity="quantity"),
+    "mean-plane": _of_planes("mean"),
+    "std-plane": _of_planes("std"),
     "comparison": FigureKind(plot.comparison, shows_several=False, quantity="column"),
     "correlation": FigureKind(plot.correlation),
-    "history": FigureKind(plot.history),
+    "history": FigureKind(plot.history, quantity="quantity"),
     "history-by-t": FigureKind(plot.history_by_t, shows_several=False),
     "turns": FigureKind(plot.turns, shows_several=False),
     "cycles": FigureKind(plot.cycles, shows_several=False),
@@ -46,20 +59,20 @@ FIGURES: Mapping[str, FigureKind] = {
 """Every kind of figure, by the name that ``modeconn plot --figure`` knows it by."""
 
 _OF_RESULTS = (
-    (RobustProfile, "robust-profile"),
-    (AlongCurve, "profile"),
-    (Plane, "plane"),
-    (Comparison, "comparison"),
-    (dict, "correlation"),
+    (RobustProfile, ("robust-profile", "spectrum")),
+    (AlongCurve, ("profile", "spectrum")),
+    (Plane, ("plane", "mean-plane", "std-plane")),
+    (Comparison, ("comparison",)),
+    (dict, ("correlation",)),
 )
 
 
 def figures_of(file: File) -> dict[str, Any]:
     """Return what of a file can be drawn, by the kind of figure; the first is drawn where none is asked for."""
-    names = [name for kind, name in _OF_RESULTS if isinstance(file.result, kind)]
-    found: dict[str, Any] = {names[0]: file.result} if names else {}
+    names = next((names for kind, names in _OF_RESULTS if isinstance(file.result, kind)), ())
+    found: dict[str, Any] = dict.fromkeys(names, file.result)
     if file.history is not None and file.history.loss:
-        found |= dict.fromkeys(("history", "history-by-t"), file.history)
+        found |= dict.fromkeys(("history", *["history-by-t"] * bool(file.history.loss_by_t)), file.history)
     if file.history is not None and file.history.turns:
         found["turns"] = file.history
     return found | _of_relabelling(file.relabelling)
@@ -69,7 +82,7 @@ def draw_files(
     paths: Sequence[Path], ax: Axes, *, figure: str | None = None, labels: Sequence[str] | None = None,
     quantity: str | None = None,
 ) -> None:  # fmt: skip
-    """Draw one figure of one or several files.
+    """Draw one figure of one or several files; without labels, several are called by their files.
 
     Raises:
         ValueError: If there is no such figure of one of them, or not one for all.
@@ -87,17 +100,17 @@ def draw_files(
     (name,) = names
     kind = FIGURES[name]
     settings: dict[str, Any] = {"ax": ax}
-    if kind.shows_several:
-        settings["labels"] = labels
-    elif len(paths) > 1:
+    if len(paths) > 1 and not kind.shows_several:
         raise ValueError(f"a figure of the kind {name} shows one file, got {len(paths)}.")
+    if kind.shows_several and kind.has_labels:
+        settings["labels"] = [path.stem for path in paths] if labels is None and len(paths) > 1 else labels
     elif labels is not None:
-        raise ValueError(f"--labels are for figures that show several files, which {name} does not. Leave them out.")
+        raise ValueError(f"--labels are for figures that name several files, which {name} does not. Leave them out.")
     if kind.quantity is not None:
         settings[kind.quantity] = _quantity(name, quantity, offered[0][name])
     elif quantity is not None:
         raise ValueError(
-            f"--quantity chooses what is drawn of a profile, a plane or a comparison; {name} has no choice."
+            f"--quantity chooses what is drawn of a profile, a plane, a comparison or a history; {name} has no choice."
         )
     kind.draw(*(found[name] for found in offered), **settings)
 
@@ -124,7 +137,7 @@ def _of_relabelling(relabelling: Relabelling | None) -> dict[str, Any]:
 
 def _quantity(name: str, asked: str | None, result: Any) -> str | None:
     """Return what is drawn of a result: what was asked for, else what one looks at first."""
-    if asked is not None or name == "plane":
+    if asked is not None or isinstance(result, Plane):
         return asked
-    firsts = {"comparison": "line", "robust-profile": "accuracy"}
+    firsts = {"comparison": "line", "robust-profile": "accuracy", "history": "loss"}
     return firsts.get(name) or next(iter(result.values))

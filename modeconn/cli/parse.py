@@ -77,6 +77,20 @@ def method(text: str) -> Method:
     return _call(text, METHODS, "alignment method", start=lambda start: method(start) if start else None)
 
 
+def extent(text: str) -> tuple[float, ...]:
+    """Read the window of a plane.
+
+    Example:
+        >>> extent("-1,4,-2.5,2.5")
+        (-1.0, 4.0, -2.5, 2.5)
+    """
+    try:
+        left, right, bottom, top = map(float, text.split(","))
+    except ValueError:
+        raise ValueError(f"--extent must be four numbers, LEFT,RIGHT,BOTTOM,TOP, got {text!r}.") from None
+    return left, right, bottom, top
+
+
 def deep_align(text: str) -> DeepAlign:
     """Read settings of Deep-Align and of its augmentation.
 

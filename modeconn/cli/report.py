@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from modeconn.cli.figures import draw_files, figures_of
+from modeconn.cli.figures import FIGURES, draw_files, figures_of
 from modeconn.cli.files import DEMO, File, read_file
 from modeconn.measure.along import AlongCurve
 from modeconn.plot.style import COLOURS
@@ -197,10 +197,10 @@ def _held(file: File) -> str:
 
 
 def _pictures(part: Part) -> Iterator[str]:
-    """Yield every figure that there is of a file, as SVG."""
+    """Yield every figure that there is of one file, as SVG."""
     from matplotlib.figure import Figure
 
-    for name in figures_of(part.file):
+    for name in (one for one in figures_of(part.file) if FIGURES[one].in_reports):
         drawn = Figure(figsize=(6.0, 4.0), layout="constrained")
         try:
             draw_files([part.path], drawn.subplots(), figure=name)

@@ -3,9 +3,9 @@
 Nothing is computed here but means, spreads and intervals, and no global setting of matplotlib is touched.
 """
 
-from modeconn.plot.along import profile, robust_profile
+from modeconn.plot.along import profile, robust_profile, spectrum
 from modeconn.plot.fits import comparison, history, history_by_t, turns
-from modeconn.plot.planes import plane
+from modeconn.plot.planes import mean_plane, plane
 from modeconn.plot.units import correlation, cycles, eigen_angles, unit_correlation
 
 __all__ = [
@@ -15,9 +15,11 @@ __all__ = [
     "eigen_angles",
     "history",
     "history_by_t",
+    "mean_plane",
     "plane",
     "profile",
     "robust_profile",
+    "spectrum",
     "turns",
     "unit_correlation",
 ]

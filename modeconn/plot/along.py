@@ -20,13 +20,15 @@ def profile(
     *profiles: AlongCurve | Sequence[AlongCurve],
     labels: Sequence[str] | None = None,
     quantity: str = "loss",
+    spread: Literal["std", "sem"] = "std",
     ax: Axes | None = None,
 ) -> Axes:
     """Draw one quantity along one or several curves.
 
     Dots mark the ends, recalibrated like all points between them. Where the ends' own statistics give another value,
     a ring marks it. Around accuracies and errors lie their 95% intervals (Wilson), as far as the number of examples
-    tells them; of several profiles in a list the mean is drawn, and one standard deviation to both sides.
+    tells them; of several profiles in a list the mean is drawn, and one standard deviation, or one standard error of
+    the mean, to both sides.
 
     Args:
         profiles: What `Connection.evaluate` or `Connection.curvature` returned, one line each; or lists of such, as of
@@ -34,30 +36,26 @@ def profile(
         labels: A name for each, for the legend.
         quantity: What to draw: "loss", "accuracy", "error" or the name of a metric; fractions of right or wrong answers
             are drawn in percent.
+        spread: What is drawn beside the mean of a list: "std", the standard deviation, or "sem", the standard error.
         ax: Where to draw. Default: a new figure.
 
     Raises:
         ValueError: If there is no profile, a label is missing, a profile does not have the quantity, profiles of one
-            list have other positions, or their quantities are written in other units.
+            list have other positions, their quantities are written in other units, or there is no such spread.
     """
     names = style.named(labels, profiles, "profile")
     groups = [_members(one, number, quantity) for number, one in enumerate(profiles)]
-    units = {one.quantity(quantity).unit for group in groups for one in group}
-    if len(units) > 1:
-        told = " and in ".join(repr(unit) if unit else "no unit" for unit in sorted(units))
-        raise ValueError(f"one figure has one unit, but {quantity!r} is in {told}.")
-    unit = units.pop()
+    unit = style.unit_of([one for group in groups for one in group], quantity)
     scale = 100 if unit == "%" else 1
+    every = [scale * np.stack([one.values[quantity].numpy() for one in group]) for group in groups]
+    spreads = [style.spread(values, spread) for values in every]
     ax = style.axes(ax)
     for number, (group, name) in enumerate(zip(groups, names, strict=True)):
-        look, t = style.line(number), group[0].t.numpy()
-        values = scale * np.stack([one.values[quantity].numpy() for one in group])
-        mean = values.mean(0)
+        look, t, mean = style.line(number), group[0].t.numpy(), every[number].mean(0)
         ax.plot(t, mean, label=name, **look)
         ax.plot(t[[0, -1]], mean[[0, -1]], "o", color=look["color"], markersize=5, clip_on=False, zorder=3)
         if len(group) > 1:
-            spread = values.std(0, ddof=1)
-            style.band(ax, t, mean - spread, mean + spread, look["color"])
+            style.band(ax, t, mean - spreads[number], mean + spreads[number], look["color"])
             continue
         (one,) = group
         if quantity in style.PERCENT and getattr(one, "num_examples", 0):
@@ -102,18 +100,15 @@ def robust_profile(
         raise ValueError(f"labels must name each profile: {len(profiles)} to draw, got labels=None.")
     if quantity not in ("loss", *style.PERCENT):
         raise ValueError(f"quantity must be 'loss', 'accuracy' or 'error', got quantity={quantity!r}.")
-    if rows is not None and not style.is_list(rows):
-        raise ValueError(f"rows must be a list of names, got rows={rows!r:.80}.")
-    chosen = [_rows(one, rows) for one in profiles]
+    # The worst case of one attack is that attack.
+    shown = [list(one.accuracy)[: None if rows is not None or len(one.attacks) > 1 else -1] for one in profiles]
+    chosen = [style.chosen(rows, there) for there in shown]
     places = list(dict.fromkeys(row for some in chosen for row in some))
     ax = style.axes(ax)
     for number, (one, name, some) in enumerate(zip(profiles, names, chosen, strict=True)):
         t = one.t.numpy()
         for row in some:
-            look = style.line(number if len(profiles) > 1 else places.index(row))
-            look |= {"linestyle": style.dashes(places.index(row)), "label": row}
-            if name is not None:  # the axis names what all lines share
-                look["label"] = name if len(places) == 1 else f"{name}, {row}"
+            look = style.line_of(row, places, name, number if len(profiles) > 1 else None)
             if quantity == "loss":
                 ax.plot(t, one.loss[row].numpy(), marker=".", **look)
                 continue
@@ -129,12 +124,60 @@ def robust_profile(
     return style.finished(ax, legend=True)
 
 
-def _rows(one: RobustProfile, rows: Sequence[str] | None) -> Sequence[str]:
-    chosen = list(one.accuracy)[: None if len(one.attacks) > 1 else -1] if rows is None else rows
-    for row in chosen:
-        if not isinstance(row, str) or row not in one.accuracy:
-            raise ValueError(f"there is no row {row!r}; there are {', '.join(one.accuracy)}.")
-    return chosen
+def spectrum(
+    *profiles: AlongCurve, labels: Sequence[str] | None = None, quantity: str = "loss", ax: Axes | None = None
+) -> Axes:
+    r"""Draw of which waves a quantity along one or several curves is made: the magnitude of its Fourier transform.
+
+    .. math:: |\hat v_k| = \frac{1}{N} \Big|\sum_{n=0}^{N-1} (v_n - \bar v) \, e^{-2 \pi i k n / N}\Big|
+
+    for k from 1 to N / 2, from values at N evenly spaced positions, less their mean, in the unit of the quantity: a
+    wave of amplitude A has a magnitude of A / 2. Positions hold both ends of the curve, t=0 and t=1, which are two
+    networks and no repetition of one: so, by the conventions of `numpy.fft.rfft` and ``rfftfreq``, all N points are one
+    period, a step longer than the curve, and frequencies are k (N - 1) / N cycles per unit of t. Ends that differ are
+    a jump where the period begins anew, which adds a little at all frequencies. The axis of magnitudes is logarithmic,
+    unless one is 0.
+
+    Args:
+        profiles: What `Connection.evaluate`, `Connection.robustness` or `Connection.curvature` returned, one line each,
+            measured at evenly spaced positions, at least 3.
+        labels: A name for each, for the legend.
+        quantity: What to draw: "loss", "accuracy", "error" or the name of a metric; fractions of right or wrong answers
+            are drawn in percent.
+        ax: Where to draw. Default: a new figure.
+
+    Raises:
+        ValueError: If there is no profile, a label is missing, a profile does not have the quantity, or not at evenly
+            spaced positions, or not everywhere a finite one, or their quantities are written in other units.
+    """
+    names = style.named(labels, profiles, "profile")
+    for number, one in enumerate(profiles):
+        _check_has(one, number, quantity)
+        steps = np.diff(one.t.numpy())
+        if len(steps) < 2 or not np.allclose(steps, steps.mean(), rtol=1e-3, atol=0):
+            raise ValueError(
+                f"a spectrum is that of values at three evenly spaced positions or more, but profile {number} was "
+                f"measured at t={one.t.tolist()!r:.80}. Measure it with num_points=, without t=."
+            )
+        if not np.isfinite(one.values[quantity].numpy()).all():
+            raise ValueError(
+                f"the {quantity!r} of profile {number} is NaN or infinite at some positions, so it has no spectrum. "
+                f"Draw a quantity that is finite along the whole curve."
+            )
+    unit = style.unit_of(profiles, quantity)
+    ax, lowest = style.axes(ax), np.inf
+    for number, (one, name) in enumerate(zip(profiles, names, strict=True)):
+        t, values = one.t.numpy(), (100 if unit == "%" else 1) * one.values[quantity].numpy()
+        heights = np.abs(np.fft.rfft(values - values.mean(), norm="forward"))[1:]
+        frequencies = np.fft.rfftfreq(len(t), (t[-1] - t[0]) / (len(t) - 1))[1:]
+        ax.plot(frequencies, heights, marker=".", label=name, **style.line(number))
+        lowest = min(lowest, heights.min())
+    if lowest > 0:
+        ax.set_yscale("log")
+    ax.set_xlabel("frequency (cycles per unit of t)")
+    ax.set_ylabel(f"magnitude in the spectrum of the {quantity}" + (f"\n({unit})" if unit else ""))
+    ax.set_xlim(left=0)
+    return style.finished(ax, legend=labels is not None)
 
 
 def _members(given: Any, number: int, quantity: Any) -> list[AlongCurve]:
@@ -143,12 +186,17 @@ def _members(given: Any, number: int, quantity: Any) -> list[AlongCurve]:
     if not members:
         raise ValueError(f"profile {number} is an empty list: there is nothing to draw.")
     for one in members:
-        style.check(f"profile {number}", one, "what Connection.evaluate returns", "t", "values", "own", "quantity")
-        if not isinstance(quantity, str) or quantity not in one.values:
-            raise ValueError(f"profile {number} has no quantity {quantity!r}, only {', '.join(map(repr, one.values))}.")
+        _check_has(one, number, quantity)
         if one.t.tolist() != members[0].t.tolist():
             raise ValueError(f"the profiles of list {number} were measured at different positions: no mean is drawn.")
     return members
+
+
+def _check_has(one: Any, number: int, quantity: Any) -> None:
+    """Raise unless something is a result along a curve that has the quantity."""
+    style.check(f"profile {number}", one, "what Connection.evaluate returns", "t", "values", "own", "quantity")
+    if not isinstance(quantity, str) or quantity not in one.values:
+        raise ValueError(f"profile {number} has no quantity {quantity!r}, only {', '.join(map(repr, one.values))}.")
 
 
 def _interval(share: Any, count: int) -> tuple[Any, Any]:

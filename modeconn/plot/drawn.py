@@ -61,10 +61,11 @@ class Rotation(Protocol):
 
 
 class History(Protocol):
-    """What `history` draws: the loss of each epoch, and its means in bins of t."""
+    """What `history` draws: the loss of each epoch, its means in bins of t, and what callbacks measured, by name."""
 
     loss: Sequence[float]
     loss_by_t: Sequence[Sequence[float | None]]
+    values: Sequence[Mapping[str, float]]
 
 
 class Turns(Protocol):

@@ -26,6 +26,9 @@ PERCENT = {"accuracy", "error"}
 POSITION = "position on the curve, t (0: network a, 1: network b)"
 """The axis of figures along a curve."""
 
+SPREADS = {"std": "standard deviation", "sem": "standard error"}
+"""How far several results of one kind differ, by the names that `Comparison.summary` has for it."""
+
 _DASHES = ("-", "--", "-.", ":")  # line styles, which grey print tells apart too
 _FEW, _MANY = 6, 12  # names below places
 _LETTERS = 60  # that fit side by side below a figure
@@ -41,9 +44,19 @@ def line(number: int) -> dict[str, Any]:
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": width}
 
 
-def dashes(number: int) -> str:
-    """Return the line style with a number."""
-    return _DASHES[number % len(_DASHES)]
+def line_of(row: str, rows: Sequence[str], name: str | None, number: int | None) -> dict[str, Any]:
+    """Return look and label of a row of one result or of several, of which each has a colour, and each row its dashes.
+
+    Args:
+        row: Its name.
+        rows: Names of all rows of the figure; a single one is in no label but that of a result without a name.
+        name: Of the result, None without labels.
+        number: Of the result; None where there is but one.
+    """
+    place = rows.index(row)
+    label = row if name is None else name if len(rows) == 1 else f"{name}, {row}"
+    look = line(place if number is None else number)
+    return look | {"linestyle": _DASHES[place % len(_DASHES)], "label": label}
 
 
 def band(ax: Axes, x: Any, low: Any, high: Any, colour: str, *, label: str | None = None) -> None:
@@ -51,6 +64,21 @@ def band(ax: Axes, x: Any, low: Any, high: Any, colour: str, *, label: str | Non
     ax.fill_between(x, low, high, color=colour, alpha=0.15, linewidth=0, label=label)
     for edge in (low, high):
         ax.plot(x, edge, color=colour, linewidth=0.5, alpha=0.6)
+
+
+def spread(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """Return the standard deviation of values ``(K, ...)`` over their K results, or its share that their mean has.
+
+    Of one result there is none: NaN.
+
+    Raises:
+        ValueError: If the kind is none of `SPREADS`.
+    """
+    if not isinstance(kind, str) or kind not in SPREADS:
+        raise ValueError(f"spread must be one of {', '.join(map(repr, SPREADS))}, got spread={kind!r:.80}.")
+    with np.errstate(invalid="ignore"):  # values that are not finite have none
+        deviation = values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
+    return deviation / (np.sqrt(len(values)) if kind == "sem" else 1)
 
 
 def axes(ax: Axes | None) -> Axes:
@@ -68,7 +96,7 @@ def axes(ax: Axes | None) -> Axes:
 
 
 def finished(ax: Axes, *, legend: bool) -> Axes:
-    """Give axes their grid, and above them a legend, where it hides nothing."""
+    """Give axes their grid, and above them a legend, where it hides nothing; a title goes above the legend."""
     ax.grid(axis="y", color=NEUTRAL, alpha=0.25, linewidth=0.8)
     ax.set_axisbelow(True)
     ax.spines[["top", "right"]].set_visible(False)
@@ -76,7 +104,35 @@ def finished(ax: Axes, *, legend: bool) -> Axes:
         names = ax.get_legend_handles_labels()[1]
         columns = min(len(names), 3 if max(map(len, names), default=0) < 24 else 2)
         ax.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
+        _lift_title(ax)
     return ax
+
+
+def _lift_title(ax: Axes) -> None:
+    """Have matplotlib put a title above the legend, whenever it is set.
+
+    It puts titles above axes within axes, but knows nothing of legends: so there is one, unseen, where the legend is.
+    """
+    if not any(isinstance(child.get_axes_locator(), _AtLegend) for child in ax.child_axes):
+        place = ax.inset_axes((0, 0, 1, 1))
+        place.set_axis_off()
+        place.set_axes_locator(_AtLegend(ax))
+
+
+class _AtLegend:
+    """Tells where the legend of axes is, in their figure; without a legend, where they are.
+
+    Args:
+        ax: The axes.
+    """
+
+    def __init__(self, ax: Axes) -> None:
+        self._ax = ax
+
+    def __call__(self, ax: Axes, renderer: Any) -> Any:
+        legend = self._ax.get_legend()
+        box = self._ax.bbox if legend is None else legend.get_window_extent(renderer)
+        return box.transformed(self._ax.figure.transSubfigure.inverted())
 
 
 def name_places(ax: Axes, names: Sequence[str | None]) -> None:
@@ -102,6 +158,35 @@ def named(labels: Sequence[str] | None, things: Sequence[object], what: str) -> 
     if not is_list(labels) or len(labels) != len(things):
         raise ValueError(f"labels must name each {what}: {len(things)} to draw, got labels={labels!r:.80}.")
     return labels
+
+
+def unit_of(results: Sequence[Any], quantity: str) -> str:
+    """Return the unit in which all results have a quantity.
+
+    Raises:
+        ValueError: If they have it in several.
+    """
+    units = {one.quantity(quantity).unit for one in results}
+    if len(units) > 1:
+        told = " and in ".join(repr(unit) if unit else "no unit" for unit in sorted(units))
+        raise ValueError(f"one figure has one unit, but {quantity!r} is in {told}.")
+    return units.pop()
+
+
+def chosen(rows: Sequence[str] | None, there: Sequence[str]) -> Sequence[str]:
+    """Return the rows that were chosen, all that there are without a choice.
+
+    Raises:
+        ValueError: If there is no such row, or none was chosen.
+    """
+    if rows is None:
+        return there
+    if not is_list(rows) or not len(rows):
+        raise ValueError(f"rows must be a list of names, got rows={rows!r:.80}.")
+    for row in rows:
+        if not isinstance(row, str) or row not in there:
+            raise ValueError(f"there is no row {row!r}; there are {', '.join(there)}.")
+    return rows
 
 
 def is_list(value: object) -> bool:

@@ -302,6 +302,8 @@ def test_info_tells_how_a_file_was_made(folder, tmp_path):
     assert "made by" in told and "modeconn evaluate" in told and "its loader" in told
     run("plot", tmp_path / "result.json", "--out", tmp_path / "figure.png")
     assert Image.open(tmp_path / "figure.png").text["Description"].startswith("modeconn plot")
+    refused = ("--figure", "spectrum", "--out", tmp_path / "spectrum.png")
+    assert "three evenly spaced positions" in run("plot", tmp_path / "result.json", *refused, code=1).stderr
 
 
 def test_planes_are_those_of_python(folder, tmp_path):
@@ -325,6 +327,11 @@ def test_planes_are_those_of_python(folder, tmp_path):
         (["a.safetensors"], "a plane goes through a connection or through three networks, got 1 files"),
         (["a.safetensors", "b.safetensors", "b.safetensors"], "the three networks need names of their own"),
         (["c.safetensors", "--export", "gif"], "--export knows html, npz, vti, csv, pdf, svg, got 'gif'"),
+        (["c.safetensors", "--extent", "1,2,3"], "--extent must be four numbers, LEFT,RIGHT,BOTTOM,TOP, got '1,2,3'"),
+        (
+            ["c.safetensors", "--extent", "1,0,0,1"],
+            "extent must be (left, right, bottom, top), finite, each pair rising",
+        ),
         (["c.safetensors", "--times", "0.5"], "times must be more than 1, got --times 0.5"),
     ],
 )
@@ -510,11 +517,36 @@ def test_every_figure_of_a_file_can_be_chosen(folder, tmp_path):
     )
     said = run("plot", tmp_path / "c", "--figure", "pie", "--out", tmp_path / "x.png", code=1).stderr
     assert "--figure must be one of profile, robust-profile" in said
-    said = run("plot", tmp_path / "c", "--quantity", "loss", "--out", tmp_path / "x.png", code=1).stderr
-    assert "--quantity chooses what is drawn of a profile, a plane or a comparison; history has no choice" in said
+    cycles = ("--figure", "cycles", "--quantity", "loss")
+    said = run("plot", tmp_path / "c", *cycles, "--out", tmp_path / "x.png", code=1).stderr
+    assert "what is drawn of a profile, a plane, a comparison or a history; cycles has no choice" in said
+    said = run("plot", tmp_path / "c", "--quantity", "accuracy", "--out", tmp_path / "x.png", code=1).stderr
+    assert "fit 0 has no 'accuracy' by epoch: nothing was measured but the training loss" in said
     said = run("plot", *2 * [tmp_path / "c"], "--figure", "turns", "--out", tmp_path / "x.png", code=1).stderr
     assert "a figure of the kind turns shows one file, got 2." in said
     assert not (tmp_path / "x.png").exists()
+
+
+def test_what_a_validation_measured_is_drawn_of_a_file(folder, tmp_path):
+    train, test = data.load("digits")
+    how = {"align": False, "recipe": Recipe(2), "callbacks": [modeconn.callbacks.Validation(test)]}
+    modeconn.fit_curve(*map(models.load, ends(folder)), train, **how).save(tmp_path / "c")
+    run("plot", *2 * [tmp_path / "c"], "--quantity", "accuracy", "--labels", "a,b", "--out", tmp_path / "x.svg")
+    said = run("plot", tmp_path / "c", "--quantity", "speed", "--out", tmp_path / "y.svg", code=1).stderr
+    assert "has no 'speed' by epoch, only 'loss', 'validation loss, t=0.5', 'validation accuracy, t=0.5'" in said
+
+
+def test_planes_of_one_window_have_a_mean(folder, tmp_path):
+    window = ("--data", "digits", "--points", 3, "--test-examples", 50, "--extent", "-4,20,-5,9")
+    for number in (1, 2):
+        run("plane", folder / "c.safetensors", *window, "--out", tmp_path / f"{number}.json")
+    planes = [tmp_path / f"{number}.json" for number in (1, 2)]
+    assert modeconn.Plane.load(planes[0]).y.tolist() == [-5, 2, 9]
+    for figure in ("mean-plane", "std-plane"):
+        run("plot", *planes, "--figure", figure, "--quantity", "accuracy", "--out", tmp_path / f"{figure}.png")
+        assert (tmp_path / f"{figure}.png").exists()
+    said = run("plot", *planes, "--figure", "mean-plane", "--labels", "a,b", "--out", tmp_path / "x.png", code=1).stderr
+    assert "--labels are for figures that name several files, which mean-plane does not" in said
 
 
 @pytest.mark.filterwarnings("ignore:.*attack")

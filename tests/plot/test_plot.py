@@ -9,8 +9,9 @@ import pytest
 import torch
 from matplotlib.container import ErrorbarContainer
 from matplotlib.figure import Figure
+from matplotlib.lines import Line2D
 
-from modeconn import plot
+from modeconn import Recipe, callbacks, data, fit_curve, models, plot
 from modeconn.connection import History
 from modeconn.measure.profile import Profile
 
@@ -131,6 +132,96 @@ def test_a_history_is_drawn_by_epoch_with_its_range_over_t(ax):
     assert texts(ax.get_legend()) == ["mean over t", "range over t"]
 
 
+def measured(*values):
+    return types.SimpleNamespace(history=History([1.0] * len(values), [[1.0]] * len(values), values=list(values)))
+
+
+VALIDATED = measured(
+    {"validation loss, t=0.0": 2.0, "validation accuracy, t=0.0": 0.5, "validation accuracy, t=0.5": 0.25},
+    {},
+    {"validation accuracy, t=0.5": 0.75, "sharpness": 3.0},
+)
+
+
+@pytest.mark.parametrize("quantity", ["accuracy", "validation accuracy"])
+def test_what_was_measured_is_drawn_over_epochs_with_a_line_for_each_position(ax, quantity):
+    plot.history(VALIDATED, quantity=quantity, ax=ax)
+    at_0, at_half = ax.lines
+    np.testing.assert_array_equal(at_0.get_xydata(), [(1, 50)])
+    np.testing.assert_array_equal(at_half.get_xydata(), [(1, 25), (3, 75)])
+    assert texts(ax.get_legend()) == ["t=0.0", "t=0.5"]
+    assert ax.get_ylabel() == "validation accuracy (%)" and ax.get_xlabel() == "epoch"
+
+
+@pytest.mark.parametrize(
+    ("quantity", "axis", "legend", "scale"),
+    [
+        ("validation accuracy, t=0.5", "validation accuracy, t=0.5 (%)", "t=0.5", "linear"),
+        ("validation loss", "validation loss, t=0.0 (mean per example)", "t=0.0", "log"),
+        ("sharpness", "sharpness", "sharpness", "linear"),
+    ],
+)
+def test_one_value_by_epoch_is_named_on_the_axis(ax, quantity, axis, legend, scale):
+    plot.history(VALIDATED, quantity=quantity, ax=ax)
+    assert (ax.get_ylabel(), texts(ax.get_legend()), ax.get_yscale()) == (axis, [legend], scale)
+
+
+def test_several_fits_have_a_colour_each_and_positions_their_dashes(ax):
+    plot.history(VALIDATED, VALIDATED, labels=["one", "two"], quantity="accuracy", ax=ax)
+    assert texts(ax.get_legend()) == ["one, t=0.0", "one, t=0.5", "two, t=0.0", "two, t=0.5"]
+    colours, dashes = ([get(line) for line in ax.lines] for get in (Line2D.get_color, Line2D.get_linestyle))
+    assert colours[0] == colours[1] != colours[2] and dashes[:2] == dashes[2:] and dashes[0] != dashes[1]
+
+
+def test_a_validation_is_drawn(ax):
+    train, test = data.load("digits")
+    a, b = (models.mlp(64, (8,), 10, seed=seed) for seed in range(2))
+    validation = callbacks.Validation(test, t=[0.5])
+    fit = fit_curve(a, b, train, align=False, recipe=Recipe(epochs=2), callbacks=[validation])
+    plot.history(fit, quantity="accuracy", ax=ax)
+    expected = [100 * values["validation accuracy, t=0.5"] for values in validation.values]
+    np.testing.assert_array_equal(ax.lines[0].get_ydata(), expected)
+
+
+def test_a_descent_without_positions_has_a_loss_and_no_range(ax):
+    plot.history(History([2.0, 1.0], []), ax=ax)
+    assert len(ax.lines) == 1 and not ax.collections
+    with pytest.raises(ValueError, match="this fit has no losses by t: it descended on all positions at once"):
+        plot.history_by_t(History([2.0, 1.0], []))
+
+
+def test_a_spectrum_is_the_transform_written_out(ax):
+    plot.spectrum(BUMP, ax=ax)
+    count, loss = len(T), BUMP.loss.numpy()
+    waves = [np.exp(-2j * np.pi * k * np.arange(count) / count) for k in (1, 2)]
+    np.testing.assert_allclose(ax.lines[0].get_ydata(), [abs((loss - loss.mean()) @ wave) / count for wave in waves])
+    np.testing.assert_allclose(ax.lines[0].get_xdata(), [0.8, 1.6])  # k cycles in five steps of 1/4
+    assert ax.get_yscale() == "log" and ax.get_legend() is None
+
+
+def test_a_wave_has_its_frequency_and_half_its_amplitude(ax):
+    t = torch.linspace(0, 1, 64, dtype=torch.float64)
+    for place, cycles in enumerate((3, 20)):
+        frequency = cycles * 63 / 64
+        wave = Profile(t, loss=5 + 0.5 * torch.cos(2 * torch.pi * frequency * t), accuracy=None, arc_length=None)
+        plot.spectrum(wave, ax=ax)
+        highest = ax.lines[place].get_ydata().argmax()
+        np.testing.assert_allclose(ax.lines[place].get_xydata()[highest], (frequency, 0.25))
+        assert np.sort(ax.lines[place].get_ydata())[-2] < 1e-12
+
+
+def test_spectra_of_accuracies_are_in_percent_and_named(ax):
+    plot.spectrum(BUMP, BUMP, labels=["one", "two"], quantity="accuracy", ax=ax)
+    assert "accuracy\n(%)" in ax.get_ylabel() and texts(ax.get_legend()) == ["one", "two"]
+    values = 100 * BUMP.accuracy.numpy()
+    np.testing.assert_allclose(ax.lines[1].get_ydata(), np.abs(np.fft.rfft(values))[1:] / 5)
+
+
+def test_a_flat_loss_has_a_spectrum_of_zeros(ax):
+    plot.spectrum(FLAT, ax=ax)
+    assert not ax.lines[0].get_ydata().any() and ax.get_yscale() == "linear"
+
+
 def test_two_histories_share_one_entry_for_their_range(ax):
     fit = learned([2.0], [[1.0, 3.0]])
     plot.history(fit, fit.history, labels=["one", "two"], ax=ax)
@@ -163,6 +254,32 @@ def test_two_histories_share_one_entry_for_their_range(ax):
         (lambda: plot.correlation(3), "alignment 0 must be what modeconn.align returns, or its correlation, got 3"),
         (lambda: plot.correlation({"a": 3}), r"must hold \(before, after\) by group, two numbers, got {'a': 3}"),
         (lambda: plot.history(BUMP), "fit 0 must be what modeconn.fit_curve returns, or its history, got Profile"),
+        (
+            lambda: plot.history(learned([1.0], [[1.0]]), quantity="accuracy"),
+            r"fit 0 has no 'accuracy' by epoch: nothing was measured but the training loss.*callbacks.Validation",
+        ),
+        (
+            lambda: plot.history(VALIDATED, quantity="error"),
+            "fit 0 has no 'error' by epoch, only 'loss', 'validation loss, t=0.0', 'validation accuracy, t=0.0'",
+        ),
+        (
+            lambda: plot.history(VALIDATED, VALIDATED, quantity="accuracy"),
+            "labels must name each fit: 2 to draw, got labels=None",
+        ),
+        (lambda: plot.spectrum(), "there is no profile to draw"),
+        (lambda: plot.spectrum(BUMP, quantity="speed"), "profile 0 has no quantity 'speed', only 'loss'"),
+        (
+            lambda: plot.spectrum(dataclasses.replace(BUMP, t=T**2)),
+            r"profile 0 was measured at t=\[0.0, 0.0625, 0.25, 0.5625, 1.0\]. Measure it with num_points=, without t=",
+        ),
+        (
+            lambda: plot.spectrum(Profile(T[:2], loss=T[:2], accuracy=None, arc_length=None)),
+            "at three evenly spaced positions or more, but profile 0 was measured at t=",
+        ),
+        (
+            lambda: plot.spectrum(dataclasses.replace(BUMP, loss=T / 0)),
+            "the 'loss' of profile 0 is NaN or infinite at some positions, so it has no spectrum",
+        ),
         (lambda: plot.eigen_angles(3), "rotation must be a modeconn.Orthogonal, .*, got 3"),
         (lambda: plot.eigen_angles(types.SimpleNamespace(angles=dict)), "no group of this relabelling rotates"),
         (lambda: plot.comparison(3), "compared must be what modeconn.compare returns, got 3"),

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+import pickle
 import types
 
 import matplotlib.style
 import numpy as np
 import pytest
+import scipy.stats
 import torch
 from matplotlib.collections import Collection
 from matplotlib.colors import to_rgb, to_rgba
@@ -30,7 +32,11 @@ ROBUST = RobustProfile(
     "digest",
 )
 TURNS = [{"loss_before": 2.0, "loss_after": 1.0}, {"loss_before": 1.0, "loss_after": 0.9}]
-HISTORY = History([2.0, 1.0], [[1.0, None, 3.0], [0.5, 1.5, None]], turns=TURNS)
+MEASURED = [
+    {"validation accuracy, t=0.0": 0.5, "validation accuracy, t=0.5": 0.25},
+    {"validation accuracy, t=0.5": 0.75},
+]
+HISTORY = History([2.0, 1.0], [[1.0, None, 3.0], [0.5, 1.5, None]], turns=TURNS, values=MEASURED)
 COMPARED = types.SimpleNamespace(
     values={
         "one": {"line": [0.1, 0.2], "seconds": [1.0, 2.0]},
@@ -49,6 +55,8 @@ FIGURES = {
     "angles": lambda ax: plot.eigen_angles(types.SimpleNamespace(angles=lambda: {"s": torch.rand(4)}), ax=ax),
     "cycles": lambda ax: plot.cycles(PERM, ax=ax),
     "history": lambda ax: plot.history(HISTORY, ax=ax),
+    "measured": lambda ax: plot.history(HISTORY, HISTORY, labels=["a", "b"], quantity="accuracy", ax=ax),
+    "spectrum": lambda ax: plot.spectrum(BUMP, BUMP, labels=["a", "b"], ax=ax),
     "turns": lambda ax: plot.turns(HISTORY, ax=ax),
     "comparison": lambda ax: plot.comparison(COMPARED, ax=ax),
     "seconds": lambda ax: plot.comparison(COMPARED, column="seconds", ax=ax),
@@ -57,6 +65,7 @@ UNITS = torch.eye(4)
 MAPS = {
     "units": lambda ax: plot.unit_correlation(UNITS, ax=ax),
     "plane": lambda ax: plot.plane(MAP, ax=ax),
+    "mean plane": lambda ax: plot.mean_plane(MAP, MAP, ax=ax),
     "by t": lambda ax: plot.history_by_t(HISTORY, ax=ax),
 }
 
@@ -103,6 +112,32 @@ def test_legends_hide_no_data(name):
     assert box.x0 >= 0 and box.x1 <= figure.bbox.x1 and box.y1 <= figure.bbox.y1
 
 
+@pytest.mark.parametrize("name", [name for name in FIGURES if name not in ("comparison", "seconds")])
+@pytest.mark.parametrize("is_first", [True, False])
+def test_titles_stand_above_legends(name, is_first):
+    figure = Figure(figsize=(8, 4), layout="constrained")
+    for ax in (part.subplots() for part in figure.subfigures(1, 2)):
+        if is_first:
+            ax.set_title("Before")
+        FIGURES[name](FIGURES[name](ax))  # also where two are drawn in one place
+        if not is_first:
+            ax.set_title("Afterwards")
+    figure.draw_without_rendering()
+    title, legend = ax.title.get_window_extent(), ax.get_legend().get_window_extent()
+    assert legend.y1 <= title.y0 < legend.y1 + 20 and title.y1 <= figure.bbox.y1
+    ax.get_legend().remove()
+    figure.draw_without_rendering()
+    assert ax.bbox.y1 <= ax.title.get_window_extent().y0 < ax.bbox.y1 + 20
+
+
+def test_figures_can_be_pickled():
+    figure = Figure(layout="constrained")
+    FIGURES["profile"](figure.subplots())
+    copy = pickle.loads(pickle.dumps(figure))
+    copy.draw_without_rendering()
+    assert copy.axes[0].get_legend().get_window_extent().y0 >= copy.axes[0].bbox.y1 - 1
+
+
 @pytest.mark.parametrize("name", MAPS)
 def test_maps_name_their_colours(name):
     figure = Figure(layout="constrained")
@@ -125,6 +160,12 @@ def test_lists_are_drawn_as_mean_and_standard_deviation():
     np.testing.assert_allclose(ax.lines[0].get_ydata(), mean)
     points = {tuple(np.round(p, 6)) for p in ax.collections[0].get_paths()[0].vertices}
     assert points >= {(round(float(t), 6), round(float(m + s), 6)) for t, m, s in zip(T, mean, spread, strict=True)}
+    ax = plot.profile(group, labels=["seeds"], spread="sem", ax=Figure().subplots())
+    points = {tuple(np.round(p, 6)) for p in ax.collections[0].get_paths()[0].vertices}
+    error = scipy.stats.sem(torch.stack(losses))
+    assert points >= {(round(float(t), 6), round(float(m - e), 6)) for t, m, e in zip(T, mean, error, strict=True)}
+    with pytest.raises(ValueError, match="spread must be one of 'std', 'sem', got spread='range'"):
+        plot.profile(group, spread="range")
     short = Profile(T[:3], loss=BUMP.loss[:3], accuracy=None, arc_length=None)
     with pytest.raises(ValueError, match="different positions"):
         plot.profile([BUMP, short], ax=Figure().subplots())
@@ -191,6 +232,17 @@ def test_bars_begin_at_zero_and_seconds_have_none():
     assert [patch.get_height() for patch in ax.patches] == pytest.approx([0.15, 0.35]) and ax.get_ylim()[0] <= 0
     ax = plot.comparison(COMPARED, column="seconds", ax=Figure().subplots())
     assert ax.get_yscale() == "log" and not ax.patches
+
+
+def test_rows_of_a_comparison_can_be_chosen_and_ordered():
+    ax = plot.comparison(COMPARED, rows=["other", "one"], ax=Figure().subplots())
+    assert [patch.get_height() for patch in ax.patches] == pytest.approx([0.35, 0.15])
+    assert [text.get_text() for text in ax.get_xticklabels()] == ["other", "one"]
+    (alone,) = plot.comparison(COMPARED, rows=["one"], ax=Figure().subplots()).patches
+    assert alone.get_height() == pytest.approx(0.15)
+    for rows, said in {("third",): "no row 'third'; there are one, other", (): "rows must be a list of names"}.items():
+        with pytest.raises(ValueError, match=said):
+            plot.comparison(COMPARED, rows=list(rows))
 
 
 def test_the_plane_of_a_curve_is_drawn_with_it():
