@@ -187,7 +187,8 @@ class Comparison:
         return plot.comparison(self, column=column, rows=rows, ax=ax)
 
     def __repr__(self) -> str:
-        title = f"Comparison({self.num_pairs} pair{'s' * (self.num_pairs != 1)}, {self.num_points} points, {self.num_examples} examples)"
+        pairs = f"{self.num_pairs} pair{'s' * (self.num_pairs != 1)}"
+        title = f"Comparison({pairs}, {self.num_points} points, {self.num_examples} examples)"
         return "\n".join([title, table(*self._table())])
 
     def _repr_html_(self) -> str:
