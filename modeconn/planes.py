@@ -221,6 +221,8 @@ def _of_connection(connection: Connection) -> _Subject:
         warns=False,
     )
     name = "control point" if len(points) == 3 else f"control point {middle}"
+    if path.curve.knots:  # a chain passes through its control points, which are networks on it
+        name = f"t={path.curve.knots[middle - 1]:.3g}"
     return _Subject(line, points[middle], buffers, ["a", "b", name], slice(3), 2, path)
 
 

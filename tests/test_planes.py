@@ -97,6 +97,13 @@ def connected(curve):
     return modeconn.fit_curve(a, b, batches(dtype=torch.float64), align=False, curve=curve, recipe=recipe)
 
 
+def test_a_point_that_a_chain_passes_through_is_named_by_its_position():
+    networks = [CASES[0].make(seed, torch.float64) for seed in range(3)]
+    found = plane(modeconn.Connection.through(networks), batches(dtype=torch.float64), num_points=3)
+    assert list(found.networks) == ["a", "b", "t=0.5"]
+    assert found.curve_distance < 1e-6 * float(found.x[-1] - found.x[0])
+
+
 def test_a_quadratic_curve_lies_in_its_plane():
     connection = connected(Bezier(2))
     found = plane(connection, batches(dtype=torch.float64), num_points=3)
