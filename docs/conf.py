@@ -43,6 +43,7 @@ nb_execution_raise_on_error, nb_execution_timeout = True, 60
 suppress_warnings = ["misc.highlighting_failure"]  # of shell commands in notebooks
 nb_merge_streams = True
 
+smartquotes_action = "qe"  # quotes and ellipses; dashes begin options
 default_role = "py:obj"  # of `names` in docstrings
 autodoc_typehints, autodoc_typehints_format = "signature", "short"
 autodoc_member_order = "bysource"

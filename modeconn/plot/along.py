@@ -129,7 +129,7 @@ def spectrum(
 ) -> Axes:
     r"""Draw of which waves a quantity along one or several curves is made: the magnitude of its Fourier transform.
 
-    .. math:: |\hat v_k| = \frac{1}{N} \Big|\sum_{n=0}^{N-1} (v_n - \bar v) \, e^{-2 \pi i k n / N}\Big|
+    .. math:: |\hat v_k| = \frac{1}{N} \left| \sum_{n=0}^{N-1} (v_n - \bar v) \, e^{-2 \pi i k n / N} \right|
 
     for k from 1 to N / 2, from values at N evenly spaced positions, less their mean, in the unit of the quantity: a
     wave of amplitude A has a magnitude of A / 2. Positions hold both ends of the curve, t=0 and t=1, which are two
