@@ -41,6 +41,7 @@ from modeconn.matching import (
 from modeconn.measure import metrics
 from modeconn.measure.along import AlongCurve
 from modeconn.measure.curvature import Curvature
+from modeconn.measure.one_network import evaluate
 from modeconn.measure.plane import Plane
 from modeconn.measure.predictions import Predictions
 from modeconn.measure.profile import Profile
@@ -80,7 +81,7 @@ __all__ = [  # in the order of the stages
     "Invertible", "balance", "fold_gains", "verify",
     "VerificationError",
     "attacks", "PGD", "AdversarialTraining", "TRADES", "FreeAdversarialTraining",
-    "metrics", "AlongCurve", "Profile", "RobustProfile", "robustness", "Curvature", "Plane", "Predictions",
+    "metrics", "AlongCurve", "Profile", "evaluate", "RobustProfile", "robustness", "Curvature", "Plane", "Predictions",
     "Line", "Bezier", "PolyChain",
     "align", "unit_correlations", "Alignment",
     "ActivationMatching", "WeightMatching", "TransportMatching", "SoftPermutation", "Sinkhorn",

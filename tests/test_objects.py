@@ -109,6 +109,7 @@ TABLE = {
         "robustness": lambda one, made: modeconn.robustness(
             one, made.test, modeconn.PGD(0.1, 0.05, 2), num_examples=50
         ).values["worst loss"],
+        "evaluate": lambda one, made: modeconn.evaluate(one, made.test).loss,
         "plane": lambda one, made: modeconn.plane(one, made.test, directions="random", num_points=2).values["loss"],
         "train": lambda one, made: weights(models.train(one, made.train, recipe=RECIPE)),
         "train_population": lambda one, made: weights(models.train_population([one], made.train, recipe=RECIPE)[0]),

@@ -38,11 +38,8 @@ from modeconn.cli.options import bars as _bars
 from modeconn.cli.recipes import Recipe as Recipe_
 from modeconn.cli.sharing import launched_together, shared_command
 from modeconn.measure.along import AlongCurve
-from modeconn.measure.meter import Meter, fetch
-from modeconn.network.batches import check_loader, in_order
-from modeconn.network.weights import device_of
+from modeconn.network.batches import in_order
 from modeconn.tools import processes, program, provenance
-from modeconn.tools.door import checked
 from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.progress import bars as progress_bars
@@ -208,16 +205,6 @@ def _connection(path: Path, template: nn.Module | None, curve_class: str | None,
     return Connection.load(path, template, curve=kind, device=device)
 
 
-@checked
-def evaluate_network(network: nn.Module, loader: Any) -> modeconn.Profile:
-    """Return loss and accuracy of one network, with the statistics it came with."""
-    check_loader(loader)
-    meter = Meter(fetch(loader, device_of(network)), modeconn.cross_entropy)
-    meter.measure(network)
-    found, here = meter.results(), torch.zeros(1, dtype=torch.float64)
-    return modeconn.Profile(here, found.loss, found.accuracy, None, num_examples=found.num_examples)
-
-
 def _result_files(base: Path, out: Path | None, *, overwrite: bool) -> list[Path]:
     """Return the JSON and CSV files whose names begin with ``out`` (or are one of these), by default with ``base``.
 
@@ -255,8 +242,8 @@ def _write_result(found: AlongCurve, results: list[Path]) -> None:
 
 
 def _one_line(profile: modeconn.Profile) -> str:
-    accuracy = "" if profile.own_accuracy is None else f", accuracy {profile.own_accuracy[0]:.2%}"
-    return f"loss {profile.own_loss[0]:.4f}{accuracy}"
+    accuracy = "" if profile.accuracy is None else f", accuracy {profile.accuracy[0]:.2%}"
+    return f"loss {profile.loss[0]:.4f}{accuracy}"
 
 
 def _versions() -> str:
@@ -393,8 +380,7 @@ def train(
     with kept_until_done(kept, is_own=checkpoint is not None):
         trained = models.train(network, loader, **settings)
         models.save(trained, out)
-    both = Connection.straight_between(trained, trained, training=modeconn.TrainingData(loader))
-    typer.echo(f"{model} on the test set: {_one_line(both.evaluate(test, num_points=2))}")
+    typer.echo(f"{model} on the test set: {_one_line(modeconn.evaluate(trained, test))}")
     typer.echo(f"Wrote {out}")
 
 
@@ -530,8 +516,7 @@ def merge(
     models.save(found.model, out)
     typer.echo(repr(found))
     if test is not None:
-        itself = Connection.straight_between(found.model, found.model, training=modeconn.TrainingData(loader))
-        typer.echo(f"Their mean on the test set: {_one_line(itself.evaluate(test, num_points=2))}")
+        typer.echo(f"Their mean on the test set: {_one_line(modeconn.evaluate(found.model, test))}")
     typer.echo(f"Wrote {out}")
 
 
@@ -696,7 +681,7 @@ def evaluate(
     template = shape.template(train_loader)
     if is_network(connection):
         network = options.read_network(connection, template, shape.entry).to(data.device)
-        _write_result(evaluate_network(network, measured), results)
+        _write_result(modeconn.evaluate(network, measured), results)
         return
     loaded = _connection(connection, template, curve_class, data.device)
     profile = loaded.evaluate(measured, num_points=points, recalibrate=train_loader, progress=_bars(progress))

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from modeconn.curves.curve import Curve
 from modeconn.curves.line import Line
 from modeconn.network.attack import AdversarialExamples
-from modeconn.network.batch_norm import NUM_EXAMPLES, but_for, calibration_batches, norm_layers
+from modeconn.network.batch_norm import NUM_EXAMPLES, but_for, calibration_batches, check_limit, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
 from modeconn.network.batches import num_examples
 from modeconn.network.copies import copy_of
@@ -148,8 +148,7 @@ class Path:
     ) -> list[Any] | AdversarialExamples:
         """Return the batches to recalibrate or repair on; none for a model that needs neither."""
         device = self.space.device
-        if limit is not None and limit < 1:
-            raise ValueError(f"recalibration_examples must be at least 1, or None, got recalibration_examples={limit}.")
+        check_limit(limit)
         if not (repair or norm_layers(self.template)):
             return []
         if isinstance(loader, AdversarialExamples) and not norm_layers(self.template):

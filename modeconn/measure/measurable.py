@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any, Protocol
 
@@ -360,19 +360,37 @@ class Measurable(Shown):
 
     def _check_alike(self, loader: Iterable[Any], recalibrate: Any, settings: Mapping[str, Any]) -> None:
         """Raise a ValueError unless all processes that share the measuring measure the same in the same way."""
-        them = joined()
-        if them.size == 1:
-            return
-        check_whole(loader)
-        with seeded(0, self.device):
-            plain = recalibrate.loader if isinstance(recalibrate, AdversarialExamples) else recalibrate
-            facts = facts_of(loader, is_measured=True) | facts_of(plain, name="recalibrate", is_measured=True)
-            how = {
-                "loss_fn": settings.get("loss_fn") or self.training.loss_fn,
-                "adversary": _without_loader(recalibrate),
-            }
-            texts = {name: identify(value) for name, value in {**settings, **how}.items()}
-            them.agree({**texts, **self._path.facts(), **facts})
+        loss_fn = settings.get("loss_fn") or self.training.loss_fn
+        check_alike(loader, recalibrate, {**settings, "loss_fn": loss_fn}, self._path.facts, self.device)
+
+
+def check_alike(
+    loader: Iterable[Any],
+    recalibrate: Any,
+    settings: Mapping[str, Any],
+    facts: Callable[[], Mapping[str, str]],
+    device: torch.device,
+) -> None:
+    """Raise a ValueError unless all processes that share the measuring measure the same in the same way.
+
+    Args:
+        loader: Data to measure on.
+        recalibrate: Data on which batch norm is recalibrated, or None.
+        settings: All others, by name.
+        facts: Returns what tells what is measured from anything else, where there are several processes.
+        device: Where random numbers are drawn.
+    """
+    them = joined()
+    if them.size == 1:
+        return
+    check_whole(loader)
+    with seeded(0, device):
+        plain = recalibrate.loader if isinstance(recalibrate, AdversarialExamples) else recalibrate
+        of_data = facts_of(loader, is_measured=True) | facts_of(plain, name="recalibrate", is_measured=True)
+        texts = {
+            name: identify(value) for name, value in {**settings, "adversary": _without_loader(recalibrate)}.items()
+        }
+        them.agree({**texts, **facts(), **of_data})
 
 
 def _without_loader(recalibrate: Any) -> Any:

@@ -147,7 +147,7 @@ def profile_along(
     networks: Networks,
     meter: Meter,
     t: Sequence[float],
-    arc_length: Tensor,
+    arc_length: Tensor | None,
     *,
     started: float,
     device: torch.device,
@@ -162,7 +162,7 @@ def profile_along(
         networks: What is measured.
         meter: A new one.
         t: In [0, 1], rising.
-        arc_length: Of the curve up to each position, ``(N,)``.
+        arc_length: Of the curve up to each position, ``(N,)``; None for one network.
         started: When the work began, by `time.perf_counter`.
         device: Where random numbers are drawn, within a stretch of `modeconn.tools.rng.seeded`.
         callbacks: What is told of every point.

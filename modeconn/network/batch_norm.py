@@ -97,6 +97,12 @@ def calibration_batches(
         return list(without_singles(first_examples(batches(shuffled(loader), device, name=name), limit)))
 
 
+def check_limit(limit: int | None) -> None:
+    """Raise a ValueError unless so many examples can re-estimate the statistics; None is all that there are."""
+    if limit is not None and limit < 1:
+        raise ValueError(f"recalibration_examples must be at least 1, or None, got recalibration_examples={limit}.")
+
+
 @torch.no_grad()
 def recalibrate(
     model: nn.Module, data: Iterable[Any] | AdversarialExamples, *, forward: Forward | None = None

@@ -60,6 +60,11 @@ def one_network(rank):
     return modeconn.robustness(network(1), data(), PGD(0.1, 0.03, 3))
 
 
+def evaluated(rank):
+    metrics = {"top 2": modeconn.metrics.top_k(2)}
+    return modeconn.evaluate(network(1), data(), recalibrate=data(shuffle=True), metrics=metrics)
+
+
 def curvature(rank):
     return connection().curvature(data(), num_points=3, num_steps=20)
 
@@ -76,7 +81,7 @@ def comparison(rank, path=None):
     return {row: {n: repr(v) for n, v in columns.items() if n not in timed} for row, columns in table.values.items()}
 
 
-@pytest.mark.parametrize("measure", [profile, noisy_profile, robust, one_network, curvature])
+@pytest.mark.parametrize("measure", [profile, noisy_profile, robust, one_network, evaluated, curvature])
 @pytest.mark.parametrize("size", [2, 4])
 def test_the_same_as_in_one_process(pool, size, measure):
     (expected,) = pool.run(1, measure)
@@ -155,6 +160,8 @@ def refused(rank, what):
         return made.robustness(loader, PGD(0.1 * (1 + rank), 0.03, 3), num_points=3)
     elif what == "wrt":
         return made.curvature(loader, wrt=("weights", "inputs")[rank], num_points=3, num_steps=5)
+    elif what == "another network":
+        return modeconn.evaluate(network(rank), loader)
     elif what == "verbs":
         return made.curvature(loader, num_points=3) if rank else made.evaluate(loader, num_points=3)
     elif what == "metric":
@@ -178,6 +185,7 @@ REFUSED = {
     "metrics": "processes differ: metrics is",
     "attacks": "processes differ: attacks is",
     "wrt": "processes differ: wrt is",
+    "another network": "processes differ: the digest of model is",
     "verbs": "the processes are at different places of their work. Call it in every process",
     "metric": "process 1 of 2 failed: ValueError: metric 'failing' cannot compare",
 }
