@@ -149,7 +149,7 @@ def fit_curve(
         space.check(model, name=end)
     _check_settings(align, refine, curve, recipe, adversary, loader)
     starts = _check_start(start, curve, space, loader, may_untie=untie or _unties(spec) or _unties(finished(align)))
-    told = Callbacks(callbacks, space.device)
+    told = Callbacks(callbacks, space.device, trained="curve")
     loss, training = StepLoss(loss_fn, forward, adversary), TrainingData(loader, loss_fn, forward, sharded)
     them = joined()
     if loader is None:

@@ -1,4 +1,4 @@
-"""Callbacks that come along: validation, early stopping, and records for other programs."""
+"""Callbacks that come along: validation, early stopping, networks of past epochs, and records for other programs."""
 
 from __future__ import annotations
 
@@ -9,17 +9,20 @@ import math
 import os
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from modeconn.measure.along import chosen_positions
 from modeconn.measure.measurable import Measurable
+from modeconn.measure.one_network import evaluate, metrics_of_one
 from modeconn.network.batches import check_rereadable
+from modeconn.network.saving import save
+from modeconn.tools import provenance
 from modeconn.tools.callbacks import Callback, EpochEnd, MoveEnd, PointEnd, RunBegin, StepEnd
 from modeconn.tools.checks import there_are
 from modeconn.tools.door import check_arguments, looked_at
 from modeconn.tools.processes import joined
 from modeconn.tools.warn import warn
-from modeconn.tools.writing import check_writable, write_text
+from modeconn.tools.writing import check_writable, made_folder, write_text
 
 __all__ = [
     "CSVLog",
@@ -29,6 +32,7 @@ __all__ = [
     "MoveEnd",
     "PointEnd",
     "RunBegin",
+    "Snapshots",
     "StepEnd",
     "TensorBoardLog",
     "Validation",
@@ -36,39 +40,77 @@ __all__ = [
 
 
 class Validation(Callback):
-    """Measures the networks at chosen positions of the curve after epochs, on data that nothing is trained on.
+    """Measures what is trained after epochs, on data that nothing is trained on.
+
+    Of a curve, the networks at chosen positions, as `Connection.evaluate` does: batch norm is recalibrated on the
+    training data. Of one network, itself as it is, as `modeconn.evaluate` does: batch norm has its running statistics,
+    with which it would be used, unless there is ``recalibrate``. After training against an adversary
+    `modeconn.models.train` recalibrates on clean data; ``recalibrate=`` shows what the network is worth after that.
 
     Args:
         loader: Validation data.
-        t: Positions in [0, 1], rising.
+        t: Positions on the curve in [0, 1], rising; default 0.5. Not for one network.
         every: Measure after every so many epochs.
-        settings: Of `Connection.evaluate`, such as ``recalibrate`` or ``metrics``.
+        settings: Of `Connection.evaluate`, such as ``recalibrate`` or ``metrics``; for one network those that
+            `modeconn.evaluate` has too. The loss is that of the run by default.
 
     Attributes:
-        values: One mapping for each measurement: "epoch", and by name "validation loss, t=0.5" and so on.
+        values: One mapping for each measurement: "epoch", and by name "validation loss, t=0.5" and so on; of one
+            network "validation loss" and so on.
+
+    Raises:
+        ValueError: If a setting is out of range or unknown; at the begin of a run, if it is not for what is trained.
     """
 
     @looked_at
-    def __init__(self, loader: Iterable[Any], t: Sequence[float] = (0.5,), *, every: int = 1, **settings: Any) -> None:
-        if every < 1:
-            raise ValueError(f"every must be at least 1, got every={every}.")
+    def __init__(
+        self, loader: Iterable[Any], t: Sequence[float] | None = None, *, every: int = 1, **settings: Any
+    ) -> None:
+        _check_every(every)
         _check_evaluation(loader, t, settings)
-        self._loader, self._t, self._every, self._settings = loader, chosen_positions(t, 2), every, settings
+        self._loader, self._every, self._settings = loader, every, settings
+        self._t = None if t is None else chosen_positions(t, 2)
         self.values: list[dict[str, float]] = []
+
+    def check_trained(self, kind: Literal["curve", "network"]) -> None:
+        """Raise a ValueError if there are positions, or settings for a curve, where one network is trained."""
+        if kind != "network":
+            return
+        if self._t is not None:
+            raise ValueError(
+                f"t are positions on a curve, and here one network is trained: leave it out of Validation, got "
+                f"t={self._t}."
+            )
+        try:
+            bound = inspect.signature(evaluate).bind(None, self._loader, **self._settings)
+        except TypeError as error:
+            raise ValueError(
+                f"where one network is trained, Validation takes the settings of modeconn.evaluate: {error}."
+            ) from None
+        del bound.arguments["model"]
+        check_arguments(evaluate, bound)
+        metrics_of_one(self._settings.get("metrics"))
 
     def before_run(self, event: RunBegin) -> None:
         """Forget the measurements of an earlier run."""
         self.values = []
 
     def after_epoch(self, event: EpochEnd) -> None:
-        """Measure the networks at the chosen positions, in the epochs that ``every`` chooses."""
+        """Measure, in the epochs that ``every`` chooses."""
         if event.epoch % self._every:
             return
-        profile = event.connection().evaluate(self._loader, t=self._t, **self._settings)
+        if event.model is None:
+            positions = [0.5] if self._t is None else self._t
+            profile = event.connection().evaluate(self._loader, t=positions, **self._settings)
+            places = [f", t={t!r}" for t in positions]
+        else:
+            run = event.training
+            own = {} if "loss_fn" in self._settings else {"loss_fn": run.loss_fn, "forward": run.forward}
+            profile, places = evaluate(event.model(), self._loader, **{**own, **self._settings}), [""]
         found = {
-            f"validation {name}, t={t!r}": float(value)
+            f"validation {name}{place}": float(value)
             for name, values in profile.values.items()
-            for t, value in zip(self._t, values, strict=True)
+            for place, value in zip(places, values, strict=True)
             if name != "error"
         }
         self.values.append({"epoch": event.epoch, **found})
@@ -83,7 +125,13 @@ class Validation(Callback):
         self.values = list(state["values"])
 
 
-def _check_evaluation(loader: Any, t: Sequence[float], settings: Mapping[str, Any]) -> None:
+def _check_every(every: int) -> None:
+    """Raise a ValueError unless something can be done after every so many epochs."""
+    if every < 1:
+        raise ValueError(f"every must be at least 1, got every={every}.")
+
+
+def _check_evaluation(loader: Any, t: Sequence[float] | None, settings: Mapping[str, Any]) -> None:
     """Raise a ValueError for settings that `Connection.evaluate` does not take, before a run that would end on them."""
     check_rereadable(loader)
     try:
@@ -149,6 +197,36 @@ class EarlyStopping(Callback):
     def load_state(self, state: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self.best, self.num_worse, self._was_measured = state["best"], state["num_worse"], state["was_measured"]
+
+
+class Snapshots(Callback):
+    """Keeps what is trained as it is after epochs, in a folder: ``epoch_10.safetensors`` and so on.
+
+    A network is written as `modeconn.models.save` does, a connection as `Connection.save` does, each all or nothing.
+    Files of these names are replaced, others in the folder stay; a run that goes on from a checkpoint adds to them.
+
+    Args:
+        folder: Made if it is not there.
+        every: Keep it after every so many epochs.
+
+    Raises:
+        ValueError: If ``every`` is not positive.
+        OSError: If the folder cannot be made, or nothing can be written to it.
+    """
+
+    @looked_at
+    def __init__(self, folder: str | os.PathLike[str], *, every: int = 1) -> None:
+        _check_every(every)
+        self._folder, self._every = made_folder(folder), every
+
+    def after_epoch(self, event: EpochEnd) -> None:
+        """Write a file, in the epochs that ``every`` chooses."""
+        if event.epoch % self._every or not joined().is_first:
+            return
+        path = self._folder / f"epoch_{event.epoch}.safetensors"
+        kept = event.connection() if event.model is None else event.model()
+        provenance.keep(kept, provenance.now())
+        kept.save(path) if event.model is None else save(kept, path)
 
 
 class CSVLog(Callback):

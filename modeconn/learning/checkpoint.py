@@ -291,8 +291,13 @@ def check_alike(fresh: Mapping[str, Tensor], saved: Mapping[str, Tensor]) -> Non
 
 
 def _check_kinds(fresh: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
-    """Raise unless what was saved beside tensors is of the kinds that it has when a run begins."""
+    """Raise unless what was saved beside tensors is of the kinds that it has when a run begins.
+
+    What is missing is of an older version; a part that cannot do without it fails when it takes it up.
+    """
     for name, value in fresh.items():
+        if name not in saved:
+            continue
         kinds = {_kind(value), _kind(saved[name])} - {"nothing"}
         if len(kinds) > 1:
             raise TypeError(f"{name!r} is {_kind(saved[name])}, not {_kind(value)}")

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import json
-from collections.abc import Iterable, Mapping
+import time
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 import numpy as np
@@ -13,6 +15,7 @@ from torch import Tensor
 from modeconn.learning.checkpoint import State
 from modeconn.network.batches import endless_batches
 from modeconn.network.shares import numbered_passes
+from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of, tell_in_all
 from modeconn.tools.rng import rng_state, set_rng_state
 
 
@@ -33,6 +36,99 @@ class Count:
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
         self.value = about[self._name]
+
+
+class Epochs:
+    """The epochs of a training run, and its callbacks, which are told of them.
+
+    Several runs that follow one another, as cycles do, have one such part: to callbacks they are one run.
+
+    Args:
+        num_epochs: Of each run.
+        callbacks: What is told; default nothing.
+        num_runs: How many runs.
+
+    Attributes:
+        done: Finished epochs of the run at work.
+        is_stopped: Whether a callback wanted the run to end.
+    """
+
+    def __init__(self, num_epochs: int, callbacks: Callbacks | None = None, *, num_runs: int = 1) -> None:
+        self._num_epochs, self._num_runs, self._callbacks = num_epochs, num_runs, callbacks or Callbacks()
+        self.done, self.is_stopped, self._runs = 0, False, -1
+        self._steps, self._seconds, self._started = 0, 0.0, time.perf_counter()
+        self._untold: float | None = None  # the loss of an epoch of which callbacks have yet to be told
+        self._before: State = {}, {}  # what callbacks knew then
+
+    def begin_run(self, model: Callable[[], Any] | None = None, training: Any = None) -> None:
+        """Stand at the beginning of the next run.
+
+        Args:
+            model: Returns a copy of the network as it is now, in eval mode.
+            training: Data and loss, a `modeconn.TrainingData`.
+        """
+        self.done, self._model, self._training = 0, model, training
+        self._runs += 1
+
+    def go_on(self, *, is_new: bool) -> None:
+        """Begin to train: a run that is new, or one that was taken up, with what callbacks have yet to be told."""
+        self._started = time.perf_counter() - self._seconds
+        if is_new and self._runs == 0:
+            self._callbacks.tell("before_run", RunBegin(self._num_runs * self._num_epochs))
+        if self._untold is not None:
+            self._tell(self._untold)
+
+    def end_step(self, loss: Tensor | None) -> None:
+        """Note a step, and tell of its loss; None of a process that had no batch in it."""
+        if loss is not None and self._callbacks.hear("after_step"):
+            event = StepEnd(self._runs * self._num_epochs + self.done, self._steps, None, loss.detach())
+            self._callbacks.tell("after_step", event)
+        self._steps += 1
+
+    def end_epoch(self, loss: float) -> None:
+        """Note an epoch, and tell of its loss. Where that fails, the state is that before, with all left to be told."""
+        self.done += 1
+        self._seconds = time.perf_counter() - self._started
+        if self._callbacks.hear("after_epoch"):
+            self._before, self._untold = copy.deepcopy(self._callbacks.state()), loss
+            self._tell(loss)
+
+    def _tell(self, loss: float) -> None:
+        event = EpochEnd(
+            self._runs * self._num_epochs + self.done,
+            self._num_runs * self._num_epochs,
+            loss,
+            self._seconds,
+            model=self._model,
+            training=self._training,
+        )
+
+        def tell() -> bool:
+            is_over = self._callbacks.tell("after_epoch", event)
+            for name, value in event.values.items():
+                number_of(name, value)
+            return is_over
+
+        self.is_stopped = tell_in_all(tell)
+        self._untold = None
+
+    def state(self) -> State:
+        """Return how much is done, and what callbacks keep."""
+        tensors, about = self._callbacks.state() if self._untold is None else self._before
+        own = {
+            "num_steps": self._steps,
+            "seconds": self._seconds,
+            "is_stopped": self.is_stopped,
+            "untold": self._untold,
+        }
+        return tensors, {"epochs": self.done, **own, **about}
+
+    def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
+        """Restore what `state` returned; files of older versions say nothing but the number of epochs."""
+        self.done, self.is_stopped = about["epochs"], about.get("is_stopped", False)
+        self._steps, self._seconds = about.get("num_steps", 0), about.get("seconds", 0.0)
+        self._callbacks.load_state(tensors, about)
+        self._before, self._untold = copy.deepcopy(self._callbacks.state()), about.get("untold")
 
 
 class Randomness:

@@ -13,7 +13,8 @@ from modeconn.learning.epochs import Run
 from modeconn.learning.shared_gradient import share_in_mean
 from modeconn.network.batches import END
 from modeconn.network.shares import is_shared_out, share_of
-from modeconn.tools.processes import OtherProcessError, joined
+from modeconn.tools.callbacks import tell_in_all
+from modeconn.tools.processes import joined
 from modeconn.tools.rng import reseed, seed_of
 
 _UNREAD: Any = object()
@@ -120,23 +121,11 @@ class SharedRun(Run):
         return [numbers for part in parts for numbers in part]
 
     def _tell_of_epoch(self) -> None:
-        failed: list[BaseException] = []
+        def tell() -> bool:
+            Run._tell_of_epoch(self)
+            return self._progress.is_stopped
 
-        def tell() -> tuple[bool, str | None]:
-            try:
-                Run._tell_of_epoch(self)
-            except BaseException as error:
-                failed.append(error)
-            return self._progress.is_stopped, repr(failed[0]) if failed else None
-
-        # Whatever happens in one process, all save the run after this.
-        answers = self._them.each(tell)
-        self._progress.is_stopped = any(is_stopped for is_stopped, _ in answers)
-        if failed:
-            raise failed[0]
-        for rank, (_, why) in enumerate(answers):
-            if why is not None:
-                raise OtherProcessError(f"process {rank} of {self._them.size} failed: {why}")
+        self._progress.is_stopped = tell_in_all(tell)
 
     def _catch_up(self, iterator: Iterator[Any]) -> bool:
         return all(self._them.each(lambda: Run._catch_up(self, iterator)))

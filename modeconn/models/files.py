@@ -12,31 +12,17 @@ from torch import Tensor, nn
 
 from modeconn.models.states import choose, materialised, states_of_pickle, states_of_safetensors
 from modeconn.network.copies import copy_of
-from modeconn.network.registry import describe, rebuild
+from modeconn.network.registry import rebuild
+from modeconn.network.saving import KIND, save
 from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 
-KIND = "model"
-_FORMAT = 1
+__all__ = ["load", "save"]
+
 _ZIP = b"PK"  # the first bytes of a file that torch.save writes
 _BARE_PICKLE = (b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")  # and of one that it wrote before version 1.6
 _HEADER = slice(8, 9)
 _SAFETENSORS = b"{"
-
-
-@checked
-def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
-    """Write a model's parameters and buffers to a safetensors file, all or nothing.
-
-    Args:
-        model: Any module. For one of `modeconn.models` the file also says how to build it.
-        path: The file; its folder must exist.
-
-    Raises:
-        OSError: If the file cannot be written.
-    """
-    about = {"format": _FORMAT, "model": describe(model), **provenance.entry(model)}
-    files.write(path, KIND, model.state_dict(), about)
 
 
 @checked

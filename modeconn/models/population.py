@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.func import functional_call, stack_module_state
 
 from modeconn.learning.checkpoint import TRAINING, Checkpoint, Resumable, RunFile, State, run_file
-from modeconn.learning.parts import Learned, pack_rng, unpack_rng
-from modeconn.models.training import count_batches, run_epochs, run_settings
+from modeconn.learning.parts import Epochs, Learned, pack_rng, unpack_rng
+from modeconn.models.training import Weighted, count_batches, run_epochs, run_settings
 from modeconn.network.batches import check_loader, described, inputs_and_targets, is_dense, num_bytes, num_examples, run
 from modeconn.network.copies import copy_of
 from modeconn.network.loss import LossFn, check_targets, cross_entropy, of_many
@@ -244,7 +244,8 @@ class _PopulationRun:
         )
 
     def run(self, steps: _Reading, num_batches: int, file: RunFile, *, progress: bool) -> None:
-        parts = (Learned(self.state, self.optimizer), steps)
+        parts, epochs = (Learned(self.state, self.optimizer), steps), Epochs(self.recipe.epochs)
+        epochs.begin_run()
         run_epochs(
             self.recipe,
             self.optimizer,
@@ -253,6 +254,7 @@ class _PopulationRun:
             num_batches=num_batches,
             file=file,
             parts=tuple(part if joined().size == 1 else _Dealt(part, len(self.models)) for part in parts),
+            epochs=epochs,
             device=self.device,
             progress=progress,
         )
@@ -264,8 +266,8 @@ class _PopulationRun:
         for own in targets:
             check_targets(outputs, own, self.loss_fn)
 
-    def _step(self, batch: _Batch, epoch: int) -> list[Tensor]:
-        """Make one step of every network and return the losses before it, ``(M,)``."""
+    def _step(self, batch: _Batch, epoch: int) -> list[Weighted]:
+        """Make one step of every network and return the losses before it, ``(M,)``, all of which count alike."""
         if epoch == 0:
             self._check_targets(*batch)
         self.optimizer.zero_grad()
@@ -274,7 +276,7 @@ class _PopulationRun:
         # No weight belongs to two networks, so the gradient of the sum is that of each network.
         losses.sum().backward()
         self.optimizer.step()
-        return [losses.detach()]
+        return [(losses.detach(), 1.0)]
 
     @torch.no_grad()
     def _write_back(self) -> None:

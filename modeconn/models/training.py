@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modeconn.attacks.training import AdversaryLike, adversary_of
 from modeconn.learning.checkpoint import TRAINING, Checkpoint, Resumable, RunFile, run_file
-from modeconn.learning.parts import Count, Learned, Randomness
+from modeconn.learning.parts import Epochs, Learned, Randomness
 from modeconn.learning.shared_gradient import SharedGradient
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.attack import AdversarialExamples
@@ -23,11 +23,12 @@ from modeconn.network.batch_norm import calibration_batches, norm_layers
 from modeconn.network.batch_norm import recalibrate as recalibrate_statistics
 from modeconn.network.batches import END, batches, check_length, check_loader, first_batch, refuse_empty
 from modeconn.network.copies import copy_of
-from modeconn.network.loss import Forward, LossFn, cross_entropy
+from modeconn.network.loss import Forward, LossFn, TrainingData, cross_entropy
 from modeconn.network.recipe import Recipe, autocast, one_cycle
 from modeconn.network.shares import begin_epoch, facts_of, is_shared_out, share_of
 from modeconn.network.weights import device_of
 from modeconn.tools import provenance
+from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.door import checked
 from modeconn.tools.fingerprint import digest, identify
 from modeconn.tools.processes import joined, shared
@@ -39,6 +40,9 @@ _LOGGER = logging.getLogger(__name__)
 M = TypeVar("M", bound=nn.Module)
 
 _DEFAULT_RECIPE = Recipe()
+
+Weighted = tuple[Tensor, Tensor | float]
+"""The loss of a step, and how much it counts in the mean of an epoch."""
 
 DIGITS_RECIPE = Recipe(epochs=30, optimizer=partial(torch.optim.Adam, lr=3e-3), schedule=one_cycle, weight_decay=0.0)
 """How the package's own experiments train a perceptron on the digits, in batches of 64: 97% right within a second."""
@@ -58,6 +62,7 @@ def train(
     sharded: bool = False,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
+    callbacks: Sequence[Any] = (),
     progress: bool = False,
 ) -> M:
     """Train a copy of ``model`` where it is, and return the copy in eval mode.
@@ -90,6 +95,8 @@ def train(
         seed: Of batch order, augmentation, dropout and attacks.
         checkpoint: A file to which the run saves itself after every epoch. If it exists, the run goes on from it and
             ends with the same bits as one that was never interrupted, on the same machine and versions.
+        callbacks: What is told of every step and epoch, see `modeconn.callbacks.Callback`. They change nothing, but may
+            end the run after an epoch. What is done at the end, such as ``recalibrate``, they do not see.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -97,9 +104,9 @@ def train(
 
     Raises:
         ValueError: If the loader is empty, can be read only once or does not yield pairs, if a target is none of the
-            model's classes (noticed in the first epoch), if the model has nothing to train, or if inputs are none
-            that the adversary can attack.
-            The same if the checkpoint belongs to another run.
+            model's classes (noticed in the first epoch) or none counts, if the model has nothing to train, if inputs
+            are none that the adversary can attack, if a callback is none or for curves alone, or if the checkpoint
+            belongs to another run.
         OSError: If the checkpoint cannot be written.
         FloatingPointError: If the loss became infinite or NaN; noticed at the end of the epoch.
 
@@ -110,32 +117,24 @@ def train(
         >>> model.training
         False
     """
-    recipe.check_not_offloaded()
-    trained = copy_of(model).train()
-    if not any(parameter.requires_grad for parameter in trained.parameters()):
-        raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")
-    device, loss = device_of(trained), StepLoss(loss_fn, forward, adversary)
-    them, share = joined(), share_of(loader, joined(), sharded=sharded)
-
-    with seeded(seed, device):
-        num_batches = max(them.each(lambda: count_batches(share, any_batch=forward is not None)))
-    about = {"loss": forward or loss_fn, "adversary": None if adversary is None else adversary_of(adversary)}
-    settings = partial(run_settings, recipe, {**about, "seed": seed}, [model])
-    with seeded(seed, device):
-        if them.size > 1:
-            them.agree({**settings(), **facts_of(loader, sharded=sharded), **dict(provenance.versions())})
-    with run_file(checkpoint, settings, device, TRAINING, loader, sharded=sharded) as file, seeded(seed, device):
-        _train(trained, share, recipe, loss, file, num_batches=num_batches, seed=seed, progress=progress)
-    if recalibrate is None:
-        recalibrate = adversary is not None
-    if recalibrate is not False and norm_layers(trained):
-        data = calibration_batches(loader if recalibrate is True else recalibrate, device)
-        recalibrate_statistics(trained, data, forward=forward)
-        if is_shared_out(loader, sharded=sharded):  # and so others in each process
-            _average_buffers(trained)
-    return trained.eval()
+    epochs = Epochs(recipe.epochs, Callbacks(callbacks, device_of(model), trained="network"))
+    return _trained(
+        model,
+        loader,
+        epochs,
+        recipe=recipe,
+        loss_fn=loss_fn,
+        forward=forward,
+        adversary=adversary,
+        recalibrate=recalibrate,
+        sharded=sharded,
+        seed=seed,
+        checkpoint=checkpoint,
+        progress=progress,
+    )
 
 
+@shared
 @checked
 def train_snapshots(
     model: M,
@@ -150,6 +149,7 @@ def train_snapshots(
     sharded: bool = False,
     seed: int = 0,
     checkpoint: str | os.PathLike[str] | None = None,
+    callbacks: Sequence[Any] = (),
     progress: bool = False,
 ) -> list[M]:
     """Train on from a network in cycles, and return the network at the end of each: members of one ensemble.
@@ -173,6 +173,7 @@ def train_snapshots(
         seed: Of the first cycle; the others have those after it.
         checkpoint: The begin of the names of files, one for each cycle, to which the run saves itself after every
             epoch. Where they exist, it goes on from them.
+        callbacks: As in `train`. To them all cycles are one run; one that ends it ends it in its cycle, the last then.
         progress: Whether to show progress bars.
 
     Returns:
@@ -188,12 +189,13 @@ def train_snapshots(
     """
     if cycles < 1:
         raise ValueError(f"cycles must be at least 1, got cycles={cycles}.")
-    found: list[M] = []
+    told = Callbacks(callbacks, device_of(model), trained="network")
+    epochs, found = Epochs(recipe.epochs, told, num_runs=cycles), []  # type: ignore[var-annotated]
     for cycle in range(cycles):
-        file = None if checkpoint is None else f"{os.fspath(checkpoint)}.{cycle + 1}"
-        trained = train(
+        trained = _trained(
             found[-1] if found else model,
             loader,
+            epochs,
             recipe=recipe,
             loss_fn=loss_fn,
             forward=forward,
@@ -201,11 +203,56 @@ def train_snapshots(
             recalibrate=recalibrate,
             sharded=sharded,
             seed=seed + cycle,
-            checkpoint=file,
+            checkpoint=None if checkpoint is None else f"{os.fspath(checkpoint)}.{cycle + 1}",
             progress=progress,
         )
         found.append(trained)
+        if epochs.is_stopped:
+            break
     return found
+
+
+def _trained(
+    model: M,
+    loader: Iterable[Any],
+    epochs: Epochs,
+    *,
+    recipe: Recipe,
+    loss_fn: LossFn,
+    forward: Forward | None,
+    adversary: AdversaryLike | None,
+    recalibrate: Iterable[Any] | AdversarialExamples | bool | None,
+    sharded: bool,
+    seed: int,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None,
+    progress: bool,
+) -> M:
+    """Return a trained copy of a network, see `train`, in the next run of ``epochs``."""
+    recipe.check_not_offloaded()
+    trained = copy_of(model).train()
+    if not any(parameter.requires_grad for parameter in trained.parameters()):
+        raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")
+    device, loss = device_of(trained), StepLoss(loss_fn, forward, adversary)
+    them, share = joined(), share_of(loader, joined(), sharded=sharded)
+
+    with seeded(seed, device):
+        num_batches = max(them.each(lambda: count_batches(share, any_batch=forward is not None)))
+    about = {"loss": forward or loss_fn, "adversary": None if adversary is None else adversary_of(adversary)}
+    settings = partial(run_settings, recipe, {**about, "seed": seed}, [model])
+    with seeded(seed, device):
+        if them.size > 1:
+            them.agree({**settings(), **facts_of(loader, sharded=sharded), **dict(provenance.versions())})
+    epochs.begin_run(lambda: copy_of(trained).eval(), TrainingData(loader, loss_fn, forward, sharded))
+    with run_file(checkpoint, settings, device, TRAINING, loader, sharded=sharded) as file, seeded(seed, device):
+        _train(trained, share, recipe, loss, file, epochs, num_batches=num_batches, seed=seed, progress=progress)
+    if recalibrate is None:
+        recalibrate = adversary is not None
+    if recalibrate is not False and norm_layers(trained):
+        data = calibration_batches(loader if recalibrate is True else recalibrate, device)
+        recalibrate_statistics(trained, data, forward=forward)
+        if is_shared_out(loader, sharded=sharded):  # and so others in each process
+            _average_buffers(trained)
+    return trained.eval()
 
 
 def count_batches(loader: Iterable[Any], *, any_batch: bool) -> int:
@@ -221,11 +268,12 @@ def run_epochs(
     recipe: Recipe,
     optimizer: torch.optim.Optimizer,
     read: Callable[[int], Iterable[Any]],
-    take_step: Callable[[Any, int], list[Tensor] | None],
+    take_step: Callable[[Any, int], list[Weighted] | None],
     *,
     num_batches: int,
     file: RunFile,
     parts: Sequence[Resumable],
+    epochs: Epochs,
     device: torch.device,
     progress: bool,
     end_epoch: Callable[[], None] | None = None,
@@ -237,11 +285,13 @@ def run_epochs(
         optimizer: Its learning rate is set before every batch.
         read: Returns the batches of an epoch of this number.
         take_step: Called with a batch and the number of the epoch; returns the losses of the steps it took, each a
-            scalar, or ``(M,)`` of M networks. Where several processes share the steps, it is called with `END` when
-            there are no more batches, and returns None when no process has any.
+            scalar, or ``(M,)`` of M networks, and how much it counts in the mean of the epoch. Where several processes
+            share the steps, it is called with `END` when there are no more batches, and returns None when no process
+            has any.
         num_batches: How many batches an epoch has.
         file: Where the run saves itself after every epoch.
         parts: What changes from step to step.
+        epochs: Those that are done, and who is told of them.
         device: Where random numbers are drawn.
         progress: Whether to show a progress bar.
         end_epoch: What processes that share the steps do at the end of each epoch; None if there are no others.
@@ -249,14 +299,14 @@ def run_epochs(
     Raises:
         FloatingPointError: If a loss is infinite or NaN. The losses of an epoch are looked at together at its end,
             since each look makes an accelerator wait.
+        ValueError: If nothing counts in an epoch.
     """
-    done = Count("epochs")
-    parts = (*parts, done, Randomness(device))
-    file.resume(*parts)
-    epochs = range(done.value, recipe.epochs)
-    bar = progress_bar(epochs, show=progress, desc="train", unit="epoch", initial=done.value, total=recipe.epochs)
+    parts = (*parts, epochs, Randomness(device))
+    epochs.go_on(is_new=not file.resume(*parts))
+    left = () if epochs.is_stopped else range(epochs.done, recipe.epochs)
+    bar = progress_bar(left, show=progress, desc="train", unit="epoch", initial=epochs.done, total=recipe.epochs)
     for epoch in bar:
-        found: list[Tensor] = []
+        found: list[Weighted] = []
         number, iterator = 0, iter(read(epoch))
         while (batch := next(iterator, END)) is not END or end_epoch is not None:
             recipe.set_learning_rate(optimizer, epoch + min(number / num_batches, 1.0))
@@ -268,7 +318,7 @@ def run_epochs(
         check_length(number, num_batches)
         if end_epoch is not None:
             end_epoch()
-        losses = torch.stack(found)
+        losses = torch.stack([loss for loss, _ in found])
         if not losses.isfinite().all():
             step, *networks = place = (~losses.isfinite()).nonzero()[0].tolist()
             whose = "".join(f" of models[{network}]" for network in networks)
@@ -277,11 +327,30 @@ def run_epochs(
                 f"{step}. Lower the learning rate of the recipe's "
                 f"optimizer, or look for values in the data that are not finite."
             )
-        mean = losses.mean().item()
+        mean = _mean(losses, [weight for _, weight in found], is_shared=end_epoch is not None)
         _LOGGER.info("epoch %d of %d: training loss %.4f", epoch + 1, recipe.epochs, mean)
         bar.set_postfix(loss=f"{mean:.4f}")
-        done.value = epoch + 1
-        file.save(*parts)
+        try:
+            epochs.end_epoch(mean)
+        finally:  # an exception in a callback must not lose the epoch
+            file.save(*parts)
+        if epochs.is_stopped:
+            break
+
+
+def _mean(losses: Tensor, weights: Sequence[Tensor | float], *, is_shared: bool) -> float:
+    """Return the mean of the losses of an epoch, ``(S,)`` or ``(S, M)`` of M networks, over all processes.
+
+    Raises:
+        ValueError: If the weights have the sum 0.
+    """
+    counts = torch.stack([torch.as_tensor(weight, device=losses.device) for weight in weights]).cpu().double()
+    total = float((counts @ losses.cpu().double()).mean()), float(counts.sum())
+    parts = joined().each(lambda: total) if is_shared else [total]
+    weighed, counted = (sum(numbers) for numbers in zip(*parts, strict=True))
+    if not counted:
+        raise ValueError("no target of the loader's batches counts: the loss ignores them all.")
+    return weighed / counted
 
 
 def run_settings(recipe: Recipe, settings: Mapping[str, Any], networks: Sequence[nn.Module]) -> dict[str, Any]:
@@ -298,6 +367,7 @@ def _train(
     recipe: Recipe,
     loss: StepLoss,
     file: RunFile,
+    epochs: Epochs,
     *,
     num_batches: int,
     seed: int,
@@ -312,35 +382,34 @@ def _train(
 
     gradient = SharedGradient(parameters) if them.size > 1 else None
 
-    def differentiate(batch: Any, forward: Forward) -> tuple[Tensor, float]:
+    def differentiate(batch: Any, forward: Forward) -> Weighted:
         """Bring the gradient of a batch to the parameters; return its loss, and what it counts."""
         with autocast(device, recipe.autocast):
             value = forward(runner, batch)
         scaler.scale(value).backward()
-        value, weight = loss.weigh(batch, value)
-        return value, loss.count(weight) if gradient is not None else 1.0
+        return loss.weigh(batch, value)
 
-    def step(batch: Any, forward: Forward) -> list[Tensor] | None:
+    def step(batch: Any, forward: Forward) -> list[Weighted] | None:
         optimizer.zero_grad()
-        found: list[Tensor] = []
+        found: list[Weighted] = []
         if gradient is None:
-            found.append(differentiate(batch, forward)[0])
+            found.append(differentiate(batch, forward))
         else:
 
             def own() -> tuple[float, bool]:
                 if batch is END:
                     return 0.0, False
-                value, count = differentiate(batch, forward)
-                found.append(value)
-                return count, True
+                found.append(differentiate(batch, forward))
+                return loss.count(found[-1][1]), True
 
             if not gradient.average(own):
                 return None
         scaler.step(optimizer)
         scaler.update()
+        epochs.end_step(found[0][0] if found else None)
         return found
 
-    def steps(batch: Any, epoch: int) -> list[Tensor] | None:
+    def steps(batch: Any, epoch: int) -> list[Weighted] | None:
         if batch is not END:
             refuse_empty(batch)
         found = [step(batch, loss.at(epoch)) for _ in range(loss.num_replays)]
@@ -359,6 +428,7 @@ def _train(
         num_batches=num_batches,
         file=file,
         parts=(Learned(tensors, optimizer, scaler), loss),
+        epochs=epochs,
         device=device,
         progress=progress,
         end_epoch=None if them.size == 1 else partial(_average_buffers, model),

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from modeconn.tools.processes import OtherProcessError, joined
 from modeconn.tools.rng import seeded
 from modeconn.tools.shown import Shown
 from modeconn.tools.warn import warn
@@ -27,31 +28,35 @@ class RunBegin:
 
 @dataclass(frozen=True)
 class StepEnd:
-    """A step of training along a curve.
+    """A step of training.
 
     Args:
         epoch: Finished epochs.
         step: Which step of the run, from 0.
-        t: Position on the curve, in [0, 1].
+        t: Position on the curve, in [0, 1]; None where one network is trained.
         loss: The training loss, a scalar on the device; to read it there is to wait for the device.
     """
 
     epoch: int
     step: int
-    t: float
+    t: float | None
     loss: Tensor
 
 
 @dataclass(frozen=True)
 class EpochEnd:
-    """An epoch of training along a curve.
+    """An epoch of training: along a curve, or of one network. Exactly one of ``connection`` and ``model`` is there.
 
     Args:
         epoch: Finished epochs, from 1.
         num_epochs: Epochs of the whole run.
         loss: Mean training loss of the epoch.
         seconds: Time of training so far.
-        connection: Called without arguments it returns the `modeconn.Connection` as it is now, a copy.
+        connection: Called without arguments it returns the `modeconn.Connection` as it is now, a copy; None where one
+            network is trained.
+        model: Called without arguments it returns the network as it is now, a copy in eval mode; None where a curve is
+            trained.
+        training: Beside ``model``, data and loss of the run, a `modeconn.TrainingData`; a connection has its own.
         values: What callbacks before this one measured after this epoch, by name; add to it what others should see.
     """
 
@@ -59,7 +64,9 @@ class EpochEnd:
     num_epochs: int
     loss: float
     seconds: float
-    connection: Callable[[], Any]
+    connection: Callable[[], Any] | None = None
+    model: Callable[[], Any] | None = None
+    training: Any = None
     values: dict[str, float] = field(default_factory=dict)
 
 
@@ -104,6 +111,9 @@ class Callback(Shown):
     with the same bits as one without. What `state` returns is kept in the checkpoint of the run, if there is one.
     """
 
+    def check_trained(self, kind: Literal["curve", "network"]) -> None:
+        """Raise a ValueError if the callback is not for a run that trains this; called before any work."""
+
     def before_run(self, event: RunBegin) -> None:
         """Forget what an earlier run left; not called where a run goes on."""
 
@@ -136,17 +146,25 @@ class Callbacks:
     Args:
         callbacks: Objects with at least one of the methods of `Callback`.
         device: Where random numbers are drawn.
+        trained: What the run trains, "curve" or "network"; None if it trains nothing.
 
     Raises:
-        ValueError: If one of them is a class, or has none of the methods.
+        ValueError: If one of them is a class, has none of the methods, or is not for what is trained.
     """
 
-    def __init__(self, callbacks: Sequence[Any] = (), device: torch.device | str = "cpu") -> None:
+    def __init__(
+        self,
+        callbacks: Sequence[Any] = (),
+        device: torch.device | str = "cpu",
+        trained: Literal["curve", "network"] | None = None,
+    ) -> None:
         if not isinstance(callbacks, Sequence):
             raise ValueError(f"callbacks must be a list of callbacks, got callbacks={callbacks!r}.")
         for one in callbacks:
             if isinstance(one, type) or not any(callable(getattr(one, moment, None)) for moment in _MOMENTS):
                 raise ValueError(f"a callback must be an object with one of {', '.join(_MOMENTS)}, got {one!r}.")
+            if trained is not None and hasattr(one, "check_trained"):
+                one.check_trained(trained)
         self._device = torch.device(device)
         self._all = list(callbacks)
         self._by_moment = {moment: [one for one in callbacks if _has_own(one, moment)] for moment in _MOMENTS}
@@ -184,6 +202,30 @@ class Callbacks:
                 f"the run goes on with other callbacks: what {', '.join(gone) or 'none'} knew is lost, and "
                 f"{', '.join(new) or 'none'} begin anew."
             )
+
+
+def tell_in_all(tell: Callable[[], bool]) -> bool:
+    """Tell callbacks in all processes that share a run; whether one of them, in any process, wants it to end.
+
+    What fails in one process is raised in all, once all have told theirs, so that they can save the run together.
+    """
+    failed: list[BaseException] = []
+
+    def told() -> tuple[bool, str | None]:
+        try:
+            return tell(), None
+        except BaseException as error:
+            failed.append(error)
+            return False, repr(error)
+
+    them = joined()
+    answers = them.each(told)
+    if failed:
+        raise failed[0]
+    for rank, (_, why) in enumerate(answers):
+        if why is not None:
+            raise OtherProcessError(f"process {rank} of {them.size} failed: {why}")
+    return any(is_over for is_over, _ in answers)
 
 
 def number_of(name: str, value: Any) -> float:

@@ -151,7 +151,7 @@ def hints_of(owner: Any) -> dict[str, Any]:
     found = {}
     for part in reversed(owner.__mro__) if isinstance(owner, type) else (owner,):
         module = inspect.getmodule(part)
-        scope = getattr(part, "__globals__", None) or (vars(module) if module else {})
+        scope = getattr(inspect.unwrap(part), "__globals__", None) or (vars(module) if module else {})
         for name, hint in inspect.get_annotations(part).items():
             with contextlib.suppress(NameError, AttributeError, TypeError):
                 found[name] = eval(hint, dict(scope)) if isinstance(hint, str) else hint

@@ -99,6 +99,21 @@ def check_writable(path: str | os.PathLike[str]) -> None:
             _Replaced(Path(os.path.realpath(target)), mode).abandon()
 
 
+def made_folder(path: str | os.PathLike[str]) -> Path:
+    """Return a folder that files can be written to, made if it is not there, with those above it.
+
+    Raises:
+        OSError: Naming the folder and the reason.
+    """
+    check("folder", path, str | os.PathLike[str])
+    folder = Path(path)
+    if writes():
+        with _named(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            _Replaced(folder / "file", None).abandon()
+    return folder
+
+
 @contextlib.contextmanager
 def held(path: str | os.PathLike[str]) -> Iterator[None]:
     """Hold a file against other processes, and other runs of this one, for the block.

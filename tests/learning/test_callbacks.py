@@ -329,7 +329,7 @@ def test_what_a_callback_does_to_the_connection_it_is_shown_stays_its_own(networ
     [
         (lambda: Validation(3), "loader must be an iterable"),
         (lambda: Validation(iter([1])), "loader can be read only once"),
-        (lambda: Validation([], t=0.5), "t must be a list or tuple, each a number, got t=0.5"),
+        (lambda: Validation([], t=0.5), "t must be a list or tuple, each a number, or None, got t=0.5"),
         (lambda: Validation([], every="x"), "every must be an integer, got every='x'"),
         (lambda: Validation([], nothing=3), "takes the settings of Connection.evaluate: got an unexpected .*'nothing'"),
         (lambda: Validation([], repair=3), "repair must be True or False, got repair=3"),

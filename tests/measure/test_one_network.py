@@ -43,7 +43,9 @@ def test_batch_norm_keeps_its_statistics_unless_it_is_to_be_recalibrated():
     assert "recalibrated on" in anew.statistics and modeconn.evaluate(CASE["mlp"].make(1).eval(), data).statistics == ""
     few = modeconn.evaluate(model, data, recalibrate=data, recalibration_examples=4)
     assert "on 4 training examples" in few.statistics
-    attacked = modeconn.evaluate(model, data, recalibrate=AdversarialExamples(data, modeconn.PGD(0.1, 0.1, 1, clip=None)))
+    attacked = modeconn.evaluate(
+        model, data, recalibrate=AdversarialExamples(data, modeconn.PGD(0.1, 0.1, 1, clip=None))
+    )
     assert "own adversarial examples" in attacked.statistics
     assert same_bits(model, before)
 
