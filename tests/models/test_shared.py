@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import nn
 
-from modeconn import PGD, AdversarialTraining, Recipe, models
+import modeconn
+from modeconn import PGD, AdversarialTraining, Recipe, callbacks, models
 from modeconn.data import TensorLoader
 from modeconn.tools.rng import seed_of
 
@@ -95,6 +96,86 @@ def test_an_interrupted_training_ends_with_the_same_bits(pool, tmp_path):
     broken = pool.outcomes(2, full, path, 3, False, 12)
     assert [one.kind for one in broken] == ["OtherProcessError", "OSError"]
     assert all(map(same, pool.run(2, full, path), whole))
+
+
+class Breaking(callbacks.Callback):
+    """Raises after an epoch in one process."""
+
+    def __init__(self, rank, epoch):
+        self.rank, self.epoch = rank, epoch
+
+    def after_epoch(self, event):
+        if event.epoch == self.epoch and torch.distributed.get_rank() == self.rank:
+            raise KeyError("mine")
+
+
+def told(rank, folder, path=None, break_at=None, epochs=3):
+    validation = callbacks.Validation(batches(30))
+    log, kept = callbacks.CSVLog(f"{folder}/log.csv"), callbacks.Snapshots(f"{folder}/kept")
+    all_of_them = [validation, callbacks.EarlyStopping("loss", patience=9), log, kept, Breaking(1, break_at)]
+    recipe = Recipe(epochs, SGD)
+    made = models.train(
+        network(norm=True, dropout=0.3), batches(), recipe=recipe, callbacks=all_of_them, checkpoint=path
+    )
+    return made.state_dict(), validation.values, all_of_them[1].best, log.state()["rows"]
+
+
+def but_for_seconds(rows):
+    return [{name: value for name, value in row.items() if name != "seconds"} for row in rows]
+
+
+def test_callbacks_of_all_processes_hear_the_same_and_one_writes(pool, tmp_path):
+    (tmp_path / "a").mkdir(), (tmp_path / "b").mkdir()
+    whole = pool.run(2, told, str(tmp_path / "a"))
+    assert same(whole[0][0], pool.run(2, full)[0]) and same(whole[0][0], whole[1][0])
+    assert whole[0][1:3] == whole[1][1:3] and len(whole[0][1]) == 3
+    assert but_for_seconds(whole[0][3]) == but_for_seconds(whole[1][3])
+    last = models.load(tmp_path / "a" / "kept" / "epoch_3.safetensors", network(norm=True)).state_dict()
+    assert same(last, whole[0][0])
+    assert sorted(one.name for one in (tmp_path / "a").iterdir()) == ["kept", "log.csv"]
+
+    broken = pool.outcomes(2, told, str(tmp_path / "b"), str(tmp_path / "run"), 2)
+    assert [one.kind for one in broken] == ["OtherProcessError", "KeyError"]
+    assert str(broken[0]) == "process 1 of 2 failed: KeyError('mine')"
+    again = pool.run(2, told, str(tmp_path / "b"), str(tmp_path / "run"))
+    for found, expected in zip(again, whole, strict=True):
+        assert same(found[0], expected[0]) and found[1:3] == expected[1:3]
+        assert but_for_seconds(found[3]) == but_for_seconds(expected[3])
+
+
+def stopped_by_one(rank):
+    class Enough(callbacks.Callback):
+        def after_epoch(self, event):
+            return event.epoch == 2 and rank == 1
+
+    class Note(callbacks.Callback):
+        losses = ()
+
+        def after_epoch(self, event):
+            self.losses = (*self.losses, event.loss)
+
+    note, recipe = Note(), Recipe(5, partial(torch.optim.SGD, lr=0.0))
+    made = models.train(network(), batches(), recipe=recipe, callbacks=[Enough(), note])
+    return made.state_dict(), note.losses, modeconn.evaluate(network().eval(), batches()).loss.item()
+
+
+def test_the_wish_of_one_process_ends_the_run_in_all_and_losses_are_those_of_all_batches(pool):
+    first, second = pool.run(2, stopped_by_one)
+    assert same(first[0], second[0]) and first[1] == second[1] and len(first[1]) == 2
+    assert first[1] == pytest.approx([first[2]] * 2)
+
+
+def cycles(rank, path):
+    note = callbacks.Validation(batches(30))
+    how = {"recipe": Recipe(2, SGD), "callbacks": [note], "checkpoint": path}
+    made = models.train_snapshots(network(norm=True), batches(), cycles=2, **how)
+    return [model.state_dict() for model in made], note.values
+
+
+def test_cycles_are_shared_too(pool, tmp_path):
+    first, second = pool.run(2, cycles, str(tmp_path / "k"))
+    assert all(map(same, first[0], second[0])) and first[1] == second[1] and len(first[1]) == 4
+    assert pool.run(2, cycles, str(tmp_path / "k"))[1][1] == first[1]
 
 
 # -- populations
