@@ -111,7 +111,7 @@ class Breaking(callbacks.Callback):
 
 def told(rank, folder, path=None, break_at=None, epochs=3):
     validation = callbacks.Validation(batches(30))
-    log, kept = callbacks.CSVLog(f"{folder}/log.csv"), callbacks.Snapshots(f"{folder}/kept")
+    log, kept = callbacks.CSVLog(f"{folder}/log{rank}.csv"), callbacks.Snapshots(f"{folder}/kept{rank}")
     all_of_them = [validation, callbacks.EarlyStopping("loss", patience=9), log, kept, Breaking(1, break_at)]
     recipe = Recipe(epochs, SGD)
     made = models.train(
@@ -130,9 +130,10 @@ def test_callbacks_of_all_processes_hear_the_same_and_one_writes(pool, tmp_path)
     assert same(whole[0][0], pool.run(2, full)[0]) and same(whole[0][0], whole[1][0])
     assert whole[0][1:3] == whole[1][1:3] and len(whole[0][1]) == 3
     assert but_for_seconds(whole[0][3]) == but_for_seconds(whole[1][3])
-    last = models.load(tmp_path / "a" / "kept" / "epoch_3.safetensors", network(norm=True)).state_dict()
+    last = models.load(tmp_path / "a" / "kept0" / "epoch_3.safetensors", network(norm=True)).state_dict()
     assert same(last, whole[0][0])
-    assert sorted(one.name for one in (tmp_path / "a").iterdir()) == ["kept", "log.csv"]
+    assert sorted(one.name for one in (tmp_path / "a").iterdir()) == ["kept0", "kept1", "log0.csv"]
+    assert not list((tmp_path / "a" / "kept1").iterdir())
 
     broken = pool.outcomes(2, told, str(tmp_path / "b"), str(tmp_path / "run"), 2)
     assert [one.kind for one in broken] == ["OtherProcessError", "KeyError"]

@@ -258,7 +258,7 @@ def test_cycles_are_one_run_to_callbacks_also_where_they_are_interrupted(tmp_pat
     assert all(map(same_bits, watched, plain))
     assert all(map(same_bits, note.networks[1::2], plain))
     assert note.begun == [6] and [epoch[:2] for epoch in note.epochs] == [(n, 6) for n in range(1, 7)]
-    assert [step[1] for step in note.steps] == list(range(30))
+    assert [step[:2] for step in note.steps] == [(n // 5, n) for n in range(30)]
     with pytest.raises(Stop):
         cycles(callbacks=[Validation(TEST), Note(fail_at=3)], checkpoint=tmp_path / "k")
     again = [Validation(TEST), Note()]
