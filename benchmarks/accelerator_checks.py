@@ -299,6 +299,20 @@ def _(agreement: Agreement) -> None:
     agreement.both(lambda at: models.train(*at.networks("conv", 1), at.batches("conv"), recipe=SHORT, adversary=ATTACK))
 
 
+@check("models.train: callbacks; evaluate(model)")
+def _(agreement: Agreement) -> None:
+    def watched(at: Place) -> Any:
+        validation = modeconn.callbacks.Validation(at.test("conv"))
+        kept = modeconn.callbacks.Snapshots(at.folder / "snapshots")
+        (network,), how = at.networks("conv", 1), {"recipe": SHORT, "callbacks": [validation, kept]}
+        made = models.train(network, at.batches("conv"), **how)
+        values = {f"{one['epoch']} {name}": value for one in validation.values for name, value in one.items()}
+        profile = modeconn.evaluate(made, at.test("conv"), recalibrate=at.loader("conv"))
+        return made, profile, {name: torch.tensor(value) for name, value in values.items()}
+
+    agreement.both(watched)
+
+
 @check("models.train: a loader that shuffles, on the device")
 def _(agreement: Agreement) -> None:
     agreement.both(

@@ -30,6 +30,7 @@ from modeconn.cli.options import (
     DataOptions,
     ModelOptions,
     RecipeOptions,
+    WatchOptions,
     grouped,
     kept_until_done,
     say,
@@ -340,13 +341,14 @@ def demo(
 
 
 @app.command()
-@grouped("test_examples")
+@grouped("test_examples", "validate_at")
 def train(
     out: Annotated[Path, typer.Argument(help="The file to write.", show_default=False)],
     data: DataOptions,
     model: options.Model,
     recipe: RecipeOptions,
     adversary: AdversaryOptions,
+    watch: WatchOptions,
     model_arg: options.ModelArguments = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation of the data, dropout.")] = 0,
     checkpoint: options.Kept = None,
@@ -359,7 +361,8 @@ def train(
 
     What the data says of the model need not be said again: classes, channels, image size, mean and deviation of the
     inputs. Default recipe: 30 epochs of SGD with Nesterov momentum at learning rate 0.1. With an adversary, also
-    trades:beta=6, free or pgd:clean_weight=0.5, batch norm is recalibrated on clean data at the end.
+    trades:beta=6, free or pgd:clean_weight=0.5, batch norm is recalibrated on clean data at the end, and for
+    --validate-every, whose measurements are kept in NAME.log.csv unless --log says where.
 
     For example:
 
@@ -370,15 +373,21 @@ def train(
         modeconn train robust.safetensors --data cifar10 --root DIR \
             --model tinyten --adversary pgd --eps 8/255 \
             --step-size 2/255 --attack-steps 5
+
+        modeconn train c.safetensors --data digits --model mlp --epochs 20 \
+            --validation 200 --validate-every 5 --keep-every 10
     """
     how, opponent = recipe.change(), adversary.opponent()
     kept = checkpoint or out.with_name(out.name + ".checkpoint")
-    _check_outputs(out, kept)
+    if watch.validate_every is not None and watch.log is None:
+        watch = replace(watch, log=out.with_name(f"{out.stem}.log.csv"))
+    _check_outputs(out, kept, watch.log)
     loader, test = data.load()
     network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed).to(data.device)
+    told = watch.callbacks(test, out, **({} if opponent is None else {"recalibrate": loader}))
     settings = {"recipe": how, "adversary": opponent, "seed": seed, "checkpoint": kept, "progress": _bars(progress)}
     with kept_until_done(kept, is_own=checkpoint is not None):
-        trained = models.train(network, loader, **settings)
+        trained = models.train(network, loader, callbacks=told, **settings)
         models.save(trained, out)
     typer.echo(f"{model} on the test set: {_one_line(modeconn.evaluate(trained, test))}")
     typer.echo(f"Wrote {out}")
@@ -530,6 +539,7 @@ def fit(
     shape: ModelOptions,
     recipe: RecipeOptions,
     adversary: AdversaryOptions,
+    watch: WatchOptions,
     method: Annotated[str, typer.Option(help=f"{options.METHOD}; a permutation file; or none.")] = "activation",
     curve: Annotated[
         str,
@@ -565,11 +575,16 @@ def fit(
     Stopped by Ctrl-C or by anything else, the run goes on from its checkpoint when the same command is given again, and
     ends with the same bits.
 
+    What --validate-every measures is kept in the history of the connection, too.
+
     For example:
 
         modeconn fit a.safetensors b.safetensors --data digits \
             --out curve.safetensors --epochs 15 \
             --optimizer adam:lr=0.001 --schedule one_cycle
+
+        modeconn fit a.safetensors b.safetensors --data digits \
+            --out curve.safetensors --validate-every 5 --validate-at 0,0.5,1
 
         modeconn fit a.safetensors b.safetensors --data digits \
             --out robust.safetensors --adversary pgd --eps 0.1
@@ -585,8 +600,9 @@ def fit(
     if len(started) > 1 and not all(map(is_network, started)):
         raise ValueError("--start takes one connection, or a network for each inner control point, not both.")
     kept = checkpoint or out.with_name(out.name + ".checkpoint")
-    _check_outputs(out, kept)
-    loader, _ = data.load()
+    _check_outputs(out, kept, watch.log)
+    watch.check(are_epochs=bool(settings["curve"].num_trained))
+    loader, test = data.load()
     networks = shape.read((a, b), loader, data.device)
     with kept_until_done(kept, is_own=checkpoint is not None):
         connection = modeconn.fit_curve(
@@ -599,6 +615,7 @@ def fit(
             outputs=parse.outputs(shape.outputs),
             symmetries=shape.symmetries,
             untie=shape.untie,
+            callbacks=watch.callbacks(test, out),
             progress=_bars(progress),
         )
         connection.save(out)
@@ -709,14 +726,18 @@ def robustness(
         typer.Option(help="linf or l2; default: linf, or that of an attack in l2 alone.", show_default=False),
     ] = None,
     points: Annotated[int, typer.Option(min=2, help="How many networks to attack, both ends included.")] = 11,
-    examples: Annotated[int | None, typer.Option(help="Attack the first so many test examples.")] = None,
+    examples: Annotated[int | None, typer.Option(help="Attack the first so many examples.")] = None,
+    on: Annotated[str, typer.Option(help="test or train: what to attack.")] = "test",
     statistics: Annotated[
         str, typer.Option(help="Batch norm is recalibrated on clean or on adversarial (5 steps of eps/4) examples.")
     ] = "clean",
     transfer: Annotated[bool, typer.Option(help="Whether to try what is found at each t at all others too.")] = False,
     out: Annotated[
         Path | None,
-        typer.Option(help="Folder for NAME.robust.json, .csv and .png; default: that of each file. - prints JSON."),
+        typer.Option(
+            help="Folder for NAME.robust.json (or NAME.robust.train.json), .csv, .png; default: that of each file. - "
+            "prints JSON."
+        ),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of the attacks.")] = 0,
     overwrite: options.Overwrite = False,
@@ -750,13 +771,14 @@ def robustness(
         raise ValueError(f"--out - prints one result, but there are {len(connections)} files.")
     check_holds_networks(*connections)
     endings = () if out == _STDOUT else ("json", "csv", "png")
-    bases = [(out if out and endings else path.parent) / f"{path.stem}.robust" for path in connections]
+    own = "robust" if on == "test" else f"robust.{on}"
+    bases = [(out if out and endings else path.parent) / f"{path.stem}.{own}" for path in connections]
     results = [[base.with_name(f"{base.name}.{ending}") for ending in endings] for base in bases]
     _check_outputs(*(file for written in results for file in written))
     for written in results if endings and not overwrite else ():
         _check_own(written[0])
-    loaders = data.load()
-    template, training = shape.template(loaders[0]), loaders[0]
+    training, measured = _training_and_measured(data, on)
+    template = shape.template(training)
     if statistics == "adversarial":
         training = modeconn.AdversarialExamples(training, modeconn.attacks.build("pgd5", eps=radius, norm=ball))
     for path, base, written in zip(connections, bases, results, strict=True):
@@ -767,11 +789,11 @@ def robustness(
         with kept_until_done(kept, is_own=checkpoint is not None):
             if is_network(path):
                 network = options.read_network(path, template, shape.entry).to(data.device)
-                found = modeconn.robustness(network, loaders[1], attacks, **how)
+                found = modeconn.robustness(network, measured, attacks, **how)
             else:
                 along = {"num_points": points, "recalibrate": training, "transfer": transfer}
                 loaded = _connection(path, template, curve_class, data.device)
-                found = loaded.robustness(loaders[1], attacks, **along, **how)
+                found = loaded.robustness(measured, attacks, **along, **how)
             _write_robust_profile(found, path, written)
 
 

@@ -14,11 +14,13 @@ from typing import TYPE_CHECKING, Annotated, Any, get_type_hints
 import torch
 import typer
 from torch import nn
+from tqdm import tqdm
 
-from modeconn import Recipe, data, models
+from modeconn import Recipe, callbacks, data, models
 from modeconn.attacks.training import TRADES, AdversarialTraining, FreeAdversarialTraining
 from modeconn.cli import parse
 from modeconn.data import TensorLoader
+from modeconn.measure.along import chosen_positions
 from modeconn.tools import provenance
 from modeconn.tools.processes import joined, writes
 from modeconn.tools.writing import replacing
@@ -120,7 +122,8 @@ def _made_by(kind: str) -> dict[str, str] | None:
 def say(text: str) -> None:
     """Tell the user something that is no result: on stderr, so that results can be piped."""
     if joined().is_first:
-        typer.echo(f"modeconn: {text}", err=True)
+        with tqdm.external_write_mode(sys.stderr):  # above progress bars, not inside of them
+            typer.echo(f"modeconn: {text}", err=True)
 
 
 @contextmanager
@@ -155,6 +158,14 @@ class DataOptions:
     augment: Annotated[bool, _option("Data", "Whether to augment training images.")] = True
     train_examples: Annotated[int | None, _option("Data", "Train on so many, drawn with --data-seed.")] = None
     test_examples: Annotated[int | None, _option("Data", "Measure on so many, drawn with --data-seed.")] = None
+    validation: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Hold out so many training examples, drawn with --data-seed: they are the test data then.",
+            rich_help_panel="Data",
+        ),
+    ] = None
     data_seed: Annotated[int, _option("Data", "Which examples are drawn; the split of digits.")] = 0
     device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu"
 
@@ -166,9 +177,10 @@ class DataOptions:
 
     def _made(self) -> tuple[Any, Any]:
         """Return what a factory of the user's own makes."""
-        if self.root is not None or self.batch_size is not None:
+        if (self.root, self.batch_size, self.validation) != (None, None, None):
             raise ValueError(
-                f"--root and --batch-size are for the data sets of modeconn; tell {self.data} by --data-arg KEY=VALUE."
+                f"--root, --batch-size and --validation are for the data sets of modeconn; tell {self.data} by "
+                f"--data-arg KEY=VALUE."
             )
         loaders = parse.make_data(self.data, parse.settings(self.data_arg))
         return tuple(one.to(self.device) if isinstance(one, TensorLoader) else one for one in loaders)
@@ -181,6 +193,7 @@ class DataOptions:
             self.root,
             batch_size=self.batch_size,
             augment=self.augment,
+            validation=self.validation or 0,
             seed=self.data_seed,
             device=self.device,
         )
@@ -283,6 +296,76 @@ class RecipeOptions:
         }
         given = {name: value for name, value in changes.items() if value is not None}
         return replace(recipe, autocast=parse.precision(self.autocast), compile=self.compile, **given)
+
+
+_WATCH = "While it runs"
+
+
+@dataclass(frozen=True)
+class WatchOptions:
+    """What is measured and kept while a run goes on, if anything."""
+
+    validate_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1, help="Measure on the test data after every so many epochs; a line each.", rich_help_panel=_WATCH
+        ),
+    ] = None
+    validate_at: Annotated[
+        str | None, _option(_WATCH, "Where on the curve, rising; default: 0.5.", metavar="0,0.5,1")
+    ] = None
+    log: Annotated[
+        Path | None,
+        _option(_WATCH, "CSV file for the loss of every epoch, and what was measured after it.", metavar="FILE.csv"),
+    ] = None
+    keep_every: Annotated[
+        int | None,
+        typer.Option(
+            min=1,
+            help="Keep what there is after every so many epochs: NAME.snapshots/epoch_10.safetensors, and so on.",
+            rich_help_panel=_WATCH,
+        ),
+    ] = None
+
+    def check(self, *, are_epochs: bool) -> None:
+        """Raise a ValueError if there are no epochs to do something after, or positions make no sense."""
+        if self.validate_at is not None and self.validate_every is None:
+            raise ValueError("--validate-at is for --validate-every, which is missing.")
+        try:
+            chosen_positions(self._positions, 2)
+        except ValueError:
+            raise ValueError(f"--validate-at must be rising positions from 0 to 1, got {self.validate_at}.") from None
+        if not are_epochs and (self.validate_every, self.log, self.keep_every) != (None, None, None):
+            raise ValueError(
+                "--validate-every, --log and --keep-every are for curves that are learned, and a line is not: leave "
+                "them out."
+            )
+
+    @property
+    def _positions(self) -> list[float] | None:
+        return None if self.validate_at is None else [parse.number(t) for t in self.validate_at.split(",")]
+
+    def callbacks(self, test: Any, out: Path, **settings: Any) -> list[callbacks.Callback]:
+        """Return what watches a run whose result is written to ``out``; ``settings`` are those of the validation."""
+        found: list[callbacks.Callback] = []
+        if self.validate_every is not None:
+            found += [callbacks.Validation(test, self._positions, every=self.validate_every, **settings), _Says()]
+        if self.log is not None:
+            found.append(callbacks.CSVLog(self.log))
+        if self.keep_every is not None:
+            found.append(callbacks.Snapshots(out.with_name(f"{out.stem}.snapshots"), every=self.keep_every))
+        return found
+
+
+class _Says(callbacks.Callback):
+    """Says what was measured after an epoch."""
+
+    def after_epoch(self, event: callbacks.EpochEnd) -> None:
+        """Say it in one line."""
+        if event.values:
+            found = {"loss": event.loss, **event.values}
+            texts = [f"{name}: {value:{'.2%' if 'accuracy' in name else '.4f'}}" for name, value in found.items()]
+            say("; ".join([f"epoch {event.epoch} of {event.num_epochs}", *texts]))
 
 
 @dataclass(frozen=True)

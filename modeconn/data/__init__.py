@@ -93,7 +93,8 @@ def load(
         The training loader, shuffled and augmented, and the test (or validation) loader, which is neither.
 
     Raises:
-        ValueError: If the name is unknown, ``root`` is missing, or a file is damaged or would run code.
+        ValueError: If the name is unknown, ``root`` is missing, ``validation`` leaves nothing to train on, or a file is
+            damaged or would run code.
         FileNotFoundError: If a file is missing: which one, and where it was looked for.
 
     Example:
@@ -111,6 +112,11 @@ def load(
         TensorLoader(inputs, targets, batch_size, num_classes=chosen.num_classes)
         for inputs, targets in chosen.read(root, seed)
     )
+    if validation and not 0 < validation < train.num_examples:
+        raise ValueError(
+            f"of {train.num_examples} training examples, 1 to {train.num_examples - 1} can be held out for validation, "
+            f"or none, got validation={validation}."
+        )
     if validation:
         train, test = train.split(validation, seed=seed)
     if isinstance(augment, bool):

@@ -237,6 +237,103 @@ def test_a_model_can_come_from_a_module_in_the_current_folder(tmp_path, monkeypa
     assert not same_bits(models.load("a", template), models.load("b", template))
 
 
+# -- what is measured and kept while a run goes on
+
+
+def test_training_is_validated_on_examples_that_are_held_out(tmp_path):
+    out, settings = tmp_path / "a.safetensors", ("--epochs", 3, "--validation", 100, "--data-seed", 4)
+    result = run("train", out, *MLP, *settings, "--validate-every", 2)
+    train, held_out = data.load("digits", validation=100, seed=4)
+    network = models.mlp(64, (16,), 10, mean=train.mean(), std=train.std() + 0.1, seed=0)
+    validation, expected = modeconn.callbacks.Validation(held_out, every=2), Recipe(epochs=3)
+    trained = models.train(network, train, recipe=expected, callbacks=[validation])
+    assert same_bits(models.load(out), trained)
+    one = validation.values[0]
+    says = f"validation loss: {one['validation loss']:.4f}; validation accuracy: {one['validation accuracy']:.2%}"
+    assert re.fullmatch(rf"modeconn: epoch 2 of 3; loss: 0\.\d{{4}}; {says}\n", result.stderr)
+    assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.log.csv", "a.safetensors"]
+    rows = (tmp_path / "a.log.csv").read_text().splitlines()
+    assert len(rows) == 4 and rows[2].endswith(f",{one['validation loss']},{one['validation accuracy']}")
+    whole = modeconn.evaluate(trained, held_out)
+    assert f"mlp on the test set: loss {whole.loss[0]:.4f}, accuracy {whole.accuracy[0]:.2%}\n" in result.stdout
+
+
+def test_a_robust_network_is_validated_with_statistics_of_clean_data(tmp_path, monkeypatch):
+    given = []
+    monkeypatch.setattr(modeconn.callbacks, "Validation", lambda *_, **settings: given.append(settings) or Quiet())
+    for adversary in ((), ("--adversary", "pgd", "--eps", 0.1)):
+        run("train", tmp_path / "a", *MLP, "--epochs", 1, "--validate-every", 1, *adversary)
+    assert "recalibrate" not in given[0] and isinstance(given[1]["recalibrate"], TensorLoader)
+
+
+class Quiet(modeconn.callbacks.Callback):
+    pass
+
+
+def test_a_fit_is_validated_where_it_is_told_and_keeps_what_it_was(folder, tmp_path):
+    out, log = tmp_path / "c.safetensors", tmp_path / "c.csv"
+    watch = ("--validate-every", 2, "--validate-at", "0,1/2,1", "--log", log, "--keep-every", 2)
+    result = run("fit", *ends(folder), "--data", "digits", "--out", out, "--epochs", 3, "--method", "none", *watch)
+    found, test = Connection.load(out), data.load("digits")[1]
+    kept = Connection.load(tmp_path / "c.snapshots" / "epoch_2.safetensors")
+    profile = kept.evaluate(test, t=[0, 0.5, 1])
+    expected = {f"validation loss, t={t}": loss for t, loss in zip((0.0, 0.5, 1.0), profile.loss, strict=True)}
+    assert [bool(values) for values in found.history.values] == [False, True, False]
+    assert {name: found.history.values[1][name] for name in expected} == expected
+    assert f"validation loss, t=0.5: {profile.loss[1]:.4f}" in result.stderr
+    assert len(log.read_text().splitlines()) == 4 and [path.name for path in (tmp_path / "c.snapshots").iterdir()] == [
+        "epoch_2.safetensors"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (("--validate-at", "0.5"), "--validate-at is for --validate-every, which is missing"),
+        (
+            ("--validate-every", 1, "--validate-at", "0.5,0"),
+            "--validate-at must be rising positions from 0 to 1, got 0.5",
+        ),
+        (("--validate-every", 1, "--validate-at", "x"), "--validate-at must be rising positions from 0 to 1, got x"),
+        (("--curve", "line", "--keep-every", 1), "--keep-every are for curves that are learned, and a line is not"),
+        (("--validation", 5000), "1 to 1296 can be held out for validation, or none, got --validation 5000"),
+        (("--log", "nowhere/log.csv"), "cannot write 'nowhere/log.csv'"),
+    ],
+)
+def test_what_cannot_be_watched_is_refused_with_its_option(folder, tmp_path, options, message, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    found = run("fit", *ends(folder), "--data", "digits", "--out", "c", *options, code=1)
+    assert message in found.stderr and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("option", ["--validate-every", "--keep-every", "--validation"])
+def test_numbers_of_epochs_and_examples_are_positive(folder, tmp_path, option):
+    assert option in run("train", tmp_path / "x", *MLP, option, 0, code=2).stderr
+
+
+def test_held_out_examples_are_measured_by_every_command_and_not_for_data_of_ones_own(folder, tmp_path):
+    run("evaluate", folder / "a.safetensors", "--data", "digits", "--validation", 50, "--out", tmp_path / "p")
+    expected = modeconn.evaluate(models.load(folder / "a.safetensors"), data.load("digits", validation=50)[1])
+    found = Profile.from_json((tmp_path / "p.json").read_text())
+    assert torch.equal(found.loss, expected.loss) and found.num_examples == 50
+    own = run("train", tmp_path / "x", "--data", "mine:make", "--model", "mlp", "--validation", 50, code=1)
+    assert "--validation are for the data sets of modeconn; tell mine:make by --data-arg KEY=VALUE" in own.stderr
+
+
+def test_robustness_on_training_data_has_a_name_of_its_own(folder, tmp_path):
+    network = tmp_path / "a.safetensors"
+    shutil.copy(folder / "a.safetensors", network)
+    common = ("--data", "digits", "--attack", "pgd1", "--eps", "0.1", "--examples", 30)
+    for on in ("test", "train"):
+        run("robustness", network, *common, "--on", on)
+    train, test = data.load("digits")
+    for name, loader in (("a.robust.json", test), ("a.robust.train.json", train.in_order())):
+        expected = modeconn.robustness(models.load(network), loader, {"pgd1": PGD(0.1, 0.025, 1)}, num_examples=30)
+        found = RobustProfile.from_json((tmp_path / name).read_text())
+        assert torch.equal(found.losses["clean"], expected.losses["clean"]) and found.data == expected.data
+    assert "--on must be train or test, got 'x'" in run("robustness", network, *common, "--on", "x", code=1).stderr
+
+
 # -- interruption
 
 

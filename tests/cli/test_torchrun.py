@@ -56,6 +56,15 @@ def test_a_profile_is_that_of_one_process(folder):
     assert two["made_by"]["processes"] == 2 and "processes" not in one["made_by"]
 
 
+def test_training_is_validated_once_for_all(folder):
+    command = "train v.safetensors --data digits --model mlp --model-arg hidden=8, --epochs 2 --keep-every 1".split()
+    done = torchrun(folder, *command, *"--validation 100 --validate-every 1".split())
+    assert done.returncode == 0, done.stderr
+    assert [line[:23] for line in said(done.stderr)] == [f"modeconn: epoch {n} of 2;" for n in (1, 2)]
+    assert len((folder / "v.log.csv").read_text().splitlines()) == 3
+    assert len(list((folder / "v.snapshots").iterdir())) == 2
+
+
 @pytest.mark.parametrize(
     ("command", "message"),
     [

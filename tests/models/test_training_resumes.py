@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 import dataclasses
 from functools import partial
 
@@ -121,3 +122,33 @@ def test_the_command_goes_on_where_it_was_stopped_and_leaves_no_checkpoint(kille
     assert command("a").exit_code == command("b").exit_code == 0
     assert {path.name for path in tmp_path.iterdir()} == {"a", "b"}
     assert same_bits(models.load(tmp_path / "a"), models.load(tmp_path / "b"))
+
+
+def test_the_command_loses_nothing_that_it_measured_or_kept_before_it_was_stopped(killed, tmp_path):
+    from typer.testing import CliRunner
+
+    from modeconn.cli.app import app
+
+    def command(name):
+        settings = ["--data", "digits", "--model", "mlp", "--model-arg", "hidden=8,", "--epochs", "3"]
+        watch = ["--validation", "100", "--validate-every", "1", "--keep-every", "1"]
+        return CliRunner().invoke(app, ["train", str(tmp_path / name), *settings, *watch])
+
+    def left(name):
+        rows = list(csv.DictReader((tmp_path / f"{name}.log.csv").read_text().splitlines()))
+        seconds = [float(row.pop("seconds")) for row in rows]
+        assert seconds == sorted(seconds)
+        kept = {path.name: models.load(path) for path in (tmp_path / f"{name}.snapshots").iterdir()}
+        return rows, {file: one.state_dict() for file, one in kept.items()}
+
+    for _ in range(2):
+        assert isinstance(command("a").exception, _Stop)
+    killed[0] = False
+    last = command("a")
+    assert last.exit_code == command("b").exit_code == 0
+    assert [line[:23] for line in last.stderr.splitlines()] == ["modeconn: epoch 3 of 3;"]
+    (rows, networks), (expected, others) = left("a"), left("b")
+    assert rows == expected and [row["epoch"] for row in rows] == ["1", "2", "3"] and all(rows[0].values())
+    assert sorted(networks) == sorted(others) == [f"epoch_{epoch}.safetensors" for epoch in (1, 2, 3)]
+    for name, state in networks.items():
+        assert all(torch.equal(tensor, others[name][key]) for key, tensor in state.items())
