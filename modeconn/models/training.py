@@ -96,7 +96,8 @@ def train(
         checkpoint: A file to which the run saves itself after every epoch. If it exists, the run goes on from it and
             ends with the same bits as one that was never interrupted, on the same machine and versions.
         callbacks: What is told of every step and epoch, see `modeconn.callbacks.Callback`. They change nothing, but may
-            end the run after an epoch. What is done at the end, such as ``recalibrate``, they do not see.
+            end the run after an epoch. An epoch in which one of them fails is told again where the run goes on. What is
+            done at the end, such as ``recalibrate``, they do not see.
         progress: Whether to show a progress bar.
 
     Returns:

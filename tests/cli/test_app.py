@@ -827,7 +827,7 @@ def test_what_does_not_say_that_it_makes_models_is_not_called_by_a_file(own, tmp
         (("--data", "nowhere:data"), "cannot import 'nowhere:data': ModuleNotFoundError: No module named 'nowhere'"),
         (("--data", "mine_of_the_test:data", "--data-arg", "m=3"), "Pass --data-arg KEY=VALUE"),
         (("--data", "mine_of_the_test:real"), "or forward=. (loss_fn= and forward= are arguments in Python, which no"),
-        ((*OWN_DATA, "--batch-size", 3), "--root and --batch-size are for the data sets of modeconn"),
+        ((*OWN_DATA, "--batch-size", 3), "--root, --batch-size and --validation are for the data sets of modeconn"),
         (("--data", "digits", "--data-arg", "m=3"), "--data-arg is for the factory of --data package.module:factory"),
         ((*OWN_DATA, "--test-examples", 3), "--test-examples is for a modeconn.data.TensorLoader"),
         ((*OWN_DATA, "--device", "nowhere"), "got --device 'nowhere'"),
