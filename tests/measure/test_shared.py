@@ -160,6 +160,11 @@ def refused(rank, what):
         return made.robustness(loader, PGD(0.1 * (1 + rank), 0.03, 3), num_points=3)
     elif what == "wrt":
         return made.curvature(loader, wrt=("weights", "inputs")[rank], num_points=3, num_steps=5)
+    elif what == "recalibrate of one":
+        examples = TensorDataset(loader.inputs, loader.targets)
+        return modeconn.evaluate(
+            network(1), loader, recalibrate=DataLoader(examples, sampler=DistributedSampler(examples))
+        )
     elif what == "another network":
         return modeconn.evaluate(network(rank), loader)
     elif what == "verbs":
@@ -185,6 +190,7 @@ REFUSED = {
     "metrics": "processes differ: metrics is",
     "attacks": "processes differ: attacks is",
     "wrt": "processes differ: wrt is",
+    "recalibrate of one": "recalibrate yields other examples in each of 2 processes",
     "another network": "processes differ: the digest of model is",
     "verbs": "the processes are at different places of their work. Call it in every process",
     "metric": "process 1 of 2 failed: ValueError: metric 'failing' cannot compare",
