@@ -350,6 +350,20 @@ def train(
     adversary: AdversaryOptions,
     watch: WatchOptions,
     model_arg: options.ModelArguments = None,
+    start: Annotated[
+        Path | None,
+        typer.Option(
+            exists=True,
+            dir_okay=False,
+            show_default=False,
+            metavar="FILE",
+            help="A network to go on from, in place of fresh weights.",
+        ),
+    ] = None,
+    cycles: Annotated[
+        int | None,
+        typer.Option(min=1, help="Train in so many cycles, and write the network at the end of each: NAME-1, NAME-2."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation of the data, dropout.")] = 0,
     checkpoint: options.Kept = None,
     progress: options.Progress = None,
@@ -364,6 +378,9 @@ def train(
     trades:beta=6, free or pgd:clean_weight=0.5, batch norm is recalibrated on clean data at the end, and for
     --validate-every, whose measurements are kept in NAME.log.csv unless --log says where.
 
+    Cycles with the schedule triangular, from a network that is nearly trained, are fast geometric ensembling, and with
+    cosine snapshot ensembles: modeconn chain connects their networks, and modeconn predict says what each adds.
+
     For example:
 
         modeconn train a.safetensors --data digits --seed 1 \
@@ -376,21 +393,33 @@ def train(
 
         modeconn train c.safetensors --data digits --model mlp --epochs 20 \
             --validation 200 --validate-every 5 --keep-every 10
+
+        modeconn train snapshot.safetensors --data digits --model mlp \
+            --start c.safetensors --cycles 4 --epochs 4 --schedule triangular
     """
     how, opponent = recipe.change(), adversary.opponent()
     kept = checkpoint or out.with_name(out.name + ".checkpoint")
     if watch.validate_every is not None and watch.log is None:
         watch = replace(watch, log=out.with_name(f"{out.stem}.log.csv"))
-    _check_outputs(out, kept, watch.log)
+    numbers = [] if cycles is None else range(1, cycles + 1)
+    outs = [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in numbers] or [out]
+    parts = [kept.with_name(f"{kept.name}.{number}") for number in numbers] or [kept]
+    _check_outputs(*outs, *parts, watch.log)
     loader, test = data.load()
-    network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed).to(data.device)
+    network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed)
+    network = (network if start is None else models.load(start, network)).to(data.device)
     told = watch.callbacks(test, out, **({} if opponent is None else {"recalibrate": loader}))
     settings = {"recipe": how, "adversary": opponent, "seed": seed, "checkpoint": kept, "progress": _bars(progress)}
-    with kept_until_done(kept, is_own=checkpoint is not None):
-        trained = models.train(network, loader, callbacks=told, **settings)
-        models.save(trained, out)
-    typer.echo(f"{model} on the test set: {_one_line(modeconn.evaluate(trained, test))}")
-    typer.echo(f"Wrote {out}")
+    with kept_until_done(*parts, is_own=checkpoint is not None):
+        if cycles is None:
+            trained = [models.train(network, loader, callbacks=told, **settings)]
+        else:
+            trained = models.train_snapshots(network, loader, cycles=cycles, callbacks=told, **settings)
+        for one, path in zip(trained, outs, strict=False):  # fewer, if a callback ended the run
+            models.save(one, path)
+    for one, path in zip(trained, outs, strict=False):
+        typer.echo(f"{model} on the test set: {_one_line(modeconn.evaluate(one, test))}")
+        typer.echo(f"Wrote {path}")
 
 
 @app.command()

@@ -5,7 +5,7 @@ from __future__ import annotations
 import functools
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from pathlib import Path
@@ -127,20 +127,29 @@ def say(text: str) -> None:
 
 
 @contextmanager
-def kept_until_done(path: Path, *, is_own: bool) -> Iterator[None]:
-    """Say where an interrupted run is kept; delete the file of a finished one, unless it is the user's own."""
+def kept_until_done(*paths: Path, is_own: bool) -> Iterator[None]:
+    """Say where an interrupted run is kept; delete the files of a finished one, unless they are the user's own.
+
+    A run of several parts has a file for each; those that have begun are there.
+    """
     try:
         yield
     except KeyboardInterrupt:
-        if path.exists():
-            say(f"the run is kept in {path}; give the same command again to go on.")
+        if kept := _there(paths):
+            say(f"the run is kept in {kept}; give the same command again to go on.")
         raise
     except FloatingPointError:
-        if path.exists():
-            say(f"the last good state of the run is kept in {path}.")
+        if kept := _there(paths):
+            say(f"the last good state of the run is kept in {kept}.")
         raise
     if not is_own and writes():
-        path.unlink(missing_ok=True)
+        for path in paths:
+            path.unlink(missing_ok=True)
+
+
+def _there(paths: Sequence[Path]) -> str:
+    """Name the files that exist."""
+    return ", ".join(str(path) for path in paths if path.exists())
 
 
 @dataclass(frozen=True)

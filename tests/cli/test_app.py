@@ -439,6 +439,26 @@ def test_planes_that_cannot_be_are_one_sentence(folder, arguments, message):
     assert not list(folder.glob("none*"))
 
 
+def test_cycles_go_on_from_a_network_and_write_one_each(folder, tmp_path, monkeypatch):
+    a, _ = ends(folder)
+    words = ["train", tmp_path / "s.safetensors", *MLP, "--start", a, "--cycles", 2, "--epochs", 1, *ADAM, "--seed", 3]
+    save = models.save
+
+    def interrupted(*arguments):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(models, "save", interrupted)
+    assert "s.safetensors.checkpoint.1, " in " ".join(run(*words, code=130).stderr.split())
+    monkeypatch.setattr(models, "save", save)
+    run(*words)
+    assert {path.name for path in tmp_path.iterdir()} == {"s-1.safetensors", "s-2.safetensors"}
+    train, _ = data.load("digits")
+    recipe = Recipe(1, parse.optimizer("adam:lr=0.003"), one_cycle, 0.0)
+    expected = models.train_snapshots(models.load(a), train, cycles=2, recipe=recipe, seed=3)
+    for number, network in enumerate(expected, 1):
+        assert same_bits(models.load(tmp_path / f"s-{number}.safetensors"), network)
+
+
 def test_a_chain_goes_through_the_networks_of_its_files(folder, tmp_path):
     a, b = ends(folder)
     run("chain", a, b, a, "--out", tmp_path / "chain")
