@@ -311,6 +311,10 @@ class PermutationSpec(Findings):
         fresh = PermutationSpec.of(explore(model, example_input, *settings))
         if fresh != self and not (self.traces and fresh._moves_as(self)):
             given = "with inputs of this shape" if self.traces else "now (another model or version)"
+            if is_of_another:
+                given = (
+                    "on these inputs, where it is another model or takes another path than the one that was recorded"
+                )
             raise ValueError(
                 f"the spec is not what discover finds in this {type(model).__name__} {given}; run discover again, with "
                 "an example input as the data have it."

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import warnings
 
 import numpy as np
@@ -132,6 +133,9 @@ def test_a_recorded_run_is_no_proof_for_inputs_of_another_path():
     model, x = model_of(forked), torch.randn(12, 5)
     spec = discover(model, x)
     assert spec.verify(model, x) < 1e-12 and spec.verify(model, x / 2) < 1e-12
+    with pytest.raises(ValueError, match=r"this Lambda on these inputs, where .* takes another path than"):
+        spec.verify(copy.deepcopy(model), 1000 * x)
+    assert spec.verify(copy.deepcopy(model), x) < 1e-12
     with pytest.raises(VerificationError, match="takes another path than in the run that was recorded"):
         spec.verify(model, 1000 * x)
 
