@@ -132,7 +132,7 @@ def compared(scale: Scale, ours: str, rivals: Rivals, rounds: int) -> dict[str, 
 
 
 def _result(ours: str, plain: str, seconds: dict[str, list[float]]) -> dict[str, Any]:
-    low, middle, high = quartiles(seconds[ours], seconds[plain])
+    low, middle, high = quartiles([x / y for x, y in zip(seconds[ours], seconds[plain], strict=True)])
     milliseconds = {name: 1e3 * statistics.median(seconds[name]) for name in (ours, plain)}
     return {
         "ratio": middle,

@@ -9,14 +9,12 @@ the weights were computed and thrown away.
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
 from collections.abc import Callable
 from functools import partial
 
 import torch
-from timing import environment, interleaved, ratio
+from timing import Report, interleaved, options_of
 from torch import Tensor, nn
 
 from modeconn import PGD, models
@@ -72,15 +70,14 @@ def curve_step(model_a: nn.Module, model_b: nn.Module, batch: Batch, attack: PGD
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=20)
     parser.add_argument("--model", default="tinyten")
     parser.add_argument("--batch", type=int, default=64)
     parser.add_argument("--steps", type=int, default=5)
-    parser.add_argument("--rounds", type=int, default=20)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=torch.device, default="cpu")
     options = parser.parse_args()
 
-    device = torch.device(options.device)
+    device, report = options.device, Report(options, options.device)
     model_a, model_b = (models.build(options.model, seed=seed).to(device) for seed in (0, 1))
     batch = torch.rand(options.batch, 3, 32, 32, device=device), torch.randint(10, (options.batch,), device=device)
     attack = PGD(8 / 255, 2 / 255, options.steps)
@@ -91,14 +88,12 @@ def main() -> None:
         "attack alone": lambda: attack(attacked, *batch),
         "attack with weight gradients": with_weight_gradients(model_a, batch, options.steps),
     }
-    seconds = interleaved(rivals, options.rounds, device)
-
-    print(f"{options.model}, batch {options.batch}, {attack}; {environment(device)}")
-    for name, times in seconds.items():
-        print(f"{name:>28}  median {1e3 * statistics.median(times):8.2f} ms, best {1e3 * min(times):8.2f} ms")
-    print(f"adversarial curve step / parts: {ratio(seconds['adversarial curve step'], seconds['parts'])}")
-    naive, ours = seconds["attack with weight gradients"], seconds["attack alone"]
-    print(f"attack with weight gradients / attack alone: {ratio(naive, ours)}")
+    report.add(
+        f"{options.model}, batch {options.batch}, PGD of {options.steps} steps",
+        interleaved(rivals, options.rounds, device),
+        [("adversarial curve step", "parts"), ("attack with weight gradients", "attack alone")],
+    )
+    report.write()
 
 
 if __name__ == "__main__":

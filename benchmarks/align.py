@@ -5,11 +5,10 @@ python benchmarks/align.py [--model resnet32] [--images 10000] [--rounds 5]
 
 from __future__ import annotations
 
-import argparse
 import resource
 
 import torch
-from timing import environment, interleaved, ratio
+from timing import Report, interleaved, options_of
 
 from modeconn import ActivationMatching, align, discover, models
 
@@ -19,12 +18,12 @@ def peak_memory_mb() -> float:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=5)
     parser.add_argument("--model", default="resnet32")
     parser.add_argument("--images", type=int, default=10_000)
     parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=5)
     args = parser.parse_args()
+    report = Report(args)
     a, b = (getattr(models, args.model)(seed=seed).eval() for seed in (1, 2))
     inputs = torch.rand(args.images, *a.input_shape)
     loader = [(x, None) for x in inputs.split(args.batch_size)]
@@ -44,12 +43,13 @@ def main() -> None:
     before = peak_memory_mb()
     ours()
     above = peak_memory_mb() - before
-    seconds = interleaved({"align": ours, "two forward passes": two_passes}, args.rounds, torch.device("cpu"))
-    print(f"{args.model}, {args.images} images, batch {args.batch_size}; {environment(torch.device('cpu'))}")
-    for name, values in seconds.items():
-        print(f"{name:>20}: {sorted(values)[len(values) // 2]:.2f} s")
-    print(f"               ratio: {ratio(seconds['align'], seconds['two forward passes'])}")
-    print(f"  peak memory beyond the forward passes: {above:.0f} MB")
+    report.add(
+        f"{args.model}, {args.images:,} images, batch {args.batch_size}",
+        interleaved({"align": ours, "two forward passes": two_passes}, args.rounds),
+        [("align", "two forward passes")],
+        **{"MB beyond the passes": above},
+    )
+    report.write()
 
 
 if __name__ == "__main__":

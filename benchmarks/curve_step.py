@@ -14,7 +14,7 @@ from collections.abc import Callable
 from functools import partial
 
 import torch
-from timing import environment, interleaved, ratio
+from timing import Report, interleaved, options_of
 from torch import Tensor, nn
 
 from modeconn import models
@@ -50,15 +50,14 @@ def curve_step(model_a: nn.Module, model_b: nn.Module, batch: Batch) -> Callable
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=30)
     parser.add_argument("--model", default="tinyten")
     parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rounds", type=int, default=30)
     parser.add_argument("--channels-last", action=argparse.BooleanOptionalAction, default=False)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=torch.device, default="cpu")
     options = parser.parse_args()
 
-    device = torch.device(options.device)
+    device, report = options.device, Report(options, options.device)
     layout = torch.channels_last if options.channels_last else torch.contiguous_format
     model_a, model_b = (
         models.build(options.model, seed=seed).to(device=device, memory_format=layout) for seed in (0, 1)
@@ -70,12 +69,10 @@ def main() -> None:
         "curve": curve_step(model_a, model_b, batch),
     }
     seconds = interleaved(rivals, options.rounds, device)
-
-    print(f"{options.model}, batch {options.batch}, {layout}; {environment(device)}")
-    for name, times in seconds.items():
-        print(f"{name:>14}  median {1e3 * statistics.median(times):8.2f} ms, best {1e3 * min(times):8.2f} ms")
     fastest = min(("SGD, foreach", "SGD, fused"), key=lambda name: statistics.median(seconds[name]))
-    print(f"curve / {fastest}: {ratio(seconds['curve'], seconds[fastest])}")
+    about = f"{options.model}, batch {options.batch}{', channels last' if options.channels_last else ''}"
+    report.add(about, seconds, [("curve", fastest)])
+    report.write()
 
 
 if __name__ == "__main__":

@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable
 
 import torch
-from timing import environment
+from timing import Report, options_of
 from torch import Tensor, nn
 
 import modeconn
@@ -117,29 +117,31 @@ def measure(name: str) -> dict[str, float]:
     return {
         "export": exported - start,
         "walk": walked - exported,
-        "memory": peak_mb() - before,
+        "MB above": peak_mb() - before,
         "nodes": sum(len(graph.nodes) for graph in graphs),
         "groups": len(spec.groups),
-        "log10": spec.log10_size,
+        "log10 of the group": spec.log10_size,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--only", choices=SUBJECTS, help="measure one, print JSON")
-    args = parser.parse_args()
-    if args.only:
-        print(json.dumps(measure(args.only)))
+    parser = options_of(__doc__, rounds=3)
+    parser.add_argument("--only", choices=SUBJECTS, nargs="+", default=list(SUBJECTS), help="measure these")
+    parser.add_argument("--worker", choices=SUBJECTS, help=argparse.SUPPRESS)
+    options = parser.parse_args()
+    if options.worker:
+        print(json.dumps(measure(options.worker)))
         return
-    print(environment(torch.device("cpu")))
-    print(f"{'model':>18}  export s  walk s  walk/export  MB above  nodes  groups  log10 size")
-    for name in SUBJECTS:
-        output = subprocess.run([sys.executable, __file__, "--only", name], check=True, capture_output=True, text=True)
-        r = json.loads(output.stdout)
-        print(
-            f"{name:>18}  {r['export']:8.2f}  {r['walk']:6.2f}  {r['walk'] / r['export']:11.0%}  {r['memory']:8.0f}"
-            f"  {r['nodes']:5.0f}  {r['groups']:6.0f}  {r['log10']:10,.0f}"
-        )
+    report = Report(options)
+    for name in options.only:
+        command = [sys.executable, __file__, "--worker", name]
+        rounds = [
+            json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            for _ in range(options.rounds)
+        ]
+        seconds = {part: [one[part] for one in rounds] for part in ("walk", "export")}
+        report.add(name, seconds, [("walk", "export")], **{k: v for k, v in rounds[0].items() if k not in seconds})
+    report.write()
 
 
 if __name__ == "__main__":

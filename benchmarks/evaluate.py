@@ -10,13 +10,11 @@ network T times over, without any recalibration: an eval-mode pass, the attack, 
 
 from __future__ import annotations
 
-import argparse
 import copy
-import statistics
 from collections.abc import Callable
 
 import torch
-from timing import environment, interleaved, ratio
+from timing import Report, interleaved, options_of
 from torch import Tensor, nn
 
 from modeconn import attacks, models
@@ -54,18 +52,17 @@ def attacked(model: nn.Module, test: Batches, attack: Attack, num_points: int) -
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=5)
     parser.add_argument("--model", default="tinyten")
     parser.add_argument("--points", type=int, default=61)
     parser.add_argument("--train", type=int, default=128, help="examples to recalibrate on")
     parser.add_argument("--test", type=int, default=256, help="examples to evaluate")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--attack", help="measure `robustness` under it: pgd20, apgd, autoattack, ...")
-    parser.add_argument("--rounds", type=int, default=5)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--device", type=torch.device, default="cpu")
     options = parser.parse_args()
 
-    device = torch.device(options.device)
+    device, report = options.device, Report(options, options.device)
     model_a, model_b = (models.build(options.model, seed=seed).to(device) for seed in (0, 1))
     train, test = (
         list(
@@ -90,14 +87,11 @@ def main() -> None:
             bound: attacked(model_a, test, attack, options.points),
             ours: lambda: connection.robustness(test, [attack], num_points=options.points),
         }
-    seconds = interleaved(rivals, options.rounds, device)
-    print(
-        f"{options.model}, {options.points} points, {options.train} + {options.test} images, batch {options.batch}; "
-        f"{environment(device)}"
-    )
-    for name, times in seconds.items():
-        print(f"{name:>20}  median {statistics.median(times):.2f} s, best {min(times):.2f} s")
-    print(f"{ours} / {bound}: {ratio(seconds[ours], seconds[bound])}")
+    images = f"{options.train} + {options.test}" if not options.attack else f"{options.test}"
+    about = f"{options.model}, {options.points} points, {images} images, batch {options.batch}"
+    about += f", {options.attack}" if options.attack else ""
+    report.add(about, interleaved(rivals, options.rounds, device), [(ours, bound)])
+    report.write()
 
 
 if __name__ == "__main__":

@@ -10,13 +10,8 @@ and what moves them, activations, the connection. Aims: at most 1.3 times the st
 
 from __future__ import annotations
 
-import argparse
-import json
-import statistics
 from collections.abc import Callable
 from functools import partial
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -24,7 +19,7 @@ from torch.nn.functional import cross_entropy
 
 import modeconn
 from benchmarks.llama import Config, Llama
-from benchmarks.timing import environment, interleaved, ratio
+from benchmarks.timing import Report, interleaved, options_of
 from modeconn import Bezier, Recipe
 from modeconn.curves.step import CurveStep, stratified_positions
 from modeconn.network.loss import supervised
@@ -91,37 +86,23 @@ def memory(dtype: torch.dtype, batch: Batch, *, offload: bool) -> int | None:
 
 def main() -> None:
     """Measure, print and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=8)
     parser.add_argument("--dtype", default="bfloat16", choices=("bfloat16", "float16", "float32"))
     parser.add_argument("--device", default="cpu", type=torch.device)
     parser.add_argument("--offload", action="store_true", help="keep what moves the curve in the memory of the CPU")
     parser.add_argument("--batch", type=int, nargs=2, default=(4, 128), help="sequences, and tokens in each")
-    parser.add_argument("--rounds", type=int, default=8)
-    parser.add_argument("--out", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
+    report = Report(options, options.device)
     dtype = getattr(torch, options.dtype)
     torch.manual_seed(0)
     batch = tuple(torch.randint(LARGE.vocabulary, options.batch).to(options.device) for _ in range(2))
     most = memory(dtype, batch, offload=options.offload)
     count = sum(parameter.numel() for parameter in network(0, dtype, torch.device("meta")).parameters())
     rivals = {"ordinary": ordinary_step(dtype, batch), "curve": curve_step(dtype, batch, offload=options.offload)}
+    about = f"{count / 1e6:.0f} million weights in {options.dtype}{', offloaded' if options.offload else ''}"
     seconds = interleaved(rivals, options.rounds, options.device)
-    medians = {name: statistics.median(times) for name, times in seconds.items()}
-    found: dict[str, Any] = {
-        "environment": environment(options.device),
-        "dtype": options.dtype,
-        "offload": options.offload,
-        "weights": count,
-        "batch": list(options.batch),
-        "most bytes": most,
-        "seconds": medians,
-        "ratio": medians["curve"] / medians["ordinary"],
-    }
-    print(f"{count:,} weights in {options.dtype}, batch {options.batch}; {found['environment']}")
-    print(f"fit_curve takes {(most or 0) / 1e9:.2f} GB with both networks")
-    print(f"step: {medians}, curve / ordinary {ratio(seconds['curve'], seconds['ordinary'])}")
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    report.add(about, seconds, [("curve", "ordinary")], weights=count, **{"most bytes": most})
+    report.write()
 
 
 if __name__ == "__main__":

@@ -8,16 +8,13 @@ uniform random numbers.
 
 from __future__ import annotations
 
-import argparse
-import json
 import time
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from benchmarks.timing import environment
+from benchmarks.timing import Report, options_of
 from modeconn.matching.assignment import match_units
 from modeconn.matching.procrustes import best_rotations
 from modeconn.symmetry.kinds import ORTHOGONAL
@@ -38,34 +35,38 @@ def similarity(size: int, case: str) -> Tensor:
     return a @ b.T
 
 
-def measured(what: str, size: int, case: str) -> dict[str, Any]:
-    """Return seconds and bytes of one problem."""
-    given = similarity(size, case)
+def solve(what: str, given: Tensor) -> None:
+    """Solve one problem."""
+    if what == "assignment":
+        match_units(given)
+    else:
+        best_rotations(given.double(), ORTHOGONAL)
+
+
+def measured(what: str, size: int, case: str, rounds: int) -> dict[str, Any]:
+    """Return the seconds of one problem in each round, and the bytes that it takes at most."""
+    given, seconds = similarity(size, case), []
     with peak_memory(torch.device("cpu")) as peak:
-        begin = time.perf_counter()
-        if what == "assignment":
-            match_units(given)
-        else:
-            best_rotations(given.double(), ORTHOGONAL)
-        seconds = time.perf_counter() - begin
-    row = {"units": size, "case": case, "seconds": seconds, "bytes": peak.num_bytes}
-    print(f"{what} {size:6} {case:10} {seconds:8.2f} s {(peak.num_bytes or 0) / 1e9:6.2f} GB", flush=True)
-    return row
+        for _ in range(rounds):
+            begin = time.perf_counter()
+            solve(what, given)
+            seconds.append(time.perf_counter() - begin)
+    return {"seconds": {what: seconds}, "units": size, "similarities": case, "bytes": peak.num_bytes}
 
 
 def main() -> None:
     """Measure, print and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=3)
     parser.add_argument("--assignment", type=int, nargs="*", default=[4096, 8192, 16_384])
     parser.add_argument("--procrustes", type=int, nargs="*", default=[4096, 8192])
-    parser.add_argument("--out", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
-    found: dict[str, Any] = {"environment": environment(torch.device("cpu"))}
-    print(found["environment"])
-    found["assignment"] = [measured("assignment", size, case) for size in options.assignment for case in CASES]
-    found["procrustes"] = [measured("procrustes", size, case) for size in options.procrustes for case in CASES[:2]]
-    if options.out:
-        options.out.write_text(json.dumps(found, indent=1) + "\n")
+    report = Report(options)
+    problems = (("assignment", options.assignment, CASES), ("procrustes", options.procrustes, CASES[:2]))
+    for what, sizes, cases in problems:
+        for size in sizes:
+            for case in cases:
+                report.add(f"{what}, {size:,} units, {case}", **measured(what, size, case, options.rounds))
+    report.write()
 
 
 if __name__ == "__main__":

@@ -19,12 +19,13 @@ import sys
 import time
 from collections.abc import Callable
 from math import prod
+from typing import Any
 from unittest import mock
 
 import torch
 from discover import resnet50
 from scipy.optimize import linear_sum_assignment
-from timing import environment
+from timing import Report, options_of
 from torch import Tensor, nn
 
 from modeconn import PermutationSpec, WeightMatching, discover, models
@@ -102,7 +103,7 @@ def memory_mb() -> float:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
-def measure(name: str, kind: str, rounds: int, now: Callable[[], float]) -> dict[str, float]:
+def measure(name: str, kind: str, rounds: int, now: Callable[[], float]) -> dict[str, Any]:
     build, shape, _ = SUBJECTS[name]
     small = models.mlp(4, (4,), 2)
     WeightMatching().match(discover(small), small, small)  # imports
@@ -120,24 +121,25 @@ def measure(name: str, kind: str, rounds: int, now: Callable[[], float]) -> dict
         ours.append(now() - start)
         bounds.append(bound(spec, a, b, now))
         assert again.history == match.history
-    best = min(bounds, key=lambda found: found.seconds)
     return {
-        "seconds": min(ours),
-        "products": best.products,
-        "assignments": best.assignments,
+        "seconds": {
+            "match": ours,
+            "bound": [one.seconds for one in bounds],
+            "products": [one.products for one in bounds],
+            "assignments": [one.assignments for one in bounds],
+        },
         "groups": len(spec.groups),
-        "matched": best.matched,
+        "matched": bounds[0].matched,
         "moved": len(match.history) - 1,
-        "memory": above,
-        "weights": sum(p.numel() * p.element_size() for p in a.parameters()) / 2**20,
-        "cost": best.largest / 2**20,
+        "MB above the networks": above,
+        "MB of weights": sum(p.numel() * p.element_size() for p in a.parameters()) / 2**20,
+        "MB of costs": bounds[0].largest / 2**20,
     }
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=5)
     parser.add_argument("--only", choices=SUBJECTS, help="measure one")
-    parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--pair", choices=PAIRS, help=argparse.SUPPRESS)
     parser.add_argument("--cpu", action="store_true", help="count processor time, not the clock's")
@@ -147,23 +149,15 @@ def main() -> None:
         now = time.process_time if options.cpu else time.perf_counter
         print(json.dumps(measure(options.only, options.pair, options.rounds, now)))
         return
-    what = "processor time" if options.cpu else "the clock's"
-    print(f"{environment(torch.device('cpu'))}; seconds: {what}, best of {options.rounds} rounds")
-    print(f"{'model':>12} {'pair':>11}  seconds  aim    bound = products + assignments  ratio  groups  matched  moved")
+    report = Report(options)
     for name in [options.only] if options.only else SUBJECTS:
         for kind in PAIRS:
-            arguments = ["--only", name, "--pair", kind, *(x for x in sys.argv[1:] if x not in ("--only", name))]
-            command = [sys.executable, __file__, *arguments]
-            r = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
-            total = r["products"] + r["assignments"]
-            print(
-                f"{name:>12} {kind:>11}  {r['seconds']:7.3f}  {SUBJECTS[name][2]:>3}  {total:7.3f} ="
-                f" {r['products']:8.3f} + {r['assignments']:11.3f}  {r['seconds'] / total:5.2f}  {r['groups']:6}"
-                f"  {r['matched']:7}  {r['moved']:5}"
-            )
-            if kind == "independent":
-                beside = f"the weights {r['weights']:.0f} MB, the largest matrix of costs {r['cost']:.0f} MB"
-                print(f"{'':>24}  {r['memory']:.0f} MB above the networks; {beside}", flush=True)
+            command = [sys.executable, __file__, "--only", name, "--pair", kind, "--rounds", str(options.rounds)]
+            command += ["--threads", str(options.threads), *(["--cpu"] if options.cpu else [])]
+            found = json.loads(subprocess.run(command, check=True, capture_output=True, text=True).stdout)
+            seconds, aim = found.pop("seconds"), SUBJECTS[name][2]
+            report.add(f"{name}, {kind}", seconds, [("match", "bound")], aim=f"{aim} s", **found)
+    report.write()
 
 
 if __name__ == "__main__":

@@ -7,14 +7,12 @@ Both do the same passes on the same batches; the parts know neither curve, nor g
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from collections.abc import Callable, Sequence
 from functools import partial
 from unittest import mock
 
 import torch
-from timing import environment, interleaved, ratio
+from timing import Report, interleaved, options_of
 from torch import Tensor, nn
 
 import modeconn
@@ -86,16 +84,15 @@ def parts(step: Step, model: nn.Module, sample: Sample) -> Callable[[], None]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=7)
     parser.add_argument("--model", default="tinyten", help="a name of the zoo; mlp is 784-256-256-10")
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--batches", type=int, default=8)
-    parser.add_argument("--max-tries", type=int, default=32)
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--num-tries", type=int, default=32, help="moves that are tried in each round")
+    parser.add_argument("--device", type=torch.device, default="cpu")
     options = parser.parse_args()
 
-    device = torch.device(options.device)
+    device, report = options.device, Report(options, options.device)
     make = partial(models.mlp, 784, (256, 256), 10) if options.model == "mlp" else partial(models.build, options.model)
     a, b = (make(seed=seed).to(device).eval() for seed in (0, 1))
     torch.manual_seed(0)
@@ -107,13 +104,14 @@ def main() -> None:
     sample = [((i + 0.5) / len(batches), batch) for i, batch in enumerate(batches)]
     step = Step(a, b, modeconn.discover(a), sample, options.num_tries)
     step.count()
-    seconds = interleaved({"step": step, "parts": parts(step, a.train(), sample)}, options.rounds, device)
-
-    print(f"{options.model}, {options.batches} batches of {options.batch}; {environment(device)}")
-    print(f"{step.gradients} gradients, losses of {len(step.looked_at)} batches, {len(step.assignments)} assignments")
-    for name, times in seconds.items():
-        print(f"{name:>6}  median {statistics.median(times):7.3f} s, best {min(times):7.3f} s")
-    print(f"step / parts: {ratio(seconds['step'], seconds['parts'])}")
+    report.add(
+        f"{options.model}, {options.batches} batches of {options.batch}",
+        interleaved({"step": step, "parts": parts(step, a.train(), sample)}, options.rounds, device),
+        [("step", "parts")],
+        gradients=step.gradients,
+        **{"losses of batches": len(step.looked_at), "assignments": len(step.assignments)},
+    )
+    report.write()
 
 
 if __name__ == "__main__":

@@ -9,15 +9,11 @@ its network, measures the three that it goes through, and looks for its extent.
 
 from __future__ import annotations
 
-import argparse
-import json
-from pathlib import Path
-
 import torch
 from torch.nn.functional import cross_entropy
 
 import modeconn
-from benchmarks.timing import environment, interleaved, quartiles, ratio
+from benchmarks.timing import Report, interleaved, options_of
 from modeconn import models
 from modeconn.network.batch_norm import recalibrate
 
@@ -39,13 +35,12 @@ def evaluations(model: torch.nn.Module, train: Batches, test: Batches, num_point
 
 def main() -> None:
     """Measure, print and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=3)
     parser.add_argument("--model", default="tinyten")
     parser.add_argument("--points", type=int, default=21)
     parser.add_argument("--examples", type=int, nargs=2, default=(128, 256), help="for statistics, and to measure on")
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, help="write the numbers to this file")
     options = parser.parse_args()
+    report = Report(options)
     networks = [models.build(options.model, seed=seed) for seed in (1, 2, 3)]
     torch.manual_seed(0)
     train, test = (
@@ -57,14 +52,10 @@ def main() -> None:
         "plane": lambda: modeconn.plane(networks, test, num_points=options.points, recalibrate=train),
         "evaluations": lambda: evaluations(models.build(options.model, seed=1), train, test, size),
     }
-    seconds = interleaved(rivals, options.rounds, torch.device("cpu"))
-    text = f"plane / evaluations {ratio(seconds['plane'], seconds['evaluations'])}"
-    about = environment(torch.device("cpu"))
-    print(f"{options.model}, {options.points} x {options.points} points; {about}\n{text}")
-    if options.out:
-        found = {"environment": about, **vars(options), "seconds": seconds}
-        found |= {"quartiles of the ratio": quartiles(seconds["plane"], seconds["evaluations"])}
-        options.out.write_text(json.dumps(found, indent=1, default=str) + "\n")
+    images = " + ".join(map(str, options.examples))
+    about = f"{options.model}, {options.points} × {options.points} points, {images} images"
+    report.add(about, interleaved(rivals, options.rounds), [("plane", "evaluations")])
+    report.write()
 
 
 if __name__ == "__main__":

@@ -15,7 +15,6 @@ where they are more than cores, all parts take longer by that factor.
 
 from __future__ import annotations
 
-import argparse
 import json
 import os
 import statistics
@@ -31,7 +30,7 @@ import torch.distributed as dist
 import torch.multiprocessing as multiprocessing
 from torch import nn
 
-from benchmarks.timing import environment
+from benchmarks.timing import Report, options_of
 from modeconn.curves import Bezier
 from modeconn.curves.step import CurveStep
 from modeconn.network.loss import cross_entropy, supervised
@@ -42,7 +41,6 @@ from modeconn.tools.processes import together
 COUNTS = (1, 2, 4)
 WIDTHS = (256, 1024, 2048)
 BATCH = 64
-ROUNDS = 40
 SMALL, LARGE = 1 << 10, 1 << 22
 
 
@@ -62,17 +60,17 @@ def step_of(width: int) -> CurveStep:
     return CurveStep(Workspace(model_a, space), curve, points, recipe)
 
 
-def median(work: Callable[[], Any], rounds: int = ROUNDS) -> float:
-    """Return the median of the seconds that some work takes, after two rounds of warm-up."""
+def timed(work: Callable[[], Any], rounds: int) -> list[float]:
+    """Return the seconds that some work takes in each round, after two of warm-up."""
     seconds = []
     for _ in range(rounds + 2):
         begin = time.perf_counter()
         work()
         seconds.append(time.perf_counter() - begin)
-    return statistics.median(seconds[2:])
+    return seconds[2:]
 
 
-def measure(rank: int, count: int, place: str, folder: str) -> None:
+def measure(rank: int, count: int, place: str, folder: str, rounds: int) -> None:
     """Measure the parts of a step and whole steps in one of some processes; the first writes them."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{place}", rank=rank, world_size=count)
@@ -94,25 +92,26 @@ def measure(rank: int, count: int, place: str, folder: str) -> None:
                 them.numbers(differentiate, summed)
                 step.update()
 
-            found[f"step {width}"] = median(whole)
-            found[f"pass {width}"] = median(partial(step.differentiate, batch, weights, forward))
-            found[f"update {width}"] = median(step.update)
+            found[f"step {width}"] = timed(whole, rounds)
+            found[f"pass {width}"] = timed(partial(step.differentiate, batch, weights, forward), rounds)
+            found[f"update {width}"] = timed(step.update, rounds)
             found[f"weights {width}"] = step.gradient.numel()
-        found["numbers"] = median(lambda: them.numbers(lambda: [1.0]), 200)
+        found["numbers"] = timed(lambda: them.numbers(lambda: [1.0]), 5 * rounds)
         for size in (SMALL, LARGE):
             buffer = torch.zeros(size)
-            found[f"sum {size}"] = median(lambda buffer=buffer: them.sum(lambda: buffer))
+            found[f"sum {size}"] = timed(lambda buffer=buffer: them.sum(lambda: buffer), rounds)
     if rank == 0:
         Path(folder, f"{count}.json").write_text(json.dumps(found))
     dist.destroy_process_group()
 
 
-def parts_of(measured: dict[int, dict[str, float]]) -> dict[str, float]:
-    """Return latency, hop and bandwidth, from two processes."""
-    two = measured[2]
-    hop = max(two[f"sum {SMALL}"] - two["numbers"], 0.0) / 2
-    seconds = two[f"sum {LARGE}"] - two[f"sum {SMALL}"]
-    return {"latency": two["numbers"], "hop": hop, "bandwidth": 4 * (LARGE - SMALL) / seconds}
+def parts_of(measured: dict[int, dict[str, Any]]) -> dict[str, float]:
+    """Return latency, hop and bandwidth, from the medians of two processes."""
+    latency, small, large = (
+        statistics.median(measured[2][name]) for name in ("numbers", f"sum {SMALL}", f"sum {LARGE}")
+    )
+    hop = max(small - latency, 0.0) / 2
+    return {"latency": latency, "hop": hop, "bandwidth": 4 * (LARGE - SMALL) / (large - small)}
 
 
 def predicted(
@@ -149,39 +148,32 @@ FURTHER = {
 
 def main() -> None:
     """Measure with 1, 2 and 4 processes, predict, print, and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="write the numbers to this file")
-    arguments = parser.parse_args()
+    parser = options_of(__doc__, rounds=40)
+    options = parser.parse_args()
     torch.set_num_threads(1)
-    measured: dict[int, dict[str, float]] = {}
+    report = Report(options)
+    measured: dict[int, dict[str, Any]] = {}
     with tempfile.TemporaryDirectory() as folder:
         for count in COUNTS:
             place = str(Path(folder, f"group-{count}"))
-            multiprocessing.spawn(measure, (count, place, folder), nprocs=count)
+            multiprocessing.spawn(measure, (count, place, folder, options.rounds), nprocs=count)
             measured[count] = json.loads(Path(folder, f"{count}.json").read_text())
     parts, cores = parts_of(measured), os.cpu_count() or 1
-    rows = []
     for width in WIDTHS:
-        alone = measured[1][f"pass {width}"] + measured[1][f"update {width}"]
+        num_weights = measured[1][f"weights {width}"]
+        alone = sum(statistics.median(measured[1][f"{part} {width}"]) for part in ("pass", "update"))
         for count in COUNTS:
-            crowd = max(1.0, count / cores)
-            found = crowd * predicted(count, 4 * measured[1][f"weights {width}"], seconds=alone, **parts)
-            rows.append(
-                {
-                    "weights": measured[1][f"weights {width}"],
-                    "processes": count,
-                    "predicted": found,
-                    "measured": measured[count][f"step {width}"],
-                }
-            )
-            row = rows[-1]
-            print(
-                f"{row['weights']:>12,} weights, {count} processes: predicted {1e3 * found:7.2f} ms, measured "
-                f"{1e3 * row['measured']:7.2f} ms, {row['measured'] / found:.2f} of it"
+            found = max(1.0, count / cores) * predicted(count, 4 * num_weights, seconds=alone, **parts)
+            report.add(
+                f"{num_weights:,} weights, {count} process{'es' * (count > 1)}",
+                {part: measured[count][f"{part} {width}"] for part in ("step", "pass", "update")},
+                weights=num_weights,
+                processes=count,
+                **{"predicted seconds": found},
             )
     print(
         f"latency {1e6 * parts['latency']:.0f} us, hop {1e6 * parts['hop']:.0f} us, bandwidth "
-        f"{parts['bandwidth'] / 1e9:.2f} GB/s; {cores} cores; {environment(torch.device('cpu'))}"
+        f"{parts['bandwidth'] / 1e9:.2f} GB/s"
     )
     further = []
     for name, network_parts in FURTHER.items():
@@ -193,10 +185,7 @@ def main() -> None:
                     f"{name}, {num_weights:.0e} weights in half precision, {count} processes, a pass of {seconds} s: "
                     f"{found:.2f} s a step, {found / seconds:.2f} of one process"
                 )
-    if arguments.out:
-        about = {"environment": environment(torch.device("cpu")), "cores": cores, "parts": parts}
-        found = {**about, "measured": measured, "rows": rows, "further": further}
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    report.write(parts=parts, further=further)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,7 +21,7 @@ from typing import Any
 import torch
 
 from benchmarks.llama import Config, Llama
-from benchmarks.timing import environment
+from benchmarks.timing import Report, options_of
 from modeconn.tensor_files import Entry, TensorFiles, align, difference, interpolate, shuffle, write
 from modeconn.tools.memory import peak_memory
 
@@ -46,12 +45,18 @@ def _random(shape: tuple[int, ...], generator: torch.Generator) -> torch.Tensor:
     return torch.randn(shape, generator=generator).mul_(0.02).bfloat16()
 
 
-def measured(what: str, a: Path, b: Path, out: Path, layers: int) -> dict[str, float]:
-    """Do something in a process of its own; return its seconds and the most memory it had beyond that at the start."""
-    command = [sys.executable, "-m", "benchmarks.tensor_files", "--layers", str(layers)]
+def measured(what: str, a: Path, b: Path, out: Path, options: argparse.Namespace) -> dict[str, Any]:
+    """Do something in processes of their own; return their seconds, and the most memory beyond that at the start."""
+    command = [sys.executable, "-m", "benchmarks.tensor_files", "--layers", str(options.layers)]
     command += ["--worker", what, *map(str, (a, b, out))]
-    done = subprocess.run(command, capture_output=True, text=True, check=True)
-    return json.loads(done.stdout.splitlines()[-1])
+    rounds = [
+        json.loads(subprocess.run(command, capture_output=True, text=True, check=True).stdout.splitlines()[-1])
+        for _ in range(options.rounds)
+    ]
+    return {
+        "seconds": {what: [one["seconds"] for one in rounds]},
+        "most bytes": max(one["bytes"] for one in rounds),
+    }
 
 
 def work(what: str, a: Path, b: Path, out: Path, layers: int) -> None:
@@ -79,18 +84,11 @@ def _folded(out: Path) -> Path:
     return out.with_name(f"{out.name}-a")
 
 
-def told(what: str, row: dict[str, float]) -> dict[str, float]:
-    """Print a row, and return it."""
-    print(f"{what:20} {row['seconds']:6.1f} s, {row['bytes'] / 1e6:7.0f} MB of memory", flush=True)
-    return row
-
-
 def main() -> None:
     """Make two models, measure, print and write what was found."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=1)
     parser.add_argument("--folder", type=Path, help="where the models are kept")
     parser.add_argument("--layers", type=int, default=19)
-    parser.add_argument("--out", type=Path, help="write the numbers to this file")
     parser.add_argument("--worker", nargs=4, help=argparse.SUPPRESS)
     arguments = parser.parse_args()
     if arguments.worker:
@@ -101,29 +99,23 @@ def main() -> None:
     arguments.folder.mkdir(parents=True, exist_ok=True)
     for seed, folder in enumerate((a, b)):
         make(folder, arguments.layers, seed)
-    files = TensorFiles(a)
-    found: dict[str, Any] = {"environment": environment(torch.device("cpu")), "bytes": files.num_bytes}
-    found["weights"] = sum(entry.num_bytes // 2 for entry in files.entries.values())
-    print(f"{found['weights']:,} weights, {found['bytes']:,} bytes; {found['environment']}; {os.cpu_count()} cores")
+    report, num_bytes = Report(arguments), TensorFiles(a).num_bytes
     for what in ("copy", "interpolate", "difference"):
-        found[what] = told(what, measured(what, a, b, out, arguments.layers))
+        report.add(what, **measured(what, a, b, out, arguments))
     shutil.rmtree(out, ignore_errors=True)
     for symmetries in ("permutation", "orthogonal"):
         shuffled, back = (arguments.folder / f"{name}-{symmetries}" for name in ("shuffled", "back"))
         what = f"shuffle {symmetries}"
-        found[what] = told(what, measured(what, a, b, shuffled, arguments.layers))
+        report.add(what, **measured(what, a, b, shuffled, arguments))
         what = f"align {symmetries}"
-        found[what] = told(what, measured(what, a, shuffled, back, arguments.layers))
+        found = measured(what, a, shuffled, back, arguments)
         compared = difference(_folded(back) if symmetries == "orthogonal" else a, back)
-        found[what]["largest relative difference"] = max(compared.relative.values())
-        print(f"  found back to {found[what]['largest relative difference']:.2g} of each tensor's norm", flush=True)
+        report.add(what, **found, **{"largest relative difference": max(compared.relative.values())})
         for folder in (shuffled, back, _folded(back)):
             shutil.rmtree(folder, ignore_errors=True)
-    what = "align permutation"
-    found["strangers"] = told("strangers", measured(what, a, b, out, arguments.layers))
+    report.add("strangers", **measured("align permutation", a, b, out, arguments))
     shutil.rmtree(out, ignore_errors=True)
-    if arguments.out:
-        arguments.out.write_text(json.dumps(found, indent=1) + "\n")
+    report.write(bytes=num_bytes, weights=num_bytes // 2)
 
 
 if __name__ == "__main__":

@@ -7,15 +7,13 @@ For the character GPT and the small ViT of `benchmarks.transformers`, at the bat
 
 from __future__ import annotations
 
-import argparse
-import statistics
 from collections.abc import Callable
 
 import torch
 from torch import Tensor, nn
 
 import modeconn
-from benchmarks.timing import environment, interleaved, ratio
+from benchmarks.timing import Report, interleaved, options_of
 from benchmarks.transformers import CharGPT, SmallViT
 from modeconn.matching.learned import PathLoss
 from modeconn.matching.turned import TurnedWeights
@@ -58,19 +56,18 @@ def rivals(build: Callable[[int], nn.Module], batch: tuple[Tensor, Tensor], inve
 
 def main() -> None:
     """Print the seconds of both and their ratio."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = options_of(__doc__, rounds=15)
     parser.add_argument("--invertible", action="store_true", help="map units inside of heads instead")
-    parser.add_argument("--rounds", type=int, default=15)
     options = parser.parse_args()
-    print(environment(torch.device("cpu")))
+    report = Report(options)
     tokens, images = torch.randint(65, (16, 64)), torch.rand(64, 1, 28, 28)
     for name, build, batch in (
         ("GPT", lambda seed: CharGPT(65, seed=seed), (tokens, tokens)),
         ("ViT", lambda seed: SmallViT(seed=seed), (images, torch.randint(10, (64,)))),
     ):
-        seconds = interleaved(rivals(build, batch, options.invertible), options.rounds, torch.device("cpu"))
-        medians = ", ".join(f"{part} {1e3 * statistics.median(times):.1f} ms" for part, times in seconds.items())
-        print(f"{name}: {medians}; {ratio(seconds['step'], seconds['parts'])}")
+        seconds = interleaved(rivals(build, batch, options.invertible), options.rounds)
+        report.add(f"{name}, {'maps' if options.invertible else 'rotations'}", seconds, [("step", "parts")])
+    report.write()
 
 
 if __name__ == "__main__":

@@ -1,0 +1,144 @@
+"""Benchmarks say what they take, and those of speed report n, median and quartiles with hardware and versions."""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import modeconn
+from benchmarks.__main__ import HERE, benchmarks
+from benchmarks.timing import Report, interleaved, options_of
+
+RESULTS = HERE / "results"
+HELP = """
+import contextlib, io, json
+from benchmarks.__main__ import benchmarks, run
+
+told = {}
+for name in benchmarks():
+    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
+        run(name, ["--help"])
+        raise AssertionError(f"{name} --help went on.")
+    told[name] = out.getvalue()
+print(json.dumps(told))
+"""
+
+
+def report(*words: str) -> Report:
+    return Report(options_of("text", rounds=3).parse_args(words))
+
+
+def test_every_benchmark_says_what_it_is_for_and_what_it_takes():
+    command = [sys.executable, "-W", "ignore", "-c", HELP]
+    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told.keys() == benchmarks().keys()
+    for name, first_line in benchmarks().items():
+        assert first_line and first_line in " ".join(told[name].split()), name
+        if "options_of(" in (HERE / f"{name}.py").read_text(encoding="utf-8"):
+            assert {"--rounds", "--out", "--note"} <= set(told[name].split()), name
+
+
+@pytest.mark.parametrize("n", [1, 2, 5, 40])
+def test_statistics_of_a_report_are_those_of_numpy(n, tmp_path):
+    ours, theirs = np.random.default_rng(n).uniform(1, 2, (2, n)).tolist()
+    out = tmp_path / "x.json"
+    written = report("--out", str(out))
+    written.add("one thing", {"ours": ours, "theirs": theirs}, [("ours", "theirs")])
+    written.write()
+    ((what, found),) = json.loads(out.read_text())[0]["measured"].items()
+    assert what == "one thing"
+    divided = np.divide(ours, theirs)
+    for row, values in (
+        (found["seconds"]["ours"], ours),
+        (found["seconds"]["theirs"], theirs),
+        (found["ratios"]["ours / theirs"], divided),
+    ):
+        assert row["n"] == n
+        low, middle, high = np.quantile(values, [0.25, 0.5, 0.75])
+        assert [*row["quartiles"], row["median"]] == pytest.approx([low, high, middle], rel=1e-12)
+    assert found["seconds"]["ours"]["best"] == min(ours)
+    assert found["ratios"]["ours / theirs"]["of best times"] == pytest.approx(min(ours) / min(theirs))
+
+
+def test_a_report_names_hardware_versions_arguments_and_what_else_is_known(tmp_path, capsys):
+    out = tmp_path / "x.json"
+    written = report("--rounds", "2", "--out", str(out), "--note", "the machine was busy")
+    written.add("a thing", {"ours": [0.5, 1.5]}, bytes=3)
+    written.write(weights=7)
+    (found,) = json.loads(out.read_text())
+    assert found["hardware"] and found["cores"] >= 1 and found["threads"] == torch.get_num_threads()
+    versions = {"torch": torch.__version__, "numpy": np.__version__, "modeconn": modeconn.__version__}
+    assert found["versions"] == {**versions, "Python": sys.version.split()[0]}
+    assert len(found["date"]) == len("2026-01-31")
+    assert found["arguments"] == {"rounds": 2} and found["note"] == "the machine was busy"
+    assert found["weights"] == 7 and found["measured"]["a thing"]["bytes"] == 3
+    printed = capsys.readouterr().out
+    assert found["hardware"] in printed and "1.00 s" in printed and "0.75 to 1.25 s" in printed
+
+
+def test_a_run_is_added_to_those_that_a_file_holds(tmp_path):
+    out = str(tmp_path / "x.json")
+    for note in ("first", "second"):
+        written = report("--out", out, "--note", note)
+        written.add("a thing", {"ours": [1.0]})
+        written.write()
+    assert [run["note"] for run in json.loads(Path(out).read_text())] == ["first", "second"]
+
+
+def test_two_measurements_of_one_name_are_refused():
+    written = report()
+    written.add("a thing", {"ours": [1.0]})
+    with pytest.raises(ValueError, match="'a thing' was measured already"):
+        written.add("a thing", {"ours": [2.0]})
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (("--out", "x.txt"), "'x.txt' does not end in .json"),
+        (("--out", "nowhere/x.json"), "'nowhere/x.json' cannot be added to: .*No such file"),
+        (("--out", "cut.json"), "'cut.json' cannot be added to: Expecting"),
+        (("--out", "other.json"), "'other.json' holds no runs of a benchmark of speed"),
+        (("--rounds", "0"), "'0' is no number of rounds; give 1 or more"),
+    ],
+)
+def test_what_cannot_be_written_is_refused_before_anything_is_timed(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("cut.json").write_text('[{"measured": ')
+    Path("other.json").write_text('{"rows": []}')
+    before = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    with pytest.raises(SystemExit):
+        report(*words)
+    error = capsys.readouterr().err
+    assert re.search(message, error), error
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == before
+
+
+def test_rivals_take_turns_and_two_rounds_of_warm_up_are_not_counted():
+    calls = []
+    seconds = interleaved({name: lambda name=name: calls.append(name) for name in "ab"}, 3)
+    assert calls == ["a", "b"] * 5
+    assert {name: len(times) for name, times in seconds.items()} == {"a": 3, "b": 3}
+
+
+def test_kept_results_of_speed_name_their_machine_and_versions():
+    runs = [run for path in RESULTS.glob("*.json") for run in _runs(path)]
+    assert len({run["benchmark"] for run in runs}) >= 10
+    for run in runs:
+        assert run["hardware"] and {"torch", "Python"} <= run["versions"].keys(), run["benchmark"]
+        for one in run["measured"].values():
+            assert all(row["median"] > 0 for row in (*one["seconds"].values(), *one["ratios"].values()))
+
+
+def _runs(path: Path) -> list[dict]:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    return [run for run in content if "measured" in run] if isinstance(content, list) else []
