@@ -4,8 +4,8 @@
     python -m benchmarks NAME [ARGUMENTS]      run one; NAME --help says what it takes
     python -m benchmarks --quick               run three of speed at a small size: whether they work, not how fast
 
-Those that measure speed take rivals in turn within one run, and print the median ratio with its quartiles, n and the
-hardware. Most write a file with --out; what is kept lies in benchmarks/results.
+Those that measure speed take rivals in turn within one run, print n, median and quartiles of their seconds and ratios,
+and add the same with hardware and versions to the .json file of --out. What is kept lies in benchmarks/results.
 """
 
 from __future__ import annotations

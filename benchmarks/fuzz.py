@@ -1,6 +1,6 @@
 """Damage files of every kind, thousands of them, and count what ends in anything but one clear sentence.
 
-    python -m benchmarks.fuzz [--inputs 20000] [--seed 0] [--only NAME] [--processes 2] [--show]
+    python -m benchmarks.fuzz [--inputs 20000] [--seed 0] [--only NAME] [--processes 2] [--show] [--out FILE]
 
 Each input is a good file with damage: cut off, bytes flipped, swapped, repeated or put in; or, of files of modeconn, a
 description or a shape replaced by a hostile value, with a new digest, as somebody could write who means harm. It is
@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import argparse
 import collections
+import json
 import multiprocessing
 import os
 import random
@@ -32,6 +33,8 @@ from typing import Any
 
 from benchmarks.fuzz_damage import damaged, hostile
 from benchmarks.fuzz_files import TARGETS, Target
+from benchmarks.timing import CPU, described
+from modeconn.tools import writing
 
 SECONDS = 20
 MEMORY = 6 * 2**30
@@ -179,6 +182,7 @@ def main() -> int:
     parser.add_argument("--only", help="kinds whose names hold this")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="print an example of every refusal")
+    parser.add_argument("--out", type=Path, help="write the counts to this .json file")
     given = parser.parse_args()
     targets = [target for target in TARGETS if given.only is None or given.only in target.name]
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
@@ -203,6 +207,11 @@ def main() -> int:
     print("".join(["all".ljust(30), *(str(total[how]).rjust(10) for how in hows)]))
     minutes = (time.perf_counter() - begin) / 60
     print(f"{sum(total.values())} inputs in {minutes:.1f} minutes, {sum(total.values()) / minutes:.0f} a minute")
+    if given.out is not None:
+        arguments = {"inputs": given.inputs, "seed": given.seed, "processes": given.processes}
+        endings = {name: {how: found[how] for how in hows} for name, found in counts.items()}
+        about = {"benchmark": "fuzz", "arguments": arguments, **described(CPU), "threads": 1}
+        writing.write_text(json.dumps({**about, "minutes": minutes, "endings": endings}, indent=1) + "\n", given.out)
     return int(any(total[how] for how in hows[3:]))
 
 

@@ -1,6 +1,7 @@
 """Discover the symmetries of published models, small ones, and judge what is found by an oracle of its own.
 
     python -m benchmarks.published [--only TEXT] [--processes 2] [--seconds 240] [--out results.jsonl]
+        [--record results.json]
 
 The models are those of whatever of torchvision, timm (a small one of each family) and transformers (small
 configurations) is installed; no weights are downloaded. Under ``torchrun`` the processes share the models, each with a
@@ -32,6 +33,7 @@ import sys
 import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -41,8 +43,8 @@ from torch.utils import _pytree as pytree
 import modeconn
 from benchmarks.published_models import NotBuiltError, Subject, call, subjects
 from benchmarks.published_oracle import TOLERANCE, CannotJudgeError, worst_change
-from benchmarks.timing import environment
-from modeconn.tools import processes
+from benchmarks.timing import CPU, described, environment
+from modeconn.tools import processes, writing
 
 MEMORY = 9 * 2**30
 
@@ -206,6 +208,24 @@ def summary(rows: list[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
+def record(rows: list[dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
+    """Return what is kept of a run: how many models ended how, by library, and what was found of those judged."""
+    about = described(CPU)
+    counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
+    for row in rows:
+        counts[row["model"].partition("/")[0]][row["how"]] += 1
+    about["versions"] |= {library: metadata.version(library) for library in counts}
+    judged = [row for row in rows if row["how"] != "not judged"]
+    return {
+        "benchmark": "published",
+        "arguments": {"processes": given.processes, "seconds": given.seconds},
+        **about,
+        "libraries": counts,
+        "of one path": sum(bool(row.get("one_path")) for row in judged),
+        "models": judged,
+    }
+
+
 def main() -> int:
     """Try models and print what was found."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -213,12 +233,16 @@ def main() -> int:
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=240, help="at most, for one model")
     parser.add_argument("--out", type=Path, help="a file with a line of JSON for each model; what it holds is kept")
+    parser.add_argument("--record", type=Path, help="write what was found of all, with versions, to this .json file")
     given = parser.parse_args()
     with processes.launched(), processes.together() as them:
         rows = tried(given, them)
         if them.is_first:
-            print(environment(torch.device("cpu")))
-            print(summary(sorted(rows, key=lambda row: row["model"])))
+            rows = sorted(rows, key=lambda row: row["model"])
+            print(environment(CPU))
+            print(summary(rows))
+            if given.record:
+                writing.write_text(json.dumps(record(rows, given), indent=1) + "\n", given.record)
     return int(any(row["how"] in ("wrong", "crash") for row in rows))
 
 

@@ -120,8 +120,9 @@ class Report:
 
 
 def described(device: torch.device) -> dict[str, Any]:
-    """Return hardware, threads, cores, versions and date."""
+    """Return kind of device, hardware, threads, cores, versions and date."""
     return {
+        "device": device.type,
         "hardware": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu_name(),
         "threads": torch.get_num_threads(),
         "cores": os.cpu_count(),
@@ -138,7 +139,7 @@ def described(device: torch.device) -> dict[str, Any]:
 def environment(device: torch.device) -> str:
     """Hardware and versions, one line."""
     about = described(device)
-    threads = "" if device.type == "cuda" else f", {about['threads']} threads"
+    threads = f", {about['threads']} threads" if device.type == "cpu" else ""
     return f"{about['hardware']}{threads}; torch {torch.__version__}, Python {platform.python_version()}"
 
 

@@ -111,12 +111,17 @@ def _read(name: str) -> Any:
     return json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
 
 
-def _text(name: str) -> str:
-    return (RESULTS / f"{name}.txt").read_text(encoding="utf-8")
-
-
 def _machine(found: Mapping[str, Any] | str) -> str:
-    return re.sub(r"\b1 threads", "1 thread", found if isinstance(found, str) else found["environment"])
+    """Return hardware, threads and versions in a line, of a file that has it or of a run of a benchmark of speed."""
+    if isinstance(found, str):
+        line = found
+    elif "environment" in found:
+        line = found["environment"]
+    else:
+        threads = f", {found['threads']} threads" if found["device"] == "cpu" else ""
+        versions = ", ".join(f"{name} {found['versions'][name]}" for name in ("torch", "Python"))
+        line = f"{found['hardware']}{threads}; {versions}"
+    return re.sub(r"\b1 threads", "1 thread", line)
 
 
 def _spread(values: Sequence[float | None], form: str = ".3f", scale: float = 1) -> str:
@@ -633,55 +638,108 @@ def robust_along() -> Picture:
 # -- cost
 
 
+SPEED = ("curve_step", "evaluate", "plane", "align", "adversarial", "pam_step", "turn_step", "population")
+"""The benchmarks of speed whose ratios stand in one table."""
+
+
 def speed() -> Table:
-    """Return every ratio of times in the records of speed, with the line that says what was run."""
-    rows = []
-    for name in ("speed", "adversarial"):
-        about = ""
-        for line in _text(name).splitlines():
-            if "; torch " in line:
-                about = line.partition("; ")[0]
-            more = re.search(r"more runs of the (\w+) step", line)
-            if more is not None:
-                about = next(row[0] for row in rows if row[0].startswith(more[1].lower()))
-            ratio = re.match(
-                r"\s*(.+?)(?: / (.+?))?: (\d+\.\d+) \(quartiles (.+?) to (.+?), n=(\d+)\)(?:; of best times (.+))?$",
-                line,
-            )
-            if ratio is not None:
-                ours, theirs, middle, low, high, count, _ = ratio.groups()
-                what = about.partition(", torch.")[0]
-                if ours.startswith("ratio"):
-                    ours, theirs = "align / two forward passes" if "resnet32" in what else ours, None
-                ours = ours if theirs is None else f"{ours} / {theirs}"
-                rows.append([what, ours, middle, f"{low} to {high}", count])
-    header = ["what ran", "ratio of medians", "", "quartiles", "n"]
-    return Table(header, rows, "Interleaved in one run each; machines and versions are in the records below.")
+    """Return every ratio of times that the benchmarks of speed found, with the machine of each."""
+    runs = [run for name in SPEED for run in _read(name)]
+    rows = [
+        [
+            run["benchmark"],
+            what,
+            ratio,
+            f"{row['median']:.3f}",
+            "{:.3f} to {:.3f}".format(*row["quartiles"]),
+            str(row["n"]),
+            f"{row['of best times']:.3f}" if "of best times" in row else "",
+            _machine(run).partition(";")[0],
+        ]
+        for run in runs
+        for what, one in run["measured"].items()
+        for ratio, row in one["ratios"].items()
+    ]
+    header = ["script", "what ran", "ratio", "median", "quartiles", "n", "of best times", "on"]
+    return Table(header, rows, f"{_notes(runs)} {_versions(runs)}.")
+
+
+def _notes(runs: Sequence[Mapping[str, Any]]) -> str:
+    """Return what runs say of themselves, each once, with whose it is."""
+    told: dict[str, dict[str, None]] = {}
+    for run in runs:
+        if "note" in run:
+            machine = _machine(run).partition(";")[0]
+            told.setdefault(run["note"], {})[f"{run['benchmark']} ({machine})"] = None
+    whose = [f": {', '.join(names)}" if len(runs) > 1 else "" for names in told.values()]
+    return " ".join(f"{note[0].upper()}{note[1:]}{names}." for note, names in zip(told, whose, strict=True))
+
+
+def _versions(runs: Sequence[Mapping[str, Any]]) -> str:
+    return "; ".join(dict.fromkeys(_machine(run).partition("; ")[2] for run in runs))
 
 
 def discovery() -> Table:
     """Return what discovery takes, by model."""
-    pattern = r"^ +(.+?)  +([\d.]+) +([\d.]+) +(\d+%) +(\d+) +(\d+) +(\d+) +([\d,]+)$"
-    rows = [list(one) for one in re.findall(pattern, _text("speed"), flags=re.MULTILINE)]
+    (run,) = _read("discover")
+    rows = [
+        [
+            model,
+            f"{one['seconds']['export']['median']:.2f}",
+            f"{one['seconds']['walk']['median']:.3f}",
+            "{1:.1%} ({0[0]:.1%} to {0[1]:.1%})".format(*_of(one["ratios"]["walk / export"])),
+            f"{one['MB above']:.0f}",
+            str(one["nodes"]),
+            str(one["groups"]),
+            f"{one['log10 of the group']:,.0f}",
+        ]
+        for model, one in run["measured"].items()
+    ]
     header = ["model", "export, s", "walk, s", "walk / export", "MB above", "nodes", "groups", "log10 of the group"]
-    return Table(header, rows, re.search(r"^benchmarks/discover.py, (.+):$", _text("speed"), re.MULTILINE)[1] + ".")
+    return Table(header, rows, f"Medians and quartiles of {run['arguments']['rounds']} runs. {_machine(run)}.")
+
+
+def _of(row: Mapping[str, Any]) -> tuple[Sequence[float], float]:
+    return row["quartiles"], row["median"]
 
 
 def matching() -> Table:
     """Return what weight matching takes beside the products and assignments that it cannot do without."""
-    pattern = r"^ *(\S.*?) +(independent|planted) +([\d.]+) +\S+ +([\d.]+) = +([\d.]+) \+ +([\d.]+) +([\d.]+) +(\d+)"
-    rows = []
-    for model, pair, *numbers in re.findall(pattern, _text("match"), flags=re.MULTILINE):
-        seconds, bound, products, assignments, ratio, groups = numbers
-        rows.append([f"{model}, {pair}", groups, seconds, bound, products, assignments, ratio])
+    (run,) = _read("match")
+    rows = [
+        [
+            what,
+            str(one["groups"]),
+            *(f"{one['seconds'][part]['median']:.3f}" for part in ("match", "bound", "products", "assignments")),
+            "{1:.2f} ({0[0]:.2f} to {0[1]:.2f})".format(*_of(one["ratios"]["match / bound"])),
+        ]
+        for what, one in run["measured"].items()
+    ]
     header = ["networks", "groups", "seconds", "bound, s", "products", "assignments", "ratio"]
-    machine = next(line for line in _text("match").splitlines() if "; torch " in line)
-    return Table(header, rows, f"{machine}.")
+    return Table(header, rows, f"Medians and quartiles of {run['arguments']['rounds']} rounds. {_machine(run)}.")
+
+
+def threads() -> Table:
+    """Return what an attack takes on a busy machine, by how many threads there are and how they wait."""
+    (run,) = _read("threads")
+    ((what, one),) = run["measured"].items()
+    rows = [
+        [
+            name,
+            *(
+                "{1:.1f} ({0[0]:.1f} to {0[1]:.1f})".format(*_of(one["seconds"][kind]))
+                for kind in (name, f"{name}, processor time")
+            ),
+        ]
+        for name in one["seconds"]
+        if f"{name}, processor time" in one["seconds"]
+    ]
+    note = f"{what}; medians and quartiles of {run['arguments']['rounds']} runs. {_machine(run)}."
+    return Table(["", "seconds", "seconds of processor time"], rows, note)
 
 
 def files() -> Table:
     """Return what verbs on files of a billion weights take."""
-    found = _read("tensor_files")
     names = {
         "copy": "plain copy",
         "interpolate": "interpolate",
@@ -692,96 +750,94 @@ def files() -> Table:
         "align orthogonal": "align with what was rotated",
         "strangers": "align of two strangers, permutations",
     }
+    (run,) = _read("tensor_files")
     rows = []
     for key, name in names.items():
-        one = found[key]
+        one = run["measured"][key]
         distance = one.get("largest relative difference")
+        (seconds,) = one["seconds"].values()
         rows.append(
             [
                 name,
-                f"{one['seconds']:,.1f}",
-                f"{one['bytes'] / 1e9:.2f}" if key != "copy" else "",
+                f"{seconds['median']:,.1f}",
+                f"{one['most bytes'] / 1e9:.2f}" if key != "copy" else "",
                 "" if distance is None else "every bit" if distance == 0 else f"{distance:.4f} of a tensor's norm",
             ]
         )
-    note = f"{found['weights']:,} weights in bfloat16, {found['bytes'] / 1e9:.2f} GB. {_machine(found)}."
-    return Table(["", "seconds", "most memory, GB", "found back"], rows, note)
+    size = f"{run['weights']:,} weights in bfloat16, {run['bytes'] / 1e9:.2f} GB; {run['arguments']['rounds']} run each"
+    return Table(["", "seconds", "most memory, GB", "found back"], rows, f"{size}. {_notes([run])} {_machine(run)}.")
 
 
 def large_groups() -> Table:
     """Return what one assignment and one Procrustes problem of many units take."""
-    found = _read("large_groups")
+    runs = _read("large_groups")
     rows = [
         [
             what,
             f"{one['units']:,}",
-            one["case"],
-            f"{one['seconds']:,.1f}",
+            one["similarities"],
+            f"{row['median']:,.1f}",
+            "{:,.1f} to {:,.1f}".format(*row["quartiles"]) if row["n"] > 1 else "",
+            str(row["n"]),
             f"{one['bytes'] / 1e9:.1f}",
-            one.get("note", ""),
+            _machine(run).partition(";")[0],
         ]
-        for what in ("assignment", "procrustes")
-        for one in found[what]
+        for run in runs
+        for one in run["measured"].values()
+        for what, row in one["seconds"].items()
     ]
-    return Table(["", "units", "similarities of", "seconds", "GB", ""], rows, f"{_machine(found)}.")
+    header = ["", "units", "similarities of", "seconds", "quartiles", "n", "GB", "on"]
+    return Table(header, rows, f"{_notes(runs)} {_versions(runs)}.")
 
 
 def large_curves() -> Table:
     """Return what a step of a curve between networks of 100 million weights takes, and how much memory the fit."""
     rows = []
-    for name in ("large_curve_bfloat16", "large_curve_h100", "large_curve_h200"):
-        found = _read(name)
-        for one in found if isinstance(found, list) else [found]:
-            batch, length = one["batch"]
-            rows.append(
-                [
-                    _machine(one).partition(";")[0],
-                    f"{one['dtype']}{', offloaded' if one.get('offload') else ''}",
-                    f"{one['weights'] / 1e6:.0f}",
-                    f"{batch} × {length}",
-                    f"{one['most bytes'] / 1e9:.2f}",
-                    f"{1e3 * one['seconds']['curve']:.0f}",
-                    f"{1e3 * one['seconds']['ordinary']:.0f}",
-                    f"{one['ratio']:.2f}",
-                ]
-            )
-    header = ["on", "control points", "million weights", "batch", "GB", "a step, ms", "ordinary step, ms", "ratio"]
-    return Table(header, rows)
+    for name in ("large_curve", "large_curve_h100", "large_curve_h200"):
+        for run in _read(name):
+            given = run["arguments"]
+            batch, length = given["batch"]
+            for one in run["measured"].values():
+                row = one["ratios"]["curve / ordinary"]
+                rows.append(
+                    [
+                        _machine(run).partition(";")[0],
+                        f"{given['dtype']}{', offloaded' if given['offload'] else ''}",
+                        f"{one['weights'] / 1e6:.0f}",
+                        f"{batch} × {length}",
+                        f"{one['most bytes'] / 1e9:.2f}",
+                        f"{1e3 * one['seconds']['curve']['median']:.0f}",
+                        f"{1e3 * one['seconds']['ordinary']['median']:.0f}",
+                        f"{row['median']:.2f}",
+                        "{:.2f} to {:.2f}".format(*row["quartiles"]) if "quartiles" in row else "",
+                    ]
+                )
+    sizes = ["on", "control points", "million weights", "batch", "GB"]
+    return Table([*sizes, "a step, ms", "ordinary step, ms", "ratio", "quartiles"], rows)
 
 
 def processes() -> Table:
-    """Return predicted and measured seconds of a step that several processes share."""
-    found = _read("processes")
-    rows = [
-        [
-            f"{one['weights']:,}",
-            str(one["processes"]),
-            f"{1e3 * one['predicted']:.1f}",
-            f"{1e3 * one['measured']:.1f}",
-            f"{one['measured'] / one['predicted']:.2f}",
-        ]
-        for one in found["rows"]
-    ]
-    header = ["weights", "processes", "predicted, ms", "measured, ms", "ratio"]
-    return Table(header, rows, f"{found['cores']} cores. {_machine(found)}.")
-
-
-def planes() -> Table:
-    """Return what a plane takes beside as many plain evaluations."""
-    rows = [
-        [
-            f"{one['points']} × {one['points']}",
-            next(name for name in one["seconds"] if name != "plane"),
-            f"{one['quartiles of the ratio'][1]:.2f}",
-            "{:.2f} to {:.2f}".format(*one["quartiles of the ratio"][::2]),
-            str(one["rounds"]),
-            one["note"],
-        ]
-        for one in _read("plane")
-    ]
-    first = _read("plane")[0]
-    note = f"{first['model']}, {first['examples'][0]} + {first['examples'][1]} images. {_machine(first)}."
-    return Table(["points", "beside", "ratio", "quartiles", "n", ""], rows, note)
+    """Return predicted and measured seconds of a step that several processes share, in every run."""
+    runs = _read("processes")
+    rows = []
+    for number, run in enumerate(runs, start=1):
+        for one in run["measured"].values():
+            step, predicted = one["seconds"]["step"], one["predicted seconds"]
+            rows.append(
+                [
+                    f"{one['weights']:,}",
+                    str(one["processes"]),
+                    str(number),
+                    f"{1e3 * predicted:.1f}",
+                    f"{1e3 * step['median']:.1f}",
+                    "{:.1f} to {:.1f}".format(*(1e3 * x for x in step["quartiles"])) if "quartiles" in step else "",
+                    str(step["n"]),
+                    f"{step['median'] / predicted:.2f}",
+                ]
+            )
+    notes = " ".join(f"Run {number}: {run['note']}." for number, run in enumerate(runs, start=1))
+    header = ["weights", "processes", "run", "predicted, ms", "measured, ms", "quartiles", "n", "ratio"]
+    return Table(header, rows, f"{notes} {runs[0]['cores']} cores. {_machine(runs[0])}.")
 
 
 # -- runs and files that survive
@@ -799,23 +855,22 @@ def kills() -> Table:
 
 def damage() -> Table:
     """Return how the reading of damaged files ended, by what was read."""
-    lines = _text("fuzz").splitlines()
-    start = next(number for number, line in enumerate(lines) if line.startswith("kind "))
-    numbers = [re.match(r"(.+?)\s*((?:\d+\s+){7}\d+)$", line) for line in lines[start + 1 :]]
-    parsed = {line[1]: [int(one) for one in line[2].split()] for line in numbers if line is not None}
+    found = _read("fuzz")
     groups = {
         "files of modeconn": lambda name: not name.startswith(("info of", "plot of", *_FOREIGN)),
         "the same, by modeconn info": lambda name: name.startswith("info of"),
         "the same, by modeconn plot": lambda name: name.startswith("plot of"),
         "state dicts and data sets": lambda name: name.startswith(_FOREIGN),
+        "all": lambda name: True,
     }
-    total = parsed.pop("all")
+    header = list(next(iter(found["endings"].values())))
     rows = []
     for title, belongs in groups.items():
-        cells = [sum(column) for column in zip(*(row for name, row in parsed.items() if belongs(name)), strict=True)]
-        rows.append([title, *(f"{one:,}" for one in cells)])
-    rows.append(["all", *(f"{one:,}" for one in total)])
-    return Table(["", *lines[start].split()[1:]], rows, f"{lines[-1]}. {lines[2].partition(';')[0]}.")
+        counts = [row for name, row in found["endings"].items() if belongs(name)]
+        rows.append([title, *(f"{sum(row[how] for row in counts):,}" for how in header)])
+    num_inputs = sum(sum(row.values()) for row in found["endings"].values())
+    note = f"{num_inputs:,} inputs in {found['minutes']:.0f} minutes; {found['note']}. {_machine(found)}."
+    return Table(["", *header], rows, note)
 
 
 _FOREIGN = ("state dict", "cifar10", "mnist", "tiny imagenet")
@@ -823,11 +878,23 @@ _FOREIGN = ("state dict", "cifar10", "mnist", "tiny imagenet")
 
 def published() -> Table:
     """Return how discovery fared on published models, by library."""
-    pattern = r"^(\w+): (\d+) models, (\d+) proved, (\d+) not judged$"
-    rows = [[*one] for one in re.findall(pattern, _text("published"), flags=re.MULTILINE)]
-    rows.append(["all", *(str(sum(int(row[column]) for row in rows)) for column in (1, 2, 3))])
-    told = re.findall(r"^(?:of \d+ judged|\d+ of one path|discovery over|slowest).*$", _text("published"), re.MULTILINE)
-    return Table(["library", "models", "proved", "not judged"], rows, "; ".join(told) + ".")
+    found = _read("published")
+    header = list(dict.fromkeys(how for row in found["libraries"].values() for how in row))
+    counts = [{how: row.get(how, 0) for how in header} for row in found["libraries"].values()]
+    counts.append({how: sum(row[how] for row in counts) for how in header})
+    rows = [
+        [library, str(sum(row.values())), *map(str, row.values())]
+        for library, row in zip([*found["libraries"], "all"], counts, strict=True)
+    ]
+    ratios = [one["ratio"] for one in found["models"] if "ratio" in one]
+    low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
+    slowest = max(found["models"], key=lambda one: one["seconds"])
+    note = (
+        f"{found['of one path']} of one path (recorded on a run); discovery over two plain exports: median "
+        f"{middle:.2f}, quartiles {low:.2f} to {high:.2f}, n={len(ratios)}; slowest discovery: {slowest['model']}, "
+        f"{slowest['seconds']:.1f} s. {_machine(found)}."
+    )
+    return Table(["library", "models", *header], rows, note)
 
 
 def versions() -> Table:

@@ -8,6 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 FOLDER = Path(__file__).parents[2] / "benchmarks"
 
 BROKEN = """
@@ -50,16 +52,31 @@ def run(*command: str) -> subprocess.CompletedProcess:
     return subprocess.run([sys.executable, *command], env=environment, capture_output=True, text=True, timeout=300)
 
 
-def test_everything_runs_and_agrees_on_the_cpu_alone(tmp_path):
-    out = tmp_path / "x.json"
-    done = run(str(FOLDER / "accelerator.py"), "--device", "cpu", "--quick", "--out", str(out))
+def run_on_the_cpu(folder: Path, out: str, *words: str) -> dict:
+    """Run the command at a small size with a folder of work, and return what it wrote."""
+    command = [str(FOLDER / "accelerator.py"), "--device", "cpu", "--quick", "--work", str(folder / "work"), *words]
+    done = run(*command, "--out", str(folder / out))
     assert done.returncode == 0, done.stdout + done.stderr
-    found = json.loads(out.read_text())
-    assert found["finished"] and found["failed"] == []
-    assert list(found["parts"]) == ["environment", "agreement", "speed", "training"]
-    counts = {part: sum(result.get("ok", False) for result in found["parts"][part].values()) for part in found["parts"]}
+    return json.loads((folder / out).read_text())
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("accelerator")
+
+
+@pytest.fixture(scope="module")
+def everything(folder) -> dict:
+    return run_on_the_cpu(folder, "everything.json")
+
+
+def test_everything_runs_and_agrees_on_the_cpu_alone(everything):
+    assert everything["finished"] and everything["failed"] == []
+    parts = everything["parts"]
+    assert list(parts) == ["environment", "agreement", "speed", "training"]
+    counts = {part: sum(result.get("ok", False) for result in parts[part].values()) for part in parts}
     assert counts["agreement"] >= 35 and counts["speed"] >= 10 and counts["training"] == 5
-    assert found["parts"]["training"]["settings"]["data"] == "synthetic"
+    assert parts["training"]["settings"]["data"] == "synthetic"
 
 
 def test_a_check_that_fails_is_reported_and_does_not_stop_the_others(tmp_path):
@@ -77,12 +94,9 @@ def test_a_check_that_fails_is_reported_and_does_not_stop_the_others(tmp_path):
     assert "training flags of a model passed in changed" in changed["error"]
 
 
-def test_a_run_goes_on_where_its_folder_says_that_the_one_before_stopped(tmp_path):
-    command = [str(FOLDER / "accelerator.py"), "--device", "cpu", "--quick", "--only", "training"]
-    for number in range(2):
-        done = run(*command, "--work", str(tmp_path / "work"), "--out", str(tmp_path / f"{number}.json"))
-        assert done.returncode == 0, done.stdout + done.stderr
-    first, second = (json.loads((tmp_path / f"{n}.json").read_text())["parts"]["training"] for n in range(2))
+def test_a_run_goes_on_where_its_folder_says_that_the_one_before_stopped(everything, folder):
+    again = run_on_the_cpu(folder, "again.json", "--only", "training")
+    first, second = (found["parts"]["training"] for found in (everything, again))
     rows = [name for name in first if name != "settings"]
     assert rows == [name for name in second if second[name].get("from an earlier call")]
     assert [first[row]["barrier"] for row in rows] == [second[row]["barrier"] for row in rows]
