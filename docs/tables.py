@@ -687,7 +687,7 @@ def discovery() -> Table:
             model,
             f"{one['seconds']['export']['median']:.2f}",
             f"{one['seconds']['walk']['median']:.3f}",
-            "{1:.1%} ({0[0]:.1%} to {0[1]:.1%})".format(*_of(one["ratios"]["walk / export"])),
+            _middle(one["ratios"]["walk / export"], ".1%"),
             f"{one['MB above']:.0f}",
             str(one["nodes"]),
             str(one["groups"]),
@@ -699,43 +699,42 @@ def discovery() -> Table:
     return Table(header, rows, f"Medians and quartiles of {run['arguments']['rounds']} runs. {_machine(run)}.")
 
 
-def _of(row: Mapping[str, Any]) -> tuple[Sequence[float], float]:
-    return row["quartiles"], row["median"]
-
-
 def matching() -> Table:
     """Return what weight matching takes beside the products and assignments that it cannot do without."""
-    (run,) = _read("match")
+    runs = _read("match")
     rows = [
         [
             what,
             str(one["groups"]),
-            *(f"{one['seconds'][part]['median']:.3f}" for part in ("match", "bound", "products", "assignments")),
-            "{1:.2f} ({0[0]:.2f} to {0[1]:.2f})".format(*_of(one["ratios"]["match / bound"])),
+            *(f"{one['seconds'][part]['best']:.3f}" for part in ("match", "bound", "products", "assignments")),
+            f"{one['ratios']['match / bound']['of best times']:.2f}",
+            str(one["ratios"]["match / bound"]["n"]),
+            f"{_machine(run).partition(';')[0]}{', processor time' if run['arguments']['cpu'] else ''}",
         ]
+        for run in runs
         for what, one in run["measured"].items()
     ]
-    header = ["networks", "groups", "seconds", "bound, s", "products", "assignments", "ratio"]
-    return Table(header, rows, f"Medians and quartiles of {run['arguments']['rounds']} rounds. {_machine(run)}.")
+    header = ["networks", "groups", "seconds", "bound, s", "products", "assignments", "ratio", "n", "on"]
+    return Table(header, rows, f"Best times of n rounds. {_notes(runs)} {_versions(runs)}.")
 
 
 def threads() -> Table:
     """Return what an attack takes on a busy machine, by how many threads there are and how they wait."""
-    (run,) = _read("threads")
-    ((what, one),) = run["measured"].items()
-    rows = [
-        [
-            name,
-            *(
-                "{1:.1f} ({0[0]:.1f} to {0[1]:.1f})".format(*_of(one["seconds"][kind]))
-                for kind in (name, f"{name}, processor time")
-            ),
-        ]
-        for name in one["seconds"]
-        if f"{name}, processor time" in one["seconds"]
-    ]
-    note = f"{what}; medians and quartiles of {run['arguments']['rounds']} runs. {_machine(run)}."
-    return Table(["", "seconds", "seconds of processor time"], rows, note)
+    rows = []
+    for run in _read("threads"):
+        ((what, one),) = run["measured"].items()
+        for name in (name for name in one["seconds"] if f"{name}, processor time" in one["seconds"]):
+            both = [one["seconds"][kind] for kind in (name, f"{name}, processor time")]
+            cells = [_middle(row, ".1f") for row in both]
+            rows.append([name, *cells, str(both[0]["n"]), what, _machine(run).partition(";")[0]])
+    header = ["", "seconds", "seconds of processor time", "n", "what ran", "on"]
+    return Table(header, rows, f"Medians and quartiles. {_versions(_read('threads'))}.")
+
+
+def _middle(row: Mapping[str, Any], form: str) -> str:
+    """Write a median, and the quartiles if there are several values."""
+    low, high = row["quartiles"]
+    return f"{row['median']:{form}}" + (f" ({low:{form}} to {high:{form}})" if row["n"] > 1 else "")
 
 
 def files() -> Table:

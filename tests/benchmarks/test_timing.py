@@ -136,7 +136,9 @@ def test_kept_results_of_speed_name_their_machine_and_versions():
     for run in runs:
         assert run["hardware"] and {"torch", "Python"} <= run["versions"].keys(), run["benchmark"]
         for one in run["measured"].values():
-            assert all(row["median"] > 0 for row in (*one["seconds"].values(), *one["ratios"].values()))
+            for row in (*one["seconds"].values(), *one["ratios"].values()):
+                found = [row[key] for key in ("median", "best", "of best times") if key in row]
+                assert found and min(found) > 0
 
 
 def _runs(path: Path) -> list[dict]:

@@ -1,5 +1,6 @@
 """The command line under torchrun."""
 
+import contextlib
 import json
 import os
 import signal
@@ -9,8 +10,10 @@ import time
 from pathlib import Path
 
 import pytest
+from typer.testing import CliRunner
 
 from modeconn import Connection
+from modeconn.cli.app import app
 
 PAGE = (Path(__file__).parents[2] / "docs" / "processes.md").read_text(encoding="utf-8")
 COMMANDS = [line for line in PAGE.splitlines() if line.startswith("torchrun ")]
@@ -22,7 +25,7 @@ def folder(tmp_path_factory):
     """Return a folder with two networks and their connection, made by the commands of docs/processes.md."""
     place = tmp_path_factory.mktemp("torchrun")
     for name, seed in (("a", 1), ("b", 2)):
-        how = f"--data digits --model mlp --model-arg hidden=16,16 --seed {seed}".split()
+        how = f"--data digits --model mlp --model-arg hidden=16,16 --epochs 3 --seed {seed}".split()
         alone(place, "train", f"{name}.safetensors", *how)
     for line in COMMANDS:
         done = torchrun(place, *line.split(" -m modeconn ")[1].split())
@@ -31,8 +34,11 @@ def folder(tmp_path_factory):
 
 
 def alone(place, *command):
-    command = [sys.executable, "-m", "modeconn", *command]
-    return subprocess.run(command, cwd=place, capture_output=True, text=True, check=True, timeout=100)
+    """Give a command in this process, which has imported everything."""
+    with contextlib.chdir(place):
+        done = CliRunner().invoke(app, command)
+    assert done.exit_code == 0, done.output
+    return done
 
 
 def torchrun(place, *command):

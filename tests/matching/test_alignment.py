@@ -49,10 +49,10 @@ def batches(shape: tuple[int, ...], generator: torch.Generator, sizes: tuple[int
     return [(torch.rand(n, *shape, generator=generator), torch.zeros(n, dtype=torch.int64)) for n in sizes]
 
 
-def blobs(generator: torch.Generator, sizes: tuple[int, ...]) -> list:
+def blobs(generator: torch.Generator, sizes: tuple[int, ...], side: int = 32) -> list:
     """Coarse random images. On white noise the units of deep linear layers fire for one image or none, many alike."""
     return [
-        (nn.functional.interpolate(inputs, (32, 32), mode="bilinear"), targets)
+        (nn.functional.interpolate(inputs, (side, side), mode="bilinear"), targets)
         for inputs, targets in batches((3, 3, 3), generator, sizes)
     ]
 
@@ -78,9 +78,8 @@ def test_activations_recover_a_planted_permutation_of_every_family_of_the_zoo(
     one more than either has may be misplaced.)
     """
     model = zoo_model(name)
-    loader = (
-        batches((64,), generator) if name == "mlp" else blobs(generator, (96, 65) if has_linear(model) else (12, 5))
-    )
+    sizes, side = (96, 65) if has_linear(model) else (12, 5), 16 if name in LARGEST else 32
+    loader = batches((64,), generator) if name == "mlp" else blobs(generator, sizes, side)
     recalibrate(model, [inputs for inputs, _ in loader], forward=lambda m, inputs: m(inputs))
     model.eval()
     spec = discover(model)

@@ -440,7 +440,7 @@ def test_best_swap_measures_what_the_fit_lowered():
 ARCHITECTURES = {
     "mlp": lambda seed: (models.mlp(64, (16, 16), 10, seed=seed), (8, 64)),
     "preresnet": lambda seed: (PreActivationResNet(bottleneck, [[8, 8], [16, 16]], 10, Images(3, 16)), (4, 3, 16, 16)),
-    "googlenet": lambda seed: (models.googlenet(num_classes=10, seed=seed), (2, 3, 32, 32)),
+    "googlenet": lambda seed: (models.googlenet(num_classes=10, image_size=8, seed=seed), (2, 3, 8, 8)),
     "vit": lambda seed: (SYMMETRIES["vit"].build(), (8, 3, 8, 8)),
 }
 
