@@ -21,7 +21,7 @@ HERE = Path(__file__).parent
 QUICK = {
     "curve_step": ["--model", "tinyten", "--batch", "8", "--rounds", "2"],
     "evaluate": ["--points", "3", "--train", "8", "--test", "8", "--batch", "8", "--rounds", "2"],
-    "plane": ["--points", "3", "--examples", "128", "128", "--rounds", "2"],
+    "plane": ["--points", "3", "--examples", "64", "64", "--rounds", "1"],
 }
 """What makes a benchmark of speed end in seconds."""
 

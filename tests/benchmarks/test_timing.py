@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import re
-import subprocess
 import sys
 from pathlib import Path
 
@@ -13,38 +12,37 @@ import pytest
 import torch
 
 import modeconn
-from benchmarks.__main__ import HERE, benchmarks
+from benchmarks.__main__ import HERE, benchmarks, run
 from benchmarks.timing import Report, interleaved, options_of
 
 RESULTS = HERE / "results"
-HELP = """
-import contextlib, io, json
-from benchmarks.__main__ import benchmarks, run
-
-told = {}
-for name in benchmarks():
-    with contextlib.redirect_stdout(io.StringIO()) as out, contextlib.suppress(SystemExit):
-        run(name, ["--help"])
-        raise AssertionError(f"{name} --help went on.")
-    told[name] = out.getvalue()
-print(json.dumps(told))
-"""
 
 
 def report(*words: str) -> Report:
     return Report(options_of("text", rounds=3).parse_args(words))
 
 
-def test_every_benchmark_says_what_it_is_for_and_what_it_takes():
-    command = [sys.executable, "-W", "ignore", "-c", HELP]
-    done = subprocess.run(command, cwd=HERE.parent, capture_output=True, text=True, timeout=300)
-    assert done.returncode == 0, done.stderr
-    told = json.loads(done.stdout.splitlines()[-1])
-    assert told.keys() == benchmarks().keys()
+@pytest.fixture
+def no_traces():
+    """Forget what scripts that run as programs leave behind: a place to import from, and what came from there."""
+    path, modules = list(sys.path), set(sys.modules)
+    yield
+    sys.path[:] = path
+    for name in set(sys.modules) - modules:
+        if str(HERE) in str(getattr(sys.modules[name], "__file__", "")):
+            del sys.modules[name]
+
+
+@pytest.mark.usefixtures("no_traces")
+@pytest.mark.filterwarnings("ignore:.*found in sys.modules after import:RuntimeWarning")
+def test_every_benchmark_says_what_it_is_for_and_what_it_takes(capsys):
     for name, first_line in benchmarks().items():
-        assert first_line and first_line in " ".join(told[name].split()), name
+        with pytest.raises(SystemExit) as ended:
+            run(name, ["--help"])
+        told = capsys.readouterr().out
+        assert ended.value.code == 0 and first_line and first_line in " ".join(told.split()), name
         if "options_of(" in (HERE / f"{name}.py").read_text(encoding="utf-8"):
-            assert {"--rounds", "--out", "--note"} <= set(told[name].split()), name
+            assert {"--rounds", "--out", "--note"} <= set(told.split()), name
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 40])
@@ -131,16 +129,16 @@ def test_rivals_take_turns_and_two_rounds_of_warm_up_are_not_counted():
 
 
 def test_kept_results_of_speed_name_their_machine_and_versions():
-    runs = [run for path in RESULTS.glob("*.json") for run in _runs(path)]
-    assert len({run["benchmark"] for run in runs}) >= 10
-    for run in runs:
-        assert run["hardware"] and {"torch", "Python"} <= run["versions"].keys(), run["benchmark"]
-        for one in run["measured"].values():
+    runs = [one for path in RESULTS.glob("*.json") for one in _runs(path)]
+    assert len({one["benchmark"] for one in runs}) >= 10
+    for found in runs:
+        assert found["hardware"] and {"torch", "Python"} <= found["versions"].keys(), found["benchmark"]
+        for one in found["measured"].values():
             for row in (*one["seconds"].values(), *one["ratios"].values()):
-                found = [row[key] for key in ("median", "best", "of best times") if key in row]
-                assert found and min(found) > 0
+                kept = [row[key] for key in ("median", "best", "of best times") if key in row]
+                assert kept and min(kept) > 0
 
 
 def _runs(path: Path) -> list[dict]:
     content = json.loads(path.read_text(encoding="utf-8"))
-    return [run for run in content if "measured" in run] if isinstance(content, list) else []
+    return [one for one in content if "measured" in one] if isinstance(content, list) else []
