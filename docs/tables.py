@@ -707,15 +707,18 @@ def matching() -> Table:
             what,
             str(one["groups"]),
             *(f"{one['seconds'][part]['best']:.3f}" for part in ("match", "bound", "products", "assignments")),
-            f"{one['ratios']['match / bound']['of best times']:.2f}",
-            str(one["ratios"]["match / bound"]["n"]),
+            f"{row['of best times']:.2f}",
+            _middle(row, ".2f") if "median" in row else "",
+            str(row["n"]),
             f"{_machine(run).partition(';')[0]}{', processor time' if run['arguments']['cpu'] else ''}",
         ]
         for run in runs
         for what, one in run["measured"].items()
+        for row in one["ratios"].values()
     ]
-    header = ["networks", "groups", "seconds", "bound, s", "products", "assignments", "ratio", "n", "on"]
-    return Table(header, rows, f"Best times of n rounds. {_notes(runs)} {_versions(runs)}.")
+    times = ["seconds", "bound, s", "products", "assignments", "ratio"]
+    header = ["networks", "groups", *times, "median of ratios (quartiles)", "n", "on"]
+    return Table(header, rows, f"Seconds and ratio: best of n rounds. {_notes(runs)} {_versions(runs)}.")
 
 
 def threads() -> Table:
