@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import warnings
 from dataclasses import dataclass
@@ -30,6 +31,12 @@ ZOO = {
 }
 
 
+@functools.cache
+def spec_of(name: str) -> PermutationSpec:
+    """Discover the symmetries of a zoo model, once for all tests that ask for them."""
+    return discover(ZOO[name]())
+
+
 @pytest.mark.parametrize("case", CASES, ids=str)
 def test_groups_are_those_derived_by_hand_and_keep_every_tensor(case: Case) -> None:
     torch.manual_seed(0)
@@ -41,10 +48,9 @@ def test_groups_are_those_derived_by_hand_and_keep_every_tensor(case: Case) -> N
 
 @pytest.mark.parametrize("name", ZOO)
 def test_relabelling_a_zoo_model_keeps_every_tensor(name: str) -> None:
-    model = ZOO[name]()
-    spec = discover(model)
+    spec = spec_of(name)
     assert spec.groups
-    assert spec.verify(model, tolerance=1e-10) < 1e-10
+    assert spec.verify(ZOO[name](), tolerance=1e-10) < 1e-10
 
 
 @pytest.mark.parametrize(
@@ -61,7 +67,7 @@ def test_relabelling_a_zoo_model_keeps_every_tensor(name: str) -> None:
     ],
 )
 def test_zoo_models_have_as_many_groups_as_a_person_counts(name: str, groups: int) -> None:
-    assert len(discover(ZOO[name]()).groups) == groups
+    assert len(spec_of(name).groups) == groups
 
 
 def test_spellings_of_one_attention_have_one_symmetry_group() -> None:
