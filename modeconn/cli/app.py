@@ -228,7 +228,17 @@ def _check_own(result: Path) -> None:
     made_by = made_by_of(result) or {}
     if made_by.get("command") != provenance.current_command():
         by = f", made by: {made_by['command']}" if "command" in made_by else ""
-        raise ValueError(f"{str(result)!r} holds another result{by}. Give --out a name, or --overwrite it.")
+        raise ValueError(f"{str(result)!r} holds another result{by}. Choose another name, or --overwrite it.")
+
+
+def _check_new(*paths: Path | None, read: Sequence[Path] = (), overwrite: bool) -> None:
+    """Raise unless files can be written, are none of those that are read, and replace no result of another command."""
+    _check_outputs(*paths)
+    for path in (path for path in paths if path is not None):
+        if path.resolve() in [one.resolve() for one in read]:
+            raise ValueError(f"{str(path)!r} is one of the files that are read. Write to another one.")
+        if not overwrite:
+            _check_own(path)
 
 
 def _write_result(found: AlongCurve, results: list[Path]) -> None:
@@ -366,6 +376,7 @@ def train(
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initial weights, order and augmentation of the data, dropout.")] = 0,
     checkpoint: options.Kept = None,
+    overwrite: options.Overwrite = False,
     progress: options.Progress = None,
 ) -> None:
     r"""Train one network: an end for a connection.
@@ -405,6 +416,7 @@ def train(
     outs = [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in numbers] or [out]
     parts = [kept.with_name(f"{kept.name}.{number}") for number in numbers] or [kept]
     _check_outputs(*outs, *parts, watch.log)
+    _check_new(*outs, read=[] if start is None else [start], overwrite=overwrite)
     loader, test = data.load()
     network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed)
     network = (network if start is None else models.load(start, network)).to(data.device)
@@ -471,7 +483,7 @@ def align(
         tensor_files.align(context, a, b, out, out_a, permutation, method, shape, stream, progress)
         return
     out = tensor_files.needed(out)
-    _check_outputs(out, out_a, permutation, report)
+    _check_new(out, out_a, permutation, report, read=[a, b], overwrite=stream.overwrite)
     chosen = _under_attack(None if method is None else parse.method(method), adversary.opponent())
     loader, _ = data.load_if_given()
     networks = shape.read((a, b), loader, data.device)
@@ -544,7 +556,7 @@ def merge(
     if weights is not None or last is not None or decay != 1:
         raise ValueError("--weights, --last and --decay are for networks that are read by tensor: pass --stream.")
     out = tensor_files.needed(out)
-    check_writable(out)
+    _check_new(out, read=networks, overwrite=stream.overwrite)
     chosen, first = parse.method(method), None if start is None else parse.method(start)
     loader, test = data.load_if_given()
     loaded = shape.read(networks, loader, data.device)
@@ -596,6 +608,7 @@ def fit(
     ] = "none",
     seed: Annotated[int, typer.Option(help="Of t, order and augmentation of the data, dropout.")] = 0,
     checkpoint: options.Kept = None,
+    overwrite: options.Overwrite = False,
     save_every: Annotated[float, typer.Option(help="Seconds between checkpoints inside an epoch.")] = 60,
     progress: options.Progress = None,
 ) -> None:
@@ -630,6 +643,7 @@ def fit(
         raise ValueError("--start takes one connection, or a network for each inner control point, not both.")
     kept = checkpoint or out.with_name(out.name + ".checkpoint")
     _check_outputs(out, kept, watch.log)
+    _check_new(out, read=[a, b, *started], overwrite=overwrite)
     watch.check(are_epochs=bool(settings["curve"].num_trained))
     loader, test = data.load()
     networks = shape.read((a, b), loader, data.device)
@@ -677,6 +691,7 @@ def chain(
     out: Annotated[Path, typer.Option(help="File for the connection.")],
     data: DataOptions,
     shape: ModelOptions,
+    overwrite: options.Overwrite = False,
 ) -> None:
     r"""Connect many networks, such as checkpoints of one run, by a chain of straight lines.
 
@@ -687,7 +702,7 @@ def chain(
         modeconn chain a.safetensors b.safetensors c.safetensors \
             --out chain.safetensors
     """
-    _check_outputs(out)
+    _check_new(out, read=networks, overwrite=overwrite)
     train = data.load_if_given()[0]
     connection = Connection.through(shape.read(networks, train, data.device))
     connection.save(out)

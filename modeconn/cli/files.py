@@ -64,9 +64,11 @@ def describe_file(path: Path) -> str:
 
 
 def made_by_of(path: Path) -> dict[str, Any] | None:
-    """Return how a JSON file of modeconn says that it was made; None for any other file."""
+    """Return how a file of modeconn says that it was made; None for any other file."""
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
+        with path.open("rb") as file:
+            is_text = not _is_safetensors(file.read(4096), path.stat().st_size)
+        content = json.loads(path.read_text(encoding="utf-8")) if is_text else files.read(path)[1]
     except (ValueError, RecursionError):
         return None
     found = content.get(provenance.ATTRIBUTE) if isinstance(content, dict) else None

@@ -88,7 +88,7 @@ class StreamOptions(OutputOptions):
         """
         if self.stream or any(path.is_dir() or path.name.endswith(".index.json") for path in paths):
             return True
-        for name in ("out_shard_size", "dtype", "overwrite", "dry_run"):
+        for name in ("out_shard_size", "dtype", "dry_run"):
             if getattr(self, name) not in (None, False):
                 raise ValueError(f"--{name.replace('_', '-')} is for networks that are read by tensor: pass --stream.")
         return False

@@ -5,6 +5,7 @@ import re
 import shutil
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 import torch
@@ -262,7 +263,7 @@ def test_a_robust_network_is_validated_with_statistics_of_clean_data(tmp_path, m
     given = []
     monkeypatch.setattr(modeconn.callbacks, "Validation", lambda *_, **settings: given.append(settings) or Quiet())
     for adversary in ((), ("--adversary", "pgd", "--eps", 0.1)):
-        run("train", tmp_path / "a", *MLP, "--epochs", 1, "--validate-every", 1, *adversary)
+        run("train", tmp_path / "a", *MLP, "--epochs", 1, "--validate-every", 1, "--overwrite", *adversary)
     assert "recalibrate" not in given[0] and isinstance(given[1]["recalibrate"], TensorLoader)
 
 
@@ -439,6 +440,31 @@ def test_planes_that_cannot_be_are_one_sentence(folder, arguments, message):
     assert not list(folder.glob("none*"))
 
 
+def test_no_command_replaces_networks_of_another_one_or_what_it_reads(folder, tmp_path):
+    a, b = (shutil.copy(path, tmp_path / path.name) for path in ends(folder))
+    c = tmp_path / "c.safetensors"
+    run("fit", a, b, "--data", "digits", "--epochs", 1, "--out", c)
+    commands = {
+        "train": ["train", c, *MLP, "--epochs", 1],
+        "align": ["align", a, b, "--method", "weight", "--out", c],
+        "permutation": ["align", a, b, "--method", "weight", "--out", tmp_path / "d", "--permutation", c],
+        "fit": ["fit", a, b, "--data", "digits", "--epochs", 2, "--out", c],
+        "chain": ["chain", a, b, "--out", c],
+        "merge": ["merge", a, b, "--out", c],
+    }
+    before = {path: path.read_bytes() for path in map(Path, (a, b, c))}
+    for name, words in commands.items():
+        assert "c.safetensors' holds another result, made by: modeconn fit" in run(*words, code=1).stderr, name
+        own = [b if word == c else word for word in words]
+        if name != "train":
+            refused = run(*own, "--overwrite", code=1).stderr
+            assert "b.safetensors' is one of the files that are read" in " ".join(refused.split()), name
+    assert all(path.read_bytes() == content for path, content in before.items())
+    run("chain", a, b, "--out", c, "--overwrite")
+    run("chain", a, b, "--out", c, "--overwrite")
+    assert Connection.load(c).history is None
+
+
 def test_cycles_go_on_from_a_network_and_write_one_each(folder, tmp_path, monkeypatch):
     a, _ = ends(folder)
     words = ["train", tmp_path / "s.safetensors", *MLP, "--start", a, "--cycles", 2, "--epochs", 1, *ADAM, "--seed", 3]
@@ -470,7 +496,8 @@ def test_a_chain_goes_through_the_networks_of_its_files(folder, tmp_path):
 
 def test_a_fit_starts_from_a_network_or_from_a_connection(folder, tmp_path):
     a, b, other = *ends(folder), folder / "c.safetensors"
-    still = ["--data", "digits", "--epochs", 1, "--optimizer", "sgd:lr=0", "--weight-decay", 0, "--out", tmp_path / "d"]
+    still = ["--data", "digits", "--epochs", 1, "--optimizer", "sgd:lr=0", "--weight-decay", 0, "--overwrite"]
+    still += ["--out", tmp_path / "d"]
     connection = Connection.load(other)
     for start, point in ((b, connection.space.flatten(models.load(b))), (other, connection.control_points[1])):
         run("fit", a, b, *still, "--start", start)
