@@ -165,7 +165,7 @@ class Comparison:
             raise ValueError(f"this is a {shortened(record[KIND], 60)}, no comparison.")
         with taken_as("comparison"):
             rows = record["values"].items()
-            values = {row: {name: numbers(one) for name, one in columns.items()} for row, columns in rows}
+            values = {row: {_renamed(name): numbers(one) for name, one in columns.items()} for row, columns in rows}
             found = cls(values, record["num_points"], record["num_examples"])
             if len({(*columns, *map(len, columns.values())) for columns in values.values()}) != 1:
                 raise ValueError("its rows have other columns, or other numbers of pairs")
@@ -521,6 +521,11 @@ def _check_pairs(pairs: Sequence[tuple[nn.Module, nn.Module]]) -> WeightSpace:
         for end, model in zip("ab", pair, strict=True):
             space.check(model, name=f"{end} of pair {number}", reference="a of pair 0")
     return space
+
+
+def _renamed(column: str) -> str:
+    """Return the name of a column that files of older versions call by what is lost."""
+    return f"{column} lost" if column.endswith(" accuracy") else column
 
 
 def _barriers(column: str, profile: Profile) -> _Record:

@@ -221,8 +221,9 @@ def _of_connection(connection: Connection) -> _Subject:
         warns=False,
     )
     name = "control point" if len(points) == 3 else f"control point {middle}"
-    if path.curve.knots:  # a chain passes through its control points, which are networks on it
-        name = f"t={path.curve.knots[middle - 1]:.3g}"
+    on_curve = [t for t in path.curve.knots if float(path.curve.basis(t)[middle]) == 1]
+    if on_curve:  # a chain passes through its control points, which are networks on it
+        name = f"t={on_curve[0]:.3g}"
     return _Subject(line, points[middle], buffers, ["a", "b", name], slice(3), 2, path)
 
 
@@ -304,7 +305,7 @@ def _check_settings(columns: int, rows: int, extent: Any, times: float, refine: 
     if columns < 2 or rows < 2:
         raise ValueError(f"num_points must be at least 2 in both directions, got num_points=({columns}, {rows}).")
     is_extent = extent is None or (len(extent) == 4 and extent[0] < extent[1] and extent[2] < extent[3])
-    if not is_extent or (extent is not None and not all(map(math.isfinite, extent))):
+    if not is_extent or (extent is not None and not all(abs(one) < torch.finfo(torch.float32).max for one in extent)):
         raise ValueError(f"extent must be (left, right, bottom, top), finite, each pair rising, got extent={extent}.")
     if attack is not None and not is_attack(attack):
         raise ValueError(

@@ -122,6 +122,9 @@ def test_one_end_alone_is_trained_and_the_other_stays_the_network_that_it_was(fr
         assert same_bits(connection.model_at("ab".index(fixed)), models[fixed])
         trained = connection.model_at("ab".index(free), recalibrate=batches())
         assert not same_bits(trained, models[free])
+        own = connection.evaluate(batches(), num_points=2, recalibrate=batches()).own_loss
+        expected = [modeconn.evaluate(one, batches()).loss[0] for one in (models[fixed], trained)]
+        torch.testing.assert_close(own[["ab".index(fixed), "ab".index(free)]], torch.stack(expected))
 
 
 @pytest.mark.parametrize("refine", [None, PAM(iterations=1)], ids=str)

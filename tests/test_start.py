@@ -95,20 +95,20 @@ def test_frozen_parameters_stay_on_the_straight_line_whatever_the_start_says():
     a, b, given = networks("frozen", count=3)
     begun = fit_curve(a, b, batches(), align=False, start=given, recipe=STILL)
     frozen = ~begun.space.trainable
-    middle, line = (
-        begun.control_points[1],
-        begun.straight().path_points if False else begun.control_points[[0, 2]].mean(0),
-    )
+    middle, line = begun.control_points[1], begun.control_points[[0, 2]].mean(0)
     torch.testing.assert_close(middle[frozen], line[frozen])
     assert frozen.any() and torch.equal(middle[~frozen], begun.space.flatten(given)[~frozen])
 
 
-def test_pam_begins_at_the_start_too():
+@pytest.mark.parametrize("align", [False, True])
+def test_pam_keeps_the_bend_of_the_start_beside_the_line_while_it_relabels(align):
     a, b, given = networks(count=3)
-    told, plain = (
-        fit_curve(a, b, batches(), refine=PAM(iterations=1), start=start, recipe=STILL) for start in (given, None)
-    )
-    assert not torch.equal(told.control_points[1], plain.control_points[1])
+    told = fit_curve(a, b, batches(), align=align, refine=PAM(iterations=1), start=given, recipe=STILL)
+    begun = fit_curve(a, b, batches(), align=align, start=given, recipe=STILL)
+    bends = [one.control_points[1] - one.control_points[[0, 2]].mean(0) for one in (told, begun)]
+    torch.testing.assert_close(*bends)
+    assert torch.equal(begun.control_points[1], begun.space.flatten(given))
+    assert not torch.equal(told.control_points[2], begun.control_points[2])  # a relabelling was found
 
 
 def test_a_run_goes_on_from_its_checkpoint_with_its_start_and_with_no_other(tmp_path):

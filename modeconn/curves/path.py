@@ -192,7 +192,8 @@ class Networks:
     @property
     def ends_have_their_own(self) -> bool:
         """Whether the ends came with other statistics than those they have here; trained ends have no others."""
-        return bool(self._calibration) and not self._path.curve.free_ends
+        curve = self._path.curve
+        return bool(self._calibration) and not (curve.frees(0) and curve.frees(1))
 
     @property
     def statistics(self) -> str:
@@ -221,7 +222,9 @@ class Networks:
         return model
 
     def as_it_came(self, end: int) -> nn.Module:
-        """Return the network at one end, 0 or 1, with its own statistics."""
+        """Return the network at one end, 0 or 1, with its own statistics; a trained end has those that it has here."""
+        if self._path.curve.frees(end):
+            return self(float(end))
         return self._place(self._path.control_points[-end], end)
 
     def _place(self, theta: Tensor, t: float) -> nn.Module:

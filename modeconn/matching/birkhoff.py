@@ -38,7 +38,8 @@ def draws(
 
     Args:
         spec: The groups.
-        matrices: As in `modeconn.SoftPermutation`.
+        matrices: By group name, doubly stochastic ``(n, n)``, rows for places; of units that lie in blocks
+            ``(*blocks, *blocks, n, n)``, see `modeconn.SoftPermutation`.
         num_parts: Parts of each decomposition to draw from, by their weights.
         generator: What draws.
     """

@@ -17,7 +17,7 @@ from modeconn.symmetry.groups import Group
 from modeconn.symmetry.relabelling import relabelled_copy
 from modeconn.symmetry.spec import Permutation, PermutationSpec
 from modeconn.symmetry.structure import Labels, find_label
-from modeconn.tools.door import check, check_settings
+from modeconn.tools.door import check, check_settings, checked
 from modeconn.tools.shown import Shown
 
 _TOLERANCE = 1e-4
@@ -70,6 +70,7 @@ class SoftPermutation(Shown):
         """Return the permutation of largest total weight, by assignment; blocks with what is inside them."""
         return match_groups(self.spec, {g.name: self.matrix(g.name).detach() for g in self.spec.groups})
 
+    @checked
     def sample(self, num_samples: int = 1, *, num_parts: int = 11, seed: int = 0) -> list[Permutation]:
         """Draw permutations, of which this is nearly the mean.
 
@@ -82,12 +83,24 @@ class SoftPermutation(Shown):
                 closer is the mean.
             seed: Of the draws.
 
+        Returns:
+            The permutations, independent of each other; the first k are those of ``num_samples=k``.
+
         Raises:
-            ValueError: If a number is below 1.
+            ValueError: If a number is below 1, or the seed is none of 0 to 2**63 - 1.
+
+        Example:
+            >>> from modeconn import discover, models
+            >>> spec = discover(models.mlp(4, (2,), 3))
+            >>> even = SoftPermutation(spec, {"layers.0": torch.full((2, 2), 0.5)})
+            >>> len({tuple(one.perms["layers.0"].tolist()) for one in even.sample(20)})
+            2
         """
         for name, value in (("num_samples", num_samples), ("num_parts", num_parts)):
             if value < 1:
                 raise ValueError(f"{name} must be at least 1, got {name}={value}.")
+        if not 0 <= seed < 2**63:
+            raise ValueError(f"seed must lie in 0..2**63 - 1, got seed={seed}.")
         drawn = draws(self.spec, self.matrices, num_parts, torch.Generator().manual_seed(seed))
         return list(islice(drawn, num_samples))
 

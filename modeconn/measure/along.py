@@ -207,22 +207,25 @@ class AlongCurve:
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one row for each point, as comma-separated values; also write it to ``path`` if given."""
-        columns = self._columns()
+        length = {} if self.arc_length is None else {"arc_length": self.arc_length}
+        columns = {"t": self.t, **length, **self.values}
         rows = zip(*(column.tolist() for column in columns.values()), strict=True)
         return write_text(csv_table(columns, rows), path)
 
     def to_npz(self, path: str | os.PathLike[str]) -> None:
-        """Write positions and every quantity under its name, ``(N,)`` each, and own ends, for `numpy.load`.
+        """Write positions, every quantity and own ends for `numpy.load`.
 
-        There are "t", "arc_length" where the length is known, names as in ``values``, such as "loss", and "own/loss"
-        for values of both ends with the statistics they came with, ``(2,)``.
+        There are "t", ``(N,)``, and "arc_length", ``(N,)``, where the length is known; "values/loss", ``(N,)``, and so
+        on, by the names of ``values``; "own/loss", ``(2,)``, and so on for both ends with the statistics they came
+        with; of a `RobustProfile` also "values/ROW low" and "values/ROW high", the ends of the intervals.
         """
-        write_arrays(self._columns() | {f"own/{name}": value for name, value in self.own.items()}, path)
-
-    def _columns(self) -> dict[str, Tensor]:
-        """Return what has a value at each position, by name, positions first."""
         length = {} if self.arc_length is None else {"arc_length": self.arc_length}
-        return {"t": self.t, **length, **self.values}
+        values = {f"values/{name}": value for name, value in self._arrays().items()}
+        write_arrays({"t": self.t, **length, **values, **{f"own/{n}": value for n, value in self.own.items()}}, path)
+
+    def _arrays(self) -> Mapping[str, Tensor]:
+        """Return what has a value at each position, by name."""
+        return self.values
 
     def _record(self) -> dict[str, Any]:
         """Return what `_restored` makes the result from again, as JSON can hold it."""

@@ -260,10 +260,10 @@ class RobustProfile(AlongCurve):
         ]
         return write_text(csv_table(["t", "attack", "loss", "accuracy", "low", "high"], rows), path)
 
-    def _columns(self) -> dict[str, Tensor]:
+    def _arrays(self) -> Mapping[str, Tensor]:
         """Return what has a value at each position, by name, with the ends of intervals."""
         ends = ({f"{row} low": bounds[:, 0], f"{row} high": bounds[:, 1]} for row, bounds in self.interval.items())
-        return super()._columns() | {name: value for pair in ends for name, value in pair.items()}
+        return {**self.values} | {name: value for pair in ends for name, value in pair.items()}
 
     def plot(self, *, quantity: str | None = None, ax: Axes | None = None) -> Axes:
         """Draw accuracy, "loss" or "error" by row with matplotlib; see `modeconn.plot.robust_profile`."""

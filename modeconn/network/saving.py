@@ -11,7 +11,7 @@ from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 
 KIND = "model"
-FORMAT = 1
+_FORMAT = 1
 
 
 @checked
@@ -25,5 +25,5 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
     Raises:
         OSError: If the file cannot be written.
     """
-    about = {"format": FORMAT, "model": describe(model), **provenance.entry(model)}
+    about = {"format": _FORMAT, "model": describe(model), **provenance.entry(model)}
     files.write(path, KIND, model.state_dict(), about)

@@ -48,14 +48,15 @@ def profile(
     unit = style.unit_of([one for group in groups for one in group], quantity)
     scale = 100 if unit == "%" else 1
     every = [scale * np.stack([one.values[quantity].numpy() for one in group]) for group in groups]
-    spreads = [style.spread(values, spread) for values in every]
+    style.check_spread(spread)
     ax = style.axes(ax)
     for number, (group, name) in enumerate(zip(groups, names, strict=True)):
         look, t, mean = style.line(number), group[0].t.numpy(), every[number].mean(0)
         ax.plot(t, mean, label=name, **look)
         ax.plot(t[[0, -1]], mean[[0, -1]], "o", color=look["color"], markersize=5, clip_on=False, zorder=3)
         if len(group) > 1:
-            style.band(ax, t, mean - spreads[number], mean + spreads[number], look["color"])
+            beside = style.spread(every[number], spread)
+            style.band(ax, t, mean - beside, mean + beside, look["color"])
             continue
         (one,) = group
         if quantity in style.PERCENT and getattr(one, "num_examples", 0):

@@ -66,16 +66,17 @@ def band(ax: Axes, x: Any, low: Any, high: Any, colour: str, *, label: str | Non
         ax.plot(x, edge, color=colour, linewidth=0.5, alpha=0.6)
 
 
-def spread(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
-    """Return the standard deviation of values ``(K, ...)`` over their K results, or its share that their mean has.
-
-    Of one result there is none: NaN.
-
-    Raises:
-        ValueError: If the kind is none of `SPREADS`.
-    """
+def check_spread(kind: Any) -> None:
+    """Raise a ValueError if a spread is none of `SPREADS`."""
     if not isinstance(kind, str) or kind not in SPREADS:
         raise ValueError(f"spread must be one of {', '.join(map(repr, SPREADS))}, got spread={kind!r:.80}.")
+
+
+def spread(values: np.ndarray[Any, Any], kind: str) -> np.ndarray[Any, Any]:
+    """Return the standard deviation of values ``(K, ...)`` over K results, or ("sem") the standard error of their mean.
+
+    Of one result there is none: NaN.
+    """
     with np.errstate(invalid="ignore"):  # values that are not finite have none
         deviation = values.std(0, ddof=1) if len(values) > 1 else np.full(values.shape[1:], np.nan)
     return deviation / (np.sqrt(len(values)) if kind == "sem" else 1)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from itertools import islice
 
@@ -64,6 +65,8 @@ class RelaxedStep(Shown):
         check_integers(self, "num_steps", "num_halvings", "num_samples", "num_parts", "seed")
         check_positive(self, "num_steps", "learning_rate", "nu", "num_samples", "num_parts")
         check_at_least(self, 0, "num_halvings", "penalty")
+        if math.isinf(self.penalty):
+            raise ValueError(f"penalty must be finite, got penalty={self.penalty!r}.")
 
     def __call__(self, b: Relabelled) -> None:
         """Relabel b further, in place."""
@@ -118,5 +121,5 @@ def _shift_to_sum_one(x: Tensor) -> Tensor:
     largest_first = x.sort(-1, descending=True).values
     counts = torch.arange(1, x.shape[-1] + 1, dtype=x.dtype, device=x.device)
     shifts = (1 - largest_first.cumsum(-1)) / counts  # if so many entries stay positive
-    positive = (largest_first + shifts > 0).sum(-1, keepdim=True)
+    positive = (largest_first + shifts > 0).sum(-1, keepdim=True).clamp(min=1)  # rounding may hide that one is
     return shifts.gather(-1, positive - 1)

@@ -95,15 +95,27 @@ def test_csv_holds_every_value(result, tmp_path):
 def test_npz_holds_every_value_under_its_name(result, tmp_path):
     result.to_npz(tmp_path / "result.npz")
     held = np.load(tmp_path / "result.npz")
-    expected = {"t": result.t, **result.values, **{f"own/{name}": value for name, value in result.own.items()}}
+    expected = {f"{kind}/{n}": value for kind in ("values", "own") for n, value in getattr(result, kind).items()}
+    expected |= {"t": result.t}
     expected |= {} if result.arc_length is None else {"arc_length": result.arc_length}
     for name, values in expected.items():
         assert held[name].dtype == np.float64
         np.testing.assert_array_equal(held[name], values)
     intervals = getattr(result, "interval", {})
     for row, bounds in intervals.items():
-        np.testing.assert_array_equal(np.stack([held[f"{row} low"], held[f"{row} high"]], 1), bounds)
+        np.testing.assert_array_equal(np.stack([held[f"values/{row} low"], held[f"values/{row} high"]], 1), bounds)
     assert len(held.files) == len(expected) + 2 * len(intervals)
+
+
+@pytest.mark.parametrize("name", ["file", "allow_pickle", "own/loss", "t", "arc_length"])
+def test_no_name_of_a_metric_meets_another_array(name, tmp_path):
+    profile = Profile(T, WAVE, None, 2 * T, metrics={} if name in ("t", "arc_length") else {name: RISING})
+    profile.to_npz(tmp_path / "result.npz")
+    held = np.load(tmp_path / "result.npz")
+    np.testing.assert_array_equal(held["values/loss"], WAVE)
+    np.testing.assert_array_equal(held["t"], T)
+    if f"values/{name}" in held:
+        np.testing.assert_array_equal(held[f"values/{name}"], RISING)
 
 
 @each_result
