@@ -80,7 +80,8 @@ class _Group(TyperGroup):
             raise typer.Exit(1) from None
         except (ValueError, OSError, FloatingPointError, ModuleNotFoundError) as error:
             if them.speaks:
-                say(f"error: {_in_options(str(error), context)}")
+                said = str(error)
+                say(f"error: {said if isinstance(error, parse.OptionError) else _in_options(said, context)}")
             raise typer.Exit(1) from None
         except KeyboardInterrupt:
             if them.is_first:
@@ -121,6 +122,12 @@ _OPTIONS = {
 }
 """What the command line calls arguments of the library that have another name there."""
 
+_PHRASES = {
+    "example_input=, a tensor (or tuple, or dict of keyword inputs) that the model accepts": "--input-shape N,C,H,W, "
+    "such as 2,3,32,32, or 2,16:int64 for tokens",
+}
+"""What is written in another way on the command line than in Python."""
+
 
 def _in_options(message: str, context: Any) -> str:
     """Return an error of the library with the options of the command at work in place of Python's arguments."""
@@ -128,6 +135,11 @@ def _in_options(message: str, context: Any) -> str:
     named = command.get_command(context, context.invoked_subcommand or "") if hasattr(command, "get_command") else None
     own = {name for parameter in getattr(named, "params", ()) for name in parameter.opts}
     names = {name.removeprefix("--").replace("-", "_"): name for name in own} | _OPTIONS
+    calls = re.findall(r"\b[A-Z]\w*\([^()]*\)", message)  # such as DataLoader(loader, batch_size=128): Python's own
+    for number, call in enumerate(calls):
+        message = message.replace(call, f"\0{number}\0")
+    for phrase, other in _PHRASES.items():
+        message = message.replace(phrase, other)
     for name, option in names.items():
         if option not in own:
             continue
@@ -140,6 +152,8 @@ def _in_options(message: str, context: Any) -> str:
     if in_python:
         are = "is an argument" if len(in_python) == 1 else "are arguments"
         message += f" ({' and '.join(in_python)} {are} in Python, which no option stands for.)"
+    for number, call in enumerate(calls):
+        message = message.replace(f"\0{number}\0", call)
     return message
 
 
@@ -402,10 +416,12 @@ def train(
             --model tinyten --adversary pgd --eps 8/255 \
             --step-size 2/255 --attack-steps 5
 
-        modeconn train c.safetensors --data digits --model mlp --epochs 20 \
+        modeconn train c.safetensors --data digits --epochs 20 \
+            --model mlp --model-arg hidden=128,128 \
             --validation 200 --validate-every 5 --keep-every 10
 
-        modeconn train snapshot.safetensors --data digits --model mlp \
+        modeconn train snapshot.safetensors --data digits \
+            --model mlp --model-arg hidden=128,128 \
             --start c.safetensors --cycles 4 --epochs 4 --schedule triangular
     """
     how, opponent = recipe.change(), adversary.opponent()
@@ -416,7 +432,9 @@ def train(
     outs = [out.with_name(f"{out.stem}-{number}{out.suffix}") for number in numbers] or [out]
     parts = [kept.with_name(f"{kept.name}.{number}") for number in numbers] or [kept]
     _check_outputs(*outs, *parts, watch.log)
-    _check_new(*outs, read=[] if start is None else [start], overwrite=overwrite)
+    read = [] if start is None else [start]
+    _check_new(*outs, read=read, overwrite=overwrite)
+    _check_new(watch.log, read=read, overwrite=True)  # a run that goes on goes on in it
     loader, test = data.load()
     network = parse.make_model(model, parse.settings(model_arg), loader, seed=seed)
     network = (network if start is None else models.load(start, network)).to(data.device)
@@ -427,11 +445,13 @@ def train(
             trained = [models.train(network, loader, callbacks=told, **settings)]
         else:
             trained = models.train_snapshots(network, loader, cycles=cycles, callbacks=told, **settings)
-        for one, path in zip(trained, outs, strict=False):  # fewer, if a callback ended the run
+        for one, path in zip(trained, outs, strict=True):
             models.save(one, path)
-    for one, path in zip(trained, outs, strict=False):
+    for one, path in zip(trained, outs, strict=True):
         typer.echo(f"{model} on the test set: {_one_line(modeconn.evaluate(one, test))}")
         typer.echo(f"Wrote {path}")
+    if ":" in model and not parse.says_that_it_makes_models(parse.imported(model)):
+        say(f"later commands need --model {model} for this file, unless {model} is annotated: -> torch.nn.Module.")
 
 
 @app.command()
@@ -644,6 +664,7 @@ def fit(
     kept = checkpoint or out.with_name(out.name + ".checkpoint")
     _check_outputs(out, kept, watch.log)
     _check_new(out, read=[a, b, *started], overwrite=overwrite)
+    _check_new(watch.log, read=[a, b, *started], overwrite=True)  # a run that goes on goes on in it
     watch.check(are_epochs=bool(settings["curve"].num_trained))
     loader, test = data.load()
     networks = shape.read((a, b), loader, data.device)
@@ -679,6 +700,7 @@ def _start(files: list[Path], shape: ModelOptions, train: Any, device: str) -> A
     "augment",
     "train_examples",
     "test_examples",
+    "validation",
     "data_seed",
     "input_shape",
     "outputs",

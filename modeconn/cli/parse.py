@@ -31,6 +31,11 @@ from modeconn.tools.checks import there_are
 from modeconn.tools.door import hints_of
 from modeconn.tools.rng import seeded
 
+
+class OptionError(ValueError):
+    """What is wrong with the value of an option, in the command line's own words."""
+
+
 CURVES = {"line": modeconn.Line, "bezier": modeconn.Bezier, "polychain": modeconn.PolyChain}
 METHODS = {
     "activation": modeconn.ActivationMatching,
@@ -110,6 +115,8 @@ def alignment(text: str) -> bool | Method | Relabelling:
     """Read ``none``, a method, or the name of a permutation file."""
     if text == "none":
         return False
+    if Path(text).suffix == ".safetensors" and not Path(text).is_file():
+        raise ValueError(f"--method {text}: there is no such file.")
     return Relabelling.load(text) if Path(text).is_file() else method(text)
 
 
@@ -242,10 +249,12 @@ def make_data(name: str, arguments: Mapping[str, Any]) -> tuple[Any, Any]:
     try:
         inspect.signature(factory).bind(**arguments)
     except TypeError as error:
-        raise ValueError(f"data {name!r} cannot be made: {error}. Pass --data-arg KEY=VALUE.") from None
+        takes = _takes("--data-arg", inspect.signature(factory).parameters)
+        raise OptionError(f"data {name!r} cannot be made: {error}. {takes}") from None
     loaders = _called(name, factory, arguments)
     if not isinstance(loaders, (tuple, list)) or len(loaders) != 2:
-        raise ValueError(f"{name} must return two loaders, to train and to measure on, got {type(loaders).__name__}.")
+        got = f"{len(loaders)} values" if isinstance(loaders, (tuple, list)) else type(loaders).__name__
+        raise ValueError(f"{name} must return two loaders, to train and to measure on, got {got}.")
     return loaders[0], loaders[1]
 
 
@@ -276,15 +285,21 @@ def enter_factory(path: Path) -> None:
         return
     module = name.partition(":")[0]
     found = None if module.partition(".")[0] in sys.stdlib_module_names else imported(name)
+    if not says_that_it_makes_models(found):
+        raise ValueError(
+            f"{str(path)!r} says that {name} made its model, which is neither a torch.nn.Module nor a function "
+            f"annotated to return one, so it is not called. Say it yourself, --model {name}, or annotate it, "
+            f"def {name.partition(':')[2]}(...) -> torch.nn.Module."
+        )
+    registry.enter(name, found)
+
+
+def says_that_it_makes_models(found: Any) -> bool:
+    """Whether something is a class of modules, or annotated to return one: files alone may have it called then."""
     result = (
         found if inspect.isclass(found) else getattr(found, "__annotations__", {}) and hints_of(found).get("return")
     )
-    if not (inspect.isclass(result) and issubclass(result, nn.Module)):
-        raise ValueError(
-            f"{str(path)!r} says that {name} made its model, which is neither a torch.nn.Module nor a function "
-            f"annotated to return one, so it is not called. Say it yourself: --model {name}."
-        )
-    registry.enter(name, found)
+    return inspect.isclass(result) and issubclass(result, nn.Module)
 
 
 def make_model(name: str, arguments: Mapping[str, Any], train: Any, *, seed: int = 0) -> nn.Module:
@@ -305,7 +320,7 @@ def make_model(name: str, arguments: Mapping[str, Any], train: Any, *, seed: int
     try:
         inspect.signature(factory).bind(**{**facts, **seeds, **arguments})
     except TypeError as error:
-        raise ValueError(f"model {name!r} cannot be made: {error}. Pass --model-arg KEY=VALUE.") from None
+        raise OptionError(f"model {name!r} cannot be made: {error}. {_takes('--model-arg', known)}") from None
     _check_lists(factory, arguments)
     with seeded(seed):
         model = _called(name, factory, {**facts, **seeds, **arguments})
@@ -314,6 +329,12 @@ def make_model(name: str, arguments: Mapping[str, Any], train: Any, *, seed: int
             raise ValueError(f"{name} must return a torch.nn.Module, got {type(model).__name__}.")
         registry.remember(model, name, {**facts, **arguments})
     return model
+
+
+def _takes(option: str, known: Mapping[str, inspect.Parameter]) -> str:
+    """Say which arguments a factory has."""
+    names = [name for name, one in known.items() if one.kind not in (one.VAR_POSITIONAL, one.VAR_KEYWORD)]
+    return f"{option} KEY=VALUE sets {', '.join(names)}." if names else f"It takes nothing: leave out {option}."
 
 
 def _check_lists(factory: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
@@ -367,7 +388,7 @@ def _call(text: str, choices: Mapping[str, Callable[..., Any]], what: str, **rea
         signature.bind(*positional, **named)
     except TypeError as error:
         known = ", ".join(signature.parameters) or "nothing"
-        raise ValueError(f"{what} {text!r}: {error}; {name} takes {known}.") from None
+        raise OptionError(f"{what} {text!r}: {error}; {name} takes {known}.") from None
     return make(*positional, **named)
 
 
@@ -378,7 +399,7 @@ def _partial(text: str, choices: Mapping[str, Callable[..., Any]], what: str) ->
     settable = [one.name for one in inspect.signature(function).parameters.values() if one.default is not one.empty]
     unknown = named.keys() - set(settable)
     if unknown:
-        raise ValueError(f"{what} {name!r} has no argument {min(unknown)!r}; it has {', '.join(settable) or 'none'}.")
+        raise OptionError(f"{what} {name!r} has no argument {min(unknown)!r}; it has {', '.join(settable) or 'none'}.")
     return partial(function, **named) if named else function
 
 

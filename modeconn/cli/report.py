@@ -197,7 +197,7 @@ def _held(file: File) -> str:
 
 
 def _pictures(part: Part) -> Iterator[str]:
-    """Yield every figure that there is of one file, as SVG."""
+    """Yield the figures of one file that belong into a report, as SVG."""
     from matplotlib.figure import Figure
 
     for name in (one for one in figures_of(part.file) if FIGURES[one].in_reports):

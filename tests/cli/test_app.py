@@ -848,7 +848,7 @@ def test_a_file_that_needs_its_model_is_not_called_damaged(own, tmp_path):
     ):
         models.load(tmp_path / "n.st")
     shape = ("--input-shape", "2,5")
-    assert "Say it yourself: --model" in run("symmetry", tmp_path / "n.st", *shape, code=1).stderr
+    assert "Say it yourself, --model" in run("symmetry", tmp_path / "n.st", *shape, code=1).stderr
     given = ("--model", "mine_of_the_test:net", "--model-arg", "width=6")
     assert "proved" in run("symmetry", tmp_path / "n.st", *shape, *given).stdout
     missing = run("symmetry", tmp_path / "gone.safetensors", *shape, code=1)
@@ -861,7 +861,7 @@ def test_what_does_not_say_that_it_makes_models_is_not_called_by_a_file(own, tmp
         network.zoo_entry = (name, {"width": 6})
         models.save(network, tmp_path / "n.st")
         result = run("evaluate", tmp_path / "n.st", *OWN_DATA, code=1)
-        assert "so it is not called. Say it yourself: --model" in result.stderr
+        assert "so it is not called. Say it yourself, --model" in result.stderr
     run("evaluate", tmp_path / "n.st", *OWN_DATA, "--model", "mine_of_the_test:net", "--model-arg", "width=6")
 
 
@@ -872,7 +872,7 @@ def test_what_does_not_say_that_it_makes_models_is_not_called_by_a_file(own, tmp
         (("--data", "mine_of_the_test:one"), "mine_of_the_test:one must return two loaders"),
         (("--data", "mine_of_the_test:none"), "cannot import 'mine_of_the_test:none'"),
         (("--data", "nowhere:data"), "cannot import 'nowhere:data': ModuleNotFoundError: No module named 'nowhere'"),
-        (("--data", "mine_of_the_test:data", "--data-arg", "m=3"), "Pass --data-arg KEY=VALUE"),
+        (("--data", "mine_of_the_test:data", "--data-arg", "m=3"), "--data-arg KEY=VALUE sets n."),
         (("--data", "mine_of_the_test:real"), "or forward=. (loss_fn= and forward= are arguments in Python, which no"),
         ((*OWN_DATA, "--batch-size", 3), "--root, --batch-size and --validation are for the data sets of modeconn"),
         (("--data", "digits", "--data-arg", "m=3"), "--data-arg is for the factory of --data package.module:factory"),
