@@ -159,8 +159,8 @@ class Path:
         if self.training.loader is None:
             raise ValueError(
                 f"between the ends of a connection {'repair' if repair else 'batch norm'} needs statistics of training "
-                "data, but this connection remembers none: it was loaded, or made without a loader. Pass recalibrate=, "
-                "a loader of such data."
+                "data, and none is remembered: a connection does so where it was fitted, not once loaded. Pass "
+                "recalibrate=, a loader of such data."
             )
         if limit not in self._calibration:
             check_whole(self.training.loader, sharded=self.training.sharded, name="recalibrate")

@@ -92,7 +92,7 @@ class Alignment(Shown):
         if not self.correlation:
             return super()._repr_html_()
         rows = [
-            [name, f"{before:.3f}", f"{after:.3f}", str(sum(self.constant_units.get(name, (0, 0))))]
+            [name, f"{before:.3f}", f"{after:.3f}", self._constant(name)]
             for name, (before, after) in self.correlation.items()
         ]
         table = html_table(["group", "correlation before", "after", "constant units"], rows)
@@ -105,10 +105,15 @@ class Alignment(Shown):
         lines = [f"Alignment({self.permutation!r})"]
         width = max(map(len, self.correlation), default=0)
         for name, (before, after) in self.correlation.items():
-            dead = sum(self.constant_units.get(name, (0, 0)))
-            note = f"  {dead} constant" if dead else ""
+            constant = self._constant(name)
+            note = f"  constant: {constant}" if constant else ""
             lines.append(f"  {name:{width}}  correlation {before:6.3f} -> {after:6.3f}{note}")
         return "\n".join(lines)
+
+    def _constant(self, name: str) -> str:
+        """Say how many units of a group never change; empty if none."""
+        counts = zip(self.constant_units.get(name, (0, 0)), "ab", strict=True)
+        return ", ".join(f"{count} of {end}" for count, end in counts if count)
 
 
 @checked

@@ -46,7 +46,10 @@ class Method(Protocol):
 def check_method(method: Any, *, name: str = "method") -> None:
     """Raise a ValueError unless ``method`` is an object that can match networks."""
     if isinstance(method, type) or not callable(getattr(method, "match", None)):
-        raise ValueError(f"{name} must be an object with a match(...), such as WeightMatching(), got {method!r}.")
+        others = ", or True, False, or what align returned" if name == "align" else ""
+        raise ValueError(
+            f"{name} must be an object with a match(...), such as WeightMatching(){others}, got {method!r}."
+        )
 
 
 def check_data(method: Any, loader: Iterable[Any] | None) -> None:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMappin
 from contextlib import contextmanager
 from typing import Any, Protocol, runtime_checkable
 
+import numpy as np
 import torch
 from torch import Tensor
 from torch.nn.utils.rnn import PackedSequence
@@ -61,7 +62,9 @@ def refused(inputs: Any) -> Iterator[None]:
         lines = str(error).strip().splitlines()
         said = lines[0] if lines else repr(error)
         way_out = "For batches that are no (inputs, targets) pass forward=."
-        if is_of_dtypes(said):
+        if "Long, Int" in said:  # what embeddings say
+            way_out = "Some inputs are places in a table, which have to be integers: let the loader yield int64."
+        elif is_of_dtypes(said):
             way_out = "Let the loader yield inputs of the dtype of the network's weights, or convert the network."
         raise ValueError(
             f"the model does not run on the inputs of a batch, {described(inputs)}: {said.removesuffix('.')}. {way_out}"
@@ -290,8 +293,11 @@ def check_pair(batch: Any, *, name: str = "loader", which: str = "its first batc
 
 def check_rereadable(loader: Any, *, name: str = "loader") -> None:
     """Raise unless ``loader`` can be read more than once; nothing is read."""
-    if isinstance(loader, Tensor):
-        raise ValueError(f"{name} must yield (inputs, targets) batches, got one tensor. {_WAY_OUT}")
+    if isinstance(loader, (Tensor, np.ndarray)):
+        what = "tensor" if isinstance(loader, Tensor) else "array"
+        raise ValueError(f"{name} must yield (inputs, targets) batches, got one {what}. {_WAY_OUT}")
+    if _is_one_batch(loader):
+        raise ValueError(f"{name} must yield batches, got one batch, inputs and targets. Pass a list of it, [(x, y)].")
     if isinstance(loader, Mapping):
         raise ValueError(f"{name} must yield batches, got one {type(loader).__name__}. {_WAY_OUT}")
     if isinstance(loader, Dataset) and not isinstance(loader, IterableDataset):
@@ -303,6 +309,14 @@ def check_rereadable(loader: Any, *, name: str = "loader") -> None:
         raise ValueError(f"{name} is no iterable of batches, got {type(loader).__name__}. {_WAY_OUT}")
     if isinstance(loader, Iterator):
         raise ValueError(f"{name} can be read only once (it is its own iterator). {_WAY_OUT}")
+
+
+def _is_one_batch(value: Any) -> bool:
+    """Whether a value is inputs and targets side by side, which taken for a list would be two batches."""
+    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(x, Tensor) for x in value)):
+        return False
+    inputs, targets = value
+    return 0 < targets.dim() < inputs.dim() and len(inputs) == len(targets)
 
 
 def first_batch(loader: Any, *, name: str = "loader") -> Any:

@@ -127,6 +127,9 @@ class Recipe(Shown):
     offload: bool = False
 
     def __post_init__(self) -> None:
+        for name, example in (("optimizer", "partial(torch.optim.Adam, lr=1e-3)"), ("schedule", "modeconn.one_cycle")):
+            if not callable(value := getattr(self, name)):
+                raise ValueError(f"{name} must be a function, such as {example}, got {name}={value!r:.80}.")
         check_settings(self)
         if self.epochs < 1:
             raise ValueError(f"epochs must be at least 1, got epochs={self.epochs}.")

@@ -6,6 +6,7 @@ from collections import OrderedDict, UserDict, namedtuple
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -348,6 +349,41 @@ def test_a_data_set_of_single_examples_is_no_loader():
         modeconn.models.train(nn.Linear(4, 3), examples)
     pairs = TensorDataset(torch.rand(2, 8, 4), torch.randint(3, (2, 8)))  # of which each item is a batch
     modeconn.models.train(nn.Linear(4, 3), DataLoader(pairs, batch_size=None), recipe=modeconn.Recipe(epochs=1))
+
+
+@pytest.mark.parametrize("kind", [tuple, list])
+def test_one_batch_and_arrays_are_no_loaders(kind):
+    x, y = torch.rand(8, 4), torch.randint(3, (8,))
+    net = nn.Sequential(nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    with pytest.raises(ValueError, match=r"got one batch, inputs and targets\. Pass a list of it, \[\(x, y\)\]"):
+        modeconn.align(net, net, kind((x, y)))
+    with pytest.raises(ValueError, match=r"got one array\. Pass a DataLoader") as told:
+        modeconn.align(net, net, np.zeros((500, 4)))
+    assert len(str(told.value)) < 200
+    assert modeconn.align(net, net, [x, x]).permutation.is_identity  # two batches of inputs
+
+
+def test_inputs_that_have_to_be_integers_are_told_so():
+    with pytest.raises(ValueError, match="let the loader yield int64"):
+        run(nn.Embedding(5, 3), torch.rand(4))
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (
+            {"optimizer": torch.optim.SGD([torch.ones(1)], lr=1.0)},
+            r"optimizer must be a function, such as partial\(torch",
+        ),
+        (
+            {"schedule": "one_cycle"},
+            r"schedule must be a function, such as modeconn\.one_cycle, got schedule='one_cycle'",
+        ),
+    ],
+)
+def test_recipes_say_what_their_functions_look_like(settings, message):
+    with pytest.raises(ValueError, match=message):
+        modeconn.Recipe(**settings)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv1d(4, 3, 1), nn.GRU(4, 3)], ids=repr)
