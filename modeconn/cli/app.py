@@ -44,7 +44,7 @@ from modeconn.tools import processes, program, provenance
 from modeconn.tools.json_files import KIND, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.progress import bars as progress_bars
-from modeconn.tools.writing import check_writable, write_text
+from modeconn.tools.writing import check_writable, made_folder, write_text
 
 _STDOUT = Path("-")
 _INTERRUPTED, _BROKEN_PIPE, _TERMINATED = 130, 141, 143  # 128 + SIGINT, SIGPIPE and SIGTERM, as shells have it
@@ -104,10 +104,6 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Connect independently trained neural networks by curves of low loss.\n\nBegin with: modeconn demo",
 )
-app.add_typer(deep_align.app, name="deepalign")
-for _command in (tensor_files.interpolate, tensor_files.diff, tensor_files.shuffle, tensor_files.verify):
-    app.command()(_command)
-app.command(name="add-task")(tensor_files.add_task)
 
 
 _OPTIONS = {
@@ -838,7 +834,8 @@ def robustness(
     check_holds_networks(*connections)
     endings = () if out == _STDOUT else ("json", "csv", "png")
     own = "robust" if on == "test" else f"robust.{on}"
-    bases = [(out if out and endings else path.parent) / f"{path.stem}.{own}" for path in connections]
+    folder = None if out is None or not endings else made_folder(out)
+    bases = [(folder or path.parent) / f"{path.stem}.{own}" for path in connections]
     results = [[base.with_name(f"{base.name}.{ending}") for ending in endings] for base in bases]
     _check_outputs(*(file for written in results for file in written))
     for written in results if endings and not overwrite else ():
@@ -1363,3 +1360,9 @@ def info(
         modeconn info curve.safetensors
     """
     typer.echo(_versions() if file is None else describe_file(file))
+
+
+app.add_typer(deep_align.app, name="deepalign")
+for _command in (tensor_files.interpolate, tensor_files.diff, tensor_files.shuffle, tensor_files.verify):
+    app.command()(_command)
+app.command(name="add-task")(tensor_files.add_task)

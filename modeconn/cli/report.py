@@ -149,21 +149,25 @@ def _curves(curves: Sequence[Part]) -> Iterator[str]:
     yield f'<div class="wide">{_barriers(curves)}</div>'
 
 
+_MAIN = ("loss", "accuracy", "clean accuracy", "worst accuracy")
+"""What the table of all curves has of each, where it was measured."""
+
+
 def _axis(curves: Sequence[Part], name: str) -> str:
     unit = next(part.file.result.quantity(name).unit for part in curves if name in part.file.result.values)
     return f"{name} ({unit})" if unit else name
 
 
 def _barriers(curves: Sequence[Part]) -> str:
-    """Return a table with a row for each curve: where its first quantity is at the ends, at worst, and its barrier."""
+    """Return a table of what one looks at first on each curve: at the ends, the least and the most, and the barrier."""
     rows = []
     for part in curves:
         result: AlongCurve = part.file.result
-        name, values = next(iter(result.values.items()))
-        form = result.quantity(name).form
-        told = [form.format(float(one)) for one in (values[0], values[-1], values.min(), values.max())]
-        barrier = result.barrier_of(name)
-        rows.append([part.name, name, *told, "" if barrier != barrier else form.format(barrier)])
+        for name in [one for one in _MAIN if one in result.values] or list(result.values)[:1]:
+            values, form = result.values[name], result.quantity(name).form
+            told = [form.format(float(one)) for one in (values[0], values[-1], values.min(), values.max())]
+            barrier = result.barrier_of(name)
+            rows.append([part.name, name, *told, "" if barrier != barrier else form.format(barrier)])
     return html_table(["", "quantity", "t=0", "t=1", "min", "max", "barrier"], rows, num_left=2)
 
 
