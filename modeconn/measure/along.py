@@ -257,7 +257,8 @@ class AlongCurve:
         return html_table(*self._table()) + "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
 
     def _title(self) -> str:
-        return f"{type(self).__name__}({len(self.t)} points, {self.num_examples} examples, {self.seconds:.1f} s)"
+        points = f"{len(self.t)} point{'s' * (len(self.t) != 1)}"
+        return f"{type(self).__name__}({points}, {self.num_examples} examples, {self.seconds:.1f} s)"
 
     def _remarks(self) -> list[str]:
         """Return sentences for below the table."""
@@ -269,15 +270,21 @@ class AlongCurve:
         return list(self.values)
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
-        """Return header and rows: values at the first and last position, own ends, extremes, means, barrier."""
-        places = (0, -1) if len(self.t) > 1 else (0,)
+        """Return header and rows: values at the first and last position, own ends, extremes, means, barrier.
+
+        Of one network there is its value alone.
+        """
+        are_several = len(self.t) > 1
+        places = (0, -1) if are_several else (0,)
         own = ["own t=0", "own t=1"] if self.own else []
-        header = ["", *(f"t={self.t[place]:g}" for place in places), *own, "min", "max", "mean", "arc mean", "barrier"]
+        about = ["min", "max", "mean", "arc mean", "barrier"] if are_several else []
+        is_of_curve = are_several or self.arc_length is not None
+        header = ["", *(f"t={self.t[place]:g}" if is_of_curve else "value" for place in places), *own, *about]
         rows = []
         for name in self._shown():
             ends = [float(self.values[name][place]) for place in places]
             came_with = self.own[name].tolist() if name in self.own else [math.nan] * len(own)
-            numbers = [*ends, *came_with, *self.summary()[name].values(), self.barrier_of(name)]
+            numbers = [*ends, *came_with, *([*self.summary()[name].values(), self.barrier_of(name)] if about else [])]
             form = self.quantity(name).form
             rows.append([name, *("" if math.isnan(number) else form.format(number) for number in numbers)])
         return header, rows
