@@ -54,7 +54,7 @@ class Curve(Shown, ABC):
 
     def frees(self, end: float) -> bool:
         """Whether `fit_curve` trains the end at t=0 or t=1, so that it need not be the network that was connected."""
-        return self.free_ends is True or self.free_ends == "ab"[int(end)]
+        return self.free_ends in (True, "ab"[int(end)])
 
     @property
     def num_trained(self) -> int:
