@@ -1,6 +1,7 @@
 """Damage files of every kind, thousands of them, and count what ends in anything but one clear sentence.
 
     python -m benchmarks.fuzz [--inputs 20000] [--seed 0] [--only NAME] [--processes 2] [--show] [--out FILE]
+        [--note TEXT]
 
 Each input is a good file with damage: cut off, bytes flipped, swapped, repeated or put in; or, of files of modeconn, a
 description or a shape replaced by a hostile value, with a new digest, as somebody could write who means harm. It is
@@ -13,9 +14,7 @@ The exit status is 1 if there is a bad one. Everything happens in a temporary fo
 
 from __future__ import annotations
 
-import argparse
 import collections
-import json
 import multiprocessing
 import os
 import random
@@ -33,8 +32,7 @@ from typing import Any
 
 from benchmarks.fuzz_damage import damaged, hostile
 from benchmarks.fuzz_files import TARGETS, Target
-from benchmarks.timing import CPU, described
-from modeconn.tools import writing
+from benchmarks.timing import add_run, entry, options_of
 
 SECONDS = 20
 MEMORY = 6 * 2**30
@@ -176,15 +174,17 @@ def run(targets: list[Target], inputs: int, seed: int, processes: int, tell: Cal
 
 def main() -> int:
     """Read damaged files and print how they ended."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_of(__doc__)
     parser.add_argument("--inputs", type=int, default=20_000)
     parser.add_argument("--seed", type=int, default=0, help="of the first input of each kind")
     parser.add_argument("--only", help="kinds whose names hold this")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="print an example of every refusal")
-    parser.add_argument("--out", type=Path, help="write the counts to this .json file")
     given = parser.parse_args()
     targets = [target for target in TARGETS if given.only is None or given.only in target.name]
+    if not targets:
+        names = ", ".join(target.name for target in TARGETS)
+        parser.error(f"--only: no kind's name holds {given.only!r}; there are {names}.")
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     examples: dict[tuple[str, str], str] = {}
 
@@ -208,10 +208,8 @@ def main() -> int:
     minutes = (time.perf_counter() - begin) / 60
     print(f"{sum(total.values())} inputs in {minutes:.1f} minutes, {sum(total.values()) / minutes:.0f} a minute")
     if given.out is not None:
-        arguments = {"inputs": given.inputs, "seed": given.seed, "processes": given.processes}
         endings = {name: {how: found[how] for how in hows} for name, found in counts.items()}
-        about = {"benchmark": "fuzz", "arguments": arguments, **described(CPU), "threads": 1}
-        writing.write_text(json.dumps({**about, "minutes": minutes, "endings": endings}, indent=1) + "\n", given.out)
+        add_run({**entry(given), "threads": 1, "minutes": minutes, "endings": endings}, given.out)
     return int(any(total[how] for how in hows[3:]))
 
 

@@ -1,11 +1,11 @@
 """Discover the symmetries of published models, small ones, and judge what is found by an oracle of its own.
 
-    python -m benchmarks.published [--only TEXT] [--processes 2] [--seconds 240] [--out results.jsonl]
-        [--record results.json]
+    python -m benchmarks.published [--only TEXT] [--processes 2] [--seconds 240] [--rows results.jsonl]
+        [--out results.json] [--note TEXT]
 
 The models are those of whatever of torchvision, timm (a small one of each family) and transformers (small
 configurations) is installed; no weights are downloaded. Under ``torchrun`` the processes share the models, each with a
-file of its own beside ``--out`` until all are done. Of each:
+file of its own beside ``--rows`` until all are done. Of each:
 
 - ``right``: relabelled networks with redrawn weights return what they did, all groups at once and some alone
   (benchmarks/published_oracle.py, which uses nothing but state dicts); ``proved`` if `verify` says so too;
@@ -15,7 +15,7 @@ file of its own beside ``--out`` until all are done. Of each:
 
 ``ratio`` is the time of discovery over that of the two plain exports (`torch.export` in eval and train mode, with a
 free batch where the model allows one). ``first only`` is log10 of the group if only the first output counts. A file
-that exists is gone on with.
+of rows that exists is gone on with.
 """
 
 from __future__ import annotations
@@ -34,7 +34,6 @@ import time
 import warnings
 from concurrent.futures import ThreadPoolExecutor, as_completed
 from importlib import metadata
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -43,8 +42,8 @@ from torch.utils import _pytree as pytree
 import modeconn
 from benchmarks.published_models import NotBuiltError, Subject, call, subjects
 from benchmarks.published_oracle import TOLERANCE, CannotJudgeError, worst_change
-from benchmarks.timing import CPU, described, environment
-from modeconn.tools import processes, writing
+from benchmarks.timing import CPU, add_run, entry, environment, options_of, writable_path
+from modeconn.tools import processes
 
 MEMORY = 9 * 2**30
 
@@ -210,15 +209,13 @@ def summary(rows: list[dict[str, Any]]) -> str:
 
 def record(rows: list[dict[str, Any]], given: argparse.Namespace) -> dict[str, Any]:
     """Return what is kept of a run: how many models ended how, by library, and what was found of those judged."""
-    about = described(CPU)
+    about = entry(given)
     counts: dict[str, collections.Counter[str]] = collections.defaultdict(collections.Counter)
     for row in rows:
         counts[row["model"].partition("/")[0]][row["how"]] += 1
     about["versions"] |= {library: metadata.version(library) for library in counts}
     judged = [row for row in rows if row["how"] != "not judged"]
     return {
-        "benchmark": "published",
-        "arguments": {"processes": given.processes, "seconds": given.seconds},
         **about,
         "libraries": counts,
         "of one path": sum(bool(row.get("one_path")) for row in judged),
@@ -228,12 +225,13 @@ def record(rows: list[dict[str, Any]], given: argparse.Namespace) -> dict[str, A
 
 def main() -> int:
     """Try models and print what was found."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = options_of(__doc__)
     parser.add_argument("--only", help="models whose library/name holds this; several by commas")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--seconds", type=float, default=240, help="at most, for one model")
-    parser.add_argument("--out", type=Path, help="a file with a line of JSON for each model; what it holds is kept")
-    parser.add_argument("--record", type=Path, help="write what was found of all, with versions, to this .json file")
+    parser.add_argument(
+        "--rows", type=writable_path, help="a file with a line of JSON for each model; what it holds is kept"
+    )
     given = parser.parse_args()
     with processes.launched(), processes.together() as them:
         rows = tried(given, them)
@@ -241,17 +239,17 @@ def main() -> int:
             rows = sorted(rows, key=lambda row: row["model"])
             print(environment(CPU))
             print(summary(rows))
-            if given.record:
-                writing.write_text(json.dumps(record(rows, given), indent=1) + "\n", given.record)
+            if given.out:
+                add_run(record(rows, given), given.out)
     return int(any(row["how"] in ("wrong", "crash") for row in rows))
 
 
 def tried(given: argparse.Namespace, them: processes.Processes) -> list[dict[str, Any]]:
     """Try the models that are left, under ``torchrun`` those of this process; return what was found of all."""
-    own = given.out
+    own = given.rows
     if own and them.size > 1:
-        own = given.out.with_name(f"{given.out.stem}.process-{them.rank}{given.out.suffix}")
-    known = [path for path in (given.out, *([own] if own != given.out else [])) if path and path.exists()]
+        own = given.rows.with_name(f"{given.rows.stem}.process-{them.rank}{given.rows.suffix}")
+    known = [path for path in (given.rows, *([own] if own != given.rows else [])) if path and path.exists()]
     rows = [json.loads(line) for path in known for line in path.read_text().splitlines()]
     done = {row["model"] for part in them.each(lambda: rows) for row in part}
     wanted = given.only.split(",") if given.only else [""]
@@ -269,8 +267,8 @@ def tried(given: argparse.Namespace, them: processes.Processes) -> list[dict[str
                 with own.open("a") as file:
                     file.write(json.dumps(row) + "\n")
     found = {row["model"]: row for part in them.each(lambda: rows) for row in part}
-    if given.out and them.size > 1 and them.is_first:
-        given.out.write_text("".join(json.dumps(row) + "\n" for row in found.values()))
+    if given.rows and them.size > 1 and them.is_first:
+        given.rows.write_text("".join(json.dumps(row) + "\n" for row in found.values()))
     return list(found.values())
 
 

@@ -24,16 +24,18 @@ Rivals = dict[str, Callable[[], object]]
 CPU = torch.device("cpu")
 
 
-def options_of(text: str, *, rounds: int) -> argparse.ArgumentParser:
-    """Return a parser with what every benchmark of speed takes: ``--rounds``, ``--out`` and ``--note``.
+def options_of(text: str, *, rounds: int | None = None) -> argparse.ArgumentParser:
+    """Return a parser with what every benchmark that keeps its runs takes: ``--out``, ``--note``, often ``--rounds``.
 
     Args:
         text: What the benchmark says of itself.
-        rounds: The number of rounds if none is given.
+        rounds: The number of rounds if none is given; None if there are no rounds.
     """
     parser = argparse.ArgumentParser(description=text, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=_rounds, default=rounds, help=f"how often each is timed (default: {rounds})")
-    parser.add_argument("--out", type=_report, help="a .json file to which this run is added")
+    if rounds is not None:
+        help_of_rounds = f"how often each is timed (default: {rounds})"
+        parser.add_argument("--rounds", type=_rounds, default=rounds, help=help_of_rounds)
+    parser.add_argument("--out", type=json_path, help="a .json file to which this run is added")
     parser.add_argument("--note", default="", help="what the file shall say of this run, such as what else was busy")
     return parser
 
@@ -44,19 +46,69 @@ def _rounds(text: str) -> int:
     return int(text)
 
 
-def _report(text: str) -> Path:
-    """Return the path of a file that a run can be added to."""
-    path = Path(text)
-    if path.suffix != ".json":
-        raise argparse.ArgumentTypeError(f"{text!r} does not end in .json, which is what is written.")
+def writable_path(text: str) -> Path:
+    """Return the path of a file that is there or can be made; the ``type`` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: If it cannot be written to, naming it and the reason.
+    """
     try:
-        writing.check_writable(path)
-        runs = json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+        writing.check_writable(text)
+    except OSError as error:
+        raise argparse.ArgumentTypeError(str(error)) from None
+    return Path(text)
+
+
+def json_path(text: str) -> Path:
+    """Return the path of a file of this benchmark's runs, which is there or can be made; the ``type`` of an option.
+
+    Raises:
+        argparse.ArgumentTypeError: If a run cannot be added to it, or it holds runs of another benchmark.
+    """
+    if not text.endswith(".json"):
+        raise argparse.ArgumentTypeError(f"{text!r} does not end in .json, which is what is written.")
+    path = writable_path(text)
+    try:
+        runs = _runs(path)
     except (OSError, ValueError) as error:
         raise argparse.ArgumentTypeError(f"{text!r} cannot be added to: {error}") from None
-    if not isinstance(runs, list) or not all(isinstance(run, dict) and "measured" in run for run in runs):
-        raise argparse.ArgumentTypeError(f"{text!r} holds no runs of a benchmark of speed; name another file.")
+    if not isinstance(runs, list) or not all(isinstance(run, dict) and "benchmark" in run for run in runs):
+        raise argparse.ArgumentTypeError(f"{text!r} holds no runs of a benchmark; name another file.")
+    for other in {run["benchmark"] for run in runs} - {_benchmark()}:
+        raise argparse.ArgumentTypeError(f"{text!r} holds runs of {other}, not of {_benchmark()}; name another file.")
     return path
+
+
+def entry(options: argparse.Namespace, device: torch.device = CPU) -> dict[str, Any]:
+    """Return how the entry of a run begins: benchmark, arguments, what `described` says, and the note, if there is one.
+
+    Paths are no arguments: they are of this machine, and say nothing of what was found.
+
+    Args:
+        options: What `options_of` made of the command line.
+        device: Where the work is done.
+    """
+    given = vars(options).items()
+    kept = {name: it for name, it in given if name not in ("out", "note") and not isinstance(it, Path)}
+    return {
+        "benchmark": _benchmark(),
+        "arguments": json.loads(json.dumps(kept, default=str)),
+        **described(device),
+        **({"note": options.note} if options.note else {}),
+    }
+
+
+def add_run(run: dict[str, Any], path: Path) -> None:
+    """Add a run to those that a file holds; all or nothing."""
+    writing.write_text(json.dumps([*_runs(path), run], indent=1) + "\n", path)
+
+
+def _runs(path: Path) -> Any:
+    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else []
+
+
+def _benchmark() -> str:
+    return Path(sys.argv[0]).stem
 
 
 class Report:
@@ -73,14 +125,7 @@ class Report:
 
     def __init__(self, options: argparse.Namespace, device: torch.device = CPU) -> None:
         self._out = options.out
-        given = {name: value for name, value in vars(options).items() if name not in ("out", "note")}
-        self.content: dict[str, Any] = {
-            "benchmark": Path(sys.argv[0]).stem,
-            "arguments": json.loads(json.dumps(given, default=str)),
-            **described(device),
-            **({"note": options.note} if options.note else {}),
-            "measured": {},
-        }
+        self.content: dict[str, Any] = {**entry(options, device), "measured": {}}
         print(environment(device), flush=True)
 
     def add(
@@ -115,8 +160,7 @@ class Report:
         """Add the run, with what else is to be kept of it, to the file that was asked for; all or nothing."""
         self.content |= more
         if self._out is not None:
-            runs = json.loads(self._out.read_text(encoding="utf-8")) if self._out.exists() else []
-            writing.write_text(json.dumps([*runs, self.content], indent=1) + "\n", self._out)
+            add_run(self.content, self._out)
 
 
 def described(device: torch.device) -> dict[str, Any]:
@@ -170,7 +214,7 @@ def summary(values: Sequence[float]) -> dict[str, Any]:
 
 
 def compared(ours: Sequence[float], theirs: Sequence[float]) -> dict[str, Any]:
-    """Return the same of the rounds' ratios, but for the best: the ratio of the best times, which noise spares."""
+    """Return n, median and quartiles of the ratios of the rounds, and the ratio of the best times."""
     found = summary([x / y for x, y in zip(ours, theirs, strict=True)])
     del found["best"]
     return {**found, "of best times": min(ours) / min(theirs)}

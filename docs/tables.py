@@ -643,36 +643,88 @@ SPEED = ("curve_step", "evaluate", "plane", "align", "adversarial", "pam_step", 
 
 
 def speed() -> Table:
-    """Return every ratio of times that the benchmarks of speed found, with the machine of each."""
-    runs = [run for name in SPEED for run in _read(name)]
+    """Return the ratios of times that the benchmarks of speed found last."""
+    found = [one for name in SPEED for one in _newest(name)]
     rows = [
         [
-            run["benchmark"],
-            what,
+            one.run["benchmark"],
+            one.what,
             ratio,
-            f"{row['median']:.3f}",
-            "{:.3f} to {:.3f}".format(*row["quartiles"]),
-            str(row["n"]),
+            f"{row['median']:.3f}" if "median" in row else "",
+            "{:.3f} to {:.3f}".format(*row["quartiles"]) if "quartiles" in row else "",
+            str(row.get("n", "")),
             f"{row['of best times']:.3f}" if "of best times" in row else "",
-            _machine(run).partition(";")[0],
+            one.machine,
         ]
-        for run in runs
-        for what, one in run["measured"].items()
-        for ratio, row in one["ratios"].items()
+        for one in found
+        for ratio, row in one.values["ratios"].items()
     ]
-    header = ["script", "what ran", "ratio", "median", "quartiles", "n", "of best times", "on"]
-    return Table(header, rows, f"{_notes(runs)} {_versions(runs)}.")
+    return _by_machine(["script", "what ran", "ratio", "median", "quartiles", "n", "of best times"], rows, found)
+
+
+@dataclass(frozen=True)
+class _Measured:
+    """One thing that a run of a benchmark of speed measured.
+
+    Args:
+        what: Its name.
+        values: What was found of it.
+        run: The run, with all else that it found.
+    """
+
+    what: str
+    values: Mapping[str, Any]
+    run: Mapping[str, Any]
+
+    @property
+    def machine(self) -> str:
+        return _machine(self.run).partition(";")[0]
+
+
+def _newest(name: str) -> list[_Measured]:
+    """Return each thing that a file's runs measured, from the last run that did: runs are added at its end."""
+    return list(
+        {what: _Measured(what, one, run) for run in _read(name) for what, one in run["measured"].items()}.values()
+    )
+
+
+def _by_machine(
+    header: Sequence[str], rows: Sequence[Sequence[str]], found: Sequence[_Measured], about: str = ""
+) -> Table:
+    """Return a table of rows that end in their machine, which gets a column if there are several, else stands below.
+
+    Args:
+        header: Names of the columns, without the machine's.
+        rows: The cells, with the machine's.
+        found: What the rows are of.
+        about: What is said first below.
+    """
+    machines = {row[-1] for row in rows}
+    runs = _runs(found)
+    if len(machines) > 1:
+        return Table([*header, "on"], rows, _sentences(about, _notes(runs), _versions(runs)))
+    below = _sentences(about, _notes(runs), f"{'; '.join(machines)}; {_versions(runs)}")
+    return Table(header, [row[:-1] for row in rows], below)
+
+
+def _runs(found: Sequence[_Measured]) -> list[Mapping[str, Any]]:
+    return list({id(one.run): one.run for one in found}.values())
+
+
+def _sentences(*texts: str) -> str:
+    """Write texts that are not empty one after another, each with a full stop."""
+    return " ".join(f"{text.removesuffix('.')}." for text in texts if text)
 
 
 def _notes(runs: Sequence[Mapping[str, Any]]) -> str:
-    """Return what runs say of themselves, each once, with whose it is."""
+    """Return what runs say of themselves, each once, with whose it is; empty if none says anything."""
     told: dict[str, dict[str, None]] = {}
     for run in runs:
-        if "note" in run:
+        if run.get("note"):
             machine = _machine(run).partition(";")[0]
             told.setdefault(run["note"], {})[f"{run['benchmark']} ({machine})"] = None
     whose = [f": {', '.join(names)}" if len(runs) > 1 else "" for names in told.values()]
-    return " ".join(f"{note[0].upper()}{note[1:]}{names}." for note, names in zip(told, whose, strict=True))
+    return _sentences(*(f"{note[0].upper()}{note[1:]}{names}" for note, names in zip(told, whose, strict=True)))
 
 
 def _versions(runs: Sequence[Mapping[str, Any]]) -> str:
@@ -681,57 +733,58 @@ def _versions(runs: Sequence[Mapping[str, Any]]) -> str:
 
 def discovery() -> Table:
     """Return what discovery takes, by model."""
-    (run,) = _read("discover")
+    found = _newest("discover")
     rows = [
         [
-            model,
-            f"{one['seconds']['export']['median']:.2f}",
-            f"{one['seconds']['walk']['median']:.3f}",
-            _middle(one["ratios"]["walk / export"], ".1%"),
-            f"{one['MB above']:.0f}",
-            str(one["nodes"]),
-            str(one["groups"]),
-            f"{one['log10 of the group']:,.0f}",
+            one.what,
+            f"{one.values['seconds']['export']['median']:.2f}",
+            f"{one.values['seconds']['walk']['median']:.3f}",
+            _middle(one.values["ratios"]["walk / export"], ".1%"),
+            str(one.values["ratios"]["walk / export"]["n"]),
+            f"{one.values['MB above']:.0f}",
+            str(one.values["nodes"]),
+            str(one.values["groups"]),
+            f"{one.values['log10 of the group']:,.0f}",
+            one.machine,
         ]
-        for model, one in run["measured"].items()
+        for one in found
     ]
-    header = ["model", "export, s", "walk, s", "walk / export", "MB above", "nodes", "groups", "log10 of the group"]
-    return Table(header, rows, f"Medians and quartiles of {run['arguments']['rounds']} runs. {_machine(run)}.")
+    sizes = ["MB above", "nodes", "groups", "log10 of the group"]
+    header = ["model", "export, s", "walk, s", "walk / export", "n", *sizes]
+    return _by_machine(header, rows, found, "Medians and quartiles")
 
 
 def matching() -> Table:
     """Return what weight matching takes beside the products and assignments that it cannot do without."""
-    runs = _read("match")
+    found = _newest("match")
     rows = [
         [
-            what,
-            str(one["groups"]),
-            *(f"{one['seconds'][part]['best']:.3f}" for part in ("match", "bound", "products", "assignments")),
+            one.what,
+            str(one.values["groups"]),
+            *(f"{one.values['seconds'][part]['best']:.3f}" for part in ("match", "bound", "products", "assignments")),
             f"{row['of best times']:.2f}",
             _middle(row, ".2f") if "median" in row else "",
             str(row["n"]),
-            f"{_machine(run).partition(';')[0]}{', processor time' if run['arguments']['cpu'] else ''}",
+            f"{one.machine}{', processor time' if one.run['arguments']['cpu'] else ''}",
         ]
-        for run in runs
-        for what, one in run["measured"].items()
-        for row in one["ratios"].values()
+        for one in found
+        for row in one.values["ratios"].values()
     ]
     times = ["seconds", "bound, s", "products", "assignments", "ratio"]
-    header = ["networks", "groups", *times, "median of ratios (quartiles)", "n", "on"]
-    return Table(header, rows, f"Seconds and ratio: best of n rounds. {_notes(runs)} {_versions(runs)}.")
+    header = ["networks", "groups", *times, "median of ratios (quartiles)", "n"]
+    return _by_machine(header, rows, found, "Seconds and ratio: best of n rounds")
 
 
 def threads() -> Table:
     """Return what an attack takes on a busy machine, by how many threads there are and how they wait."""
-    rows = []
-    for run in _read("threads"):
-        ((what, one),) = run["measured"].items()
-        for name in (name for name in one["seconds"] if f"{name}, processor time" in one["seconds"]):
-            both = [one["seconds"][kind] for kind in (name, f"{name}, processor time")]
-            cells = [_middle(row, ".1f") for row in both]
-            rows.append([name, *cells, str(both[0]["n"]), what, _machine(run).partition(";")[0]])
-    header = ["", "seconds", "seconds of processor time", "n", "what ran", "on"]
-    return Table(header, rows, f"Medians and quartiles. {_versions(_read('threads'))}.")
+    found, rows = _newest("threads"), []
+    for one in found:
+        seconds = one.values["seconds"]
+        for name in (name for name in seconds if f"{name}, processor time" in seconds):
+            both = [seconds[kind] for kind in (name, f"{name}, processor time")]
+            rows.append([name, *(_middle(row, ".1f") for row in both), str(both[0]["n"]), one.what, one.machine])
+    header = ["", "seconds", "seconds of processor time", "n", "what ran"]
+    return _by_machine(header, rows, found, "Medians and quartiles")
 
 
 def _middle(row: Mapping[str, Any], form: str) -> str:
@@ -752,94 +805,91 @@ def files() -> Table:
         "align orthogonal": "align with what was rotated",
         "strangers": "align of two strangers, permutations",
     }
-    (run,) = _read("tensor_files")
+    found = {one.what: one for one in _newest("tensor_files")}
     rows = []
     for key, name in names.items():
-        one = run["measured"][key]
+        one = found[key].values
         distance = one.get("largest relative difference")
         (seconds,) = one["seconds"].values()
         rows.append(
             [
                 name,
+                f"{found[key].run['weights'] / 1e6:,.0f}",
                 f"{seconds['median']:,.1f}",
+                str(seconds["n"]),
                 f"{one['most bytes'] / 1e9:.2f}" if key != "copy" else "",
                 "" if distance is None else "every bit" if distance == 0 else f"{distance:.4f} of a tensor's norm",
+                found[key].machine,
             ]
         )
-    size = f"{run['weights']:,} weights in bfloat16, {run['bytes'] / 1e9:.2f} GB; {run['arguments']['rounds']} run each"
-    return Table(["", "seconds", "most memory, GB", "found back"], rows, f"{size}. {_notes([run])} {_machine(run)}.")
+    header = ["", "million weights", "seconds", "n", "most memory, GB", "found back"]
+    return _by_machine(header, rows, list(found.values()), "Weights in bfloat16; medians of n runs")
 
 
 def large_groups() -> Table:
     """Return what one assignment and one Procrustes problem of many units take."""
-    runs = _read("large_groups")
+    found = _newest("large_groups")
     rows = [
         [
             what,
-            f"{one['units']:,}",
-            one["similarities"],
+            f"{one.values['units']:,}",
+            one.values["similarities"],
             f"{row['median']:,.1f}",
             "{:,.1f} to {:,.1f}".format(*row["quartiles"]) if row["n"] > 1 else "",
             str(row["n"]),
-            f"{one['bytes'] / 1e9:.1f}",
-            _machine(run).partition(";")[0],
+            f"{one.values['bytes'] / 1e9:.1f}",
+            one.machine,
         ]
-        for run in runs
-        for one in run["measured"].values()
-        for what, row in one["seconds"].items()
+        for one in found
+        for what, row in one.values["seconds"].items()
     ]
-    header = ["", "units", "similarities of", "seconds", "quartiles", "n", "GB", "on"]
-    return Table(header, rows, f"{_notes(runs)} {_versions(runs)}.")
+    return _by_machine(["", "units", "similarities of", "seconds", "quartiles", "n", "GB"], rows, found)
 
 
 def large_curves() -> Table:
     """Return what a step of a curve between networks of 100 million weights takes, and how much memory the fit."""
+    found = [one for name in ("large_curve", "large_curve_h100", "large_curve_h200") for one in _newest(name)]
     rows = []
-    for name in ("large_curve", "large_curve_h100", "large_curve_h200"):
-        for run in _read(name):
-            given = run["arguments"]
-            batch, length = given["batch"]
-            for one in run["measured"].values():
-                row = one["ratios"]["curve / ordinary"]
-                rows.append(
-                    [
-                        _machine(run).partition(";")[0],
-                        f"{given['dtype']}{', offloaded' if given['offload'] else ''}",
-                        f"{one['weights'] / 1e6:.0f}",
-                        f"{batch} × {length}",
-                        f"{one['most bytes'] / 1e9:.2f}",
-                        f"{1e3 * one['seconds']['curve']['median']:.0f}",
-                        f"{1e3 * one['seconds']['ordinary']['median']:.0f}",
-                        f"{row['median']:.2f}",
-                        "{:.2f} to {:.2f}".format(*row["quartiles"]) if "quartiles" in row else "",
-                    ]
-                )
-    sizes = ["on", "control points", "million weights", "batch", "GB"]
-    return Table([*sizes, "a step, ms", "ordinary step, ms", "ratio", "quartiles"], rows)
+    for one in found:
+        given = one.run["arguments"]
+        batch, length = given["batch"]
+        row, seconds = one.values["ratios"]["curve / ordinary"], one.values["seconds"]
+        rows.append(
+            [
+                f"{given['dtype']}{', offloaded' if given['offload'] else ''}",
+                f"{one.values['weights'] / 1e6:.0f}",
+                f"{batch} × {length}",
+                f"{one.values['most bytes'] / 1e9:.2f}",
+                f"{1e3 * seconds['curve']['median']:.0f}",
+                f"{1e3 * seconds['ordinary']['median']:.0f}",
+                f"{row['median']:.2f}",
+                "{:.2f} to {:.2f}".format(*row["quartiles"]) if "quartiles" in row else "",
+                one.machine,
+            ]
+        )
+    sizes = ["control points", "million weights", "batch", "GB"]
+    return _by_machine([*sizes, "a step, ms", "ordinary step, ms", "ratio", "quartiles"], rows, found)
 
 
 def processes() -> Table:
-    """Return predicted and measured seconds of a step that several processes share, in every run."""
-    runs = _read("processes")
-    rows = []
-    for number, run in enumerate(runs, start=1):
-        for one in run["measured"].values():
-            step, predicted = one["seconds"]["step"], one["predicted seconds"]
-            rows.append(
-                [
-                    f"{one['weights']:,}",
-                    str(one["processes"]),
-                    str(number),
-                    f"{1e3 * predicted:.1f}",
-                    f"{1e3 * step['median']:.1f}",
-                    "{:.1f} to {:.1f}".format(*(1e3 * x for x in step["quartiles"])) if "quartiles" in step else "",
-                    str(step["n"]),
-                    f"{step['median'] / predicted:.2f}",
-                ]
-            )
-    notes = " ".join(f"Run {number}: {run['note']}." for number, run in enumerate(runs, start=1))
-    header = ["weights", "processes", "run", "predicted, ms", "measured, ms", "quartiles", "n", "ratio"]
-    return Table(header, rows, f"{notes} {runs[0]['cores']} cores. {_machine(runs[0])}.")
+    """Return predicted and measured seconds of a step that several processes share."""
+    found, rows = _newest("processes"), []
+    for one in found:
+        step, predicted = one.values["seconds"]["step"], one.values["predicted seconds"]
+        rows.append(
+            [
+                f"{one.values['weights']:,}",
+                str(one.values["processes"]),
+                f"{1e3 * predicted:.1f}",
+                f"{1e3 * step['median']:.1f}",
+                "{:.1f} to {:.1f}".format(*(1e3 * x for x in step["quartiles"])) if "quartiles" in step else "",
+                str(step["n"]),
+                f"{step['median'] / predicted:.2f}",
+                f"{one.run['cores']} cores, {one.machine}",
+            ]
+        )
+    header = ["weights", "processes", "predicted, ms", "measured, ms", "quartiles", "n", "ratio"]
+    return _by_machine(header, rows, found)
 
 
 # -- runs and files that survive
@@ -855,9 +905,14 @@ def kills() -> Table:
     return Table(["command", "runs", "kills", "equal bits", "other bits", "failed", "left something"], rows, note)
 
 
+def _last_of_all(name: str) -> dict[str, Any]:
+    """Return the last run of a file that left nothing out."""
+    return next(run for run in reversed(_read(name)) if run["arguments"]["only"] is None)
+
+
 def damage() -> Table:
     """Return how the reading of damaged files ended, by what was read."""
-    found = _read("fuzz")
+    found = _last_of_all("fuzz")
     groups = {
         "files of modeconn": lambda name: not name.startswith(("info of", "plot of", *_FOREIGN)),
         "the same, by modeconn info": lambda name: name.startswith("info of"),
@@ -871,8 +926,8 @@ def damage() -> Table:
         counts = [row for name, row in found["endings"].items() if belongs(name)]
         rows.append([title, *(f"{sum(row[how] for row in counts):,}" for how in header)])
     num_inputs = sum(sum(row.values()) for row in found["endings"].values())
-    note = f"{num_inputs:,} inputs in {found['minutes']:.0f} minutes; {found['note']}. {_machine(found)}."
-    return Table(["", *header], rows, note)
+    about = f"{num_inputs:,} inputs in {found['minutes']:.0f} minutes"
+    return Table(["", *header], rows, _sentences(about, _notes([found]), _machine(found)))
 
 
 _FOREIGN = ("state dict", "cifar10", "mnist", "tiny imagenet")
@@ -880,7 +935,7 @@ _FOREIGN = ("state dict", "cifar10", "mnist", "tiny imagenet")
 
 def published() -> Table:
     """Return how discovery fared on published models, by library."""
-    found = _read("published")
+    found = _last_of_all("published")
     header = list(dict.fromkeys(how for row in found["libraries"].values() for how in row))
     counts = [{how: row.get(how, 0) for how in header} for row in found["libraries"].values()]
     counts.append({how: sum(row[how] for row in counts) for how in header})
@@ -890,13 +945,13 @@ def published() -> Table:
     ]
     ratios = [one["ratio"] for one in found["models"] if "ratio" in one]
     low, middle, high = statistics.quantiles(ratios, n=4, method="inclusive")
-    slowest = max(found["models"], key=lambda one: one["seconds"])
-    note = (
+    slowest = max(found["models"], key=lambda one: one.get("seconds", 0))
+    about = (
         f"{found['of one path']} of one path (recorded on a run); discovery over two plain exports: median "
         f"{middle:.2f}, quartiles {low:.2f} to {high:.2f}, n={len(ratios)}; slowest discovery: {slowest['model']}, "
-        f"{slowest['seconds']:.1f} s. {_machine(found)}."
+        f"{slowest['seconds']:.1f} s"
     )
-    return Table(["library", "models", *header], rows, note)
+    return Table(["library", "models", *header], rows, _sentences(about, _notes([found]), _machine(found)))
 
 
 def versions() -> Table:

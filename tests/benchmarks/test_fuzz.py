@@ -1,5 +1,6 @@
 """A small share of benchmarks/fuzz.py: no damaged file ends in anything but one sentence that names it."""
 
+import json
 import os
 
 import pytest
@@ -43,6 +44,36 @@ def test_the_count_sees_what_must_not_happen(tmp_path):
             endings = list(fuzz.batch(target, range(4)))
         assert {ending.how for ending in endings} <= {how, "accepted"} and any(one.how == how for one in endings)
     assert not path.exists()
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="damaged files are read in processes that may die")
+def test_a_run_of_some_kinds_is_added_as_one_of_some_kinds(tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    for words in (["--only", "spec"], ["--only", "spec", "--note", "nothing else ran"]):
+        words = [*words, "--inputs", "2", "--processes", "1", "--out", "x.json"]
+        monkeypatch.setattr("sys.argv", ["fuzz.py", *words])
+        assert fuzz.main() == 0
+    runs = json.loads((tmp_path / "x.json").read_text())
+    assert [run.get("note") for run in runs] == [None, "nothing else ran"]
+    for run in runs:
+        assert run["benchmark"] == "fuzz" and run["arguments"]["only"] == "spec" and run["versions"]
+        assert run["endings"].keys() == {target.name for target in TARGETS if "spec" in target.name}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--out", "nowhere/x.json"], "cannot write 'nowhere/x.json'"),
+        (["--only", "nonsense"], "no kind's name holds 'nonsense'; there are network, "),
+    ],
+)
+def test_what_cannot_be_done_is_refused_before_anything_is_read(words, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("sys.argv", ["fuzz.py", *words])
+    monkeypatch.setattr(fuzz, "run", lambda *_: pytest.fail("files were read"))
+    with pytest.raises(SystemExit):
+        fuzz.main()
+    assert message in capsys.readouterr().err
 
 
 def changed(target, folder, change):

@@ -41,8 +41,10 @@ def test_every_benchmark_says_what_it_is_for_and_what_it_takes(capsys):
             run(name, ["--help"])
         told = capsys.readouterr().out
         assert ended.value.code == 0 and first_line and first_line in " ".join(told.split()), name
-        if "options_of(" in (HERE / f"{name}.py").read_text(encoding="utf-8"):
-            assert {"--rounds", "--out", "--note"} <= set(told.split()), name
+        source = (HERE / f"{name}.py").read_text(encoding="utf-8")
+        if "options_of(" in source:
+            rounds = {"--rounds"} if "options_of(__doc__, rounds=" in source else set()
+            assert {"--out", "--note", *rounds} <= set(told.split()), name
 
 
 @pytest.mark.parametrize("n", [1, 2, 5, 40])
@@ -103,9 +105,10 @@ def test_two_measurements_of_one_name_are_refused():
     ("words", "message"),
     [
         (("--out", "x.txt"), "'x.txt' does not end in .json"),
-        (("--out", "nowhere/x.json"), "'nowhere/x.json' cannot be added to: .*No such file"),
+        (("--out", "nowhere/x.json"), "cannot write 'nowhere/x.json' .*No such file"),
         (("--out", "cut.json"), "'cut.json' cannot be added to: Expecting"),
-        (("--out", "other.json"), "'other.json' holds no runs of a benchmark of speed"),
+        (("--out", "other.json"), "'other.json' holds no runs of a benchmark; name another"),
+        (("--out", "theirs.json"), "'theirs.json' holds runs of another, not of "),
         (("--rounds", "0"), "'0' is no number of rounds; give 1 or more"),
     ],
 )
@@ -113,6 +116,7 @@ def test_what_cannot_be_written_is_refused_before_anything_is_timed(words, messa
     monkeypatch.chdir(tmp_path)
     Path("cut.json").write_text('[{"measured": ')
     Path("other.json").write_text('{"rows": []}')
+    Path("theirs.json").write_text('[{"benchmark": "another", "measured": {}}]')
     before = {path.name: path.read_text() for path in tmp_path.iterdir()}
     with pytest.raises(SystemExit):
         report(*words)
@@ -133,10 +137,18 @@ def test_kept_results_of_speed_name_their_machine_and_versions():
     assert len({one["benchmark"] for one in runs}) >= 10
     for found in runs:
         assert found["hardware"] and {"torch", "Python"} <= found["versions"].keys(), found["benchmark"]
+        assert "date" in found or found["note"], found["benchmark"]  # what an older run does not say, its note does
         for one in found["measured"].values():
             for row in (*one["seconds"].values(), *one["ratios"].values()):
+                assert "date" not in found or {"n", "median", "quartiles"} <= row.keys(), found["benchmark"]
                 kept = [row[key] for key in ("median", "best", "of best times") if key in row]
                 assert kept and min(kept) > 0
+
+
+def test_the_newest_run_is_the_last_of_its_file():
+    for path in RESULTS.glob("*.json"):
+        dates = [run.get("date", "") for run in _runs(path)]
+        assert dates == sorted(dates), path.name
 
 
 def _runs(path: Path) -> list[dict]:
