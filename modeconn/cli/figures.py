@@ -51,6 +51,7 @@ FIGURES: Mapping[str, FigureKind] = {
     "comparison": FigureKind(plot.comparison, shows_several=False, quantity="column"),
     "correlation": FigureKind(plot.correlation),
     "history": FigureKind(plot.history, quantity="quantity"),
+    "validation": FigureKind(plot.history, quantity="quantity"),
     "history-by-t": FigureKind(plot.history_by_t, shows_several=False),
     "turns": FigureKind(plot.turns, shows_several=False),
     "cycles": FigureKind(plot.cycles, shows_several=False),
@@ -73,9 +74,17 @@ def figures_of(file: File) -> dict[str, Any]:
     found: dict[str, Any] = dict.fromkeys(names, file.result)
     if file.history is not None and file.history.loss:
         found |= dict.fromkeys(("history", *["history-by-t"] * bool(file.history.loss_by_t)), file.history)
+    if file.history is not None and _validated(file.history):
+        found["validation"] = file.history
     if file.history is not None and file.history.turns:
         found["turns"] = file.history
     return found | _of_relabelling(file.relabelling)
+
+
+def _validated(history: Any) -> set[str]:
+    """Return what was measured on validation data after epochs: "loss", "accuracy", or the name of a metric."""
+    names = {name for values in history.values for name in values if name.startswith("validation ")}
+    return {name.removeprefix("validation ").partition(",")[0] for name in names}
 
 
 def draw_files(
@@ -139,5 +148,7 @@ def _quantity(name: str, asked: str | None, result: Any) -> str | None:
     """Return what is drawn of a result: what was asked for, else what one looks at first."""
     if asked is not None or isinstance(result, Plane):
         return asked
+    if name == "validation":
+        return "validation accuracy" if "accuracy" in _validated(result) else "validation loss"
     firsts = {"comparison": "line", "robust-profile": "accuracy", "history": "loss"}
     return firsts.get(name) or next(iter(result.values))
