@@ -301,7 +301,7 @@ def _check_kinds(fresh: Mapping[str, Any], saved: Mapping[str, Any]) -> None:
         kinds = {_kind(value), _kind(saved[name])} - {"nothing"}
         if len(kinds) > 1:
             raise TypeError(f"{name!r} is {_kind(saved[name])}, not {_kind(value)}")
-        if isinstance(value, Mapping) and value.keys() <= saved[name].keys():
+        if isinstance(value, Mapping) and isinstance(saved[name], Mapping):
             _check_kinds(value, saved[name])
 
 

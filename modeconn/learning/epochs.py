@@ -18,13 +18,13 @@ from torch import Tensor
 
 from modeconn.curves.step import BLOCK, CurveStep, stratified_positions
 from modeconn.learning.checkpoint import Resumable, RunFile, State, processes_of, warn_of_own_generator
-from modeconn.learning.history import History
-from modeconn.learning.parts import pack_rng, unpack_rng
+from modeconn.learning.history import History, keep_values
+from modeconn.learning.parts import mean_of_epoch, pack_rng, unpack_rng
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.batches import END, batches, check_length, checksum
 from modeconn.network.shares import begin_epoch
 from modeconn.network.weights import are_finite
-from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of
+from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd
 from modeconn.tools.door import check_settings
 from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
@@ -51,7 +51,6 @@ class _Progress:
     loss: list[float] = field(default_factory=list)
     loss_by_t: list[list[float | None]] = field(default_factory=list)
     seconds: float = 0.0
-    is_stopped: bool = False
     values: list[dict[str, float]] = field(default_factory=list)
 
     @property
@@ -67,9 +66,7 @@ class _Progress:
         self.batch, self.loss_sums, self.counts = 0, [0.0] * NUM_BINS, [0.0] * NUM_BINS
 
     def end_epoch(self) -> None:
-        if not any(self.counts):
-            raise ValueError("no target of the loader's batches counts: the loss ignores them all.")
-        self.loss.append(sum(self.loss_sums) / sum(self.counts))
+        self.loss.append(mean_of_epoch(sum(self.loss_sums), sum(self.counts)))
         sums = zip(self.loss_sums, self.counts, strict=True)
         self.loss_by_t.append([loss / count if count else None for loss, count in sums])
         self.batches_per_epoch = self.batch
@@ -159,7 +156,9 @@ class Run:
         self._started = time.perf_counter() - self._progress.seconds
         bar = progress_bar(show=progress, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
         with bar, self._interrupts_between_steps():
-            while self._progress.epoch < self._recipe.epochs and not self._progress.is_stopped:
+            if self._callbacks.untold is not None:
+                self._tell_of_epoch()
+            while self._progress.epoch < self._recipe.epochs and not self._callbacks.is_stopped:
                 if self._between and self._progress.batch == 0:
                     self._between.before_epoch(self._progress.epoch)
                     if self._between.is_finished:
@@ -183,22 +182,18 @@ class Run:
         check_length(self._progress.batch, self._progress.batches_per_epoch or self._progress.batch)
         self._progress.end_epoch()
         self._epoch_start = self._states()
-        try:
-            self._tell_of_epoch()
-        finally:  # an exception in a callback must not lose the epoch
-            self._save()
+        self._tell_of_epoch()
         _LOGGER.info("epoch %d: training loss %.4f", self._progress.epoch, self._progress.loss[-1])
 
     def _tell_of_epoch(self) -> None:
         done = self._progress
         done.seconds = time.perf_counter() - self._started
         event = EpochEnd(done.epoch, self._recipe.epochs, done.loss[-1], done.seconds, self._connection)
-        if not self._callbacks.hear("after_epoch"):
-            return
         try:
-            done.is_stopped = self._callbacks.tell("after_epoch", event)
-        finally:
-            done.values.append({name: number_of(name, value) for name, value in event.values.items()})
+            if self._callbacks.end_epoch(event):
+                keep_values(done.values, done.epoch, event.values)
+        finally:  # an exception in a callback must not lose the epoch
+            self._save()
 
     def _train_batches(self, iterator: Iterator[Any]) -> None:
         """Train on the batches of an epoch."""
@@ -382,7 +377,8 @@ class Run:
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned."""
-        known, fresh = about["progress"], self._progress.batches_per_epoch
+        known, fresh = dict(about["progress"]), self._progress.batches_per_epoch
+        self._callbacks.is_stopped |= known.pop("is_stopped", False)  # where older files say it
         self._progress = _Progress(**{"drawn": known["step"], **known})  # older files do not say what was drawn
         check_settings(self._progress)
         self._epoch_start = unpack_rng(tensors, about["rng_start"], "rng_start.")

@@ -12,6 +12,12 @@ from modeconn.tools.shown import Shown
 _ENTRIES: dict[str, type] = {"loss": Real, "loss_by_t": list, "turns": dict, "values": dict}
 
 
+def keep_values(kept: list[dict[str, float]], epoch: int, values: dict[str, float]) -> None:
+    """Add what was measured after an epoch, from 1, to that of all before, of which some may have had no callbacks."""
+    kept += [{} for _ in range(epoch - 1 - len(kept))]
+    kept.append(values)
+
+
 @dataclass(frozen=True)
 class History(Shown):
     """What happened while a curve was learned.

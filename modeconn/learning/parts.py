@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import json
 import time
 from collections.abc import Callable, Iterable, Mapping
@@ -15,7 +14,7 @@ from torch import Tensor
 from modeconn.learning.checkpoint import State
 from modeconn.network.batches import endless_batches
 from modeconn.network.shares import numbered_passes
-from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd, number_of, tell_in_all
+from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd
 from modeconn.tools.rng import rng_state, set_rng_state
 
 
@@ -38,6 +37,17 @@ class Count:
         self.value = about[self._name]
 
 
+def mean_of_epoch(total: float, count: float) -> float:
+    """Return the mean loss of an epoch from the sum of all losses, each times what counts in it, and what counts.
+
+    Raises:
+        ValueError: If nothing counts.
+    """
+    if not count:
+        raise ValueError("no target of the loader's batches counts: the loss ignores them all.")
+    return total / count
+
+
 class Epochs:
     """The epochs of a training run, and its callbacks, which are told of them.
 
@@ -50,15 +60,19 @@ class Epochs:
 
     Attributes:
         done: Finished epochs of the run at work.
-        is_stopped: Whether a callback wanted the run to end.
     """
+
+    own = Callbacks.own
 
     def __init__(self, num_epochs: int, callbacks: Callbacks | None = None, *, num_runs: int = 1) -> None:
         self._num_epochs, self._num_runs, self._callbacks = num_epochs, num_runs, callbacks or Callbacks()
-        self.done, self.is_stopped, self._runs = 0, False, -1
+        self.done, self._runs = 0, -1
         self._steps, self._seconds, self._started = 0, 0.0, time.perf_counter()
-        self._untold: float | None = None  # the loss of an epoch of which callbacks have yet to be told
-        self._before: State = {}, {}  # what callbacks knew then
+
+    @property
+    def is_stopped(self) -> bool:
+        """Whether a callback wanted the run to end."""
+        return self._callbacks.is_stopped
 
     def begin_run(self, model: Callable[[], Any] | None = None, training: Any = None) -> None:
         """Stand at the beginning of the next run.
@@ -70,13 +84,15 @@ class Epochs:
         self.done, self._model, self._training = 0, model, training
         self._runs += 1
 
-    def go_on(self, *, is_new: bool) -> None:
-        """Begin to train: a run that is new, or one that was taken up, with what callbacks have yet to be told."""
+    def go_on(self, *, is_new: bool) -> bool:
+        """Begin to train: a run that is new, or one that was taken up; whether callbacks were told an epoch again."""
         self._started = time.perf_counter() - self._seconds
         if is_new and self._runs == 0:
             self._callbacks.tell("before_run", RunBegin(self._num_runs * self._num_epochs))
-        if self._untold is not None:
-            self._tell(self._untold)
+        if self._callbacks.untold is None:
+            return False
+        self._tell(self._callbacks.untold)
+        return True
 
     def end_step(self, loss: Tensor | None) -> None:
         """Note a step, and tell of its loss; None of a process that had no batch in it."""
@@ -89,9 +105,7 @@ class Epochs:
         """Note an epoch, and tell of its loss. Where that fails, the state is that before, with all left to be told."""
         self.done += 1
         self._seconds = time.perf_counter() - self._started
-        if self._callbacks.hear("after_epoch"):
-            self._before, self._untold = copy.deepcopy(self._callbacks.state()), loss
-            self._tell(loss)
+        self._tell(loss)
 
     def _tell(self, loss: float) -> None:
         event = EpochEnd(
@@ -102,33 +116,17 @@ class Epochs:
             model=self._model,
             training=self._training,
         )
-
-        def tell() -> bool:
-            is_over = self._callbacks.tell("after_epoch", event)
-            for name, value in event.values.items():
-                number_of(name, value)
-            return is_over
-
-        self.is_stopped = tell_in_all(tell)
-        self._untold = None
+        self._callbacks.end_epoch(event)
 
     def state(self) -> State:
         """Return how much is done, and what callbacks keep."""
-        tensors, about = self._callbacks.state() if self._untold is None else self._before
-        own = {
-            "num_steps": self._steps,
-            "seconds": self._seconds,
-            "is_stopped": self.is_stopped,
-            "untold": self._untold,
-        }
-        return tensors, {"epochs": self.done, **own, **about}
+        tensors, about = self._callbacks.state()
+        return tensors, {"epochs": self.done, "num_steps": self._steps, "seconds": self._seconds, **about}
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
         """Restore what `state` returned; files of older versions say nothing but the number of epochs."""
-        self.done, self.is_stopped = about["epochs"], about.get("is_stopped", False)
-        self._steps, self._seconds = about.get("num_steps", 0), about.get("seconds", 0.0)
+        self.done, self._steps, self._seconds = about["epochs"], about.get("num_steps", 0), about.get("seconds", 0.0)
         self._callbacks.load_state(tensors, about)
-        self._before, self._untold = copy.deepcopy(self._callbacks.state()), about.get("untold")
 
 
 class Randomness:

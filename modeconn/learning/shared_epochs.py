@@ -13,7 +13,6 @@ from modeconn.learning.epochs import Run
 from modeconn.learning.shared_gradient import share_in_mean
 from modeconn.network.batches import END
 from modeconn.network.shares import is_shared_out, share_of
-from modeconn.tools.callbacks import tell_in_all
 from modeconn.tools.processes import joined
 from modeconn.tools.rng import reseed, seed_of
 
@@ -119,13 +118,6 @@ class SharedRun(Run):
     def _pending_numbers(self) -> list[tuple[float, float, float]]:
         parts = self._them.each(super()._pending_numbers)
         return [numbers for part in parts for numbers in part]
-
-    def _tell_of_epoch(self) -> None:
-        def tell() -> bool:
-            Run._tell_of_epoch(self)
-            return self._progress.is_stopped
-
-        self._progress.is_stopped = tell_in_all(tell)
 
     def _catch_up(self, iterator: Iterator[Any]) -> bool:
         return all(self._them.each(lambda: Run._catch_up(self, iterator)))

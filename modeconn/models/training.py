@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from modeconn.attacks.training import AdversaryLike, adversary_of
 from modeconn.learning.checkpoint import TRAINING, Checkpoint, Resumable, RunFile, run_file
-from modeconn.learning.parts import Epochs, Learned, Randomness
+from modeconn.learning.parts import Epochs, Learned, Randomness, mean_of_epoch
 from modeconn.learning.shared_gradient import SharedGradient
 from modeconn.learning.step_loss import StepLoss
 from modeconn.network.attack import AdversarialExamples
@@ -303,7 +303,8 @@ def run_epochs(
         ValueError: If nothing counts in an epoch.
     """
     parts = (*parts, epochs, Randomness(device))
-    epochs.go_on(is_new=not file.resume(*parts))
+    if epochs.go_on(is_new=not file.resume(*parts)):
+        file.save(*parts)
     left = () if epochs.is_stopped else range(epochs.done, recipe.epochs)
     bar = progress_bar(left, show=progress, desc="train", unit="epoch", initial=epochs.done, total=recipe.epochs)
     for epoch in bar:
@@ -349,9 +350,7 @@ def _mean(losses: Tensor, weights: Sequence[Tensor | float], *, is_shared: bool)
     total = float((counts @ losses.cpu().double()).mean()), float(counts.sum())
     parts = joined().each(lambda: total) if is_shared else [total]
     weighed, counted = (sum(numbers) for numbers in zip(*parts, strict=True))
-    if not counted:
-        raise ValueError("no target of the loader's batches counts: the loss ignores them all.")
-    return weighed / counted
+    return mean_of_epoch(weighed, counted)
 
 
 def run_settings(recipe: Recipe, settings: Mapping[str, Any], networks: Sequence[nn.Module]) -> dict[str, Any]:

@@ -15,13 +15,13 @@ from torch import Tensor
 from modeconn.curves.loss import CurveLoss, straight
 from modeconn.curves.step import CurveStep
 from modeconn.learning.checkpoint import RunFile, State, moved_tensors
-from modeconn.learning.history import History
+from modeconn.learning.history import History, keep_values
 from modeconn.network.batches import batches, to_device
 from modeconn.network.loss import TrainingData
 from modeconn.network.shares import is_shared_out
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
-from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, number_of
+from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin
 from modeconn.tools.processes import joined
 from modeconn.tools.rng import seeded
 
@@ -75,7 +75,7 @@ class Descent:
         self._loss = CurveLoss(step.workspace, self._curve, self._points[0], objective_of(training), sample)
         self._trained = step.workspace.space.trainable
         self._bend = self._held = self._points[1:-1] - self._line  # now, and at the start of the turn
-        self._rate, self._is_stopped, self._started = 1.0, False, time.perf_counter()
+        self._rate, self._started = 1.0, time.perf_counter()
 
     @property
     def _line(self) -> Tensor:
@@ -87,6 +87,10 @@ class Descent:
         if not self._file.resume(self, self._callbacks):
             self._callbacks.tell("before_run", RunBegin(num_steps))
         self._started = time.perf_counter() - self.history.seconds
+        if self._callbacks.untold is not None:
+            self._tell()
+        if self._callbacks.is_stopped:
+            return self._finished()
         history, pam = self.history, self._pam
         for iteration in range(pam.iterations):
             if iteration == len(history.turns):
@@ -96,23 +100,22 @@ class Descent:
             value = None
             for _ in range(len(history.loss), math.ceil((iteration + 1) * num_steps / pam.iterations)):
                 value = self._descend(value)
-                if self._is_stopped:
+                if self._callbacks.is_stopped:
                     return self._finished()
         return self._finished()
 
     def _finished(self) -> History:
         return replace(self.history, seconds=time.perf_counter() - self._started)
 
-    def _tell(self, value: float) -> None:
-        """Tell callbacks of a step of gradient descent."""
-        if not self._callbacks.hear("after_epoch"):
-            return
-        done, seconds = len(self.history.loss), time.perf_counter() - self._started
-        event = EpochEnd(done, self._step.recipe.epochs, value, seconds, self._connection)
+    def _tell(self) -> None:
+        """Tell callbacks of a step of gradient descent, and save the run."""
+        loss, seconds = self.history.loss, time.perf_counter() - self._started
+        event = EpochEnd(len(loss), self._step.recipe.epochs, loss[-1], seconds, self._connection)
         try:
-            self._is_stopped = self._callbacks.tell("after_epoch", event)
-        finally:
-            self.history.values.append({name: number_of(name, one) for name, one in event.values.items()})
+            if self._callbacks.end_epoch(event):
+                keep_values(self.history.values, len(loss), event.values)
+        finally:  # an exception in a callback must not lose the step
+            self._save()
 
     def _take_turn(self) -> None:
         history = self.history
@@ -132,10 +135,7 @@ class Descent:
         self._bend, value, self._rate = _descend_once(self._objective, self._bend, slope, start, self._rate)
         self._points[1:-1] = self._line + self._bend
         self.history.loss.append(value)
-        try:
-            self._tell(value)
-        finally:  # an exception in a callback must not lose the step
-            self._save()
+        self._tell()
         return value
 
     def _objective(self, bend: Tensor) -> float:
@@ -149,7 +149,6 @@ class Descent:
         tensors = {"control_points": self._points, "bend": self._bend, "held": self._held}
         history = {"loss": self.history.loss, "turns": self.history.turns, "values": self.history.values}
         about = {**history, "seconds": time.perf_counter() - self._started, "rate": self._rate}
-        about["is_stopped"] = self._is_stopped
         return {**tensors, **moved_tensors(self.permutation)}, about
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
@@ -157,7 +156,7 @@ class Descent:
         self._points.copy_(tensors["control_points"])
         self._bend, self._held = (tensors[name].to(self._points.device) for name in ("bend", "held"))
         self.history = History(about["loss"], [], about["seconds"], about["turns"], about["values"])
-        self._rate, self._is_stopped = about["rate"], about["is_stopped"]
+        self._rate = about["rate"]
 
 
 def _proximal(bend: Tensor, held: Tensor, nu: float) -> float:

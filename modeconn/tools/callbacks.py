@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -109,6 +110,10 @@ class Callback(Shown):
 
     Callbacks see what happens and change nothing: random states are as before afterwards, and a run with callbacks ends
     with the same bits as one without. What `state` returns is kept in the checkpoint of the run, if there is one.
+
+    If a callback raises an exception in `after_epoch`, the run ends with it, and the checkpoint holds the finished
+    epoch with the states that all callbacks had before it. Where the run goes on, all of them are told of that epoch
+    again, of curves and networks alike; what they measured in it the first time counts for nothing.
     """
 
     def check_trained(self, kind: Literal["curve", "network"]) -> None:
@@ -137,6 +142,7 @@ class Callback(Shown):
         """Restore what `state` returned."""
 
 
+_OF_EVERY_EPOCH = ("epoch", "loss", "seconds")
 _MOMENTS = tuple(name for name in vars(Callback) if name.startswith(("before_", "after_")))
 
 
@@ -147,6 +153,11 @@ class Callbacks:
         callbacks: Objects with at least one of the methods of `Callback`.
         device: Where random numbers are drawn.
         trained: What the run trains, "curve" or "network"; None if it trains nothing.
+
+    Attributes:
+        untold: The loss of a finished epoch of which callbacks have yet to be told, since one of them failed in it;
+            None if there is none.
+        is_stopped: Whether a callback wanted the run to end.
 
     Raises:
         ValueError: If one of them is a class, has none of the methods, or is not for what is trained.
@@ -167,6 +178,9 @@ class Callbacks:
                 one.check_trained(trained)
         self._device = torch.device(device)
         self._all = list(callbacks)
+        self.untold: float | None = None
+        self.is_stopped = False
+        self._before: list[Any] = []  # what callbacks knew before the epoch of which they have yet to be told
         self._by_moment = {moment: [one for one in callbacks if _has_own(one, moment)] for moment in _MOMENTS}
 
     def hear(self, moment: str) -> bool:
@@ -181,12 +195,47 @@ class Callbacks:
             answers = [getattr(one, moment)(event) for one in self._by_moment[moment]]
         return any(answer is True for answer in answers)
 
+    def end_epoch(self, event: EpochEnd) -> bool:
+        """Tell callbacks of an epoch, in all processes that share the run; whether any here was to be told.
+
+        Then `is_stopped` says whether one of them, in any process, wants the run to end. What fails in one process is
+        raised in all, and `state` is that before, with the epoch as one that is left to be told.
+
+        Raises:
+            ValueError: If what a callback measured is no number, or has a name that is taken.
+        """
+        is_heard = self.hear("after_epoch")
+        if is_heard or joined().size > 1:  # in which others may have callbacks
+            self._before, self.untold = copy.deepcopy(self._known()), event.loss
+            self.is_stopped = tell_in_all(lambda: self._tell_of_epoch(event))
+        self.untold = None
+        return is_heard
+
+    def _tell_of_epoch(self, event: EpochEnd) -> bool:
+        is_over = False
+        with seeded(0, self._device):
+            for one in self._by_moment["after_epoch"]:
+                is_over |= one.after_epoch(event) is True
+                for name, value in event.values.items():  # before the next one reads them
+                    event.values[name] = _number_of(name, value)
+        return is_over
+
+    def _known(self) -> list[Any]:
+        return [[_name(one), one.state() if hasattr(one, "state") else {}] for one in self._all]
+
+    own = ("callbacks",)
+
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
-        """Return the state of all callbacks, as a part of a run."""
-        return {}, {"callbacks": [[_name(one), one.state() if hasattr(one, "state") else {}] for one in self._all]}
+        """Return the state of all callbacks and whether they ended the run, as a part of it."""
+        known = self._known() if self.untold is None else self._before
+        return {}, {"callbacks": known, "untold": self.untold, "is_stopped": self.is_stopped}
 
     def load_state(self, tensors: Mapping[str, Tensor], about: Mapping[str, Any]) -> None:
-        """Restore what `state` returned to the next callback of the same class; others begin anew, with a warning."""
+        """Restore what `state` returned to the next callback of the same class; others begin anew, with a warning.
+
+        Files of older versions may know of nothing here.
+        """
+        self.untold, self.is_stopped = about.get("untold"), about.get("is_stopped", False)
         left, new = list(about.get("callbacks", [])), []
         for one in self._all:
             known = next((pair for pair in left if pair[0] == _name(one)), None)
@@ -202,6 +251,7 @@ class Callbacks:
                 f"the run goes on with other callbacks: what {', '.join(gone) or 'none'} knew is lost, and "
                 f"{', '.join(new) or 'none'} begin anew."
             )
+        self._before = copy.deepcopy(self._known())
 
 
 def tell_in_all(tell: Callable[[], bool]) -> bool:
@@ -228,12 +278,17 @@ def tell_in_all(tell: Callable[[], bool]) -> bool:
     return any(is_over for is_over, _ in answers)
 
 
-def number_of(name: str, value: Any) -> float:
+def _number_of(name: str, value: Any) -> float:
     """Return a value that a callback measured as a number, which files can hold.
 
     Raises:
-        ValueError: If it is none.
+        ValueError: If it is none, or has the name of something that is known of every epoch.
     """
+    if name in _OF_EVERY_EPOCH:
+        raise ValueError(
+            f"event.values[{name!r}] has the name of what is known of every epoch ({', '.join(_OF_EVERY_EPOCH)}): give "
+            f"it another name, such as 'my {name}'."
+        )
     try:
         return float(value)
     except (TypeError, ValueError):

@@ -170,12 +170,86 @@ def test_callbacks_go_on_from_a_checkpoint(networks, tmp_path):
     found = fit(networks, epochs=4, callbacks=again, checkpoint=tmp_path / "k")
     assert torch.equal(found.control_points, expected.control_points)
     assert again[0].values == whole[0].values and again[1].best == whole[1].best
-    assert len(again[-1].epochs) == 2  # the third and the fourth: what was told is not told again
+    assert [epoch[0] for epoch in again[-1].epochs] == [2, 3, 4]  # of that which failed, all are told again
     tables = []
     for name in ("whole", "parts"):
         rows = list(csv.DictReader((tmp_path / name / "log.csv").read_text().splitlines()))
         tables.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
     assert tables[0] == tables[1] and [row["epoch"] for row in tables[0]] == ["1", "2", "3", "4"]
+
+
+def exact(networks, **settings):
+    a, b, train, _ = networks
+    few = train.subset(torch.arange(100)).with_(shuffle=False)
+    refine = PAM(iterations=2, exact=True, num_points=3, step=ProximalLinear(num_rounds=1, num_tries=5))
+    how = {"align": WeightMatching(), "refine": refine, "recipe": Recipe(epochs=4), **settings}
+    return modeconn.fit_curve(a, b, few, **how)
+
+
+def train(networks, **settings):
+    return models.train(networks[0], networks[2], recipe=Recipe(epochs=4), **settings)
+
+
+VERBS = {"fit_curve": functools.partial(fit, epochs=4), "exact PAM": exact, "models.train": train}
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_an_epoch_in_which_a_callback_failed_is_told_again_once(networks, verb, tmp_path):
+    class Seen(Callback):
+        def __init__(self, fail_at=None):
+            self.epochs, self.fail_at = [], fail_at
+
+        def after_epoch(self, event):
+            self.epochs.append((event.epoch, event.loss))
+            if event.epoch == self.fail_at:
+                raise _Stop
+
+        def state(self):
+            return {"epochs": self.epochs}
+
+        def load_state(self, state):
+            self.epochs = [tuple(epoch) for epoch in state["epochs"]]
+
+    whole, run = Seen(), VERBS[verb]
+    run(networks, callbacks=[whole])
+    for fail_at, told in ((2, 2), (2, 2), (4, 4)):
+        failing = Seen(fail_at)
+        with pytest.raises(_Stop):
+            run(networks, callbacks=[failing], checkpoint=tmp_path / "k")
+        assert len(failing.epochs) == told
+    for _ in range(2):  # the second time there is nothing left to tell
+        again = Seen()
+        run(networks, callbacks=[again], checkpoint=tmp_path / "k")
+        assert again.epochs == whole.epochs and [epoch for epoch, _ in again.epochs] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_run_that_a_callback_ended_takes_no_further_epoch(networks, verb, tmp_path):
+    class Enough(Callback):
+        def __init__(self):
+            self.epochs = []
+
+        def after_epoch(self, event):
+            self.epochs.append(event.epoch)
+            return event.epoch == 3
+
+    first, second = Enough(), Enough()
+    for told in (first, second):
+        VERBS[verb](networks, callbacks=[told], checkpoint=tmp_path / "k")
+    assert first.epochs == [1, 2, 3] and not second.epochs
+
+
+def test_values_stand_at_their_epochs_also_where_a_run_began_without_callbacks(networks, tmp_path):
+    class Killer(Callback):
+        def after_step(self, event):
+            if event.epoch == 2:
+                raise _Stop
+
+    with pytest.raises(_Stop):
+        fit(networks, callbacks=[Killer()], checkpoint=tmp_path / "k")
+    with pytest.warns(UserWarning, match="Says begin anew"):
+        found = fit(networks, callbacks=[Says(1.0)], checkpoint=tmp_path / "k")
+    assert found.history.values == [{}, {}, {"said": 1.0}]
 
 
 def test_a_run_that_was_stopped_stays_so(networks, tmp_path):

@@ -426,6 +426,52 @@ def test_a_callback_that_fails_in_one_process_loses_no_epoch(pool, tmp_path):
     assert files.read(path)[1]["progress"]["epoch"] == 1
 
 
+class Heard(modeconn.callbacks.Callback):
+    """Notes every epoch, and fails or ends the run if told to."""
+
+    def __init__(self, fail_at=None, stop_at=None):
+        self.epochs, self.fail_at, self.stop_at = [], fail_at, stop_at
+
+    def after_epoch(self, event):
+        self.epochs.append(event.epoch)
+        if event.epoch == self.fail_at:
+            raise KeyError("mine")
+        return event.epoch == self.stop_at
+
+    def state(self):
+        return {"epochs": self.epochs}
+
+    def load_state(self, state):
+        self.epochs = list(state["epochs"])
+
+
+EXACT = PAM(iterations=1, exact=True, num_points=3)
+
+
+def told_in_one(rank, whose, refine=None, path=None, fail_at=None, stop_at=None):
+    heard = Heard(fail_at, stop_at)
+    how = {"recipe": recipe("quadratic", 3), "checkpoint": path, "callbacks": [heard] if rank == whose else []}
+    align = refine is not None
+    made = modeconn.fit_curve(*ends(), batches(), align=align, refine=refine, **how)
+    return made.control_points, heard.epochs, len(made.history.loss)
+
+
+@pytest.mark.parametrize("refine", [None, EXACT], ids=["fit", "exact"])
+@pytest.mark.parametrize("whose", [0, 1])
+def test_one_process_alone_may_have_callbacks(pool, tmp_path, whose, refine):
+    path = str(tmp_path / "run.safetensors")
+    plain = pool.run(2, told_in_one, None, refine)
+    found = pool.run(2, told_in_one, whose, refine)
+    assert all(torch.equal(one[0], plain[0][0]) for one in found)
+    assert found[whose][1] == [1, 2, 3] and not found[1 - whose][1]
+    kinds = [one.kind for one in pool.outcomes(2, told_in_one, whose, refine, path, 2)]
+    assert kinds[whose] == "KeyError" and kinds[1 - whose] == "OtherProcessError"
+    again = pool.run(2, told_in_one, whose, refine, path)
+    assert torch.equal(again[0][0], plain[0][0]) and again[whose][1] == [1, 2, 3]  # the second is told once more
+    stopped = pool.run(2, told_in_one, whose, refine, None, None, 2)
+    assert stopped[whose][1] == [1, 2] and [one[2] for one in stopped] == [2, 2]
+
+
 def evaluating_in_the_first(rank):
     class Evaluating(modeconn.callbacks.Callback):
         def after_epoch(self, event):

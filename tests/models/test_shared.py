@@ -166,6 +166,47 @@ def test_the_wish_of_one_process_ends_the_run_in_all_and_losses_are_those_of_all
     assert first[1] == pytest.approx([first[2]] * 2)
 
 
+class Heard(callbacks.Callback):
+    """Notes every epoch, and fails or ends the run if told to."""
+
+    def __init__(self, fail_at=None, stop_at=None):
+        self.epochs, self.fail_at, self.stop_at = [], fail_at, stop_at
+
+    def after_epoch(self, event):
+        self.epochs.append(event.epoch)
+        if event.epoch == self.fail_at:
+            raise KeyError("mine")
+        return event.epoch == self.stop_at
+
+    def state(self):
+        return {"epochs": self.epochs}
+
+    def load_state(self, state):
+        self.epochs = list(state["epochs"])
+
+
+def told_in_one(rank, whose, path=None, fail_at=None, stop_at=None):
+    heard = Heard(fail_at, stop_at)
+    how = {"recipe": Recipe(3, SGD), "checkpoint": path, "callbacks": [heard] if rank == whose else []}
+    return models.train(network(), batches(), **how).state_dict(), heard.epochs
+
+
+@pytest.mark.parametrize("whose", [0, 1])
+def test_one_process_alone_may_have_callbacks(pool, tmp_path, whose):
+    path = str(tmp_path / "run.safetensors")
+    plain = pool.run(2, told_in_one, None)
+    found = pool.run(2, told_in_one, whose)
+    assert same(found[0][0], plain[0][0]) and same(found[1][0], plain[0][0])
+    assert found[whose][1] == [1, 2, 3] and not found[1 - whose][1]
+    kinds = [one.kind for one in pool.outcomes(2, told_in_one, whose, path, 2)]
+    assert kinds[whose] == "KeyError" and kinds[1 - whose] == "OtherProcessError"
+    again = pool.run(2, told_in_one, whose, path)
+    assert same(again[0][0], plain[0][0]) and again[whose][1] == [1, 2, 3]  # the second is told once more
+    stopped = pool.run(2, told_in_one, whose, None, None, 2)
+    assert stopped[whose][1] == [1, 2] and same(stopped[0][0], stopped[1][0])
+    assert not same(stopped[0][0], plain[0][0])
+
+
 def cycles(rank, path):
     note = callbacks.Validation(batches(30))
     how = {"recipe": Recipe(2, SGD), "callbacks": [note], "checkpoint": path}
