@@ -6,7 +6,7 @@ import hashlib
 import logging
 import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import fields
+from dataclasses import dataclass, fields, replace
 from functools import partial
 from typing import Any, TypeVar
 
@@ -96,8 +96,7 @@ def train(
         checkpoint: A file to which the run saves itself after every epoch. If it exists, the run goes on from it and
             ends with the same bits as one that was never interrupted, on the same machine and versions.
         callbacks: What is told of every step and epoch, see `modeconn.callbacks.Callback`. They change nothing, but may
-            end the run after an epoch. An epoch in which one of them fails is told again where the run goes on. What is
-            done at the end, such as ``recalibrate``, they do not see.
+            end the run after an epoch. What is done at the end, such as ``recalibrate``, they do not see.
         progress: Whether to show a progress bar.
 
     Returns:
@@ -119,20 +118,10 @@ def train(
         False
     """
     epochs = Epochs(recipe.epochs, Callbacks(callbacks, device_of(model), trained="network"))
-    return _trained(
-        model,
-        loader,
-        epochs,
-        recipe=recipe,
-        loss_fn=loss_fn,
-        forward=forward,
-        adversary=adversary,
-        recalibrate=recalibrate,
-        sharded=sharded,
-        seed=seed,
-        checkpoint=checkpoint,
-        progress=progress,
+    settings = _Settings(
+        recipe, loss_fn, forward, adversary, recalibrate, sharded, seed=seed, checkpoint=checkpoint, progress=progress
     )
+    return _trained(model, loader, epochs, settings)
 
 
 @shared
@@ -163,27 +152,38 @@ def train_snapshots(
 
     Args:
         model: The network to begin with; it stays as it is.
-        loader: As in `train`.
+        loader: Re-iterable of ``(inputs, targets)`` batches; they are moved to the model's device.
         cycles: How many.
         recipe: Of one cycle.
-        loss_fn: As in `train`.
-        forward: As in `train`.
-        adversary: As in `train`.
-        recalibrate: As in `train`.
-        sharded: As in `train`.
-        seed: Of the first cycle; the others have those after it.
+        loss_fn: ``loss_fn(outputs, targets)``, a mean over the examples of the batch.
+        forward: ``forward(model, batch) -> loss``, replaces the reading of a batch as ``(inputs, targets)``; then
+            ``loss_fn`` is not used.
+        adversary: An attack to train against, such as `PGD(8 / 255, 2 / 255, 5)`, which means `AdversarialTraining` on
+            its examples alone; or `AdversarialTraining` with a share of clean ones, `TRADES`,
+            `FreeAdversarialTraining`.
+        recalibrate: Training data, or `AdversarialExamples` of it, on which batch norm's statistics are estimated anew
+            at the end of each cycle, 2,048 examples; True for those of ``loader``; False to keep the running statistics
+            of the batches trained on, adversarial ones among them. Default: True with an adversary, else False.
+        sharded: Of several processes: whether ``loader`` yields other examples in each of them, see
+            `modeconn.fit_curve`.
+        seed: Of batch order, augmentation, dropout and attacks of the first cycle; the others have those after it.
         checkpoint: The begin of the names of files, one for each cycle, to which the run saves itself after every
             epoch. Where they exist, it goes on from them.
-        callbacks: As in `train`. To them all cycles are one run; one that ends it ends it in its cycle, the last then.
+        callbacks: What is told of every step and epoch, see `modeconn.callbacks.Callback`. They change nothing, but may
+            end the run after an epoch. To them all cycles are one run; one that ends it ends it in its cycle, the last
+            then.
         progress: Whether to show progress bars.
 
     Returns:
         The networks in the order of the cycles, in eval mode.
 
     Raises:
-        ValueError: If ``cycles`` is not positive, and for all that `train` raises one for.
+        ValueError: If ``cycles`` is not positive, if the loader is empty, can be read only once or does not yield
+            pairs, if a target is none of the model's classes (noticed in the first epoch) or none counts, if the model
+            has nothing to train, if inputs are none that the adversary can attack, if a callback is none or for curves
+            alone, or if a checkpoint belongs to another run.
         OSError: If a checkpoint cannot be written.
-        FloatingPointError: If the loss became infinite or NaN.
+        FloatingPointError: If the loss became infinite or NaN; noticed at the end of the epoch.
 
     References:
         Garipov et al., 2018, https://arxiv.org/abs/1802.10026; Huang et al., 2017, https://arxiv.org/abs/1704.00109
@@ -192,65 +192,56 @@ def train_snapshots(
         raise ValueError(f"cycles must be at least 1, got cycles={cycles}.")
     told = Callbacks(callbacks, device_of(model), trained="network")
     epochs, found = Epochs(recipe.epochs, told, num_runs=cycles), []  # type: ignore[var-annotated]
+    settings = _Settings(recipe, loss_fn, forward, adversary, recalibrate, sharded, progress=progress)
     for cycle in range(cycles):
-        trained = _trained(
-            found[-1] if found else model,
-            loader,
-            epochs,
-            recipe=recipe,
-            loss_fn=loss_fn,
-            forward=forward,
-            adversary=adversary,
-            recalibrate=recalibrate,
-            sharded=sharded,
-            seed=seed + cycle,
-            checkpoint=None if checkpoint is None else f"{os.fspath(checkpoint)}.{cycle + 1}",
-            progress=progress,
-        )
-        found.append(trained)
+        kept = None if checkpoint is None else f"{os.fspath(checkpoint)}.{cycle + 1}"
+        own = replace(settings, seed=seed + cycle, checkpoint=kept)
+        found.append(_trained(found[-1] if found else model, loader, epochs, own))
         if epochs.is_stopped:
             break
     return found
 
 
-def _trained(
-    model: M,
-    loader: Iterable[Any],
-    epochs: Epochs,
-    *,
-    recipe: Recipe,
-    loss_fn: LossFn,
-    forward: Forward | None,
-    adversary: AdversaryLike | None,
-    recalibrate: Iterable[Any] | AdversarialExamples | bool | None,
-    sharded: bool,
-    seed: int,
-    checkpoint: str | os.PathLike[str] | Checkpoint | None,
-    progress: bool,
-) -> M:
-    """Return a trained copy of a network, see `train`, in the next run of ``epochs``."""
-    recipe.check_not_offloaded()
+@dataclass(frozen=True)
+class _Settings:
+    """How a network is trained, see `train`."""
+
+    recipe: Recipe
+    loss_fn: LossFn
+    forward: Forward | None
+    adversary: AdversaryLike | None
+    recalibrate: Iterable[Any] | AdversarialExamples | bool | None
+    sharded: bool
+    seed: int = 0
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None
+    progress: bool = False
+
+
+def _trained(model: M, loader: Iterable[Any], epochs: Epochs, how: _Settings) -> M:
+    """Return a trained copy of a network in the next run of ``epochs``."""
+    how.recipe.check_not_offloaded()
     trained = copy_of(model).train()
     if not any(parameter.requires_grad for parameter in trained.parameters()):
         raise ValueError("model has no parameter to train: it has none, or all have requires_grad=False.")
-    device, loss = device_of(trained), StepLoss(loss_fn, forward, adversary)
-    them, share = joined(), share_of(loader, joined(), sharded=sharded)
+    device, loss = device_of(trained), StepLoss(how.loss_fn, how.forward, how.adversary)
+    them, seed, sharded = joined(), how.seed, how.sharded
+    share = share_of(loader, them, sharded=sharded)
 
     with seeded(seed, device):
-        num_batches = max(them.each(lambda: count_batches(share, any_batch=forward is not None)))
-    about = {"loss": forward or loss_fn, "adversary": None if adversary is None else adversary_of(adversary)}
-    settings = partial(run_settings, recipe, {**about, "seed": seed}, [model])
+        num_batches = max(them.each(lambda: count_batches(share, any_batch=how.forward is not None)))
+    adversary = None if how.adversary is None else adversary_of(how.adversary)
+    about = {"loss": how.forward or how.loss_fn, "adversary": adversary, "seed": seed}
+    settings = partial(run_settings, how.recipe, about, [model])
     with seeded(seed, device):
         if them.size > 1:
             them.agree({**settings(), **facts_of(loader, sharded=sharded), **dict(provenance.versions())})
-    epochs.begin_run(lambda: copy_of(trained).eval(), TrainingData(loader, loss_fn, forward, sharded))
-    with run_file(checkpoint, settings, device, TRAINING, loader, sharded=sharded) as file, seeded(seed, device):
-        _train(trained, share, recipe, loss, file, epochs, num_batches=num_batches, seed=seed, progress=progress)
-    if recalibrate is None:
-        recalibrate = adversary is not None
+    epochs.begin_run(lambda: copy_of(trained).eval(), TrainingData(loader, how.loss_fn, how.forward, sharded))
+    with run_file(how.checkpoint, settings, device, TRAINING, loader, sharded=sharded) as file, seeded(seed, device):
+        _train(trained, share, loss, file, epochs, how, num_batches=num_batches)
+    recalibrate = how.adversary is not None if how.recalibrate is None else how.recalibrate
     if recalibrate is not False and norm_layers(trained):
         data = calibration_batches(loader if recalibrate is True else recalibrate, device)
-        recalibrate_statistics(trained, data, forward=forward)
+        recalibrate_statistics(trained, data, forward=how.forward)
         if is_shared_out(loader, sharded=sharded):  # and so others in each process
             _average_buffers(trained)
     return trained.eval()
@@ -364,17 +355,15 @@ def run_settings(recipe: Recipe, settings: Mapping[str, Any], networks: Sequence
 def _train(
     model: nn.Module,
     loader: Iterable[Any],
-    recipe: Recipe,
     loss: StepLoss,
     file: RunFile,
     epochs: Epochs,
+    how: _Settings,
     *,
     num_batches: int,
-    seed: int,
-    progress: bool,
 ) -> None:
     """Train ``model`` in place."""
-    them = joined()
+    them, recipe = joined(), how.recipe
     parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
     device, optimizer = parameters[0].device, recipe.make_optimizer(parameters, weight_decay=recipe.weight_decay)
     runner = torch.compile(model) if recipe.compile else model
@@ -417,7 +406,7 @@ def _train(
 
     def read(epoch: int) -> Iterator[Any]:
         begin_epoch(loader, epoch)
-        return batches(loader, device) if them.size == 1 else _read_apart(loader, device, (seed, epoch))
+        return batches(loader, device) if them.size == 1 else _read_apart(loader, device, (how.seed, epoch))
 
     tensors = {**dict(model.named_parameters()), **dict(model.named_buffers())}
     run_epochs(
@@ -430,7 +419,7 @@ def _train(
         parts=(Learned(tensors, optimizer, scaler), loss),
         epochs=epochs,
         device=device,
-        progress=progress,
+        progress=how.progress,
         end_epoch=None if them.size == 1 else partial(_average_buffers, model),
     )
     optimizer.zero_grad()

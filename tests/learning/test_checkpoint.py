@@ -100,6 +100,31 @@ def test_a_checkpoint_of_another_format_is_refused(tmp_path):
         RunFile(Checkpoint(path), settings(), CPU)
 
 
+class Mapped:
+    """A part of a run that holds a mapping, of which older versions may not have known all."""
+
+    def state(self):
+        return {}, {"mapping": {"known": 1.0, "newer": 2.0}}
+
+    def load_state(self, tensors, about):
+        self.loaded = about["mapping"]
+
+
+@pytest.mark.parametrize(("saved", "is_right"), [({"known": 3.0}, True), ({"known": "x"}, False), ("x", False)])
+def test_what_is_there_of_a_mapping_is_of_the_right_kind_also_where_something_is_missing(tmp_path, saved, is_right):
+    path, part = tmp_path / "run", Mapped()
+    with RunFile(Checkpoint(path), settings(), CPU) as file:
+        file.save(part)
+    tensors, about = files.read(path)
+    files.write(path, about.pop("kind"), tensors, {**about, "mapping": saved})
+    again = RunFile(Checkpoint(path), settings(), CPU)
+    if is_right:
+        assert again.resume(part) and part.loaded == saved
+    else:
+        with pytest.raises(ValueError, match="run' is damaged"):
+            again.resume(part)
+
+
 def test_other_conditions_are_told_and_the_run_goes_on(tmp_path):
     path = tmp_path / "run"
     with RunFile(Checkpoint(path), settings(), CPU) as file:
