@@ -303,7 +303,7 @@ def _(agreement: Agreement) -> None:
 def _(agreement: Agreement) -> None:
     def watched(at: Place) -> Any:
         validation = modeconn.callbacks.Validation(at.test("conv"))
-        kept = modeconn.callbacks.Snapshots(at.folder / "snapshots")
+        kept = modeconn.callbacks.KeepEpochs(at.folder / "epochs")
         (network,), how = at.networks("conv", 1), {"recipe": SHORT, "callbacks": [validation, kept]}
         made = models.train(network, at.batches("conv"), **how)
         values = {f"{one['epoch']} {name}": value for one in validation.values for name, value in one.items()}

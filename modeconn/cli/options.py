@@ -331,7 +331,7 @@ class WatchOptions:
         int | None,
         typer.Option(
             min=1,
-            help="Keep what there is after every so many epochs: NAME.snapshots/epoch_10.safetensors, and so on.",
+            help="Keep what there is after every so many epochs: NAME.epochs/epoch_10.safetensors, and so on.",
             rich_help_panel=_WATCH,
         ),
     ] = None
@@ -362,7 +362,7 @@ class WatchOptions:
         if self.log is not None:
             found.append(callbacks.CSVLog(self.log))
         if self.keep_every is not None:
-            found.append(callbacks.Snapshots(out.with_name(f"{out.stem}.snapshots"), every=self.keep_every))
+            found.append(callbacks.KeepEpochs(out.with_name(f"{out.stem}.epochs"), every=self.keep_every))
         return found
 
 

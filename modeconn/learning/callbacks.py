@@ -29,10 +29,10 @@ __all__ = [
     "Callback",
     "EarlyStopping",
     "EpochEnd",
+    "KeepEpochs",
     "MoveEnd",
     "PointEnd",
     "RunBegin",
-    "Snapshots",
     "StepEnd",
     "TensorBoardLog",
     "Validation",
@@ -199,7 +199,7 @@ class EarlyStopping(Callback):
         self.best, self.num_worse, self._was_measured = state["best"], state["num_worse"], state["was_measured"]
 
 
-class Snapshots(Callback):
+class KeepEpochs(Callback):
     """Keeps what is trained as it is after epochs, in a folder: ``epoch_10.safetensors`` and so on.
 
     A network is written as `modeconn.models.save` does, a connection as `Connection.save` does, each all or nothing.
@@ -226,7 +226,10 @@ class Snapshots(Callback):
         path = self._folder / f"epoch_{event.epoch}.safetensors"
         kept = event.connection() if event.model is None else event.model()
         provenance.keep(kept, provenance.now())
-        kept.save(path) if event.model is None else save(kept, path)
+        if event.model is None:
+            kept.save(path)
+        else:
+            save(kept, path)
 
 
 class CSVLog(Callback):

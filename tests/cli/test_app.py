@@ -276,13 +276,13 @@ def test_a_fit_is_validated_where_it_is_told_and_keeps_what_it_was(folder, tmp_p
     watch = ("--validate-every", 2, "--validate-at", "0,1/2,1", "--log", log, "--keep-every", 2)
     result = run("fit", *ends(folder), "--data", "digits", "--out", out, "--epochs", 3, "--method", "none", *watch)
     found, test = Connection.load(out), data.load("digits")[1]
-    kept = Connection.load(tmp_path / "c.snapshots" / "epoch_2.safetensors")
+    kept = Connection.load(tmp_path / "c.epochs" / "epoch_2.safetensors")
     profile = kept.evaluate(test, t=[0, 0.5, 1])
     expected = {f"validation loss, t={t}": loss for t, loss in zip((0.0, 0.5, 1.0), profile.loss, strict=True)}
     assert [bool(values) for values in found.history.values] == [False, True, False]
     assert {name: found.history.values[1][name] for name in expected} == expected
     assert f"validation loss, t=0.5: {profile.loss[1]:.4f}" in result.stderr
-    assert len(log.read_text().splitlines()) == 4 and [path.name for path in (tmp_path / "c.snapshots").iterdir()] == [
+    assert len(log.read_text().splitlines()) == 4 and [path.name for path in (tmp_path / "c.epochs").iterdir()] == [
         "epoch_2.safetensors"
     ]
 

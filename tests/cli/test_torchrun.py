@@ -68,7 +68,7 @@ def test_training_is_validated_once_for_all(folder):
     assert done.returncode == 0, done.stderr
     assert [line[:23] for line in said(done.stderr)] == [f"modeconn: epoch {n} of 2;" for n in (1, 2)]
     assert len((folder / "v.log.csv").read_text().splitlines()) == 3
-    assert len(list((folder / "v.snapshots").iterdir())) == 2
+    assert len(list((folder / "v.epochs").iterdir())) == 2
 
 
 @pytest.mark.parametrize(

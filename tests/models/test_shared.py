@@ -111,7 +111,7 @@ class Breaking(callbacks.Callback):
 
 def told(rank, folder, path=None, break_at=None, epochs=3):
     validation = callbacks.Validation(batches(30))
-    log, kept = callbacks.CSVLog(f"{folder}/log{rank}.csv"), callbacks.Snapshots(f"{folder}/kept{rank}")
+    log, kept = callbacks.CSVLog(f"{folder}/log{rank}.csv"), callbacks.KeepEpochs(f"{folder}/kept{rank}")
     all_of_them = [validation, callbacks.EarlyStopping("loss", patience=9), log, kept, Breaking(1, break_at)]
     recipe = Recipe(epochs, SGD)
     made = models.train(

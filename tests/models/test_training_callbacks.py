@@ -13,7 +13,7 @@ from torch import nn
 
 import modeconn
 from modeconn import Connection, Recipe, data, metrics, models
-from modeconn.learning.callbacks import Callback, CSVLog, EarlyStopping, Snapshots, TensorBoardLog, Validation
+from modeconn.learning.callbacks import Callback, CSVLog, EarlyStopping, KeepEpochs, TensorBoardLog, Validation
 from modeconn.tools import files
 from tests.cases import same_bits
 
@@ -63,7 +63,7 @@ class Note(Callback):
 @pytest.mark.parametrize("name", KINDS)
 def test_a_run_with_callbacks_ends_with_the_same_bits_as_one_without(name, tmp_path):
     plain, note = train(name), Note()
-    watched = train(name, callbacks=[note, Validation(TEST), Snapshots(tmp_path / "kept")])
+    watched = train(name, callbacks=[note, Validation(TEST), KeepEpochs(tmp_path / "kept")])
     assert same_bits(watched, plain) and same_bits(note.networks[-1], plain)
     assert not any(network.training for network in note.networks)
     assert not torch.equal(note.networks[0][0].weight, plain[0].weight)
@@ -216,9 +216,9 @@ def test_networks_of_past_epochs_are_kept_also_where_a_run_goes_on(tmp_path):
     note, folder = Note(), tmp_path / "runs" / "kept"
     (tmp_path / "runs").mkdir()
     with pytest.raises(Stop):
-        train(callbacks=[Snapshots(folder, every=2), Note(fail_at=3)], checkpoint=tmp_path / "k")
+        train(callbacks=[KeepEpochs(folder, every=2), Note(fail_at=3)], checkpoint=tmp_path / "k")
     assert [path.name for path in folder.iterdir()] == ["epoch_2.safetensors"]
-    train(callbacks=[Snapshots(folder, every=2)], checkpoint=tmp_path / "k")
+    train(callbacks=[KeepEpochs(folder, every=2)], checkpoint=tmp_path / "k")
     train(callbacks=[note])
     assert sorted(path.name for path in folder.iterdir()) == ["epoch_2.safetensors", "epoch_4.safetensors"]
     for epoch in (2, 4):
@@ -228,7 +228,7 @@ def test_networks_of_past_epochs_are_kept_also_where_a_run_goes_on(tmp_path):
 
 def test_connections_of_past_epochs_are_kept(tmp_path):
     ends = train("mlp"), models.train(network("mlp", 2), TRAIN, recipe=SGD)
-    fitted = modeconn.fit_curve(*ends, TRAIN, recipe=SGD, callbacks=[Snapshots(tmp_path, every=2)])
+    fitted = modeconn.fit_curve(*ends, TRAIN, recipe=SGD, callbacks=[KeepEpochs(tmp_path, every=2)])
     first, last = (Connection.load(tmp_path / f"epoch_{epoch}.safetensors", ends[0]) for epoch in (2, 4))
     assert torch.equal(last.control_points, fitted.control_points) and last.permutation == fitted.permutation
     assert not torch.equal(first.control_points, fitted.control_points) and "fit_curve(" in first.made_by["call"]
@@ -237,10 +237,10 @@ def test_connections_of_past_epochs_are_kept(tmp_path):
 def test_a_folder_that_cannot_be_written_is_refused_before_the_run(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(OSError, match=r"cannot write .*file.* Choose a place that can be written to"):
-        Snapshots(tmp_path / "file")
+        KeepEpochs(tmp_path / "file")
     with pytest.raises(ValueError, match="every must be at least 1, got every=0"):
-        Snapshots(tmp_path, every=0)
-    Snapshots(tmp_path / "new" / "one")
+        KeepEpochs(tmp_path, every=0)
+    KeepEpochs(tmp_path / "new" / "one")
     assert list((tmp_path / "new" / "one").iterdir()) == []
 
 

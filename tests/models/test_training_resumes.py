@@ -138,7 +138,7 @@ def test_the_command_loses_nothing_that_it_measured_or_kept_before_it_was_stoppe
         rows = list(csv.DictReader((tmp_path / f"{name}.log.csv").read_text().splitlines()))
         seconds = [float(row.pop("seconds")) for row in rows]
         assert seconds == sorted(seconds)
-        kept = {path.name: models.load(path) for path in (tmp_path / f"{name}.snapshots").iterdir()}
+        kept = {path.name: models.load(path) for path in (tmp_path / f"{name}.epochs").iterdir()}
         return rows, {file: one.state_dict() for file, one in kept.items()}
 
     for _ in range(2):
