@@ -395,9 +395,9 @@ def train(
     again, and ends with the same bits.
 
     What the data says of the model need not be said again: classes, channels, image size, mean and deviation of the
-    inputs. Default recipe: 30 epochs of SGD with Nesterov momentum at learning rate 0.1. With an adversary, also
-    trades:beta=6, free or pgd:clean_weight=0.5, batch norm is recalibrated on clean data at the end, and for
-    --validate-every, whose measurements are kept in NAME.log.csv unless --log says where.
+    inputs. Default recipe: 30 epochs of SGD with Nesterov momentum at learning rate 0.1. With an adversary (also
+    trades:beta=6, free or pgd:clean_weight=0.5), batch norm is recalibrated on clean data at the end and before each
+    validation. What --validate-every measures is written to NAME.log.csv, or to --log.
 
     Cycles with the schedule triangular, from a network that is nearly trained, are fast geometric ensembling, and with
     cosine snapshot ensembles: modeconn chain connects their networks, and modeconn predict says what each adds.
