@@ -317,7 +317,9 @@ class WatchOptions:
     validate_every: Annotated[
         int | None,
         typer.Option(
-            min=1, help="Measure on the test data after every so many epochs; a line each.", rich_help_panel=_WATCH
+            min=1,
+            help="Measure on the test data after every so many epochs, and after the last; a line each.",
+            rich_help_panel=_WATCH,
         ),
     ] = None
     validate_at: Annotated[
@@ -325,7 +327,12 @@ class WatchOptions:
     ] = None
     log: Annotated[
         Path | None,
-        _option(_WATCH, "CSV file for the loss of every epoch, and what was measured after it.", metavar="FILE.csv"),
+        _option(
+            _WATCH,
+            "CSV file for the loss of every epoch, and what was measured after it. Default: NAME.log.csv of train with "
+            "--validate-every, otherwise none.",
+            metavar="FILE.csv",
+        ),
     ] = None
     keep_every: Annotated[
         int | None,
@@ -358,7 +365,8 @@ class WatchOptions:
         """Return what watches a run whose result is written to ``out``; ``settings`` are those of the validation."""
         found: list[callbacks.Callback] = []
         if self.validate_every is not None:
-            found += [callbacks.Validation(test, self._positions, every=self.validate_every, **settings), _Says()]
+            found += [callbacks.Validation(test, self._positions, every=self.validate_every, **settings)]
+            found.append(_SpokenValidation())
         if self.log is not None:
             found.append(callbacks.CSVLog(self.log))
         if self.keep_every is not None:
@@ -366,8 +374,10 @@ class WatchOptions:
         return found
 
 
-class _Says(callbacks.Callback):
+class _SpokenValidation(callbacks.Callback):
     """Says what was measured after an epoch."""
+
+    reads_values = True
 
     def after_epoch(self, event: callbacks.EpochEnd) -> None:
         """Say it in one line."""

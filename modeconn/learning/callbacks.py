@@ -50,13 +50,13 @@ class Validation(Callback):
     Args:
         loader: Validation data.
         t: Positions on the curve in [0, 1], rising; default 0.5. Not for one network.
-        every: Measure after every so many epochs.
+        every: Measure after epochs that it divides, and after the last.
         settings: Of `Connection.evaluate`, such as ``recalibrate`` or ``metrics``; for one network those that
             `modeconn.evaluate` has too. The loss is that of the run by default.
 
     Attributes:
         values: One mapping for each measurement: "epoch", and by name "validation loss, t=0.5" and so on; of one
-            network "validation loss" and so on.
+            network "validation loss" and so on. Positions have at most 12 digits: "t=0", "t=0.3".
 
     Raises:
         ValueError: If a setting is out of range or unknown; at the begin of a run, if it is not for what is trained.
@@ -91,22 +91,35 @@ class Validation(Callback):
         check_arguments(evaluate, bound)
         metrics_of_one(self._settings.get("metrics"))
 
+    @property
+    def _positions(self) -> list[float]:
+        return [0.5] if self._t is None else self._t
+
+    def _places(self, kind: Literal["curve", "network"]) -> list[str]:
+        """Return how names end, one for each network that is measured."""
+        return [""] if kind == "network" else [f", t={t:.12g}" for t in self._positions]
+
+    def measured_names(self, kind: Literal["curve", "network"]) -> list[str]:
+        """Return the names of all values; accuracy is one where there are classes."""
+        names = ("loss", "accuracy", *(self._settings.get("metrics") or ()))
+        return [f"validation {name}{place}" for place in self._places(kind) for name in names]
+
     def before_run(self, event: RunBegin) -> None:
         """Forget the measurements of an earlier run."""
         self.values = []
 
     def after_epoch(self, event: EpochEnd) -> None:
         """Measure, in the epochs that ``every`` chooses."""
-        if event.epoch % self._every:
+        if event.epoch % self._every and event.epoch < event.num_epochs:
             return
         if event.model is None:
-            positions = [0.5] if self._t is None else self._t
-            profile = event.connection().evaluate(self._loader, t=positions, **self._settings)
-            places = [f", t={t!r}" for t in positions]
+            profile = event.connection().evaluate(self._loader, t=self._positions, **self._settings)
+            places = self._places("curve")
         else:
             run = event.training
             own = {} if "loss_fn" in self._settings else {"loss_fn": run.loss_fn, "forward": run.forward}
-            profile, places = evaluate(event.model(), self._loader, **{**own, **self._settings}), [""]
+            profile = evaluate(event.model(), self._loader, **{**own, **self._settings})
+            places = self._places("network")
         found = {
             f"validation {name}{place}": float(value)
             for name, values in profile.values.items()
@@ -141,21 +154,34 @@ def _check_evaluation(loader: Any, t: Sequence[float] | None, settings: Mapping[
     check_arguments(Measurable.evaluate, bound)
 
 
-class EarlyStopping(Callback):
+class _MeasuresNothing(Callback):
+    """A callback that adds nothing to what was measured."""
+
+    def measured_names(self, kind: Literal["curve", "network"]) -> tuple[str, ...]:
+        """Return no name."""
+        return ()
+
+
+class EarlyStopping(_MeasuresNothing):
     """Ends a run when a value has not become better for some epochs.
 
     Args:
-        monitor: "loss", the training loss, or the name of a value that a callback before this one measured.
+        monitor: "loss", the training loss, or the name of a value that another callback measures, such as "validation
+            loss, t=0.5" of `Validation` along a curve, or "validation loss" of one for a network.
         patience: Measurements without a better value after which the run ends, at least 1.
         higher_is_better: Whether high values are good.
         margin: By how much a value must be better to count.
 
     Raises:
-        ValueError: If a setting is out of range.
+        ValueError: If a setting is out of range; at the begin of a run, if all its callbacks say what they measure and
+            the value is none of that.
 
     Warns:
-        UserWarning: At the end of a run in which there was no such value.
+        UserWarning: In a run with callbacks that do not say what they measure, after the first epoch in which there
+            are values and this is none of them; and at the end of a run in which there was no such value.
     """
+
+    reads_values = True
 
     @looked_at
     def __init__(
@@ -166,21 +192,31 @@ class EarlyStopping(Callback):
                 f"patience must be at least 1 and margin at least 0, got patience={patience}, margin={margin}."
             )
         self.monitor, self.patience, self.higher_is_better, self.margin = monitor, patience, higher_is_better, margin
-        self.best, self.num_worse, self._was_measured = math.inf, 0, False
+        self._is_expected = False
+        self._forget()
+
+    def _forget(self) -> None:
+        self.best, self.num_worse, self._was_measured, self._has_warned = math.inf, 0, False, False
+
+    def check_values(self, names: Sequence[str], *, are_all: bool) -> None:
+        """Raise a ValueError if the value that is watched will never be measured."""
+        self._is_expected = self.monitor in ("loss", *names)
+        if are_all and not self._is_expected:
+            raise ValueError(
+                f"EarlyStopping would watch {self.monitor!r}, which no callback of this run measures; "
+                f"{there_are(map(repr, ('loss', *names)))}. Pass one of these as monitor, or add the callback that "
+                f"measures it."
+            )
 
     def before_run(self, event: RunBegin) -> None:
         """Forget the best value of an earlier run."""
-        self.best, self.num_worse, self._was_measured = math.inf, 0, False
+        self._forget()
 
     def after_epoch(self, event: EpochEnd) -> bool:
         """Compare the value with the best so far."""
         known = {"loss": event.loss, **event.values}
-        if self.monitor not in known:
-            if self._was_measured or event.epoch < event.num_epochs:  # Not every epoch has a measurement.
-                return False
-            warn(  # Raising here would lose the run that has just finished.
-                f"EarlyStopping watched {self.monitor!r}, which was never measured; {there_are(map(repr, known))}."
-            )
+        if self.monitor not in known:  # as in epochs without a measurement
+            self._warn_of_missing(event, known)
             return False
         self._was_measured = True
         value = -known[self.monitor] if self.higher_is_better else known[self.monitor]
@@ -189,6 +225,20 @@ class EarlyStopping(Callback):
         else:
             self.num_worse += 1
         return self.num_worse >= self.patience
+
+    def _warn_of_missing(self, event: EpochEnd, known: Iterable[str]) -> None:
+        """Warn as soon as the value seems never to come, and where it never came; raising would lose the run."""
+        if self._was_measured:
+            return
+        there = there_are(map(repr, known))
+        if event.epoch == event.num_epochs:
+            warn(f"EarlyStopping watched {self.monitor!r}, which was never measured; {there}.")
+        elif event.values and not self._is_expected and not self._has_warned:
+            self._has_warned = True
+            warn(
+                f"EarlyStopping watches {self.monitor!r}, which was not measured after epoch {event.epoch}; {there}. "
+                f"If it never is, the run goes on to its last epoch, {event.num_epochs}."
+            )
 
     def state(self) -> dict[str, Any]:
         """Return the best value, and how often no better one came since."""
@@ -199,7 +249,7 @@ class EarlyStopping(Callback):
         self.best, self.num_worse, self._was_measured = state["best"], state["num_worse"], state["was_measured"]
 
 
-class KeepEpochs(Callback):
+class KeepEpochs(_MeasuresNothing):
     """Keeps what is trained as it is after epochs, in a folder: ``epoch_10.safetensors`` and so on.
 
     A network is written as `modeconn.models.save` does, a connection as `Connection.save` does, each all or nothing.
@@ -232,7 +282,7 @@ class KeepEpochs(Callback):
             save(kept, path)
 
 
-class CSVLog(Callback):
+class CSVLog(_MeasuresNothing):
     """Writes loss, seconds and what other callbacks measured into a CSV file, a row an epoch.
 
     Args:
@@ -241,6 +291,8 @@ class CSVLog(Callback):
     Raises:
         OSError: If it cannot be written.
     """
+
+    reads_values = True
 
     @looked_at
     def __init__(self, path: str | os.PathLike[str]) -> None:
@@ -271,12 +323,14 @@ class CSVLog(Callback):
         self._rows = list(state["rows"])
 
 
-class TensorBoardLog(Callback):
+class TensorBoardLog(_MeasuresNothing):
     """Hands loss and what other callbacks measured to a writer with ``add_scalar(name, value, step)``.
 
     Args:
         writer: Such as `torch.utils.tensorboard.SummaryWriter`.
     """
+
+    reads_values = True
 
     def __init__(self, writer: Any) -> None:
         if not callable(getattr(writer, "add_scalar", None)):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -58,7 +58,8 @@ class EpochEnd:
         model: Called without arguments it returns the network as it is now, a copy in eval mode; None where a curve is
             trained.
         training: Beside ``model``, data and loss of the run, a `modeconn.TrainingData`; a connection has its own.
-        values: What callbacks before this one measured after this epoch, by name; add to it what others should see.
+        values: What callbacks measured after this epoch, by name; add to it what others should see, numbers under any
+            name but "epoch", "loss" and "seconds". A callback with ``reads_values`` finds all of it.
     """
 
     epoch: int
@@ -114,10 +115,28 @@ class Callback(Shown):
     If a callback raises an exception in `after_epoch`, the run ends with it, and the checkpoint holds the finished
     epoch with the states that all callbacks had before it. Where the run goes on, all of them are told of that epoch
     again, of curves and networks alike; what they measured in it the first time counts for nothing.
+
+    Attributes:
+        reads_values: Whether it reads what others measured. Such callbacks are told after all others; among themselves,
+            and the others among themselves, they are told in the order of the list.
     """
+
+    reads_values: ClassVar[bool] = False
 
     def check_trained(self, kind: Literal["curve", "network"]) -> None:
         """Raise a ValueError if the callback is not for a run that trains this; called before any work."""
+
+    def measured_names(self, kind: Literal["curve", "network"]) -> Sequence[str] | None:
+        """Return the names of all that it may add to ``event.values`` in such a run; None if it does not say."""
+        return None
+
+    def check_values(self, names: Sequence[str], *, are_all: bool) -> None:
+        """Raise a ValueError if the callback waits for a value that there will not be; called before any work.
+
+        Args:
+            names: What the callbacks of the run say they measure.
+            are_all: Whether nothing else will be measured, since each of them says it or hears of no epoch.
+        """
 
     def before_run(self, event: RunBegin) -> None:
         """Forget what an earlier run left; not called where a run goes on."""
@@ -160,7 +179,8 @@ class Callbacks:
         is_stopped: Whether a callback wanted the run to end.
 
     Raises:
-        ValueError: If one of them is a class, has none of the methods, or is not for what is trained.
+        ValueError: If one of them is a class, has none of the methods, is not for what is trained, or waits for a value
+            that none of them measures.
     """
 
     def __init__(
@@ -176,12 +196,23 @@ class Callbacks:
                 raise ValueError(f"a callback must be an object with one of {', '.join(_MOMENTS)}, got {one!r}.")
             if trained is not None and hasattr(one, "check_trained"):
                 one.check_trained(trained)
+        told = sorted(callbacks, key=lambda one: bool(getattr(one, "reads_values", False)))
+        self._by_moment = {moment: [one for one in told if _has_own(one, moment)] for moment in _MOMENTS}
+        if trained is not None:
+            self._check_values(trained)
         self._device = torch.device(device)
         self._all = list(callbacks)
         self.untold: float | None = None
         self.is_stopped = False
         self._before: list[Any] = []  # what callbacks knew before the epoch of which they have yet to be told
-        self._by_moment = {moment: [one for one in callbacks if _has_own(one, moment)] for moment in _MOMENTS}
+
+    def _check_values(self, trained: Literal["curve", "network"]) -> None:
+        told = self._by_moment["after_epoch"]
+        said = [one.measured_names(trained) if hasattr(one, "measured_names") else None for one in told]
+        names = [name for own in said if own is not None for name in own]
+        for one in told:
+            if hasattr(one, "check_values"):
+                one.check_values(names, are_all=None not in said)
 
     def hear(self, moment: str) -> bool:
         """Whether any callback is to be told of a moment, such as "after_step"."""

@@ -249,9 +249,11 @@ def test_training_is_validated_on_examples_that_are_held_out(tmp_path):
     validation, expected = modeconn.callbacks.Validation(held_out, every=2), Recipe(epochs=3)
     trained = models.train(network, train, recipe=expected, callbacks=[validation])
     assert same_bits(models.load(out), trained)
+    lines = result.stderr.splitlines()
+    for one, line, epoch in zip(validation.values, lines, (2, 3), strict=True):  # the last is always measured
+        says = f"validation loss: {one['validation loss']:.4f}; validation accuracy: {one['validation accuracy']:.2%}"
+        assert re.fullmatch(rf"modeconn: epoch {epoch} of 3; loss: 0\.\d{{4}}; {says}", line)
     one = validation.values[0]
-    says = f"validation loss: {one['validation loss']:.4f}; validation accuracy: {one['validation accuracy']:.2%}"
-    assert re.fullmatch(rf"modeconn: epoch 2 of 3; loss: 0\.\d{{4}}; {says}\n", result.stderr)
     assert [path.name for path in sorted(tmp_path.iterdir())] == ["a.log.csv", "a.safetensors"]
     rows = (tmp_path / "a.log.csv").read_text().splitlines()
     assert len(rows) == 4 and rows[2].endswith(f",{one['validation loss']},{one['validation accuracy']}")
@@ -278,8 +280,8 @@ def test_a_fit_is_validated_where_it_is_told_and_keeps_what_it_was(folder, tmp_p
     found, test = Connection.load(out), data.load("digits")[1]
     kept = Connection.load(tmp_path / "c.epochs" / "epoch_2.safetensors")
     profile = kept.evaluate(test, t=[0, 0.5, 1])
-    expected = {f"validation loss, t={t}": loss for t, loss in zip((0.0, 0.5, 1.0), profile.loss, strict=True)}
-    assert [bool(values) for values in found.history.values] == [False, True, False]
+    expected = {f"validation loss, t={t}": loss for t, loss in zip((0, 0.5, 1), profile.loss, strict=True)}
+    assert [bool(values) for values in found.history.values] == [False, True, True]
     assert {name: found.history.values[1][name] for name in expected} == expected
     assert f"validation loss, t=0.5: {profile.loss[1]:.4f}" in result.stderr
     assert len(log.read_text().splitlines()) == 4 and [path.name for path in (tmp_path / "c.epochs").iterdir()] == [

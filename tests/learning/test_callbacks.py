@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import functools
+import itertools
 import math
 import random
 import re
@@ -14,9 +15,10 @@ import pytest
 import torch
 
 import modeconn
-from modeconn import PAM, Bezier, Connection, Recipe, WeightMatching, data, models
-from modeconn.learning.callbacks import Callback, CSVLog, EarlyStopping, TensorBoardLog, Validation
+from modeconn import PAM, Bezier, Connection, Recipe, WeightMatching, data, metrics, models
+from modeconn.learning.callbacks import Callback, CSVLog, EarlyStopping, KeepEpochs, TensorBoardLog, Validation
 from modeconn.refinement import ProximalLinear, pam
+from modeconn.tools.callbacks import Callbacks
 from modeconn.tools.progress import progress_bar
 
 
@@ -58,6 +60,21 @@ def fit(networks, epochs=3, **settings):
     a, b, train, _ = networks
     how = {"align": WeightMatching(), "curve": Bezier(2), "seed": 4, **settings}
     return modeconn.fit_curve(a, b, train, recipe=Recipe(epochs=epochs), **how)
+
+
+def exact(networks, **settings):
+    a, b, train, _ = networks
+    few = train.subset(torch.arange(100)).with_(shuffle=False)
+    refine = PAM(iterations=2, exact=True, num_points=3, step=ProximalLinear(num_rounds=1, num_tries=5))
+    how = {"align": WeightMatching(), "refine": refine, "recipe": Recipe(epochs=4), **settings}
+    return modeconn.fit_curve(a, b, few, **how)
+
+
+def train(networks, **settings):
+    return models.train(networks[0], networks[2], recipe=Recipe(epochs=4), **settings)
+
+
+VERBS = {"fit_curve": functools.partial(fit, epochs=4), "exact PAM": exact, "models.train": train}
 
 
 @pytest.mark.parametrize("refine", [None, PAM(iterations=2, num_batches=4)], ids=["fit", "pam"])
@@ -138,12 +155,118 @@ def test_a_run_stops_early_by_what_another_callback_measured(networks):
     assert [one["made up"] for one in found.history.values] == [1, 2, 3]
     rising = EarlyStopping("made up", patience=2, higher_is_better=True)
     assert len(fit(networks, epochs=4, callbacks=[Worse(), rising]).history.loss) == 4
-    with pytest.warns(UserWarning, match="watched 'speed', which was never measured; there are 'loss', 'made up'"):
-        assert len(fit(networks, epochs=2, callbacks=[Worse(), EarlyStopping("speed")]).history.loss) == 2
 
 
 class _Stop(Exception):
     pass
+
+
+class MadeUp(Callback):
+    """Adds a value after some epochs, and says nothing of it."""
+
+    def __init__(self, name="made up", value=1.0, every=1):
+        self.name, self.value, self.every = name, value, every
+
+    def after_epoch(self, event):
+        if event.epoch % self.every == 0:
+            event.values[self.name] = self.value
+
+
+class Says(MadeUp):
+    """Adds the value and says so."""
+
+    def measured_names(self, kind):
+        return [self.name]
+
+
+def test_a_value_that_nothing_measured_is_told_at_once_and_at_the_end(networks):
+    stopping = EarlyStopping("speed")
+    with pytest.warns(UserWarning) as told:
+        assert len(fit(networks, callbacks=[MadeUp(every=2), stopping]).history.loss) == 3
+    assert [str(one.message) for one in told] == [
+        "EarlyStopping watches 'speed', which was not measured after epoch 2; there are 'loss', 'made up'. If it never "
+        "is, the run goes on to its last epoch, 3.",
+        "EarlyStopping watched 'speed', which was never measured; there is 'loss'.",
+    ]
+    fit(networks, callbacks=[MadeUp(), Says("speed", every=3), stopping])  # no warning: it is to come
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_value_that_will_never_be_measured_is_refused_before_the_run(networks, verb, tmp_path):
+    class Steps(Callback):
+        def after_step(self, event):
+            pytest.fail("work was done")
+
+    place = "" if verb == "models.train" else ", t=0.5"
+    there = "there are " + ", ".join(
+        map(repr, ["loss", *(f"validation {n}{place}" for n in ("loss", "accuracy", "b"))])
+    )
+    validation = Validation(networks[3], metrics={"b": metrics.top_k(2)})
+    told = [EarlyStopping("speed"), Steps(), validation, CSVLog(tmp_path / "log"), KeepEpochs(tmp_path / "kept")]
+    with pytest.raises(ValueError, match=f"would watch 'speed', which no callback of this run measures; {there}. Pass"):
+        VERBS[verb](networks, callbacks=told)
+    for right in ("loss", f"validation accuracy{place}", f"validation b{place}"):
+        Callbacks([EarlyStopping(right), validation], trained="network" if verb == "models.train" else "curve")
+    Callbacks([EarlyStopping("speed"), Says("speed")], trained="curve")
+    with pytest.raises(ValueError, match="there are 'loss', 'other'"):
+        Callbacks([EarlyStopping("speed"), Says("other")], trained="curve")
+
+
+@pytest.mark.parametrize("verb", ["fit_curve", "models.train"])
+def test_the_order_of_callbacks_does_not_matter_also_where_a_run_goes_on(networks, verb, tmp_path):
+    class Killer(Callback):
+        def after_epoch(self, event):
+            if event.epoch == 2:
+                raise _Stop
+
+    class Writer:
+        def __init__(self):
+            self.rows = []
+
+        def add_scalar(self, name, value, step):
+            self.rows.append((name, value, step))
+
+    place, found = "" if verb == "models.train" else ", t=0.5", []
+    for number, order in enumerate(itertools.permutations(range(4))):
+        if number % 5:  # all take long
+            continue
+        writer, log = Writer(), tmp_path / f"log{number}.csv"
+        told = [Validation(networks[3]), EarlyStopping(f"validation loss{place}", margin=9, patience=2), CSVLog(log)]
+        told.append(TensorBoardLog(writer))
+        kept = {"checkpoint": tmp_path / f"run{number}"}
+        with pytest.raises(_Stop):
+            VERBS[verb](networks, callbacks=[*(told[place] for place in order), Killer()], **kept)
+        VERBS[verb](networks, callbacks=[told[place] for place in reversed(order)], **kept)
+        rows = [
+            {name: value for name, value in row.items() if name != "seconds"}
+            for row in csv.DictReader(log.read_text().splitlines())
+        ]
+        assert [row["epoch"] for row in rows] == ["1", "2", "3"] and all(map(all, map(dict.values, rows)))
+        found.append((rows, told[0].values, told[1].state(), sorted(set(writer.rows))))
+    assert len(found) == 5 and all(one == found[0] for one in found)
+
+
+@pytest.mark.parametrize("verb", VERBS)
+@pytest.mark.parametrize("name", ["epoch", "loss", "seconds"])
+def test_names_of_what_every_epoch_has_are_refused(networks, verb, name, tmp_path):
+    with pytest.raises(ValueError, match=rf"event\.values\['{name}'\] has the name of what is known of every epoch"):
+        VERBS[verb](networks, callbacks=[CSVLog(tmp_path / "log.csv"), MadeUp(name)])
+    assert not (tmp_path / "log.csv").exists()
+
+
+def test_positions_are_named_as_tables_write_them(networks):
+    validation = Validation(networks[3], t=[0, 0.1 + 0.2, 1 / 3, 1.0])
+    (values,) = fit(networks, epochs=1, callbacks=[validation]).history.values
+    places = ["t=0", "t=0.3", "t=0.333333333333", "t=1"]
+    assert list(values) == [f"validation {name}, {t}" for name in ("loss", "accuracy") for t in places]
+    assert set(values) == set(validation.measured_names("curve"))
+
+
+@pytest.mark.parametrize(("every", "epochs"), [(1, [1, 2, 3, 4]), (2, [2, 4]), (3, [3, 4]), (9, [4])])
+def test_validation_measures_after_epochs_that_its_interval_divides_and_the_last(networks, every, epochs):
+    validation = Validation(networks[3], every=every)
+    train(networks, callbacks=[validation])
+    assert [one["epoch"] for one in validation.values] == epochs
 
 
 def test_callbacks_go_on_from_a_checkpoint(networks, tmp_path):
@@ -176,21 +299,6 @@ def test_callbacks_go_on_from_a_checkpoint(networks, tmp_path):
         rows = list(csv.DictReader((tmp_path / name / "log.csv").read_text().splitlines()))
         tables.append([{key: value for key, value in row.items() if key != "seconds"} for row in rows])
     assert tables[0] == tables[1] and [row["epoch"] for row in tables[0]] == ["1", "2", "3", "4"]
-
-
-def exact(networks, **settings):
-    a, b, train, _ = networks
-    few = train.subset(torch.arange(100)).with_(shuffle=False)
-    refine = PAM(iterations=2, exact=True, num_points=3, step=ProximalLinear(num_rounds=1, num_tries=5))
-    how = {"align": WeightMatching(), "refine": refine, "recipe": Recipe(epochs=4), **settings}
-    return modeconn.fit_curve(a, b, few, **how)
-
-
-def train(networks, **settings):
-    return models.train(networks[0], networks[2], recipe=Recipe(epochs=4), **settings)
-
-
-VERBS = {"fit_curve": functools.partial(fit, epochs=4), "exact PAM": exact, "models.train": train}
 
 
 @pytest.mark.parametrize("verb", VERBS)
@@ -247,8 +355,8 @@ def test_values_stand_at_their_epochs_also_where_a_run_began_without_callbacks(n
 
     with pytest.raises(_Stop):
         fit(networks, callbacks=[Killer()], checkpoint=tmp_path / "k")
-    with pytest.warns(UserWarning, match="Says begin anew"):
-        found = fit(networks, callbacks=[Says(1.0)], checkpoint=tmp_path / "k")
+    with pytest.warns(UserWarning, match="Said begin anew"):
+        found = fit(networks, callbacks=[Said(1.0)], checkpoint=tmp_path / "k")
     assert found.history.values == [{}, {}, {"said": 1.0}]
 
 
@@ -309,12 +417,9 @@ def test_wrong_settings_are_refused():
 # ---------------------------------------------------------------- what callbacks say is kept, whatever it is
 
 
-class Says(Callback):
+class Said(MadeUp):
     def __init__(self, value) -> None:
-        self.value = value
-
-    def after_epoch(self, event):
-        event.values["said"] = self.value
+        super().__init__("said", value)
 
     def state(self):
         return {"best": float("inf")}
@@ -322,12 +427,12 @@ class Says(Callback):
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf"), torch.tensor(1.5), np.float32(2.5), 3])
 def test_numbers_of_any_kind_go_through_checkpoints_and_files(networks, value, tmp_path):
-    found = fit(networks, epochs=1, callbacks=[Says(value)], checkpoint=tmp_path / "run")
+    found = fit(networks, epochs=1, callbacks=[Said(value)], checkpoint=tmp_path / "run")
     found.save(tmp_path / "c")
     kept = Connection.load(tmp_path / "c").history.values
     assert repr(kept) == repr([{"said": float(value)}])
     with pytest.raises(ValueError, match=r"event\.values\['said'\] must be a number, got 'x'"):
-        fit(networks, epochs=1, callbacks=[Says("x")])
+        fit(networks, epochs=1, callbacks=[Said("x")])
 
 
 def test_an_exception_in_a_callback_loses_no_values_of_that_epoch(networks, tmp_path):
@@ -338,8 +443,8 @@ def test_an_exception_in_a_callback_loses_no_values_of_that_epoch(networks, tmp_
 
     how = {"checkpoint": tmp_path / "run", "epochs": 3}
     with pytest.raises(RuntimeError, match="stop"):
-        fit(networks, callbacks=[Says(1.0), Fails()], **how)
-    resumed = fit(networks, callbacks=[Says(1.0)], **how)
+        fit(networks, callbacks=[Said(1.0), Fails()], **how)
+    resumed = fit(networks, callbacks=[Said(1.0)], **how)
     assert resumed.history.values == 3 * [{"said": 1.0}] and len(resumed.history.loss) == 3
 
 
@@ -376,11 +481,11 @@ def test_exact_pam_tells_of_its_steps_and_may_be_stopped_and_resumed(networks, t
     few = train.subset(torch.arange(100)).with_(shuffle=False)
     how = {"align": WeightMatching(), "refine": PAM(iterations=2, exact=True, num_points=3), "recipe": Recipe(epochs=4)}
     stops = Stops(3)
-    found = modeconn.fit_curve(a, b, few, callbacks=[stops, Says(1.0)], **how)
+    found = modeconn.fit_curve(a, b, few, callbacks=[stops, Said(1.0)], **how)
     assert len(found.history.loss) == len(found.history.values) == len(stops.ends) == 3
     with pytest.raises(KeyboardInterrupt):
-        modeconn.fit_curve(a, b, few, callbacks=[Stops(2), Says(1.0)], checkpoint=tmp_path / "run", **how)
-    resumed = modeconn.fit_curve(a, b, few, callbacks=[Stops(3), Says(1.0)], checkpoint=tmp_path / "run", **how)
+        modeconn.fit_curve(a, b, few, callbacks=[Stops(2), Said(1.0)], checkpoint=tmp_path / "run", **how)
+    resumed = modeconn.fit_curve(a, b, few, callbacks=[Stops(3), Said(1.0)], checkpoint=tmp_path / "run", **how)
     assert torch.equal(resumed.control_points, found.control_points) and len(resumed.history.values) == 3
 
 

@@ -141,7 +141,7 @@ def test_validation_is_what_evaluate_says_of_the_network_after_each_epoch():
     how = {"metrics": {"top 3": metrics.top_k(3)}}
     note, own, anew = Note(), Validation(TEST, every=2, **how), Validation(TEST, every=3, recalibrate=TRAIN)
     train(callbacks=[note, own, anew])
-    assert [one["epoch"] for one in own.values] == [2, 4] and [one["epoch"] for one in anew.values] == [3]
+    assert [one["epoch"] for one in own.values] == [2, 4] and [one["epoch"] for one in anew.values] == [3, 4]
     for one in own.values:
         profile = modeconn.evaluate(note.networks[one["epoch"] - 1], TEST, **how)
         assert one == {
@@ -197,6 +197,10 @@ class Unread:
         (
             lambda: Validation(TEST, repair=True),
             "the settings of modeconn.evaluate: got an unexpected .*'repair'",
+        ),
+        (
+            lambda: EarlyStopping("validation loss, t=0.5"),
+            "would watch 'validation loss, t=0.5', which no callback of this run measures; there is 'loss'. Pass one",
         ),
         (lambda: Validation(TEST, loss_fn=None), "loss_fn must be a function, got loss_fn=None"),
         (lambda: Validation(TEST, metrics={"far": metrics.cka("b")}), "'far' compares with end 'b' of a curve"),

@@ -137,7 +137,7 @@ def measured(*values):
 
 
 VALIDATED = measured(
-    {"validation loss, t=0.0": 2.0, "validation accuracy, t=0.0": 0.5, "validation accuracy, t=0.5": 0.25},
+    {"validation loss, t=0": 2.0, "validation accuracy, t=0": 0.5, "validation accuracy, t=0.5": 0.25},
     {},
     {"validation accuracy, t=0.5": 0.75, "sharpness": 3.0},
 )
@@ -149,7 +149,7 @@ def test_what_was_measured_is_drawn_over_epochs_with_a_line_for_each_position(ax
     at_0, at_half = ax.lines
     np.testing.assert_array_equal(at_0.get_xydata(), [(1, 50)])
     np.testing.assert_array_equal(at_half.get_xydata(), [(1, 25), (3, 75)])
-    assert texts(ax.get_legend()) == ["t=0.0", "t=0.5"]
+    assert texts(ax.get_legend()) == ["t=0", "t=0.5"]
     assert ax.get_ylabel() == "validation accuracy (%)" and ax.get_xlabel() == "epoch"
 
 
@@ -157,7 +157,7 @@ def test_what_was_measured_is_drawn_over_epochs_with_a_line_for_each_position(ax
     ("quantity", "axis", "legend", "scale"),
     [
         ("validation accuracy, t=0.5", "validation accuracy, t=0.5 (%)", "t=0.5", "linear"),
-        ("validation loss", "validation loss, t=0.0 (mean per example)", "t=0.0", "log"),
+        ("validation loss", "validation loss, t=0 (mean per example)", "t=0", "log"),
         ("sharpness", "sharpness", "sharpness", "linear"),
     ],
 )
@@ -168,7 +168,7 @@ def test_one_value_by_epoch_is_named_on_the_axis(ax, quantity, axis, legend, sca
 
 def test_several_fits_have_a_colour_each_and_positions_their_dashes(ax):
     plot.history(VALIDATED, VALIDATED, labels=["one", "two"], quantity="accuracy", ax=ax)
-    assert texts(ax.get_legend()) == ["one, t=0.0", "one, t=0.5", "two, t=0.0", "two, t=0.5"]
+    assert texts(ax.get_legend()) == ["one, t=0", "one, t=0.5", "two, t=0", "two, t=0.5"]
     colours, dashes = ([get(line) for line in ax.lines] for get in (Line2D.get_color, Line2D.get_linestyle))
     assert colours[0] == colours[1] != colours[2] and dashes[:2] == dashes[2:] and dashes[0] != dashes[1]
 
@@ -260,7 +260,7 @@ def test_two_histories_share_one_entry_for_their_range(ax):
         ),
         (
             lambda: plot.history(VALIDATED, quantity="error"),
-            "fit 0 has no 'error' by epoch, only 'loss', 'validation loss, t=0.0', 'validation accuracy, t=0.0'",
+            "fit 0 has no 'error' by epoch, only 'loss', 'validation loss, t=0', 'validation accuracy, t=0'",
         ),
         (
             lambda: plot.history(VALIDATED, VALIDATED, quantity="accuracy"),

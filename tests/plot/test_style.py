@@ -33,7 +33,7 @@ ROBUST = RobustProfile(
 )
 TURNS = [{"loss_before": 2.0, "loss_after": 1.0}, {"loss_before": 1.0, "loss_after": 0.9}]
 MEASURED = [
-    {"validation accuracy, t=0.0": 0.5, "validation accuracy, t=0.5": 0.25},
+    {"validation accuracy, t=0": 0.5, "validation accuracy, t=0.5": 0.25},
     {"validation accuracy, t=0.5": 0.75},
 ]
 HISTORY = History([2.0, 1.0], [[1.0, None, 3.0], [0.5, 1.5, None]], turns=TURNS, values=MEASURED)
