@@ -238,7 +238,7 @@ class Callbacks:
         is_heard = self.hear("after_epoch")
         if is_heard or joined().size > 1:  # in which others may have callbacks
             self._before, self.untold = copy.deepcopy(self._known()), event.loss
-            self.is_stopped = tell_in_all(lambda: self._tell_of_epoch(event))
+            self.is_stopped = _tell_in_all(lambda: self._tell_of_epoch(event))
         self.untold = None
         return is_heard
 
@@ -254,7 +254,7 @@ class Callbacks:
     def _known(self) -> list[Any]:
         return [[_name(one), one.state() if hasattr(one, "state") else {}] for one in self._all]
 
-    own = ("callbacks",)
+    own = ("callbacks",)  # each of several processes may have others
 
     def state(self) -> tuple[dict[str, Tensor], dict[str, Any]]:
         """Return the state of all callbacks and whether they ended the run, as a part of it."""
@@ -285,7 +285,7 @@ class Callbacks:
         self._before = copy.deepcopy(self._known())
 
 
-def tell_in_all(tell: Callable[[], bool]) -> bool:
+def _tell_in_all(tell: Callable[[], bool]) -> bool:
     """Tell callbacks in all processes that share a run; whether one of them, in any process, wants it to end.
 
     What fails in one process is raised in all, once all have told theirs, so that they can save the run together.
