@@ -306,10 +306,11 @@ def test_callbacks_go_on_from_a_checkpoint(networks, tmp_path):
 def test_an_epoch_in_which_a_callback_failed_is_told_again_once(networks, verb, tmp_path):
     class Seen(Callback):
         def __init__(self, fail_at=None):
-            self.epochs, self.fail_at = [], fail_at
+            self.epochs, self.fail_at, self.num_told = [], fail_at, 0
 
         def after_epoch(self, event):
             self.epochs.append((event.epoch, event.loss))
+            self.num_told += 1
             if event.epoch == self.fail_at:
                 raise _Stop
 
@@ -326,10 +327,11 @@ def test_an_epoch_in_which_a_callback_failed_is_told_again_once(networks, verb, 
         with pytest.raises(_Stop):
             run(networks, callbacks=[failing], checkpoint=tmp_path / "k")
         assert len(failing.epochs) == told
-    for _ in range(2):  # the second time there is nothing left to tell
+    for num_left in (1, 0):
         again = Seen()
         run(networks, callbacks=[again], checkpoint=tmp_path / "k")
         assert again.epochs == whole.epochs and [epoch for epoch, _ in again.epochs] == [1, 2, 3, 4]
+        assert again.num_told == num_left
 
 
 @pytest.mark.parametrize("verb", VERBS)
