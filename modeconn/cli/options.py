@@ -370,7 +370,12 @@ class WatchOptions:
         if self.log is not None:
             found.append(callbacks.CSVLog(self.log))
         if self.keep_every is not None:
-            found.append(callbacks.KeepEpochs(out.with_name(f"{out.stem}.epochs"), every=self.keep_every))
+            folder = out.with_name(f"{out.stem}.epochs")
+            if folder == out:
+                raise ValueError(
+                    f"--keep-every makes a folder {str(out)!r}, which is where the result goes: name it else."
+                )
+            found.append(callbacks.KeepEpochs(folder, every=self.keep_every))
         return found
 
 

@@ -51,12 +51,13 @@ class Validation(Callback):
         loader: Validation data.
         t: Positions on the curve in [0, 1], rising; default 0.5. Not for one network.
         every: Measure after epochs that it divides, and after the last.
+        name: What names of values begin with; a second one in a run needs another, such as "test".
         settings: Of `Connection.evaluate`, such as ``recalibrate`` or ``metrics``; for one network those that
             `modeconn.evaluate` has too. The loss is that of the run by default.
 
     Attributes:
         values: One mapping for each measurement: "epoch", and by name "validation loss, t=0.5" and so on; of one
-            network "validation loss" and so on. Positions have at most 12 digits: "t=0", "t=0.3".
+            network "validation loss" and so on, with ``name`` in front. Positions have at most 12 digits: "t=0.3".
 
     Raises:
         ValueError: If a setting is out of range or unknown; at the begin of a run, if it is not for what is trained.
@@ -64,11 +65,19 @@ class Validation(Callback):
 
     @looked_at
     def __init__(
-        self, loader: Iterable[Any], t: Sequence[float] | None = None, *, every: int = 1, **settings: Any
+        self,
+        loader: Iterable[Any],
+        t: Sequence[float] | None = None,
+        *,
+        every: int = 1,
+        name: str = "validation",
+        **settings: Any,
     ) -> None:
         _check_every(every)
+        if not name.strip():
+            raise ValueError(f"name must be a word, got name={name!r}.")
         _check_evaluation(loader, t, settings)
-        self._loader, self._every, self._settings = loader, every, settings
+        self._loader, self._every, self._name, self._settings = loader, every, name, settings
         self._t = None if t is None else chosen_positions(t, 2)
         self.values: list[dict[str, float]] = []
 
@@ -102,7 +111,7 @@ class Validation(Callback):
     def measured_names(self, kind: Literal["curve", "network"]) -> list[str]:
         """Return the names of all values; accuracy is one where there are classes."""
         names = ("loss", "accuracy", *(self._settings.get("metrics") or ()))
-        return [f"validation {name}{place}" for place in self._places(kind) for name in names]
+        return [f"{self._name} {name}{place}" for place in self._places(kind) for name in names]
 
     def before_run(self, event: RunBegin) -> None:
         """Forget the measurements of an earlier run."""
@@ -121,7 +130,7 @@ class Validation(Callback):
             profile = evaluate(event.model(), self._loader, **{**own, **self._settings})
             places = self._places("network")
         found = {
-            f"validation {name}{place}": float(value)
+            f"{self._name} {name}{place}": float(value)
             for name, values in profile.values.items()
             for place, value in zip(places, values, strict=True)
             if name != "error"
@@ -187,9 +196,9 @@ class EarlyStopping(_MeasuresNothing):
     def __init__(
         self, monitor: str = "loss", *, patience: int = 5, higher_is_better: bool = False, margin: float = 0.0
     ) -> None:
-        if patience < 1 or not margin >= 0:
+        if patience < 1 or not 0 <= margin < math.inf:
             raise ValueError(
-                f"patience must be at least 1 and margin at least 0, got patience={patience}, margin={margin}."
+                f"patience must be at least 1 and margin finite, at least 0, got patience={patience}, margin={margin}."
             )
         self.monitor, self.patience, self.higher_is_better, self.margin = monitor, patience, higher_is_better, margin
         self._is_expected = False

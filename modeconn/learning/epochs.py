@@ -24,7 +24,7 @@ from modeconn.learning.step_loss import StepLoss
 from modeconn.network.batches import END, batches, check_length, checksum
 from modeconn.network.shares import begin_epoch
 from modeconn.network.weights import are_finite
-from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd
+from modeconn.tools.callbacks import Callbacks, EpochEnd, StepEnd
 from modeconn.tools.door import check_settings
 from modeconn.tools.processes import joined
 from modeconn.tools.progress import progress_bar
@@ -151,8 +151,7 @@ class Run:
             FloatingPointError: If loss or weights stop being finite.
             KeyboardInterrupt: After Ctrl-C, when the step is done and a checkpoint, if there are any, written.
         """
-        if not self._file.resume(*self._parts):
-            self._callbacks.tell("before_run", RunBegin(self._recipe.epochs))
+        self._callbacks.begin_run(self._recipe.epochs, is_new=not self._file.resume(*self._parts))
         self._started = time.perf_counter() - self._progress.seconds
         bar = progress_bar(show=progress, total=self._recipe.epochs, initial=self._progress.epoch, unit="epoch")
         with bar, self._interrupts_between_steps():
@@ -219,7 +218,7 @@ class Run:
 
     def _tell_of_step(self, t: float, loss: Tensor) -> None:
         if self._callbacks.hear("after_step"):
-            event = StepEnd(self._progress.epoch, self._progress.step, t, loss.detach())
+            event = StepEnd(self._progress.epoch, self._progress.step, t, loss.detach().clone())
             self._callbacks.tell("after_step", event)
 
     def _position(self, number: int) -> tuple[float, list[float]]:

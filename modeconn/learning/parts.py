@@ -14,7 +14,7 @@ from torch import Tensor
 from modeconn.learning.checkpoint import State
 from modeconn.network.batches import endless_batches
 from modeconn.network.shares import numbered_passes
-from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin, StepEnd
+from modeconn.tools.callbacks import Callbacks, EpochEnd, StepEnd
 from modeconn.tools.rng import rng_state, set_rng_state
 
 
@@ -87,8 +87,7 @@ class Epochs:
     def go_on(self, *, is_new: bool) -> bool:
         """Begin to train: a run that is new, or one that was taken up; whether callbacks were told an epoch again."""
         self._started = time.perf_counter() - self._seconds
-        if is_new and self._runs == 0:
-            self._callbacks.tell("before_run", RunBegin(self._num_runs * self._num_epochs))
+        self._callbacks.begin_run(self._num_runs * self._num_epochs, is_new=is_new and self._runs == 0)
         if self._callbacks.untold is None:
             return False
         self._tell(self._callbacks.untold)
@@ -97,7 +96,7 @@ class Epochs:
     def end_step(self, loss: Tensor | None) -> None:
         """Note a step, and tell of its loss; None of a process that had no batch in it."""
         if loss is not None and self._callbacks.hear("after_step"):
-            event = StepEnd(self._runs * self._num_epochs + self.done, self._steps, None, loss.detach())
+            event = StepEnd(self._runs * self._num_epochs + self.done, self._steps, None, loss.detach().clone())
             self._callbacks.tell("after_step", event)
         self._steps += 1
 

@@ -21,7 +21,7 @@ from modeconn.network.loss import TrainingData
 from modeconn.network.shares import is_shared_out
 from modeconn.refinement.pam import PAM, improve_permutation, is_finished, objective_of
 from modeconn.symmetry import Permutation
-from modeconn.tools.callbacks import Callbacks, EpochEnd, RunBegin
+from modeconn.tools.callbacks import Callbacks, EpochEnd
 from modeconn.tools.processes import joined
 from modeconn.tools.rng import seeded
 
@@ -84,8 +84,7 @@ class Descent:
     def run(self) -> History:
         """Take all turns, from where the run was saved, one step of gradient descent for each epoch."""
         num_steps = self._step.recipe.epochs
-        if not self._file.resume(self, self._callbacks):
-            self._callbacks.tell("before_run", RunBegin(num_steps))
+        self._callbacks.begin_run(num_steps, is_new=not self._file.resume(self, self._callbacks))
         self._started = time.perf_counter() - self.history.seconds
         if self._callbacks.untold is not None:
             self._tell()

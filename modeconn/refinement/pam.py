@@ -26,7 +26,7 @@ from modeconn.network.shares import is_shared_out
 from modeconn.refinement.proximal_linear import ProximalLinear
 from modeconn.refinement.relabelled import Relabelled
 from modeconn.symmetry import Orthogonal, Permutation, Relabelling
-from modeconn.tools.callbacks import Callbacks, MoveEnd, RunBegin
+from modeconn.tools.callbacks import Callbacks, MoveEnd
 from modeconn.tools.checks import check_at_least, check_integers, check_positive
 from modeconn.tools.door import check_settings
 from modeconn.tools.processes import joined
@@ -309,8 +309,8 @@ class Refinement:
     def relabel_only(self, file: RunFile) -> History:
         """Take all turns along a curve that has nothing to learn, the straight line, from where the run was saved."""
         callbacks = self._callbacks or Callbacks()
-        if not file.resume(self._step, self, callbacks):
-            callbacks.tell("before_run", RunBegin(self._step.recipe.epochs))
+        is_new = not file.resume(self._step, self, callbacks)
+        callbacks.begin_run(self._step.recipe.epochs, is_new=is_new)
         self._started = time.perf_counter() - self._seconds
         for epoch in range(self._step.recipe.epochs):
             if not self.is_finished:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, Literal
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -205,14 +206,28 @@ class Callbacks:
         self.untold: float | None = None
         self.is_stopped = False
         self._before: list[Any] = []  # what callbacks knew before the epoch of which they have yet to be told
+        self._new: list[Any] = []  # those that were not there before a run was interrupted
 
     def _check_values(self, trained: Literal["curve", "network"]) -> None:
         told = self._by_moment["after_epoch"]
         said = [one.measured_names(trained) if hasattr(one, "measured_names") else None for one in told]
         names = [name for own in said if own is not None for name in own]
+        twice = next((name for name in names if names.count(name) > 1), None)
+        if twice is not None:
+            raise ValueError(
+                f"two callbacks measure {twice!r}, and one would hide the other: give them names, such as "
+                f"Validation(loader, name='second')."
+            )
         for one in told:
             if hasattr(one, "check_values"):
                 one.check_values(names, are_all=None not in said)
+
+    def begin_run(self, num_epochs: int, *, is_new: bool) -> None:
+        """Tell callbacks that a run begins; where it goes on, those alone that were not there before."""
+        for one in self._by_moment["before_run"]:
+            if is_new or any(one is other for other in self._new):
+                with seeded(0, self._device):
+                    one.before_run(RunBegin(num_epochs))
 
     def hear(self, moment: str) -> bool:
         """Whether any callback is to be told of a moment, such as "after_step"."""
@@ -224,7 +239,7 @@ class Callbacks:
             return False
         with seeded(0, self._device):
             answers = [getattr(one, moment)(event) for one in self._by_moment[moment]]
-        return any(answer is True for answer in answers)
+        return any(map(_is_true, answers))
 
     def end_epoch(self, event: EpochEnd) -> bool:
         """Tell callbacks of an epoch, in all processes that share the run; whether any here was to be told.
@@ -246,7 +261,7 @@ class Callbacks:
         is_over = False
         with seeded(0, self._device):
             for one in self._by_moment["after_epoch"]:
-                is_over |= one.after_epoch(event) is True
+                is_over |= _is_true(one.after_epoch(event))
                 for name, value in event.values.items():  # before the next one reads them
                     event.values[name] = _number_of(name, value)
         return is_over
@@ -274,7 +289,9 @@ class Callbacks:
                 left.remove(known)
                 if hasattr(one, "load_state"):
                     one.load_state(known[1])
-            elif hasattr(one, "state") and one.state():
+                continue
+            self._new.append(one)
+            if hasattr(one, "state") and one.state():
                 new.append(_name(one))
         gone = [name for name, state in left if state]
         if gone or new:
@@ -283,6 +300,12 @@ class Callbacks:
                 f"{', '.join(new) or 'none'} begin anew."
             )
         self._before = copy.deepcopy(self._known())
+
+
+def _is_true(answer: Any) -> bool:
+    """Whether a callback answered True, be it Python's, numpy's or torch's."""
+    is_truth = isinstance(answer, (bool, np.bool_)) or (isinstance(answer, Tensor) and answer.dtype is torch.bool)
+    return is_truth and bool(answer)
 
 
 def _tell_in_all(tell: Callable[[], bool]) -> bool:

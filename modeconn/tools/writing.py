@@ -103,9 +103,12 @@ def made_folder(path: str | os.PathLike[str]) -> Path:
     """Return a folder that files can be written to, made if it is not there, with those above it.
 
     Raises:
+        ValueError: If the name is empty.
         OSError: Naming the folder and the reason.
     """
     check("folder", path, str | os.PathLike[str])
+    if not os.fspath(path):
+        raise ValueError("the name of the folder is empty; '.' is the current one.")
     folder = Path(path)
     if writes():
         with _named(folder):

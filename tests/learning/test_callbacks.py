@@ -413,7 +413,7 @@ def test_what_is_no_callback_is_refused_before_the_training(networks, callbacks,
 
 
 def test_wrong_settings_are_refused():
-    with pytest.raises(ValueError, match="patience must be at least 1 and margin at least 0, got patience=0"):
+    with pytest.raises(ValueError, match="patience must be at least 1 and margin finite, at least 0, got patience=0"):
         EarlyStopping(patience=0)
     with pytest.raises(ValueError, match="every must be at least 1, got every=0"):
         Validation([], every=0)
@@ -529,3 +529,79 @@ def test_what_a_callback_does_to_the_connection_it_is_shown_stays_its_own(networ
 def test_settings_of_another_kind_are_refused_where_they_are_written(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+@pytest.mark.parametrize("answer", [np.True_, torch.tensor(True)], ids=["numpy", "torch"])
+def test_any_true_answer_ends_a_run(networks, answer):
+    class Stop(Callback):
+        def after_epoch(self, event):
+            return answer
+
+    assert len(fit(networks, callbacks=[Stop()]).history.loss) == 1
+    told = Epochs()
+    models.train(networks[0], networks[2], recipe=Recipe(epochs=3), callbacks=[Stop(), told])
+    assert told.seen == [1]
+
+
+class Epochs(Callback):
+    def __init__(self):
+        self.seen = []
+
+    def before_run(self, event):
+        self.seen = []
+
+    def after_epoch(self, event):
+        self.seen.append(event.epoch)
+
+    def state(self):
+        return {"seen": self.seen}
+
+    def load_state(self, state):
+        self.seen = list(state["seen"])
+
+
+def test_a_callback_that_wipes_the_loss_of_a_step_changes_no_epoch(networks):
+    class Wipe(Callback):
+        def after_step(self, event):
+            event.loss.zero_()
+
+    losses = []
+
+    class Read(Callback):
+        def after_epoch(self, event):
+            losses.append(event.loss)
+
+    assert fit(networks, callbacks=[Wipe()]).history.loss == fit(networks).history.loss
+    for told in ([Wipe(), Read()], [Read()]):
+        models.train(networks[0], networks[2], recipe=Recipe(epochs=3), callbacks=told)
+    assert losses[:3] == losses[3:]
+
+
+def test_a_callback_that_joins_a_run_forgets_what_it_knew_of_another(networks, tmp_path):
+    class Fail(Callback):
+        def after_epoch(self, event):
+            raise KeyboardInterrupt
+
+    def trained(**settings):
+        models.train(networks[0], networks[2], recipe=Recipe(epochs=3), **settings)
+
+    for run in (functools.partial(fit, networks), trained):
+        told = Epochs()
+        run(callbacks=[told])
+        assert told.seen == [1, 2, 3]
+        with pytest.raises(KeyboardInterrupt):
+            run(callbacks=[Fail()], checkpoint=tmp_path / "c")
+        with pytest.warns(UserWarning, match="begin anew"):
+            run(callbacks=[told], checkpoint=tmp_path / "c")
+        assert told.seen == [1, 2, 3]
+        (tmp_path / "c").unlink()
+
+
+def test_two_validations_need_names_of_their_own(networks):
+    loader = networks[2]
+    two = [Validation(loader), Validation(list(loader)[:1])]
+    with pytest.raises(ValueError, match=r"two callbacks measure 'validation loss, t=0\.5'.* name='second'"):
+        fit(networks, callbacks=two)
+    two[1] = Validation(list(loader)[:1], name="first batch")
+    values = fit(networks, callbacks=two).history.values[-1]
+    assert {"validation loss, t=0.5", "first batch loss, t=0.5"} <= values.keys()

@@ -139,7 +139,8 @@ def test_an_epoch_in_which_nothing_counts_is_refused():
 
 def test_validation_is_what_evaluate_says_of_the_network_after_each_epoch():
     how = {"metrics": {"top 3": metrics.top_k(3)}}
-    note, own, anew = Note(), Validation(TEST, every=2, **how), Validation(TEST, every=3, recalibrate=TRAIN)
+    note, own = Note(), Validation(TEST, every=2, **how)
+    anew = Validation(TEST, every=3, recalibrate=TRAIN, name="anew")
     train(callbacks=[note, own, anew])
     assert [one["epoch"] for one in own.values] == [2, 4] and [one["epoch"] for one in anew.values] == [3, 4]
     for one in own.values:
@@ -151,7 +152,7 @@ def test_validation_is_what_evaluate_says_of_the_network_after_each_epoch():
             "validation top 3": profile.metrics["top 3"][0],
         }
     expected = modeconn.evaluate(note.networks[2], TEST, recalibrate=TRAIN).loss[0]
-    assert anew.values[0]["validation loss"] == expected != modeconn.evaluate(note.networks[2], TEST).loss[0]
+    assert anew.values[0]["anew loss"] == expected != modeconn.evaluate(note.networks[2], TEST).loss[0]
 
 
 def test_validation_has_the_loss_of_the_run_unless_it_has_one_of_its_own():
@@ -162,10 +163,11 @@ def test_validation_has_the_loss_of_the_run_unless_it_has_one_of_its_own():
         return squares(model(batch[0]), batch[1])
 
     by_loss, by_forward = Validation(TEST), Validation(TEST)
-    entropy, again = Validation(TEST, loss_fn=modeconn.cross_entropy), Validation(TEST, loss_fn=modeconn.cross_entropy)
+    entropy, again = (Validation(TEST, loss_fn=modeconn.cross_entropy, name="entropy") for _ in range(2))
     train("mlp", loss_fn=squares, callbacks=[by_loss, entropy])
     train("mlp", forward=forward, callbacks=[by_forward, again])
-    losses = [[one["validation loss"] for one in each.values] for each in (by_loss, by_forward, entropy, again)]
+    losses = [[one["validation loss"] for one in each.values] for each in (by_loss, by_forward)]
+    losses += [[one["entropy loss"] for one in each.values] for each in (entropy, again)]
     assert losses[0] == pytest.approx(losses[1]) and losses[2] == pytest.approx(losses[3])
     assert losses[0][0] < 0.2 < losses[2][0]
 
