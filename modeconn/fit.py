@@ -101,10 +101,10 @@ def fit_curve(
             or False to take b as it is.
         curve: The family of curves to learn from; `Line()` learns nothing. A class of your own is a dataclass that
             inherits from `modeconn.curves.Curve`.
-        start: What the curve's inner control points are at first: a network for each of them, such as one fresh from
-            its factory; or a connection on a curve of as many, of which they are taken (give its ``permutation`` as
-            ``align``, so that b bears the same labels). Frozen parameters stay on the straight line. Default: points
-            evenly spaced on it.
+        start: Where the inner control points begin. A network for each of them, such as one fresh from its factory, or
+            one whose units bear the labels of a, since it is not relabelled; or a connection with as many inner control
+            points, which are taken from it (pass its ``permutation`` as ``align``, so that b bears the same labels).
+            Frozen parameters stay on the straight line. Default: points evenly spaced on the straight line.
         recipe: Epochs, optimizer, schedule, weight decay, autocast, compile.
         refine: `PAM()` to improve the relabelling and the curve together, by turns, from where ``align`` starts.
         adversary: An attack, such as `PGD(8 / 255, 2 / 255, 5)`, or `AdversarialTraining` or `TRADES` with one, or
@@ -135,7 +135,8 @@ def fit_curve(
         The connection, with the history of the fit.
 
     Raises:
-        ValueError: If the networks or the data do not fit together, or the checkpoint belongs to another run; or if
+        ValueError: If the networks or the data do not fit together, if ``start`` has another number of points or is of
+            another architecture, if a callback is not for curves, or the checkpoint belongs to another run; or if
             several processes were given other arguments or data, would read the same batches, or are more than there
             are batches.
         OSError: If the checkpoint cannot be written.
