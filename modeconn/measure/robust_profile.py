@@ -299,8 +299,7 @@ class RobustProfile(AlongCurve):
             for row, accuracy in self.accuracy.items()
         ]
         losses = [[f"{row} loss", f"{float(loss):.4f}", ""] for row, loss in self.loss.items()]
-        where = "value" if self.arc_length is None else f"t={self.t[0]:g}"
-        return ["", where, "95% interval"], accuracies + losses
+        return ["", f"t={self.t[0]:g}", "95% interval"], accuracies + losses
 
     def _row(self, name: str, values: Tensor, place: int, where: list[str], barrier: float, form: str) -> list[str]:
         ends = (form.format(float(values[place])) for place in (0, -1, place))
