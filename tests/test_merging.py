@@ -294,7 +294,7 @@ def test_the_command_merges_files_as_the_function_does(tmp_path):
     assert same_bits(models.load(out), expected.model)
     assert "Merge(3 networks" in text and "Their mean on the test set: loss" in text
     assert same_bits(models.load(files[0]), networks[0])
-    assert "fewer than two networks, got 1" in run("merge", files[0], "--out", out, code=1).stderr
+    assert "fewer than two networks, got 1" in run("merge", files[0], "--out", tmp_path / "one", code=1).stderr
 
 
 # ---------------------------------------------------------------- repair

@@ -10,14 +10,12 @@ def main() -> None:
     import typer
 
     from modeconn.cli.app import app
-    from modeconn.tools import program
     from modeconn.tools.processes import joined
 
     def show_warning(message: Warning | str, *args: object, **kwargs: object) -> None:
         if joined().is_first:
             typer.echo(f"modeconn: warning: {message}", err=True)
 
-    program.interrupt()
     with warnings.catch_warnings():
         warnings.showwarning = show_warning
         app(prog_name="modeconn")

@@ -69,6 +69,8 @@ class _Group(TyperGroup):
     def _invoke(self, context: Any) -> Any:
         them = processes.joined()
         try:
+            if program.is_program():  # from here on an interruption is said in words; before, it ends in silence
+                program.interrupt()
             with shared_command() as them:
                 return super().invoke(context)
         except BrokenPipeError:  # whoever reads the output has seen enough

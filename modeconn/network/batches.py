@@ -313,8 +313,8 @@ def check_rereadable(loader: Any, *, name: str = "loader") -> None:
 
 def _is_one_batch(value: Any) -> bool:
     """Whether a value is inputs and targets side by side, which taken for a list would be two batches."""
-    if not (isinstance(value, (tuple, list)) and len(value) == 2 and all(isinstance(x, Tensor) for x in value)):
-        return False
+    if type(value) not in (tuple, list) or len(value) != 2 or not all(isinstance(x, Tensor) for x in value):
+        return False  # a class of the user's own may do something when its items are asked for
     inputs, targets = value
     return 0 < targets.dim() < inputs.dim() and len(inputs) == len(targets)
 

@@ -10,6 +10,7 @@ import modeconn
 from modeconn import PGD, AdversarialTraining, Recipe, callbacks, models
 from modeconn.data import TensorLoader
 from modeconn.tools.rng import seed_of
+from tests.learning.test_shared import Heard
 
 SGD = partial(torch.optim.SGD, lr=0.05, momentum=0.9)
 
@@ -164,25 +165,6 @@ def test_the_wish_of_one_process_ends_the_run_in_all_and_losses_are_those_of_all
     first, second = pool.run(2, stopped_by_one)
     assert same(first[0], second[0]) and first[1] == second[1] and len(first[1]) == 2
     assert first[1] == pytest.approx([first[2]] * 2)
-
-
-class Heard(callbacks.Callback):
-    """Notes every epoch, and fails or ends the run if told to."""
-
-    def __init__(self, fail_at=None, stop_at=None):
-        self.epochs, self.fail_at, self.stop_at = [], fail_at, stop_at
-
-    def after_epoch(self, event):
-        self.epochs.append(event.epoch)
-        if event.epoch == self.fail_at:
-            raise KeyError("mine")
-        return event.epoch == self.stop_at
-
-    def state(self):
-        return {"epochs": self.epochs}
-
-    def load_state(self, state):
-        self.epochs = list(state["epochs"])
 
 
 def told_in_one(rank, whose, path=None, fail_at=None, stop_at=None):
