@@ -4,6 +4,7 @@ import os
 import pickle
 
 import pytest
+import safetensors.torch
 import torch
 
 import modeconn
@@ -90,7 +91,7 @@ def test_a_file_of_another_kind_or_program_is_refused(tmp_path):
     files.write(tmp_path / "ours", "connection", TENSORS, {})
     with pytest.raises(ValueError, match="ours' is a connection, not a thing"):
         files.read(tmp_path / "ours", "thing")
-    (tmp_path / "theirs").write_bytes(files.safetensors.torch.save({"x": torch.ones(2)}))
+    (tmp_path / "theirs").write_bytes(safetensors.torch.save({"x": torch.ones(2)}))
     with pytest.raises(ValueError, match="theirs' was not written by modeconn; it should be a thing"):
         files.read(tmp_path / "theirs", "thing")
     with pytest.raises(FileNotFoundError, match="nowhere"):
