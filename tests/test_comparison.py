@@ -112,6 +112,14 @@ def test_without_recalibration_running_statistics_lie_on_the_line_too():
     assert expected.barrier > recalibrated.barrier + 1e-3
 
 
+def test_files_of_older_versions_have_the_names_of_today():
+    text = small().to_json()
+    record = json.loads(text.replace("line accuracy lost", "line accuracy"))
+    del record["sha256"]  # as in files that were changed on purpose
+    assert "line accuracy" in record["values"]["identity"]
+    assert modeconn.Comparison.from_json(json.dumps(record)).values == small().values
+
+
 def test_columns_that_are_not_asked_for_are_absent(pairs):
     found = compare(pairs, METHODS, *digits(), num_points=3, repair=False)
     assert [column for column in found.columns if column not in TIMES] == ["line", "line accuracy lost", "length"]

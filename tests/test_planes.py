@@ -9,6 +9,7 @@ import json
 import math
 import warnings
 import xml.etree.ElementTree as ElementTree
+from dataclasses import dataclass
 from functools import partial
 
 import numpy as np
@@ -102,6 +103,15 @@ def test_a_point_that_a_chain_passes_through_is_named_by_its_position():
     found = plane(modeconn.Connection.through(networks), batches(dtype=torch.float64), num_points=3)
     assert list(found.networks) == ["a", "b", "t=0.5"]
     assert found.curve_distance < 1e-6 * float(found.x[-1] - found.x[0])
+
+
+def test_a_corner_that_is_no_control_point_names_none():
+    @dataclass(frozen=True)
+    class Cornered(Bezier):
+        knots = (0.5,)
+
+    found = plane(connected(Cornered(3)), batches(dtype=torch.float64), num_points=3)
+    assert list(found.networks) == ["a", "b", "control point 2"]
 
 
 def test_a_quadratic_curve_lies_in_its_plane():
