@@ -40,8 +40,8 @@ free[:num_replays=8]."""
 METHOD = f"{', '.join(parse.METHODS)}, each [:KEY=VALUE,...], such as weight:start=activation or deep_align:FILE"
 
 
-def _option(panel: str, help: str, *names: str, metavar: str | None = None) -> Any:
-    return typer.Option(*names, help=help, metavar=metavar, rich_help_panel=panel)
+def _option(panel: str, help: str, *names: str, metavar: str | None = None, min: int | None = None) -> Any:
+    return typer.Option(*names, help=help, metavar=metavar, min=min, rich_help_panel=panel)
 
 
 def file_option(help: str, *names: str, metavar: str | None = None) -> Any:
@@ -169,11 +169,7 @@ class DataOptions:
     test_examples: Annotated[int | None, _option("Data", "Measure on so many, drawn with --data-seed.")] = None
     validation: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Hold out so many training examples, drawn with --data-seed: they are the test data then.",
-            rich_help_panel="Data",
-        ),
+        _option("Data", "Hold out so many training examples, drawn with --data-seed: they are the test data.", min=1),
     ] = None
     data_seed: Annotated[int, _option("Data", "Which examples are drawn; the split of digits.")] = 0
     device: Annotated[str, typer.Option(help="Where to compute, such as cpu or cuda.")] = "cpu"
@@ -316,11 +312,7 @@ class WatchOptions:
 
     validate_every: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Measure on the test data after every so many epochs, and after the last; a line each.",
-            rich_help_panel=_WATCH,
-        ),
+        _option(_WATCH, "Measure on the test data after every so many epochs, and after the last; a line each.", min=1),
     ] = None
     validate_at: Annotated[
         str | None, _option(_WATCH, "Where on the curve, rising; default: 0.5.", metavar="0,0.5,1")
@@ -336,11 +328,7 @@ class WatchOptions:
     ] = None
     keep_every: Annotated[
         int | None,
-        typer.Option(
-            min=1,
-            help="Keep what there is after every so many epochs: NAME.epochs/epoch_10.safetensors, and so on.",
-            rich_help_panel=_WATCH,
-        ),
+        _option(_WATCH, "Keep what there is after so many epochs each: NAME.epochs/epoch_10.safetensors ...", min=1),
     ] = None
 
     def check(self, *, are_epochs: bool) -> None:
