@@ -328,7 +328,7 @@ class WatchOptions:
     ] = None
     keep_every: Annotated[
         int | None,
-        _option(_WATCH, "Keep what there is after so many epochs each: NAME.epochs/epoch_10.safetensors ...", min=1),
+        _option(_WATCH, "Keep what is trained, after every so many epochs: NAME.epochs/epoch_10.safetensors.", min=1),
     ] = None
 
     def check(self, *, are_epochs: bool) -> None:
