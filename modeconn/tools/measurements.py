@@ -6,6 +6,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import zlib
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
@@ -20,6 +21,7 @@ from modeconn.tools.writing import check_writable, held
 
 T = TypeVar("T")
 _CHECKSUM = "crc32"
+_WHOLE = re.compile(rf'"{_CHECKSUM}": .*}}$'.encode())  # the end of a line that was written to its end
 
 
 class Records(contextlib.AbstractContextManager["Records"]):
@@ -120,9 +122,10 @@ def read_records(path: str | os.PathLike[str]) -> dict[str, dict[str, Any]]:
         if not line.startswith(b"{") or not _are_records(found or {}):
             raise ValueError(f"{str(path)!r} is no file of finished measurements. Choose another one, or delete it.")
         known |= found or {}
-        damaged += found is None and line.endswith(b"}")  # others are those at which a process was killed
+        # A line that breaks off before its checksum is one at which a process was killed: nothing to warn of.
+        damaged += found is None and _WHOLE.search(line) is not None
     if damaged:
-        warn(f"{str(path)!r} holds {damaged} damaged lines of {len(lines)}; what they held is measured again.")
+        warn(f"{str(path)!r} is damaged in {damaged} of its {len(lines)} lines; what they held is measured again.")
     return known
 
 

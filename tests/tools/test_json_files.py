@@ -63,13 +63,23 @@ def test_measurements_know_which_of_them_are_damaged(tmp_path):
             records.add(f"{number:032x}", {"loss": number + 0.5})
     content = path.read_bytes()
     path.write_bytes(content.replace(b"1.5", b"9.5"))
-    with pytest.warns(UserWarning, match="holds 1 damaged lines of 3; what they held is measured again"):
+    with pytest.warns(UserWarning, match="damaged in 1 of its 3 lines; what they held is measured again"):
         assert [record["loss"] for record in read_records(path).values()] == [0.5, 2.5]
-    path.write_bytes(content[:-9])  # a process was killed while it wrote
+
+
+def test_a_line_that_a_killed_process_wrote_in_part_is_measured_again_without_a_warning(tmp_path):
+    path = tmp_path / "kept"
     with Records(path) as records:
-        assert f"{2:032x}" not in records and f"{1:032x}" in records
-        records.add(f"{2:032x}", {"loss": 2.5})
-    assert [record["loss"] for record in read_records(path).values()] == [0.5, 1.5, 2.5]
+        records.add("a", {"loss": 0.5})
+        before = path.stat().st_size
+        records.add("b", {"loss": 1.5, "own": {"loss": 2.5}})  # braces in it are no end of the line
+    content = path.read_bytes()
+    for end in range(before, len(content)):  # wherever it was killed
+        path.write_bytes(content[:end])
+        with Records(path) as records:
+            assert "a" in records and "b" not in records
+            records.add("b", {"loss": 3.5})
+        assert [record["loss"] for record in read_records(path).values()] == [0.5, 3.5]
 
 
 def test_measurements_of_an_older_version_are_read(tmp_path):
