@@ -24,7 +24,7 @@ from modeconn import Connection, Recipe, models, plot
 from modeconn.cli import deep_align, options, parse, report, tensor_files
 from modeconn.cli import demo as story
 from modeconn.cli.figures import FIGURES, draw_files
-from modeconn.cli.files import CORRELATIONS, check_holds_networks, describe_file, is_network, made_by_of
+from modeconn.cli.files import CORRELATIONS, check_holds_networks, describe_file, is_network, made_by_of, read_file
 from modeconn.cli.options import (
     AdversaryOptions,
     DataOptions,
@@ -1251,7 +1251,8 @@ def draw(
     with style.context("dark_background" if dark else []):
         drawn = Figure(figsize=(5.4, 3.6), layout="constrained")
         names = None if labels is None else _legend(labels)
-        draw_files(files, drawn.subplots(), figure=figure, labels=names, quantity=quantity)
+        read = [(path, read_file(path)) for path in files]
+        draw_files(read, drawn.subplots(), figure=figure, labels=names, quantity=quantity)
         options.save_figure(drawn, out)
     typer.echo(f"Wrote {out}")
 

@@ -14,7 +14,7 @@ import torch
 from torch import nn
 
 from modeconn import Alignment, Connection, Plane, Profile, Recipe, align, fit_curve, models, plane, plot
-from modeconn.cli.files import DEMO
+from modeconn.cli.files import DEMO, demo_table
 from modeconn.cli.options import save_figure
 from modeconn.data import TensorLoader
 from modeconn.learning.checkpoint import environment
@@ -23,7 +23,6 @@ from modeconn.network.recipe import one_cycle
 from modeconn.tools import provenance
 from modeconn.tools.fingerprint import identify
 from modeconn.tools.json_files import KIND, to_json
-from modeconn.tools.table import table
 
 T = TypeVar("T")
 
@@ -108,12 +107,6 @@ class Row:
             "seconds": self.seconds,
         }
 
-    def cells(self) -> list[str]:
-        """Return the same as text; accuracies in percent."""
-        forms = {"loss": "{:.3f}", "barrier": "{:.4f}", "seconds": "{:.1f}"}
-        numbers = self.numbers().items()
-        return [self.name, *(forms.get(column.split()[0], "{:.1%}").format(value) for column, value in numbers)]
-
 
 @dataclass(frozen=True)
 class Story:
@@ -126,7 +119,7 @@ class Story:
 
     def table(self) -> str:
         """Return the one table."""
-        return table(["", *self.rows[0].numbers()], [row.cells() for row in self.rows])
+        return demo_table({row.name: row.numbers() for row in self.rows})
 
 
 @contextmanager
@@ -202,6 +195,7 @@ def write_results(story: Story, folder: Path, settings: dict[str, Any]) -> None:
         "settings": settings,
         "environment": environment(story.rows[0].connection.device),
         "table": {row.name: row.numbers() for row in story.rows},
+        "files": {row.name: _file_name(row) for row in story.rows},
         "correlation": story.alignment.correlation,
         **provenance.entry(story.alignment),
     }

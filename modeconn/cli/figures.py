@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from modeconn import Comparison, Plane, Relabelling, RobustProfile, plot
-from modeconn.cli.files import File, read_file, with_article
+from modeconn.cli.files import File, with_article
 from modeconn.measure.along import AlongCurve
 
 if TYPE_CHECKING:
@@ -88,31 +88,30 @@ def _validated(history: Any) -> set[str]:
 
 
 def draw_files(
-    paths: Sequence[Path], ax: Axes, *, figure: str | None = None, labels: Sequence[str] | None = None,
+    files: Sequence[tuple[Path, File]], ax: Axes, *, figure: str | None = None, labels: Sequence[str] | None = None,
     quantity: str | None = None,
 ) -> None:  # fmt: skip
-    """Draw one figure of one or several files; without labels, several are called by their files.
+    """Draw one figure of one or several files, each with what it holds; several are called by their names, or labels.
 
     Raises:
         ValueError: If there is no such figure of one of them, or not one for all.
     """
     if figure is not None and figure not in FIGURES:
         raise ValueError(f"--figure must be one of {', '.join(FIGURES)}, got {figure!r}.")
-    read = [read_file(path) for path in paths]
-    offered = [figures_of(file) for file in read]
-    for path, file, found in zip(paths, read, offered, strict=True):
+    offered = [figures_of(file) for _, file in files]
+    for (path, file), found in zip(files, offered, strict=True):
         _check_is_offered(path, file, found, figure)
     names = {figure or next(iter(found)) for found in offered}
     if len(names) > 1:
-        kinds = ", ".join(sorted({with_article(file.kind) for file in read}))
+        kinds = ", ".join(sorted({with_article(file.kind) for _, file in files}))
         raise ValueError(f"one figure shows files of one kind, got {kinds}.")
     (name,) = names
     kind = FIGURES[name]
     settings: dict[str, Any] = {"ax": ax}
-    if len(paths) > 1 and not kind.shows_several:
-        raise ValueError(f"a figure of the kind {name} shows one file, got {len(paths)}.")
+    if len(files) > 1 and not kind.shows_several:
+        raise ValueError(f"a figure of the kind {name} shows one file, got {len(files)}.")
     if kind.shows_several and kind.has_labels:
-        settings["labels"] = [path.stem for path in paths] if labels is None and len(paths) > 1 else labels
+        settings["labels"] = [path.stem for path, _ in files] if labels is None and len(files) > 1 else labels
     elif labels is not None:
         raise ValueError(f"--labels are for figures that name several files, which {name} does not. Leave them out.")
     if kind.quantity is not None:

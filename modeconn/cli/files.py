@@ -21,7 +21,7 @@ from modeconn.learning.checkpoint import ALIGNER, FIT, TRAINING
 from modeconn.learning.history import History
 from modeconn.measure.along import AlongCurve
 from modeconn.models.states import states_of_pickle, states_of_safetensors
-from modeconn.symmetry.relabelling import MOVED, unpack
+from modeconn.symmetry.relabelling import MOVED, NotImportedError, unpack
 from modeconn.symmetry.report import SymmetryReport
 from modeconn.tools import files, provenance
 from modeconn.tools.door import shortened
@@ -47,6 +47,7 @@ class File:
         result: The result that it holds, for figures; None if it holds none.
         history: How what it holds was learned; None if that is not in it.
         relabelling: The relabelling that it holds or in which b was relabelled; None if there is none.
+        lists: Names, without their endings, of files beside it, in the order in which to show them.
     """
 
     kind: str
@@ -55,6 +56,7 @@ class File:
     result: Any = None
     history: History | None = None
     relabelling: Relabelling | None = None
+    lists: Sequence[str] = ()
 
 
 def describe_file(path: Path) -> str:
@@ -191,7 +193,8 @@ def _read_json(text: str) -> File:
         correlation = _correlations(content)
         return File(kind, _correlation_table(correlation), made_by, correlation)
     if kind == DEMO:
-        return File(kind, _demo_table(content), made_by)
+        lists = [str(name) for _, name in _items(content.get("files"))]  # older files have none
+        return File(kind, _demo_table(content), made_by, lists=lists)
     if kind == "Comparison":
         comparison = Comparison.from_json(text)
         return File("comparison", repr(comparison), made_by, comparison)
@@ -321,10 +324,19 @@ def _correlation_table(correlation: dict[str, list[float]]) -> str:
     return table(["mean correlation", "before", "after"], rows)
 
 
+def demo_table(rows: Mapping[str, Mapping[str, float]]) -> str:
+    """Return the table of a demo as text: numbers by connection and column, fractions of right answers in percent."""
+    forms = {"loss": "{:.3f}", "barrier": "{:.4f}", "seconds": "{:.1f}"}
+    cells = [
+        [name, *(forms.get(column.split()[0], "{:.1%}").format(value) for column, value in row.items())]
+        for name, row in rows.items()
+    ]
+    return table(["", *next(iter(rows.values()))], cells)
+
+
 def _demo_table(content: Mapping[str, Any]) -> str:
     try:
-        rows = [[name, *(f"{value:.4g}" for value in row.values())] for name, row in content["table"].items()]
-        return table(["", *next(iter(content["table"].values()))], rows)
+        return demo_table(content["table"])
     except (LookupError, TypeError, ValueError, AttributeError, StopIteration) as error:
         raise ValueError(f"it is no {DEMO} ({type(error).__name__}: {shortened(error, 600)}).") from None
 
@@ -357,7 +369,7 @@ def _relabelling(tensors: Mapping[str, Any], about: Mapping[str, Any]) -> Relabe
         return unpack(
             tensors, {"permutation": about["spec"]} if about["kind"] == "permutation" else about, holds[about["kind"]]
         )
-    except ValueError:
+    except NotImportedError:
         return None
 
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from modeconn import Relabelling
 from modeconn.cli.figures import FIGURES, draw_files, figures_of
 from modeconn.cli.files import DEMO, File, read_file
 from modeconn.measure.along import AlongCurve
@@ -70,13 +71,20 @@ def parts_of(runs: Sequence[Path]) -> list[Part]:
         names = ", ".join(repr(str(run)) for run in runs)
         why = f" ({found[0].problem})" if found else ""
         raise ValueError(f"there is nothing of modeconn to report in {names}{why}.")
-    order = list(dict.fromkeys(part.run for part in found))
-    is_demo = {id(part): part.file is not None and part.file.kind == DEMO for part in found}
-    found.sort(key=lambda part: (order.index(part.run), not is_demo[id(part)]))  # the table of a demo says most
+    found = [part for run in dict.fromkeys(part.run for part in found) for part in _in_order(found, run)]
     for part in found:
         if part.file is None:
             warn(f"left out of the report: {part.problem}")
     return found
+
+
+def _in_order(parts: Sequence[Part], run: str) -> list[Part]:
+    """Return the parts of a run: first a demo, whose table says most, then what it lists, then others by name."""
+    own = [part for part in parts if part.run == run]
+    listed = [name for part in own if part.file for name in part.file.lists]
+    place = {name: number for number, name in enumerate(dict.fromkeys(listed))}
+    is_demo = {part.path: part.file is not None and part.file.kind == DEMO for part in own}
+    return sorted(own, key=lambda part: (not is_demo[part.path], place.get(part.path.stem, len(place))))
 
 
 def report(parts: Sequence[Part], title: str) -> str:
@@ -173,7 +181,7 @@ def _barriers(curves: Sequence[Part]) -> str:
 
 def _sections(parts: Sequence[Part]) -> Iterator[str]:
     """Yield what each file holds, run by run."""
-    run = None
+    run, relabellings = None, {}
     for part in parts:
         if part.run != run:
             run = part.run
@@ -185,7 +193,7 @@ def _sections(parts: Sequence[Part]) -> Iterator[str]:
         else:
             yield f"<summary><b>{html.escape(part.path.name)}</b>: {html.escape(part.file.kind)}</summary>"
             yield _held(part.file)
-            yield f'<div class="pictures">{"".join(_pictures(part))}</div>'
+            yield f'<div class="pictures">{"".join(_pictures(part, relabellings))}</div>'
             made_by = part.file.made_by
             if isinstance(made_by, dict):
                 facts = [f"{name}: {made_by[name]}" for name in ("command", "call") if name in made_by][:1]
@@ -200,14 +208,28 @@ def _held(file: File) -> str:
     return f"<pre>{html.escape(file.text)}</pre>" if file.text else ""
 
 
-def _pictures(part: Part) -> Iterator[str]:
-    """Yield the figures of one file that belong into a report, as SVG."""
+def _pictures(part: Part, relabellings: dict[str, Relabelling]) -> Iterator[str]:
+    """Yield the figures of one file that belong into a report, as SVG.
+
+    Args:
+        part: The file.
+        relabellings: Those drawn so far, by file; each is drawn once, and that of this file is added.
+    """
     from matplotlib.figure import Figure
 
-    for name in (one for one in figures_of(part.file) if FIGURES[one].in_reports):
+    offered = figures_of(part.file)
+    names = [name for name in offered if FIGURES[name].in_reports]
+    if (relabelling := part.file.relabelling) is not None:
+        same = next((name for name, other in relabellings.items() if relabelling == other), None)
+        if same is None:
+            relabellings[f"{part.run}/{part.path.name}" if part.run else part.path.name] = relabelling
+        else:
+            yield f"<p>Its relabelling is the one drawn at {html.escape(same)}.</p>"
+            names = [name for name in names if offered[name] is not relabelling]
+    for name in names:
         drawn = Figure(figsize=(6.0, 4.0), layout="constrained")
         try:
-            draw_files([part.path], drawn.subplots(), figure=name)
+            draw_files([(part.path, part.file)], drawn.subplots(), figure=name)
         except ValueError as error:  # of one position, say
             yield f"<p>{html.escape(str(error))}</p>"
             continue

@@ -154,6 +154,10 @@ class Relabelling(Shown, ABC):
         return found
 
 
+class NotImportedError(ValueError):
+    """A file holds a relabelling of a class that nobody imported."""
+
+
 MOVED = "permutation."
 """Begins the names of a relabelling's tensors in files that hold others, too."""
 
@@ -179,14 +183,15 @@ def unpack(tensors: Mapping[str, Tensor], about: Mapping[str, Any], prefix: str 
     """Invert `pack`, where other tensors may stand beside those with the prefix.
 
     Raises:
-        ValueError: If the class of the relabelling was not imported.
+        NotImportedError: If the class of the relabelling was not imported.
+        ValueError: If what is kept is no relabelling of that class.
     """
     kept = about["relabelling"] if "relabelling" in about else _older(about)
     if kept is None:
         return None
     if kept["kind"] not in _KINDS:
         owner = f"{kept['class']:.60}"
-        raise ValueError(
+        raise NotImportedError(
             f"this file holds a relabelling of the kind {kept['kind']!r:.60}, which was {owner} and which nobody "
             f"imported: import {owner.partition(':')[0]} first, on the command line modeconn --import MODULE."
         )

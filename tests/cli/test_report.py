@@ -6,6 +6,7 @@ import base64
 import gzip
 import json
 import re
+import shutil
 from html.parser import HTMLParser
 
 import pytest
@@ -15,6 +16,8 @@ from typer.testing import CliRunner
 import modeconn
 from modeconn import Profile, data, models
 from modeconn.cli.app import app
+from modeconn.cli.files import DEMO
+from modeconn.tools.json_files import KIND, to_json
 
 T = torch.linspace(0, 1, 5, dtype=torch.float64)
 
@@ -106,6 +109,22 @@ def test_the_figure_switches_between_quantities_and_slides_over_t(runs, tmp_path
     (slider,) = drawn["layout"]["sliders"]
     places = [step["args"][0]["shapes"][0]["x0"] for step in slider["steps"]]
     assert places[0] == 0 and places[-1] == 1 and places == sorted(places)
+
+
+def test_files_stand_in_the_order_in_which_a_demo_lists_them_and_one_relabelling_is_drawn_once(runs, tmp_path):
+    (tmp_path / "run").mkdir()
+    shutil.copy(runs[0] / "curve.safetensors", tmp_path / "run" / "a curve.safetensors")
+    modeconn.Connection.load(runs[0] / "curve.safetensors").permutation.save(tmp_path / "run" / "moved.safetensors")
+    for number, name in enumerate(("z", "m", "a curve")):
+        profile(number).to_json(tmp_path / "run" / f"{name}.json")
+    row = {"loss t=0": 0.25, "acc t=0": 0.5}
+    to_json({KIND: DEMO, "table": {"z": row}, "files": dict(enumerate(("z", "m", "a curve")))}, tmp_path / "run/n.json")
+    run("report", tmp_path / "run", "--out", tmp_path / "page.html")
+    text = (tmp_path / "page.html").read_text()
+    names = ["n.json", "z.json", "m.json", "a curve.json", "a curve.safetensors", "moved.safetensors"]
+    assert re.findall("<summary><b>(.*?)</b>", text) == names
+    assert "50.0%" in text and text.count('cycles" src="') == 1
+    assert "<p>Its relabelling is the one drawn at a curve.safetensors.</p>" in text
 
 
 def test_without_curves_a_page_needs_no_library(runs, tmp_path):
