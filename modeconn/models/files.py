@@ -14,6 +14,7 @@ from modeconn.models.states import choose, materialised, states_of_pickle, state
 from modeconn.network.copies import copy_of
 from modeconn.network.registry import rebuild
 from modeconn.network.saving import KIND, save
+from modeconn.network.weights import are_finite
 from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 
@@ -106,5 +107,5 @@ def _build_like(path: Path, described: Any, state: Mapping[str, Tensor]) -> nn.M
 
 def _check_finite(path: Path, parameters: Mapping[str, Tensor]) -> None:
     for name, tensor in parameters.items():
-        if not tensor.isfinite().all():
+        if not are_finite(tensor):
             raise ValueError(f"{str(path)!r} holds numbers that are not finite, in {name!r}: its training failed.")

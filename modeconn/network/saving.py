@@ -7,6 +7,7 @@ import os
 from torch import nn
 
 from modeconn.network.registry import describe
+from modeconn.network.weights import are_finite
 from modeconn.tools import files, provenance
 from modeconn.tools.door import checked
 
@@ -24,6 +25,17 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: If the file cannot be written.
+        ValueError: If parameters have no values, or numbers that are not finite, with which no network is read again.
     """
+    for name, parameter in model.named_parameters():
+        if parameter.is_meta:
+            raise ValueError(
+                f"{name!r} of the model is on the device 'meta', without values: there is nothing to write."
+            )
+        if not are_finite(parameter):
+            raise ValueError(
+                f"{name!r} of the model holds numbers that are not finite: its training failed, and modeconn would not "
+                f"read the file again. torch.save(model.state_dict(), PATH) keeps it as it is."
+            )
     about = {"format": _FORMAT, "model": describe(model), **provenance.entry(model)}
     files.write(path, KIND, model.state_dict(), about)

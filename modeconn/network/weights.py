@@ -261,8 +261,10 @@ class Workspace:
 @torch.no_grad()
 def are_finite(values: Tensor) -> bool:
     """Whether all values are finite, in one pass without a copy: by sums, and one by one where a sum overflows."""
-    wide = torch.promote_types(values.dtype, torch.float32)
     parts = values.view(-1).split(_PART) if values.is_contiguous() else (values,)
+    if values.is_floating_point() and values.dtype.itemsize == 1:  # types of 8 bits have neither sums nor wider twins
+        return all(bool(part.float().isfinite().all()) for part in parts)
+    wide = torch.promote_types(values.dtype, torch.float32)
     return all(bool(part.sum(dtype=wide).isfinite()) or bool(part.isfinite().all()) for part in parts)
 
 

@@ -211,6 +211,20 @@ def test_numbers_that_are_not_finite_and_other_kinds_of_numbers_are_refused(tmp_
         models.load(tmp_path / "m", model)
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float8_e4m3fn], ids=str)
+def test_what_is_saved_can_be_loaded_so_a_network_whose_training_failed_is_not_saved(tmp_path, dtype):
+    model = CASE["mlp"].make(1).to(dtype)
+    models.save(model, tmp_path / "m")
+    assert torch.equal(models.load(tmp_path / "m", model).state_dict()["1.weight"].float(), model[1].weight.float())
+    with torch.no_grad():
+        model[1].weight[0, 1] = torch.nan
+    with pytest.raises(ValueError, match=r"^'1\.weight' of the model holds numbers that are not finite.*torch\.save"):
+        models.save(model, tmp_path / "n")
+    with pytest.raises(ValueError, match=r"'1\.weight' of the model is on the device 'meta', without values"):
+        models.save(model.to("meta"), tmp_path / "n")
+    assert not (tmp_path / "n").exists()
+
+
 def test_a_file_whose_tensors_or_description_were_changed_is_refused(tmp_path):
     models.save(models.mlp(4, (8,), 3, seed=1), tmp_path / "m")
     content = (tmp_path / "m").read_bytes()
