@@ -268,21 +268,26 @@ def _called(name: str, factory: Callable[..., Any], arguments: Mapping[str, Any]
         raise ValueError(f"{name} fails: {type(error).__name__}: {error}") from error
 
 
-def enter_factory(path: Path) -> None:
+def enter_factory(path: Path) -> tuple[str, dict[str, Any]] | None:
     """Let a file be read whose model a factory of the user's own made, by the name that it holds.
+
+    Returns:
+        Name and arguments of the factory, of the user's own or of the zoo; None if the file says none.
 
     Raises:
         ValueError: If what the file names cannot be imported, or does not say of itself that it makes models.
     """
     try:
-        if not files.is_ours(path):
-            return
-        described = files.read(path)[1].get("model")
+        described = (files.description(path) or {}).get("model")
     except ValueError:
-        return  # whoever reads the file says what is wrong with it
-    name = described[0] if isinstance(described, list) and described else None
-    if not isinstance(name, str) or ":" not in name or registry.is_known(name):
-        return
+        return None  # whoever reads the file says what is wrong with it
+    match described:
+        case [str(name), dict(arguments)]:
+            pass
+        case _:
+            return None
+    if ":" not in name or registry.is_known(name):
+        return name, arguments
     module = name.partition(":")[0]
     found = None if module.partition(".")[0] in sys.stdlib_module_names else imported(name)
     if not says_that_it_makes_models(found):
@@ -292,6 +297,7 @@ def enter_factory(path: Path) -> None:
             f"def {name.partition(':')[2]}(...) -> torch.nn.Module."
         )
     registry.enter(name, found)
+    return name, arguments
 
 
 def says_that_it_makes_models(found: Any) -> bool:

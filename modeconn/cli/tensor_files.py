@@ -14,9 +14,11 @@ from torch import nn
 
 from modeconn import models, tensor_files
 from modeconn.cli import options, parse
+from modeconn.cli.files import with_article
 from modeconn.cli.options import ModelOptions, bars, file_option, grouped
 from modeconn.cli.recipes import Recipe, as_recipe
-from modeconn.tools import provenance
+from modeconn.network.saving import KIND
+from modeconn.tools import files, provenance
 
 _UNITS = {"": 1, "B": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 _DTYPES = ("float64", "float32", "float16", "bfloat16")
@@ -103,29 +105,40 @@ class PlanOptions:
     ] = False
 
 
-def factory(shape: ModelOptions) -> Callable[[], nn.Module]:
-    """Return what makes a model of the architecture that was named.
+def factory(shape: ModelOptions, paths: Sequence[Path]) -> Callable[[], nn.Module]:
+    """Return what makes a model of the architecture that was named, or else that one of the files says.
 
     Raises:
-        ValueError: If none was.
+        ValueError: If none was and none does, or one holds something else than a network.
     """
-    if shape.model is None:
-        raise ValueError("networks that are read tensor by tensor need --model, their architecture.")
+    for path in filter(Path.is_file, paths):
+        kind = (files.description(path) or {}).get("kind", KIND)
+        if kind != KIND:
+            raise ValueError(f"{str(path)!r} is {with_article(kind)}, not a network.")
     if shape.entry is not None:
         raise ValueError("--entry is for files of torch.save that are read at once, not tensor by tensor.")
-    arguments = parse.settings(shape.model_arg)
+    if (called := shape.model) is not None:
+        arguments = parse.settings(shape.model_arg)
 
-    def make() -> nn.Module:
-        return parse.make_model(shape.model, arguments, None)
+        def make() -> nn.Module:
+            return parse.make_model(called, arguments, None)
+    else:
+        said = next(filter(None, map(parse.enter_factory, filter(Path.is_file, paths))), None)
+        if said is None:
+            raise ValueError("networks that are read tensor by tensor need --model, their architecture.")
+        called, arguments = said
 
-    module, _, name = shape.model.rpartition(":")  # by which results say what made them
+        def make() -> nn.Module:
+            return models.build(called, **arguments)
+
+    module, _, name = called.rpartition(":")  # by which results say what made them
     make.__module__, make.__qualname__ = module or models.__name__, name
     return make
 
 
-def known(shape: ModelOptions) -> dict[str, Any]:
+def known(shape: ModelOptions, paths: Sequence[Path]) -> dict[str, Any]:
     """Return architecture and discovery as the library takes them."""
-    return {"model": factory(shape), **shape.how_to_discover()}
+    return {"model": factory(shape, paths), **shape.how_to_discover()}
 
 
 def matching(text: str | None) -> Any:
@@ -153,7 +166,7 @@ def needed(out: Path | None) -> Path:
 
 def planned(paths: Sequence[Path], shape: ModelOptions, progress: bool | None) -> None:
     """Print what would be done; the exit status is 1 if files lack something."""
-    found = tensor_files.plan(list(paths), **known(shape), progress=bars(progress))
+    found = tensor_files.plan(list(paths), **known(shape, paths), progress=bars(progress))
     typer.echo(repr(found))
     if not found.is_ready:
         raise typer.Exit(1)
@@ -238,7 +251,7 @@ def shuffle(
         planned([a], shape, progress)
         return
     with recipe_of(context):
-        found = tensor_files.shuffle(a, needed(out), seed=seed, **known(shape), **output.settings(progress))
+        found = tensor_files.shuffle(a, needed(out), seed=seed, **known(shape, [a]), **output.settings(progress))
     if permutation is not None:
         found.permutation.save(permutation)
     typer.echo(f"{found.permutation!r}\nWrote {', '.join(map(str, filter(None, (found.path, permutation))))}")
@@ -275,7 +288,7 @@ def verify(
         planned([a, b], shape, progress)
         return
     found = tensor_files.verify(
-        a, b, method=matching(method), inputs=_inputs(inputs), **known(shape), progress=bars(progress)
+        a, b, method=matching(method), inputs=_inputs(inputs), **known(shape, [a, b]), progress=bars(progress)
     )
     if out is not None:
         found.to_json(out)
@@ -289,8 +302,8 @@ def verify(
 def _inputs(path: Path | None) -> Any:
     if path is None:
         return None
-    files = tensor_files.TensorFiles(path)
-    tensors = {name: files.read(name) for name in files.entries}
+    held = tensor_files.TensorFiles(path)
+    tensors = {name: held.read(name) for name in held.entries}
     return next(iter(tensors.values())) if len(tensors) == 1 else tensors
 
 
@@ -320,7 +333,12 @@ def add_task(
     if plan.dry_run:
         planned([base, tuned, old_base], shape, progress)
         return
-    how = {"scale": scale, "method": matching(method), **known(shape), **output.settings(progress)}
+    how = {
+        "scale": scale,
+        "method": matching(method),
+        **known(shape, [base, tuned, old_base]),
+        **output.settings(progress),
+    }
     with recipe_of(context):
         found = tensor_files.add_task(base, tuned, old_base, needed(out), **how)
     typer.echo(f"{found.permutation!r}\nWrote {found.path}")
@@ -342,7 +360,7 @@ def align(
     if stream.dry_run:
         planned([a, b], shape, progress)
         return
-    how = {"out_a": out_a, "method": matching(method), **known(shape), **stream.settings(progress)}
+    how = {"out_a": out_a, "method": matching(method), **known(shape, [a, b]), **stream.settings(progress)}
     with recipe_of(context):
         found = tensor_files.align(a, b, needed(out), **how)
     if permutation is not None:
@@ -385,7 +403,13 @@ def merge(
     if stream.dry_run:
         planned(paths, shape, progress)
         return
-    how = {"weights": shares, "method": matching(method), "seed": seed, **known(shape), **stream.settings(progress)}
+    how = {
+        "weights": shares,
+        "method": matching(method),
+        "seed": seed,
+        **known(shape, paths),
+        **stream.settings(progress),
+    }
     with recipe_of(context):
         found = tensor_files.merge(paths, needed(out), **how)
     typer.echo(f"{found!r}\nWrote {found.path}")

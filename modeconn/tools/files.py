@@ -181,6 +181,20 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
         return True
 
 
+def description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
+    """Return what `write` was told of a file's content, of which nothing is read; None if it is of another program.
+
+    Raises:
+        ValueError: If it is damaged.
+    """
+    try:
+        with safetensors.safe_open(path, framework="pt") as file:
+            metadata = file.metadata() or {}
+    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError):
+        return None
+    return _description(Path(path), metadata[_KEY]) if _KEY in metadata else None
+
+
 def _description(path: Path, text: str) -> dict[str, Any]:
     try:
         about = json.loads(text)

@@ -9,7 +9,7 @@ import torch
 from typer.testing import CliRunner
 
 from benchmarks.llama import small
-from modeconn import Relabelling, models, tensor_files
+from modeconn import Relabelling, discover, models, tensor_files
 from modeconn.cli.app import app
 from tests.tensor_files.test_networks import kept, made
 from tests.tensor_files.test_tensor_files import in_memory, same
@@ -139,6 +139,20 @@ def test_recipes_that_say_something_else_are_refused(tmp_path, text, said):
     told = run("merge", "--recipe", tmp_path / "recipe.toml", "--out", tmp_path / "out", status=2)
     words = re.sub(r"[\s│]+", " ", told)
     assert said in words and not (tmp_path / "out").exists()
+
+
+def test_files_that_say_their_architecture_need_no_model(tmp_path):
+    a, b, out = (tmp_path / f"{name}.safetensors" for name in ("a", "b", "out"))
+    models.save(models.mlp(4, (8,), 3, seed=1), a)
+    for told in (run("shuffle", a, "--out", b), run("verify", b, a), run("verify", a, b)):
+        assert "(1 group, 8 units)" in told or "of 8 units moved" in told
+    run("align", b, a, "--stream", "--out", out)
+    assert same(in_memory(out), in_memory(b))
+    assert run("align", b, out, "--stream", "--out", tmp_path / "x.safetensors", status=1).startswith(
+        "modeconn: error: networks that are read tensor by tensor need --model"  # neither says it any more
+    )
+    Relabelling.save(discover(models.load(a)).identity(), tmp_path / "identity.safetensors")
+    assert "is a relabelling, not a network" in run("verify", a, tmp_path / "identity.safetensors", status=1)
 
 
 # -- what is refused
