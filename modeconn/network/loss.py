@@ -36,6 +36,7 @@ from modeconn.network.scores import (
     weighs,
     weight_of,
 )
+from modeconn.tools.door import check_settings
 from modeconn.tools.shown import Shown
 from modeconn.tools.warn import is_of_package, warn
 
@@ -173,6 +174,9 @@ class TrainingData(Shown):
     loss_fn: LossFn = cross_entropy
     forward: Forward | None = None
     sharded: bool = False
+
+    def __post_init__(self) -> None:
+        check_settings(self)
 
 
 def supervised(loss_fn: LossFn, *, check: bool = False) -> Forward:

@@ -42,7 +42,7 @@ def factory(make: Callable[P, M]) -> Callable[P, M]:
             _check_counts(name, bound.arguments[name])
         arguments = {name: _json_value(value) for name, value in bound.arguments.items() if name != "seed"}
         with seeded(bound.arguments["seed"], torch.get_default_device()):
-            model = make(*args, **kwargs)
+            model = make(*bound.args, **bound.kwargs)
         model.zoo_entry = (make.__name__, arguments)
         return model
 

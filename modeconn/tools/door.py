@@ -176,6 +176,25 @@ def check(name: str, value: Any, hint: Any) -> None:
         _check_device(value)
 
 
+def plain(value: Any, hint: Any) -> Any:
+    """Return a value that passed `check` with Python's own numbers and texts in place of those of numpy and torch.
+
+    Files and torch's generators take only Python's, and settings that are equal are then told by equal texts. What an
+    annotation takes as it is, such as a tensor, stays.
+    """
+    choices = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
+    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0 and Tensor not in choices):
+        own = value.item()
+        return own if any(kind is not None and kind[0](own) for kind in map(kind_of, choices)) else value
+    if not isinstance(value, (list, tuple, np.ndarray)) or np.ndarray in choices:
+        return value
+    pairs = [(entry, plain(entry, of_entries)) for _, entry, of_entries in _entries(value, hint)]
+    if len(pairs) != len(value) or all(own is entry for entry, own in pairs):
+        return value
+    entries = [own for _, own in pairs]
+    return tuple(entries) if type(value) is tuple else entries
+
+
 def _check_device(device: torch.device | str) -> None:
     try:
         torch.empty(0, device=device)
@@ -225,7 +244,7 @@ def checked(function: F) -> F:
         bound = _bound(function, signature, args, kwargs)
         check_arguments(function, bound)
         with _ordinary_tensors(), provenance.call_of(function, bound) as facts:
-            result = function(*args, **kwargs)
+            result = function(*bound.args, **bound.kwargs)
         if facts is not None and not is_reading:
             provenance.keep(result, facts)
         return result
@@ -239,8 +258,9 @@ def looked_at(function: F) -> F:
 
     @functools.wraps(function)
     def at_the_door(*args: Any, **kwargs: Any) -> Any:
-        check_arguments(function, _bound(function, signature, args, kwargs))
-        return function(*args, **kwargs)
+        bound = _bound(function, signature, args, kwargs)
+        check_arguments(function, bound)
+        return function(*bound.args, **bound.kwargs)
 
     return at_the_door  # type: ignore[return-value]
 
@@ -263,12 +283,16 @@ def _similar(name: str, known: Iterable[str]) -> list[str]:
 
 
 def check_arguments(function: Callable[..., Any], bound: inspect.BoundArguments) -> None:
-    """Raise a ValueError unless the arguments of a call are of the kinds that the function's annotations mean."""
+    """Raise a ValueError unless the arguments of a call are of the kinds that the function's annotations mean.
+
+    Those that are become `plain`.
+    """
     hints, parameters = hints_of(function), bound.signature.parameters
     several = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
     for name, value in bound.arguments.items():
         if name in hints and parameters[name].kind not in several:
             check(name, value, hints[name])
+            bound.arguments[name] = plain(value, hints[name])
 
 
 @contextlib.contextmanager
@@ -295,8 +319,14 @@ def _ordinary_tensors() -> Iterator[None]:
 
 
 def check_settings(settings: Any) -> None:
-    """Raise a ValueError unless the fields of a dataclass are of the kinds that their annotations mean."""
+    """Raise a ValueError unless the fields of a dataclass are of the kinds that their annotations mean.
+
+    Those that are become `plain`.
+    """
     hints = hints_of(type(settings))
     for field in dataclasses.fields(settings):
         if field.init and field.name in hints:
-            check(field.name, getattr(settings, field.name), hints[field.name])
+            value, hint = getattr(settings, field.name), hints[field.name]
+            check(field.name, value, hint)
+            if (own := plain(value, hint)) is not value:
+                object.__setattr__(settings, field.name, own)  # also of a frozen one

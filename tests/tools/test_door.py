@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import inspect
+import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 import numpy as np
 import pytest
@@ -16,7 +18,8 @@ from torch import Tensor, nn
 
 import modeconn
 from modeconn import Bezier, Recipe, WeightMatching
-from modeconn.tools.door import check_settings, checked, kind_of
+from modeconn.tools.door import check_settings, checked, kind_of, looked_at
+from modeconn.tools.fingerprint import identify
 from modeconn.tools.warn import warn
 from tests.cases import CASE, batches
 
@@ -125,6 +128,95 @@ def test_data_and_relabellings_are_what_they_are_on_any_default_device():
 
 def test_the_function_is_itself_for_help():
     assert verb.__doc__ == "Say so." and list(inspect.signature(verb).parameters)[:2] == ["count", "rate"]
+
+
+@looked_at
+def given(
+    count: int = 0, rate: float = 0.0, flag: bool = False, how: Literal["a", "b"] | bool = "a",
+    align: bool | SupportsIndexing = False, sizes: Sequence[int] = (), places: Sequence[float] | Tensor = (),
+    shape: tuple[int, int] | None = None, start: float | Tensor = 0.0, anything: Any = None,
+    data: Iterable[Any] = (),
+) -> tuple[Any, ...]:  # fmt: skip
+    return count, rate, flag, how, align, sizes, places, shape, start, anything, data
+
+
+class SupportsIndexing(Protocol):
+    def index(self) -> int: ...
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "own"),
+    [
+        ("count", np.int64(3), 3),
+        ("count", np.uint8(3), 3),
+        ("rate", np.float32(0.5), 0.5),
+        ("rate", torch.tensor(0.5), 0.5),
+        ("rate", np.int64(2), 2),
+        ("flag", np.True_, True),
+        ("how", np.str_("b"), "b"),
+        ("how", np.True_, True),
+        ("align", np.True_, True),
+        ("sizes", (np.int64(1), 2), (1, 2)),
+        ("sizes", [1, np.int64(2)], [1, 2]),
+        ("sizes", np.array([1, 2]), [1, 2]),
+        ("places", np.linspace(0, 1, 3), [0.0, 0.5, 1.0]),
+        ("shape", (np.int64(1), np.int64(2)), (1, 2)),
+    ],
+)
+def test_numbers_of_numpy_and_torch_become_numbers_of_python(name, value, own):
+    found = dict(zip(inspect.signature(given).parameters, given(**{name: value}), strict=True))[name]
+    assert found == own and type(found) is type(own) and json.loads(json.dumps(found)) == json.loads(json.dumps(own))
+    if isinstance(own, (list, tuple)):
+        assert [type(one) for one in found] == [type(one) for one in own]
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        {"start": torch.tensor(1.0)},
+        {"places": torch.zeros(2)},
+        {"anything": np.int64(1)},
+        {"sizes": range(2)},
+        {"data": np.zeros((2, 2))},
+        {"data": [np.int64(1)]},
+    ],
+)
+def test_what_an_annotation_takes_as_it_is_stays(settings):
+    assert any(value is next(iter(settings.values())) for value in given(**settings))
+
+
+def test_settings_with_numbers_of_numpy_are_those_with_numbers_of_python():
+    numpys = {bool: np.bool_, int: np.int64, float: np.float64, str: np.str_}
+    tried = 0
+    for kind in (getattr(modeconn, name) for name in modeconn.__all__):
+        if not (inspect.isclass(kind) and dataclasses.is_dataclass(kind)):
+            continue
+        attacked = dict.fromkeys(("AdversarialTraining", "TRADES"), (modeconn.PGD(0.5, 0.25, 3),))
+        needed = attacked | {"PGD": (0.5, 0.25, 3), "FreeAdversarialTraining": (0.5,), "Checkpoint": ("x",)}
+        try:
+            ours = kind(*needed.get(kind.__name__, ()))
+        except TypeError:  # results, which nobody makes by hand
+            continue
+        values = {field.name: getattr(ours, field.name) for field in dataclasses.fields(ours) if field.init}
+        other = {name: numpys[type(value)](value) for name, value in values.items() if type(value) in numpys}
+        tried += len(other)
+        again = kind(**values | other)
+        assert repr(again) == repr(ours) and identify(again) == identify(ours), kind
+    assert tried > 80
+
+
+def test_seeds_and_sizes_may_come_from_arrays(tmp_path):
+    (a, b), loader = (modeconn.models.mlp(4, (3,), 2, seed=seed).eval() for seed in np.arange(2)), batches()
+    modeconn.models.save(modeconn.models.mlp(np.int64(4), np.array([3, 3]), 2, seed=np.int64(1)), tmp_path / "m")
+    assert modeconn.models.describe(modeconn.models.load(tmp_path / "m"))[1]["hidden"] == [3, 3]
+    loader = [(x.flatten(1)[:, :4], y % 2) for x, y in loader]
+    how = {"recipe": Recipe(1), "loader": loader}
+    fits = [modeconn.fit_curve(a, b, seed=kind(3), curve=Bezier(free_ends=np.True_), **how) for kind in (int, np.int64)]
+    assert torch.equal(*(fit.control_points for fit in fits))
+    fits[1].save(tmp_path / "c")
+    assert modeconn.Connection.load(tmp_path / "c").curve == Bezier(free_ends=True)
+    c = modeconn.models.mlp(4, (3,), 2, seed=7).eval()
+    modeconn.plane({"a": a, "b": b, "c": c}, loader, num_points=np.int64(2))
 
 
 def test_settings_are_checked_by_their_annotations():
