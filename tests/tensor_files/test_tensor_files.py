@@ -386,7 +386,7 @@ def test_sizes_that_are_none_are_refused(pair, tmp_path, size):
 
 
 def test_sizes_are_read():
-    from modeconn.cli.tensor_files import bytes_of
+    from modeconn.cli.commands.tensor_files import bytes_of
 
     assert [bytes_of(text) for text in ("5GB", "1.5 mb", "2KiB", "7")] == [5 * 10**9, 1_500_000, 2048, 7]
 

@@ -15,7 +15,7 @@ from torch import nn
 from modeconn import models, tensor_files
 from modeconn.cli import options, parse
 from modeconn.cli.files import with_article
-from modeconn.cli.options import ModelOptions, bars, file_option, grouped
+from modeconn.cli.options import AdversaryOptions, DataOptions, ModelOptions, bars, file_option, grouped
 from modeconn.cli.recipes import Recipe, as_recipe
 from modeconn.network.saving import KIND
 from modeconn.tools import files, provenance
@@ -413,6 +413,18 @@ def merge(
     with recipe_of(context):
         found = tensor_files.merge(paths, needed(out), **how)
     typer.echo(f"{found!r}\nWrote {found.path}")
+
+
+def refuse_data(done: str, data: DataOptions, adversary: AdversaryOptions | None, *others: Any) -> None:
+    """Raise a ValueError if networks that are read tensor by tensor are to be run."""
+    attacked = adversary is not None and adversary.opponent() is not None
+    if data.data is not None or attacked or any(one is not None for one in others):
+        raise ValueError(
+            f"networks that are read tensor by tensor are {done} by their weights, without data: leave out --data, "
+            f"--adversary, --report, --start and --repair."
+        )
+    if data.device != "cpu":
+        raise ValueError(f"networks that are read tensor by tensor are {done} on the CPU: leave out --device.")
 
 
 def numbers(text: str | None) -> list[float] | None:
