@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import html
 import math
 import os
 import statistics
@@ -77,6 +78,8 @@ class Comparison:
             references, see `compare`. What a reference does not have is NaN.
         num_points: At how many points of each connection the barriers were measured.
         num_examples: On how many examples.
+        statistics: What the line had in layers that keep running statistics, as batch norm does: "interpolated"; empty
+            for networks without such layers.
 
     Example:
         >>> halved = {"identity": {"line": [1.0, 2.0, 3.0]}, "weights": {"line": [0.5, 1.0, 1.5]}}
@@ -89,6 +92,7 @@ class Comparison:
     values: dict[str, dict[str, list[float]]]
     num_points: int
     num_examples: int
+    statistics: str = ""
 
     @property
     def num_pairs(self) -> int:
@@ -99,6 +103,11 @@ class Comparison:
     def columns(self) -> list[str]:
         """What was measured."""
         return list(self.values[BASELINES[0]])
+
+    @property
+    def headline(self) -> str:
+        """The column that says most of the line: "repaired" where running statistics spoil the other, else "line"."""
+        return "repaired" if self.statistics and "repaired" in self.columns else "line"
 
     def summary(self) -> dict[str, dict[str, dict[str, float]]]:
         """Return mean, median and maximum over pairs by row and column, of two pairs or more with "std" and "sem".
@@ -111,7 +120,13 @@ class Comparison:
         }
 
     def ratio(
-        self, row: str, baseline: str = "identity", *, column: str = "line", num_resamples: int = 10_000, seed: int = 0
+        self,
+        row: str,
+        baseline: str = "identity",
+        *,
+        column: str | None = None,
+        num_resamples: int = 10_000,
+        seed: int = 0,
     ) -> tuple[float, float, float]:
         r"""Return how much of a baseline's value a method leaves, with a 95% interval.
 
@@ -123,7 +138,7 @@ class Comparison:
         Args:
             row: The method.
             baseline: Another row.
-            column: What to compare.
+            column: What to compare; default `headline`.
             num_resamples: How many times the bootstrap draws all pairs anew.
             seed: Of the bootstrap.
 
@@ -133,6 +148,7 @@ class Comparison:
         Raises:
             ValueError: If there is no such row or column, or the baseline has no barrier.
         """
+        column = self.headline if column is None else column
         ours, theirs = self._cells(row, column), self._cells(baseline, column)
         if not theirs.mean() > 0:
             raise ValueError(
@@ -166,7 +182,7 @@ class Comparison:
         with taken_as("comparison"):
             rows = record["values"].items()
             values = {row: {_renamed(name): numbers(one) for name, one in columns.items()} for row, columns in rows}
-            found = cls(values, record["num_points"], record["num_examples"])
+            found = cls(values, record["num_points"], record["num_examples"], record.get("statistics", ""))
             if len({(*columns, *map(len, columns.values())) for columns in values.values()}) != 1:
                 raise ValueError("its rows have other columns, or other numbers of pairs")
             repr(found)  # a comparison that cannot be shown holds something else than was written
@@ -182,17 +198,31 @@ class Comparison:
         ]
         return write_text(csv_table(["pair", "row", *self.columns], rows), path)
 
-    def plot(self, *, column: str = "line", rows: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
-        """Draw one column with matplotlib, of all rows or of some; see `modeconn.plot.comparison`."""
+    def plot(self, *, column: str | None = None, rows: Sequence[str] | None = None, ax: Axes | None = None) -> Axes:
+        """Draw one column, default `headline`, of all rows or of some; see `modeconn.plot.comparison`."""
         return plot.comparison(self, column=column, rows=rows, ax=ax)
 
     def __repr__(self) -> str:
         pairs = f"{self.num_pairs} pair{'s' * (self.num_pairs != 1)}"
         title = f"Comparison({pairs}, {self.num_points} points, {self.num_examples} examples)"
-        return "\n".join([title, table(*self._table())])
+        return "\n".join([title, table(*self._table()), self._legend()])
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table())
+        pairs = f"{self.num_pairs} pair{'s' * (self.num_pairs != 1)}"
+        title = f"{pairs}, {self.num_points} points, {self.num_examples} examples"
+        return f"<p>{title}</p>{html_table(*self._table())}<p>{html.escape(self._legend())}</p>"
+
+    def _legend(self) -> str:
+        """Return what the columns of barriers are, in one sentence."""
+        as_it_is = ", running statistics interpolated as weights are" if self.statistics else " as it is"
+        repaired = "its statistics recalibrated at each point" if self.statistics else "its units rescaled, see repair"
+        told = {
+            "line": f"line: the straight line{as_it_is}",
+            "repaired": f"repaired: {repaired}",
+            "curve": "curve: fitted",
+        }
+        meaning = "; ".join(text for column, text in told.items() if column in self.columns)
+        return f"barriers of the loss{', mean ± standard deviation' if self.num_pairs > 1 else ''}. {meaning}"
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows; barriers as mean and deviation, accuracies in percent, median seconds, the largest peak."""
@@ -200,7 +230,7 @@ class Comparison:
             [row, *(_cell(column, found) for column, found in columns.items())]
             for row, columns in self.summary().items()
         ]
-        return ["barrier", *self.columns], rows
+        return ["", *self.columns], rows
 
     def _cells(self, row: str, column: str) -> Tensor:
         if row not in self.values:
@@ -339,7 +369,8 @@ def compare(
         known.measure(tasks, bar.update)
         for row, key, read in reads:
             records[row].append(known.get(key, read))
-    return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured))
+    kept = "interpolated" if norm_layers(pairs[0][0]) else ""
+    return Comparison(_values(records), num_points, sum(num_examples(batch) for batch in measured), kept)
 
 
 @torch.no_grad()
@@ -557,9 +588,9 @@ def _cell(column: str, found: Mapping[str, float]) -> str:
     if math.isnan(found["mean"]):
         return ""
     if column == "peak bytes":
-        return f"{found['max'] / 1e6:.1f} MB"
+        return f"{found['max'] / 1e6:.1f} MB" if found["max"] >= 1e5 else f"{found['max'] / 1e3:.1f} kB"
     if column.endswith("seconds"):
-        return f"{found['median']:.3g} s"
+        return f"{found['median']:.3g}"
     if column.endswith("length"):
         return f"{found['mean']:.4g}"
     scale, form, unit = (100, ".2f", " %") if column.endswith("accuracy lost") else (1, ".4f", "")

@@ -14,6 +14,7 @@ from functools import partial
 import pytest
 import scipy.stats
 import torch
+from matplotlib.figure import Figure
 from torch import nn
 
 import modeconn
@@ -292,12 +293,30 @@ def test_pairs_without_a_barrier_leave_an_interval():
     assert other.ratio("weights") == (1.0, 0.5, math.inf)
 
 
+def test_of_networks_with_batch_norm_the_repaired_line_is_what_counts(tmp_path):
+    def made(seed):
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(64, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Linear(8, 10)).eval()
+
+    found = compare([(made(1), made(2))], {"weights": WeightMatching()}, *digits(), num_points=3)
+    again = Comparison.from_json(found.to_json())
+    for one in (found, again):
+        assert one.headline == "repaired" and "repaired" in one.plot(ax=Figure().subplots()).get_ylabel()
+        assert "line: the straight line, running statistics interpolated as weights are; repaired: its" in repr(one)
+        assert "1 pair, 3 points" in one._repr_html_() and "recalibrated" in one._repr_html_()
+    assert small().headline == "line"
+
+
 def test_it_prints_and_is_written(tmp_path):
     one = small()
     lines = repr(one).splitlines()
     assert lines[0] == "Comparison(3 pairs, 25 points, 500 examples)"
-    assert lines[1].split("  ")[0] == "barrier" and len(lines) == 4
-    assert "1.3333 ± 1.4434" in lines[3] and "20.00 ± 10.00 %" in lines[3] and lines[3].endswith(" 1 s")
+    assert (
+        lines[1].split() == "line line accuracy lost seconds".split()
+        and len(lines) == 5
+        and lines[-1].startswith("barriers of the loss")
+    )
+    assert "1.3333 ± 1.4434" in lines[3] and "20.00 ± 10.00 %" in lines[3] and lines[3].endswith("  1")
     assert one._repr_html_().count("<tr>") == 3
     assert Comparison.from_json(one.to_json(tmp_path / "c.json")).values == one.values
     assert json.loads((tmp_path / "c.json").read_text())["summary"]["weights"]["line"]["mean"] == pytest.approx(4 / 3)

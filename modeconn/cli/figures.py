@@ -145,9 +145,9 @@ def _of_relabelling(relabelling: Relabelling | None) -> dict[str, Any]:
 
 def _quantity(name: str, asked: str | None, result: Any) -> str | None:
     """Return what is drawn of a result: what was asked for, else what one looks at first."""
-    if asked is not None or isinstance(result, Plane):
+    if asked is not None or isinstance(result, Plane | Comparison):  # which know it themselves
         return asked
     if name == "validation":
         return "validation accuracy" if "accuracy" in _validated(result) else "validation loss"
-    firsts = {"comparison": "line", "robust-profile": "accuracy", "history": "loss"}
+    firsts = {"robust-profile": "accuracy", "history": "loss"}
     return firsts.get(name) or next(iter(result.values))

@@ -254,11 +254,15 @@ class AlongCurve:
         return "\n".join([self._title(), table(*self._table()), *self._remarks()])
 
     def _repr_html_(self) -> str:
-        return html_table(*self._table()) + "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
+        return f"<p>{self._extent()}</p>{html_table(*self._table())}{remarks}"
 
     def _title(self) -> str:
+        return f"{type(self).__name__}({self._extent()})"
+
+    def _extent(self) -> str:
         points = f"{len(self.t)} point{'s' * (len(self.t) != 1)}"
-        return f"{type(self).__name__}({points}, {self.num_examples} examples, {self.seconds:.1f} s)"
+        return f"{points}, {self.num_examples} examples, {self.seconds:.1f} s"
 
     def _remarks(self) -> list[str]:
         """Return sentences for below the table."""

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from modeconn import plot
 from modeconn.measure.along import AlongCurve, Quantity
+from modeconn.tools.door import shortened
 from modeconn.tools.table import csv_table
 from modeconn.tools.writing import write_text
 
@@ -270,7 +271,8 @@ class RobustProfile(AlongCurve):
         return plot.robust_profile(self, quantity=quantity or "accuracy", ax=ax)
 
     def _remarks(self) -> list[str]:
-        return [*super()._remarks(), *(f"warning: {sentence}" for sentence in self.warnings)]
+        attacks = [f"{row}: {_in_short(facts)}" for row, facts in self.attacks.items()]
+        return [*super()._remarks(), *attacks, *(f"warning: {sentence}" for sentence in self.warnings)]
 
     def _for_readers(self) -> dict[str, Any]:
         return {"summary": self._summary(), "warnings": self.warnings}
@@ -280,7 +282,7 @@ class RobustProfile(AlongCurve):
         if len(self.t) == 1:
             return self._table_of_one_point()
         ends = (f"t={self.t[place]:g}" for place in (0, -1))
-        header = ["", *ends, "worst", "95% interval", "at t", "mean", "barrier"]
+        header = ["", *ends, "worst point", "95% interval", "at t", "mean", "barrier"]
         rows = []
         for row, accuracy in self.accuracy.items():
             place = int(accuracy.argmin())
@@ -338,6 +340,21 @@ class RobustProfile(AlongCurve):
     def _check_row(self, row: str) -> None:
         if row not in self.accuracy:
             raise ValueError(f"there is no row {row!r}; there are {', '.join(self.accuracy)}.")
+
+
+def _in_short(facts: Mapping[str, Any]) -> str:
+    """Return what an attack is and how much it may spend, for below a table."""
+    if facts["eps"] is None:
+        return shortened(_described(facts), 200)
+    units = 255 * facts["eps"]
+    is_of_pixels = facts["norm"] == "linf" and 1 <= round(units) <= 64 and abs(units - round(units)) < 1e-6
+    pixels = f" ({units:.0f}/255)" if is_of_pixels else ""
+    spent = [
+        f"{name}={value:.4g}"
+        for name, value in facts["settings"].items()
+        if isinstance(value, int | float) and not isinstance(value, bool) and name != "eps"
+    ]
+    return shortened(", ".join([facts["kind"], f"norm {facts['norm']}, eps={facts['eps']:.4g}{pixels}", *spent]), 200)
 
 
 def _described(facts: Mapping[str, Any] | None) -> str:

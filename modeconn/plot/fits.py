@@ -149,7 +149,7 @@ def turns(fit: Fit | Turns, *, ax: Axes | None = None) -> Axes:
 
 
 def comparison(
-    compared: Comparison, *, column: str = "line", rows: Sequence[str] | None = None, ax: Axes | None = None
+    compared: Comparison, *, column: str | None = None, rows: Sequence[str] | None = None, ax: Axes | None = None
 ) -> Axes:
     """Draw what each method of a comparison made of every pair: a bar from 0 to the mean, and a dot for a pair.
 
@@ -158,14 +158,16 @@ def comparison(
 
     Args:
         compared: What `modeconn.compare` returned.
-        column: What to draw, one of ``compared.columns``; accuracies are drawn in percent.
+        column: What to draw, one of ``compared.columns``; accuracies are drawn in percent. Default:
+            ``compared.headline``, "repaired" for networks with batch norm, "line" for others.
         rows: Which methods to draw, in which order; default all.
         ax: Where to draw. Default: a new figure.
 
     Raises:
         ValueError: If there is no such column, or no such row.
     """
-    style.check("compared", compared, "what modeconn.compare returns", "values", "columns")
+    style.check("compared", compared, "what modeconn.compare returns", "values", "columns", "headline")
+    column = compared.headline if column is None else column
     if column not in compared.columns:
         raise ValueError(f"there is no column {column!r}; there are {', '.join(compared.columns)}.")
     rows = style.chosen(rows, list(compared.values))

@@ -91,7 +91,11 @@ def test_a_profile_prints_as_a_table():
         "accuracy  90.00%  80.00%   89.00%   79.00%  50.00%  90.00%  66.25%    67.81%   37.50%",
     ]
     html = profile()._repr_html_()
-    assert html.startswith("<table>") and "<th>barrier</th>" in html and "<td>0.2100</td>" in html
+    assert (
+        html.startswith("<p>5 points, 500 examples, 1.5 s</p><table>")
+        and "<th>barrier</th>" in html
+        and "<td>0.2100</td>" in html
+    )
 
 
 def test_plot_hands_the_profile_to_the_plot_module(monkeypatch):

@@ -491,7 +491,7 @@ def test_a_point_chosen_on_one_split_is_reported_on_another():
     assert chosen.t.tolist() == [best] and chosen.accuracy["worst"][0] == test.accuracy["worst"][int(best * 4)]
     assert validation.best_t("clean") in validation.t.tolist()
     assert (
-        len(repr(chosen).splitlines()) == 8 and repr(chosen).count(f"t={best:g}") == 1 and "barrier" not in repr(chosen)
+        len(repr(chosen).splitlines()) == 9 and repr(chosen).count(f"t={best:g}") == 1 and "barrier" not in repr(chosen)
     )
     with pytest.raises(ValueError, match="there is no row 'pgd'; there are clean, weak, worst"):
         validation.best_t("pgd")
@@ -559,9 +559,14 @@ def test_csv_has_a_line_for_each_point_and_row(profile):
 
 
 def test_it_prints_as_a_table(profile):
-    title, header, *rows = repr(profile).splitlines()
+    title, header, *rows, strong, weak = repr(profile).splitlines()
+    spent = "PGD, norm linf, eps=0.3, step_size=0.1, num_steps=4, num_restarts=1, seed=3"
+    assert strong == f"strong: {spent}" and weak.startswith("weak: PGD, norm linf, eps=")
+    assert "eps=0.03137 (8/255), step" in repr(
+        replace(profile, attacks={"strong": {**profile.attacks["strong"], "eps": 8 / 255}})
+    )
     assert title.startswith("RobustProfile(3 points, 24 examples")
-    assert header.split() == ["t=0", "t=1", "worst", "95%", "interval", "at", "t", "mean", "barrier"]
+    assert header.split() == ["t=0", "t=1", "worst", "point", "95%", "interval", "at", "t", "mean", "barrier"]
     assert [row.split("  ")[0] for row in rows] == [
         f"{row} {what}" for what in ("accuracy", "loss") for row in ("clean", "strong", "weak", "worst")
     ]
