@@ -158,9 +158,9 @@ class Path:
             return calibration_batches(loader, device, limit=limit, name="recalibrate")
         if self.training.loader is None:
             raise ValueError(
-                f"between the ends of a connection {'repair' if repair else 'batch norm'} needs statistics of training "
-                "data, and none is remembered: a connection does so where it was fitted, not once loaded. Pass "
-                "recalibrate=, a loader of such data."
+                f"between two networks {'repair' if repair else 'batch norm'} needs statistics of training data, of "
+                f"which none is known: a connection remembers the data it was fitted on, until it is saved. Pass "
+                f"recalibrate=, a loader of such data."
             )
         if limit not in self._calibration:
             check_whole(self.training.loader, sharded=self.training.sharded, name="recalibrate")

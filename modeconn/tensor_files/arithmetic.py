@@ -52,10 +52,15 @@ def interpolate(
         ValueError: If the models differ in names or shapes: all that differ are named; if a tensor is complex in one of
             them alone; or a file is damaged.
         OSError: If a file is missing, or ``out`` cannot be written or exists.
+
+    Warns:
+        UserWarning: If there are running statistics, of batch norm say, which belong to neither network in between.
     """
     check_target(out, overwrite=overwrite, read=(a, b))
     first, second = TensorFiles(a), TensorFiles(b)
     first.check_like(second)
+    if t not in (0, 1):
+        first.warn_of_statistics("interpolated")
     entries = in_dtype(first.entries, dtype)
     kept: list[str] = []
 

@@ -68,11 +68,7 @@ def average(
     first, *others = networks = [TensorFiles(path) for path in models]
     for other in others:
         first.check_like(other)
-    if any(name.endswith("running_var") for name in first.entries):
-        warn(
-            "statistics of batch norm are averaged like weights, and are not those of the mean network: recalibrate it "
-            "with training data, modeconn.recalibrate."
-        )
+    first.warn_of_statistics("averaged")
     terms = [(network.read, share) for network, share in zip(networks, shares, strict=True)]
     entries = in_dtype(first.entries, dtype)
     beside = {"beside": first.beside_weights()}

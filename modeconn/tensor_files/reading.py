@@ -20,6 +20,7 @@ from modeconn.tools import provenance
 from modeconn.tools.door import check, shortened
 from modeconn.tools.files import check_regular, dtype_named
 from modeconn.tools.shown import Shown
+from modeconn.tools.warn import warn
 
 _INDEX = ".safetensors.index.json"
 _WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".gguf", ".onnx")
@@ -128,6 +129,14 @@ class TensorFiles(Shown):
             for path in sorted(self.path.iterdir())
             if path.is_file() and not path.name.startswith(".") and not path.name.endswith((*_WEIGHTS, ".index.json"))
         ]
+
+    def warn_of_statistics(self, done: str) -> None:
+        """Warn if there are running statistics, which are "averaged" or "interpolated" as weights are."""
+        if any(name.endswith("running_var") for name in self.entries):
+            warn(
+                f"statistics of batch norm are {done} like weights, and are not those of the network that is written: "
+                f"recalibrate it with training data, modeconn.recalibrate."
+            )
 
     def check_like(self, other: TensorFiles) -> None:
         """Raise a ValueError unless another model has the same names and shapes; all that differs is said."""

@@ -88,6 +88,17 @@ def test_interpolation_is_that_in_memory(tmp_path, dtype, t):
         assert same(found, in_memory(a))
 
 
+def test_statistics_of_batch_norm_that_belong_to_no_network_are_told(tmp_path):
+    paths = [tmp_path / f"{seed}.safetensors" for seed in range(2)]
+    for path in paths:
+        safetensors.torch.save_file(torch.nn.BatchNorm1d(3).state_dict(), path)
+    with pytest.warns(UserWarning, match=r"statistics of batch norm are interpolated like weights.*recalibrate it"):
+        interpolate(*paths, tmp_path / "out.safetensors")
+    with pytest.warns(UserWarning, match=r"statistics of batch norm are averaged like weights.*recalibrate it"):
+        tensor_files.average(paths, tmp_path / "mean.safetensors")
+    interpolate(*paths, tmp_path / "end.safetensors", t=1.0)
+
+
 def test_a_folder_is_one_as_others_write_it(tmp_path, pair):
     out = interpolate(*pair, tmp_path / "out", shard_bytes=5_000)
     held = {path.name for path in out.iterdir()}
