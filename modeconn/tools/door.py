@@ -186,8 +186,9 @@ def plain(value: Any, hint: Any) -> Any:
     if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0 and Tensor not in choices):
         own = value.item()
         return own if any(kind is not None and kind[0](own) for kind in map(kind_of, choices)) else value
-    if not isinstance(value, (list, tuple, np.ndarray)) or np.ndarray in choices:
-        return value
+    is_list = type(value) in (list, tuple, np.ndarray) and np.ndarray not in choices
+    if not is_list or not any(typing.get_origin(choice) in (Sequence, tuple) for choice in choices):
+        return value  # data, say, that the caller counts
     pairs = [(entry, plain(entry, of_entries)) for _, entry, of_entries in _entries(value, hint)]
     if len(pairs) != len(value) or all(own is entry for entry, own in pairs):
         return value
