@@ -127,7 +127,7 @@ def test_one_end_alone_is_trained_and_the_other_stays_the_network_that_it_was(fr
         torch.testing.assert_close(own[["ab".index(fixed), "ab".index(free)]], torch.stack(expected))
 
 
-@pytest.mark.parametrize("refine", [None, PAM(iterations=1)], ids=str)
+@pytest.mark.parametrize("refine", [None, PAM(iterations=1, num_batches=2)], ids=str)
 def test_curves_between_untied_networks_have_their_ends_as_functions(refine, tmp_path):
     a, b = (generic(lambda: LanguageModel(nn.LayerNorm, tied=True), seed).float() for seed in (0, 1))
     how = {"symmetries": "orthogonal", "untie": True, "align": WeightMatching(), "refine": refine}

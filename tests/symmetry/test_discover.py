@@ -14,6 +14,7 @@ from torch.torch_version import TorchVersion
 
 import modeconn
 from modeconn import RULES, ActivationMatching, PermutationSpec, WeightMatching, discover, models
+from modeconn.network.sketch import sketch
 from modeconn.symmetry import UnknownOperatorWarning, VerificationError
 from modeconn.symmetry.axes import Axis
 from modeconn.symmetry.execute import _grouped_matmul
@@ -50,6 +51,15 @@ def test_groups_are_those_derived_by_hand_and_keep_every_tensor(case: Case) -> N
     spec = discover(model, inputs)
     assert sorted(group.shape for group in spec.groups) == sorted(case.groups)
     assert spec.verify(model, inputs) < 1e-10
+    torch.manual_seed(0)
+    drawn, inputs = sketch(case.build), case.inputs()  # a model without values, as files of any size are read with
+    assert all(parameter.is_meta for parameter in drawn.parameters())
+    try:
+        found = discover(drawn, inputs)
+    except ValueError as error:  # only a run with values can find them
+        assert spec.one_path and "torch.export cannot follow" in str(error)
+    else:
+        assert found == spec
 
 
 @pytest.mark.parametrize("name", ZOO)

@@ -18,7 +18,6 @@ from benchmarks.llama import SMALL, Config, Llama, small
 from modeconn import models, tensor_files
 from modeconn.network.sketch import sketch
 from modeconn.tensor_files import TensorFiles, reading
-from tests.symmetry.cases import CASES
 from tests.tensor_files.test_tensor_files import Alive, in_memory
 
 SYMMETRIES = ("permutation", "orthogonal")
@@ -124,22 +123,6 @@ def pair(tmp_path):
 
 
 # -- models without memory
-
-
-@pytest.mark.parametrize("case", [case for case in CASES if not getattr(case, "slow", False)], ids=lambda c: c.name)
-def test_groups_of_a_sketch_are_those_of_the_model(case):
-    """Where they can be found at all without values, they are the same."""
-    torch.manual_seed(0)
-    drawn = sketch(case.build)
-    assert all(parameter.is_meta for parameter in drawn.parameters())
-    torch.manual_seed(0)
-    real = modeconn.discover(case.build(), case.inputs())
-    try:
-        found = modeconn.discover(drawn, case.inputs())
-    except ValueError as error:
-        assert real.one_path and "torch.export cannot follow" in str(error)
-        return
-    assert found == real
 
 
 def test_buffers_of_a_sketch_keep_their_values():
