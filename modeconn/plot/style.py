@@ -14,7 +14,7 @@ import numpy as np
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
 
-COLOURS = ("#2A7FBF", "#D55E00", "#009E73", "#CC79A7", "#C99700", "#56B4E9", "#8C8C8C")
+COLOURS = ("#2A7FBF", "#D55E00", "#009E73", "#B8488F", "#C99700", "#56B4E9", "#8C8C8C")
 """Colours that colour-blind readers tell apart; each has a contrast of 2.5 or more with white and with black."""
 
 NEUTRAL = "#8C8C8C"
@@ -29,10 +29,10 @@ POSITION = "position on the curve, t (0: network a, 1: network b)"
 SPREADS = {"std": "standard deviation", "sem": "standard error"}
 """How far several results of one kind differ, by the names that `Comparison.summary` has for it."""
 
-_DASHES = ("-", "--", "-.", ":")  # line styles, which grey print tells apart too
+_DASHES = ("-", "--", "-.", (0, (5, 1, 1, 1, 1, 1)))  # line styles, which grey print tells apart too
 _FEW, _MANY = 6, 12  # names below places
 _LETTERS = 60  # that fit side by side below a figure
-_WIDEST, _NARROWEST = 2.6, 1.2  # of lines
+_WIDEST, _NARROWEST = 2.8, 1.8  # of lines
 
 
 def line(number: int) -> dict[str, Any]:
@@ -40,7 +40,7 @@ def line(number: int) -> dict[str, Any]:
 
     Later lines are narrower, so that of equal ones all are seen.
     """
-    width = max(_NARROWEST, _WIDEST - 0.4 * number)
+    width = max(_NARROWEST, _WIDEST - 0.3 * number)
     return {"color": COLOURS[number % len(COLOURS)], "linestyle": _DASHES[number % len(_DASHES)], "linewidth": width}
 
 
@@ -103,7 +103,8 @@ def finished(ax: Axes, *, legend: bool) -> Axes:
     ax.spines[["top", "right"]].set_visible(False)
     if legend:
         names = ax.get_legend_handles_labels()[1]
-        columns = min(len(names), 3 if max(map(len, names), default=0) < 24 else 2)
+        rows = -(-len(names) // (3 if max(map(len, names), default=0) < 24 else 2))
+        columns = -(-len(names) // max(rows, 1))  # all of one height, or the last shorter by one
         ax.legend(frameon=False, fontsize="small", loc="lower center", bbox_to_anchor=(0.5, 1.0), ncols=columns)
         _lift_title(ax)
     return ax
