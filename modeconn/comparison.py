@@ -40,7 +40,7 @@ from modeconn.symmetry.relabelling import Relabelling
 from modeconn.tools import provenance
 from modeconn.tools.door import checked, shortened
 from modeconn.tools.fingerprint import digest, identify
-from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
+from modeconn.tools.json_files import KIND, JsonFile, from_json, numbers, taken_as, to_json
 from modeconn.tools.measurements import Records
 from modeconn.tools.measurements import key as record_key
 from modeconn.tools.memory import peak_memory
@@ -63,7 +63,7 @@ _Record = dict[str, Any]
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Comparison:
+class Comparison(JsonFile):
     r"""What each method made of each pair of networks.
 
     Columns are "line", "repaired" and "curve", the barrier of the loss (see `Profile.barrier`) on the straight line as

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from modeconn import Relabelling
+from modeconn import Profile, Relabelling
 from modeconn.cli.figures import FIGURES, draw_files, figures_of
 from modeconn.cli.files import DEMO, File, read_file
 from modeconn.measure.along import AlongCurve
@@ -158,7 +158,7 @@ def _curves(curves: Sequence[Part]) -> Iterator[str]:
 
 
 _MAIN = ("loss", "accuracy", "clean accuracy", "worst accuracy")
-"""What the table of all curves has of each, where it was measured."""
+"""What the table of all curves has of each, where it was measured; of a profile also metrics of the user's own."""
 
 
 def _axis(curves: Sequence[Part], name: str) -> str:
@@ -171,7 +171,10 @@ def _barriers(curves: Sequence[Part]) -> str:
     rows = []
     for part in curves:
         result: AlongCurve = part.file.result
-        for name in [one for one in _MAIN if one in result.values] or list(result.values)[:1]:
+        names = [one for one in _MAIN if one in result.values] or list(result.values)[:1]
+        if isinstance(result, Profile):  # a robust profile has many rows, in its own table
+            names += [one for one in result.values if one not in (*_MAIN, "error")]
+        for name in names:
             values, form = result.values[name], result.quantity(name).form
             told = [form.format(float(one)) for one in (values[0], values[-1], values.min(), values.max())]
             barrier = result.barrier_of(name)

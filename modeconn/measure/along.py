@@ -17,7 +17,7 @@ from modeconn import plot
 from modeconn.tools import provenance
 from modeconn.tools.checks import there_are
 from modeconn.tools.door import check, looked_at, shortened
-from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
+from modeconn.tools.json_files import KIND, JsonFile, from_json, numbers, taken_as, to_json
 from modeconn.tools.register import register
 from modeconn.tools.table import csv_table, html_table, table
 from modeconn.tools.writing import write_arrays, write_text
@@ -41,7 +41,7 @@ class Quantity:
     unit: str = ""
 
 
-class AlongCurve:
+class AlongCurve(JsonFile):
     r"""Values along a curve, by name: barrier, summary, table, files and figure of any kind of result.
 
     This class does for values of any origin. A kind of result with names of its own is a subclass, best a frozen

@@ -6,7 +6,6 @@ import html
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -19,7 +18,7 @@ from modeconn.measure.profile import QUANTITIES
 from modeconn.tools import provenance
 from modeconn.tools.checks import there_are
 from modeconn.tools.door import looked_at
-from modeconn.tools.json_files import KIND, from_json, numbers, taken_as, to_json
+from modeconn.tools.json_files import KIND, JsonFile, from_json, numbers, taken_as, to_json
 from modeconn.tools.page import figure_page
 from modeconn.tools.table import csv_table, html_table, table
 from modeconn.tools.vtk import image_data
@@ -34,7 +33,7 @@ _LIFTS = (0.2, 0.08)  # by which networks, with their names, and the curve lie a
 
 
 @dataclass(frozen=True, eq=False, repr=False)
-class Plane:
+class Plane(JsonFile):
     """Values of networks on a plane through weight space, on a grid, and nearer by where it was refined.
 
     Distances in the plane are those of weight space: coordinates belong to two orthonormal directions.
@@ -148,26 +147,6 @@ class Plane:
             result = cls(**{name: _tensors(value) for name, value in own.items()})
         provenance.keep(result, record.get(provenance.ATTRIBUTE))
         return result
-
-    def save(self, path: str | os.PathLike[str]) -> None:
-        """Write everything to a file, as JSON; `load` reads it."""
-        self.to_json(path)
-
-    @classmethod
-    def load(cls, path: str | os.PathLike[str]) -> Plane:
-        """Read what `save` wrote.
-
-        Raises:
-            FileNotFoundError: If there is no such file.
-            ValueError: If it is no plane, or damaged.
-        """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except UnicodeDecodeError:
-            raise ValueError(
-                f"{str(path)!r} holds no Plane: it is no text. save and to_json write files to load."
-            ) from None
-        return cls.from_json(text)
 
     def to_csv(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return one row for each point, as comma-separated values; also write it to ``path`` if given."""

@@ -9,7 +9,8 @@ import os
 import re
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from typing import Any
+from pathlib import Path
+from typing import Any, Self
 
 from torch import Tensor
 
@@ -18,6 +19,44 @@ from modeconn.tools.writing import write_text
 
 KIND, DIGEST = "kind", "sha256"
 """The entries that say what a record is, and whether it is what was written."""
+
+
+class JsonFile:
+    """A result that is written to a file and read from one, by its ``to_json`` and ``from_json``."""
+
+    def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
+        """Return everything as JSON; also write it to ``path`` if given."""
+        raise NotImplementedError(f"a subclass says what is in it, {type(self).__name__} does not")
+
+    @classmethod
+    def from_json(cls, text: str) -> Self:
+        """Invert `to_json`."""
+        raise NotImplementedError(f"a subclass says how it is made again, {cls.__name__} does not")
+
+    def save(self, path: str | os.PathLike[str]) -> None:
+        """Write everything to a file, as JSON, all or nothing; `load` reads it.
+
+        Raises:
+            OSError: If it cannot be written.
+        """
+        self.to_json(path)
+
+    @classmethod
+    def load(cls, path: str | os.PathLike[str]) -> Self:
+        """Read what `save` wrote.
+
+        Raises:
+            FileNotFoundError: If there is no such file.
+            ValueError: If it holds something else, or is damaged.
+        """
+        try:
+            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+        except UnicodeDecodeError:
+            raise ValueError(
+                f"{os.fspath(path)!r} holds no {cls.__name__}: it is no text. save and to_json write files to load."
+            ) from None
+        except ValueError as error:
+            raise ValueError(f"{os.fspath(path)!r}: {error}") from error
 
 
 def to_json(record: Mapping[str, Any], path: str | os.PathLike[str] | None = None) -> str:

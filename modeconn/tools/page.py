@@ -19,13 +19,14 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 .caption, .made { font-size: 0.9rem; opacity: 0.8; overflow-wrap: anywhere; }
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-td, th { padding: 0.15rem 0.8rem 0.15rem 0; text-align: right; }
+td, th { padding: 0.15rem 0.8rem 0.15rem 0; text-align: right; white-space: nowrap; }
 img { max-width: 100%; background: white; border-radius: 4px; }
 .pictures { display: flex; flex-wrap: wrap; gap: 0.7rem; align-items: flex-start; }
 .pictures img { width: 27rem; }
 pre { overflow-x: auto; font-size: 0.85rem; }
 @media print { .figure { break-inside: avoid; } .pictures img { break-inside: avoid; width: 48%; }
-  .wide, pre { overflow: visible; } pre { white-space: pre-wrap; font-size: 0.55rem; } table { font-size: 0.72rem; } }
+  .wide, pre { overflow: visible; } td, th { white-space: normal; }
+  pre { white-space: pre-wrap; font-size: 0.55rem; } table { font-size: 0.72rem; } }
 """
 _START = """
 (async () => {
@@ -38,7 +39,8 @@ _START = """
     const { data, layout } = JSON.parse(place.previousElementSibling.textContent);
     const ink = dark ? "#dddddd" : "#222222";
     Object.assign(layout, { paper_bgcolor: "rgba(0,0,0,0)", plot_bgcolor: "rgba(0,0,0,0)", font: { color: ink } });
-    await Plotly.newPlot(place, data, layout, { responsive: true, displaylogo: false });
+    const bar = innerWidth < 700 ? false : "hover"; // on phones it would cover the menu
+    await Plotly.newPlot(place, data, layout, { responsive: true, displaylogo: false, displayModeBar: bar });
   }
   document.body.dataset.ready = "true";
 })();

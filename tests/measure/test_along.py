@@ -13,6 +13,7 @@ import torch
 from matplotlib.figure import Figure
 from torch import Tensor
 
+import modeconn
 from modeconn.measure.along import AlongCurve, Quantity
 from modeconn.measure.curvature import Curvature
 from modeconn.measure.profile import Profile
@@ -182,3 +183,16 @@ def _is_number(text: str) -> bool:
     except ValueError:
         return False
     return True
+
+
+def test_every_kind_of_result_is_saved_and_loaded(tmp_path):
+    compared = modeconn.Comparison({"identity": {"line": [0.5]}, "weights": {"line": [0.25]}}, 25, 500)
+    along = AlongCurve(torch.tensor([0.0, 1.0]), {"sharpness": torch.tensor([1.0, 3.0])})
+    for result in (compared, along):
+        assert result.save(tmp_path / "result.json") is None
+        assert (tmp_path / "result.json").read_text() == result.to_json()
+        assert repr(type(result).load(tmp_path / "result.json")) == repr(result)
+    with pytest.raises(ValueError, match=r"result\.json': .* AlongCurve, no comparison"):
+        modeconn.Comparison.load(tmp_path / "result.json")
+    with pytest.raises(FileNotFoundError):
+        AlongCurve.load(tmp_path / "nowhere.json")
