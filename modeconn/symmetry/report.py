@@ -143,13 +143,13 @@ class SymmetryReport:
         )
 
     def _group_rows(self) -> list[list[str]]:
-        return [[g.name, str(g), _some([f"{name}[{dim}]" for name, dim in g.places])] for g in self.groups]
+        return [[g.name, str(g), some([f"{name}[{dim}]" for name, dim in g.places])] for g in self.groups]
 
     def _reason_rows(self, reasons: Mapping[str, Sequence[tuple[str, int, int]]]) -> list[list[str]]:
         rows = []
         for why, axes in sorted(reasons.items(), key=lambda item: -len(item[1])):
             plural = "axis" if len(axes) == 1 else "axes"
-            rows.append([why, f"{len(axes)} {plural}", _some([f"{name}[{dim}]" for name, dim, _ in axes])])
+            rows.append([why, f"{len(axes)} {plural}", some([f"{name}[{dim}]" for name, dim, _ in axes])])
         return rows
 
     def _remarks(self) -> list[str]:
@@ -157,7 +157,7 @@ class SymmetryReport:
         if self.dimension:
             remarks.append("a rotated network equals the first in eval mode; in train mode if it has no dropout")
         if self.unread:
-            remarks.append(f"in neither graph, left as they are: {_some(self.unread)}")
+            remarks.append(f"in neither graph, left as they are: {some(self.unread)}")
         return remarks
 
     def __repr__(self) -> str:
@@ -188,7 +188,8 @@ def _by_reason(
     return {why: tuple(axes) for why, axes in found.items()}
 
 
-def _some(names: Sequence[str]) -> str:
+def some(names: Sequence[str]) -> str:
+    """Return the first names of many, and how many more there are."""
     shown = "  ".join(names[:_PLACES_SHOWN])
     return shown if len(names) <= _PLACES_SHOWN else f"{shown}  and {len(names) - _PLACES_SHOWN} more"
 

@@ -24,7 +24,7 @@ from modeconn.symmetry.groups import Group, groups_of, identity_perms, random_pe
 from modeconn.symmetry.kinds import KINDS, ORTHOGONAL_ONES
 from modeconn.symmetry.outputs import Outputs
 from modeconn.symmetry.relabelling import Relabelling
-from modeconn.symmetry.report import SymmetryReport
+from modeconn.symmetry.report import SymmetryReport, some
 from modeconn.symmetry.rules import RULES
 from modeconn.symmetry.rules.operators import operator_of
 from modeconn.symmetry.structure import Structure
@@ -137,7 +137,7 @@ class PermutationSpec(Findings):
         width = max((len(g.name) for g in self.groups), default=0)
         sizes = max((len(str(g)) for g in self.groups), default=0)
         rows = [
-            f"  {g.name:{width}}  {g!s:>{sizes}}  " + "  ".join(f"{name}[{dim}]" for name, dim in g.places)
+            f"  {g.name:{width}}  {g!s:>{sizes}}  " + some([f"{name}[{dim}]" for name, dim in g.places])
             for g in self.groups
         ]
         return "\n".join([head, *rows])

@@ -25,7 +25,7 @@ def _cell(walk: Walk, x: Axis, weights: Sequence[Traced], hidden: Axis, projecti
         walk.contract(Traced((source,)), source)
     for weight in (*matrices[:2], *biases):
         gates, units = walk.split(weight.axes[0], (walk.size(weight.axes[0]) // size, size))
-        walk.fix(gates, "gates of a recurrent cell")
+        walk.fix(gates, "gates within a recurrent unit")
         walk.unify(units, hidden)
     walk.show([hidden])
 
