@@ -218,6 +218,18 @@ class DataOptions:
         return loader.subset(order[:count])
 
 
+Metrics = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--metric",
+        metavar="NAME",
+        help="Also measure this: top_k:K, perplexity, tempered_loss, cka:END, disagreement:END (a or b), or yours, "
+        "package.module:name. May be repeated.",
+        show_default=False,
+    ),
+]
+
+
 CurveClass = Annotated[
     str | None,
     typer.Option(

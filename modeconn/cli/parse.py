@@ -64,6 +64,13 @@ OPTIMIZERS = {
 }
 _PRECISIONS = {"none": None, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
+_METRICS = {
+    "top_k": modeconn.metrics.top_k,
+    "perplexity": modeconn.metrics.Perplexity,
+    "tempered_loss": modeconn.metrics.TemperedLoss,
+    "disagreement": modeconn.metrics.disagreement,
+    "cka": modeconn.metrics.cka,
+}
 _NO_VARIATION = 0.1  # added to the deviation of single features: some pixels of the digits never change
 
 
@@ -161,6 +168,27 @@ def adversary(
         return FreeAdversarialTraining(radius, step, num_replays)
 
     return _call(text, {"pgd": pgd, "trades": trades, "free": free}, "adversary")
+
+
+def metrics(texts: Sequence[str] | None) -> dict[str, Any]:
+    """Read metrics: ``top_k:3``, ``cka:end=a``, ``perplexity``, or ``package.module:name`` of the user's own.
+
+    A class of the user's own is called without arguments. Metrics of the package are named by the text, others by their
+    own name.
+
+    Example:
+        >>> list(metrics(["top_k:3", "operator:add"]))
+        ['top_k:3', 'add']
+    """
+    found: dict[str, Any] = {}
+    for text in texts or ():
+        head, _, name = text.partition(":")
+        if head in _METRICS or not name:
+            found[text] = _call(text, _METRICS, "metric")
+            continue
+        own = imported(text)
+        found[name] = own() if inspect.isclass(own) else own
+    return found
 
 
 def norm(text: str) -> Literal["linf", "l2"]:

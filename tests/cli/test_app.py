@@ -366,6 +366,37 @@ def test_a_fit_stopped_by_ctrl_c_says_how_to_go_on_and_ends_with_the_same_bits(f
     assert torch.equal(whole, resumed)
 
 
+# -- metrics
+
+
+def test_metrics_are_measured_by_name_and_from_the_users_own_module(folder, tmp_path, monkeypatch):
+    (tmp_path / "my_metrics.py").write_text(
+        "import modeconn\n\n\n"
+        "def wrong(outputs, targets):\n"
+        "    return (outputs.argmax(1) != targets).sum(), len(targets)\n\n\n"
+        "class Confidence(modeconn.metrics.Perplexity):\n"
+        "    pass\n"
+    )
+    monkeypatch.syspath_prepend(str(tmp_path))
+    connection = folder / "c.safetensors"
+    asked = ("--metric", "top_k:3", "--metric", "my_metrics:wrong", "--metric", "my_metrics:Confidence")
+    how = ("--data", "digits", *asked)
+    run("evaluate", connection, *how, "--points", 3, "--out", tmp_path / "found")
+    found = modeconn.Profile.load(tmp_path / "found.json")
+    assert [*found.values][-3:] == ["top_k:3", "wrong", "Confidence"]
+    torch.testing.assert_close(found.values["wrong"], 1 - found.accuracy)
+    assert bool((found.values["top_k:3"] >= found.accuracy).all())
+    run("plane", connection, *how, "--points", 2, "--quantity", "wrong", "--out", tmp_path / "plane")
+    assert "wrong" in modeconn.Plane.load(tmp_path / "plane.json").values
+    for spec, said in (
+        ("top_5", "there is no metric 'top_5'; there are cka, disagreement, perplexity, tempered_loss, top_k"),
+        ("top_k", "metric 'top_k': missing a required argument: 'k'; top_k takes k, axis"),
+        ("my_metrics:nothing", "cannot import 'my_metrics:nothing'"),
+    ):
+        told = run("evaluate", connection, "--data", "digits", "--metric", spec, "--out", tmp_path / "x", code=1)
+        assert said in told.output
+
+
 # -- the demo
 
 

@@ -40,7 +40,8 @@ def measure_plane(
     ] = None,
     eps: Annotated[str, typer.Option(metavar="8/255", help="Radius, in units of the pixel range.")] = "8/255",
     norm: Annotated[str | None, typer.Option(help="linf or l2; default: linf.", show_default=False)] = None,
-    quantity: Annotated[str, typer.Option(help="What the figure shows: loss, accuracy or error.")] = "loss",
+    quantity: Annotated[str, typer.Option(help="What the figure shows: loss, accuracy, error or a metric.")] = "loss",
+    metric: options.Metrics = None,
     export: Annotated[
         str | None, typer.Option(help="Other files to write: html, npz, vti, csv, pdf, svg, with commas between them.")
     ] = None,
@@ -87,6 +88,7 @@ def measure_plane(
         subject = {networks[0].stem: first, **subject}
     kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
     how = {"num_points": points, "extent": window, "refine": refine, "times": times, "attack": against, "seed": seed}
+    how["metrics"] = parse.metrics(metric)
     with kept_until_done(kept, is_own=checkpoint is not None):
         found = modeconn.plane(subject, measured, recalibrate=training, checkpoint=kept, progress=bars(progress), **how)
         _write_plane(found, quantity, results)
