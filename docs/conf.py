@@ -2,14 +2,21 @@
 
 from __future__ import annotations
 
+import ast
+import dataclasses
+import functools
+import inspect
 import re
 import shutil
 import sys
+import textwrap
+import types
 from pathlib import Path
 from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.ext.autodoc.preserve_defaults import DefaultValue
 
 import modeconn
 
@@ -83,10 +90,64 @@ def write_math(writer: Any, node: Any) -> None:
 
 
 def leave_out_inherited(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
-    """Leave out what classes inherit from Python itself and from torch."""
+    """Leave out what classes inherit from Python itself and from torch, and functions that are a field's default."""
     owner = getattr(thing, "__objclass__", None)
     is_inherited = owner in (object, BaseException, Exception, Warning) or _is_of_torch(thing)
-    return True if what == "class" and is_inherited else None
+    is_default = isinstance(thing, functools.partial) or (inspect.isfunction(thing) and "." not in thing.__qualname__)
+    return True if what == "class" and (is_inherited or is_default) else None
+
+
+def show_defaults(app: Any, thing: Any, is_bound: bool) -> None:
+    """Show defaults as they are written: those of dataclasses too, and a private constant by what it holds."""
+    if not inspect.isfunction(thing):
+        return
+    module = sys.modules[thing.__module__]
+    fields = _defaults_of_fields(module, thing.__qualname__.removesuffix(".__init__"))
+    constants = _constants(inspect.getsource(module))
+    signature, shown = inspect.signature(thing), []
+    for one in signature.parameters.values():
+        text = fields.get(one.name) if not isinstance(one.default, DefaultValue) else one.default.name
+        if one.default is not one.empty and text is not None:
+            one = one.replace(default=DefaultValue(constants.get(text, text)))
+        shown.append(one)
+    thing.__signature__ = signature.replace(parameters=shown)
+
+
+@functools.cache
+def _constants(source: str) -> dict[str, str]:
+    """Return what is assigned to the private constants of a module, as it is written."""
+    assigned = [one for one in ast.parse(source).body if isinstance(one, ast.Assign) and len(one.targets) == 1]
+    values = {ast.unparse(one.targets[0]): ast.unparse(one.value) for one in assigned}
+    return {name: value for name, value in values.items() if re.fullmatch("_[A-Z_]+", name)}
+
+
+def _defaults_of_fields(module: types.ModuleType, name: str) -> dict[str, str]:
+    """Return the defaults of a dataclass's fields, its own and inherited ones, as they are written; of others none."""
+    found: dict[str, str] = {}
+    cls = getattr(module, name, None)
+    if not dataclasses.is_dataclass(cls) or not isinstance(cls, type):
+        return found
+    for owner in reversed([one for one in cls.__mro__ if dataclasses.is_dataclass(one)]):
+        constants = _constants(inspect.getsource(sys.modules[owner.__module__]))
+        (definition,) = ast.parse(textwrap.dedent(inspect.getsource(owner))).body
+        for one in definition.body if isinstance(definition, ast.ClassDef) else []:
+            if isinstance(one, ast.AnnAssign) and one.value is not None:
+                text = _default_of_field(one.value)
+                found[ast.unparse(one.target)] = constants.get(text, text)
+    return found
+
+
+def _default_of_field(value: ast.expr) -> str:
+    """Return what a field begins with: the value, or what its factory returns."""
+    if not (isinstance(value, ast.Call) and ast.unparse(value.func) in ("field", "dataclasses.field")):
+        return ast.unparse(value)
+    given = {one.arg: one.value for one in value.keywords}
+    factory = given.get("default_factory")
+    if factory is None:
+        return ast.unparse(given["default"]) if "default" in given else "..."
+    if isinstance(factory, ast.Lambda):
+        return ast.unparse(factory.body)
+    return {"dict": "{}", "list": "[]", "set": "set()"}.get(ast.unparse(factory), f"{ast.unparse(factory)}()")
 
 
 def _is_of_torch(thing: Any) -> bool:
@@ -99,3 +160,4 @@ def setup(app: Any) -> None:
     app.connect("builder-inited", copy_notebooks)
     app.connect("source-read", link_files)
     app.connect("autodoc-skip-member", leave_out_inherited)
+    app.connect("autodoc-before-process-signature", show_defaults)
