@@ -33,6 +33,9 @@ def build(
     of torchattacks, which makes 10 steps. Any class of torchattacks is written with its own arguments,
     "torchattacks:FAB(eps=8/255, steps=50, norm='Linf')".
 
+    All but PGD need torchattacks (the extra ``attacks``, or ``pip install --no-deps torchattacks``). Square makes up to
+    5,000 queries for each example where "pgd20" takes 20 steps, and so costs far more: measure few examples first.
+
     Args:
         text: The name.
         eps: Radius of the ball, where ``text`` does not say it; default 8/255.

@@ -76,9 +76,11 @@ class DeepAlign(Settings):
 
     It pays where many pairs of one architecture are to be aligned: the fit takes minutes to hours, aligning a pair as
     long as a look at its weights. Networks it was not fitted for are not aligned: their groups must be those of the
-    population, and what it learned is for networks that were trained in the same way. (MLP 64-32-32-32-10 on digits,
-    1,000 networks: a fit of 87 to 115 s on one core leaves a barrier of 0.034 on other pairs, activation matching
-    0.067, weight matching 0.078.)
+    population, and what it learned is for networks that were trained in the same way. Units in blocks (heads, the
+    channels of ``nn.GroupNorm``) are refused. So are recurrent cells (``nn.RNN``, ``nn.GRU``, ``nn.LSTM``), which
+    cannot be run many at once, unless ``connectivity`` is 0, with which networks are not run. (MLP 64-32-32-32-10 on
+    digits, 1,000 networks: a fit of 87 to 115 s on one core leaves a barrier of 0.034 on other pairs, activation
+    matching 0.067, weight matching 0.078.)
 
     Args:
         features: Channels of a unit; a multiple of ``edge_features``.
@@ -91,7 +93,7 @@ class DeepAlign(Settings):
         weight_decay: AdamW's.
         supervised: Weight of that loss, 0 or more.
         alignment: Weight of that loss, 0 or more.
-        connectivity: Weight of that loss, 0 or more; if 0, no data is needed.
+        connectivity: Weight of that loss, 0 or more; if 0, no data is needed, and recurrent cells are allowed.
         augmentation: How the copies of the supervised loss differ from their originals.
         num_validation_pairs: How many fixed pairs choose the best state.
         validate_every: After so many steps.

@@ -57,6 +57,9 @@ def train_population(
     drawn for each network, but not as it would be drawn for one. Worthwhile for small networks, whose single steps
     spend their time on overhead. Weights, gradients and the optimizer's state of all networks are in memory together.
 
+    Recurrent cells (``nn.RNN``, ``nn.GRU``, ``nn.LSTM``) cannot be vectorised, and networks that have them are refused;
+    train those one after another with `modeconn.models.train`.
+
     Where several processes are an initialised group of `torch.distributed`, all must make this call, with the same
     data, and share the networks; all get all of them.
 
@@ -66,8 +69,8 @@ def train_population(
         recipe: Optimizer, schedule, epochs and weight decay of every network; the optimizer must act on every weight by
             itself, as SGD and Adam do.
         loss_fn: ``loss_fn(outputs, targets)``, a mean over the examples of the batch, of operations that
-            `torch.func.vmap` knows; so must the networks be, which excludes ``nn.RNN``, ``nn.GRU`` and ``nn.LSTM``, and
-            batch norm with ``momentum=None``.
+            `torch.func.vmap` knows; so must the networks be, which excludes recurrent cells, and batch norm with
+            ``momentum=None``.
         seeds: Of batch order and augmentation, one for each network. Default: 0, 1, 2, ...
         checkpoint: A file to which the run saves itself after every epoch. If it exists, the run goes on from it and
             ends with the same bits as one that was never interrupted, on the same machine and versions.
