@@ -6,6 +6,7 @@ import ast
 import dataclasses
 import functools
 import inspect
+import json
 import re
 import shutil
 import sys
@@ -68,7 +69,21 @@ def copy_notebooks(app: Any) -> None:
     for path in (HERE.parent / "notebooks").glob("*.ipynb"):
         text = path.read_text(encoding="utf-8")
         moved = text.replace("](../benchmarks/", "](../../benchmarks/").replace("](../docs/", "](../")
-        (place / path.name).write_text(moved, encoding="utf-8")
+        (place / path.name).write_text(json.dumps(_with_words_for_images(json.loads(moved))), encoding="utf-8")
+
+
+def _with_words_for_images(notebook: dict[str, Any]) -> dict[str, Any]:
+    """Name each image by the headings that it stands under, for those who do not see it; myst-nb would take a hash."""
+    title = section = ""
+    for cell in notebook["cells"]:
+        if cell["cell_type"] == "markdown":
+            for level, text in re.findall(r"^(#+) (.*)", "".join(cell["source"]), flags=re.MULTILINE):
+                text = text.replace("`", "")
+                title, section = (text, "") if level == "#" else (title, text)
+        elif any("image/png" in one.get("data", {}) for one in cell["outputs"]):
+            words = f"Figure of “{title}”" + (f": {section}" if section else "")
+            cell["metadata"]["mystnb"] = {"image": {"alt": words}}
+    return notebook
 
 
 def link_files(app: Any, name: str, source: list[str]) -> None:

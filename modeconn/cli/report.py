@@ -179,7 +179,7 @@ def _barriers(curves: Sequence[Part]) -> str:
             told = [form.format(float(one)) for one in (values[0], values[-1], values.min(), values.max())]
             barrier = result.barrier_of(name)
             rows.append([part.name, name, *told, "" if barrier != barrier else form.format(barrier)])
-    return html_table(["", "quantity", "t=0", "t=1", "min", "max", "barrier"], rows, num_left=2)
+    return html_table(["", "quantity", "t=0", "t=1", "min", "max", "barrier"], rows, left=(0, 1))
 
 
 def _sections(parts: Sequence[Part]) -> Iterator[str]:

@@ -170,9 +170,9 @@ class SymmetryReport:
 
     def _repr_html_(self) -> str:
         remarks = "".join(f"<p>{html.escape(remark)}</p>" for remark in self._remarks())
-        groups = html_table(("group", "size", "where"), self._group_rows())
-        fixed = html_table(("fixed because", "axes", "where"), self._reason_rows(self.fixed))
-        limited = html_table(("no larger because", "axes", "where"), self._reason_rows(self.limited))
+        groups = html_table(("group", "size", "where"), self._group_rows(), left=(0, 2))
+        fixed = html_table(("fixed because", "axes", "where"), self._reason_rows(self.fixed), left=(0, 2))
+        limited = html_table(("no larger because", "axes", "where"), self._reason_rows(self.limited), left=(0, 2))
         return f"<p>{html.escape(self._headline)}</p>{groups}{fixed}{limited * bool(self.limited)}{remarks}"
 
 

@@ -40,4 +40,4 @@ def facts_table(facts: Mapping[str, Any]) -> str:
         >>> facts_table({"curve": "Line()"}).count("text-align: left")
         2
     """
-    return html_table(None, [[name, str(value)] for name, value in facts.items()], num_left=2)
+    return html_table(None, [[name, str(value)] for name, value in facts.items()], left=(0, 1))

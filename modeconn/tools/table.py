@@ -5,7 +5,7 @@ from __future__ import annotations
 import csv
 import html
 import io
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from typing import Any
 
 
@@ -27,8 +27,8 @@ def table(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
     return "\n".join(lines)
 
 
-def html_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]], *, num_left: int = 1) -> str:
-    """Return the same as HTML; without a header, rows alone; so many columns to the left, where notebooks have none.
+def html_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]], *, left: Collection[int] = (0,)) -> str:
+    """Return the same as HTML; without a header, rows alone; columns of text to the left, where notebooks have none.
 
     Example:
         >>> html_table(["", "loss"], [["line", "0.5"]]).removeprefix("<table><tr>")
@@ -37,7 +37,7 @@ def html_table(header: Sequence[str] | None, rows: Sequence[Sequence[str]], *, n
     lines = [(row, "td") for row in rows] if header is None else [(header, "th"), *((row, "td") for row in rows)]
 
     def cell(tag: str, number: int, text: str) -> str:
-        to_left = (tag == "td" and number < num_left) or (tag == "th" and number < num_left and text)
+        to_left = number in left and (tag == "td" or text)
         side = ' style="text-align: left"' if to_left else ""
         return f"<{tag}{side}>{html.escape(text)}</{tag}>"
 
