@@ -104,6 +104,18 @@ def write_math(writer: Any, node: Any) -> None:
     raise nodes.SkipNode
 
 
+def keep_options_whole(app: Any, name: str, template: str, context: dict[str, Any], doctree: Any) -> None:
+    """Keep a window's edge from breaking an option of a command behind its dashes."""
+    option = re.compile(r"(?<![\w-])--?[a-z][\w-]*")
+    whole = r'<span class="option">\g<0></span>'
+    context["body"] = re.sub(
+        r'(<div class="highlight-sh .*?<pre>)(.*?)(</pre>)',
+        lambda found: found[1] + option.sub(whole, found[2]) + found[3],
+        context.get("body", ""),
+        flags=re.DOTALL,
+    )
+
+
 def leave_out_inherited(app: Any, what: str, name: str, thing: Any, skip: bool, options: Any) -> bool | None:
     """Leave out what classes inherit from Python itself and from torch, and functions that are a field's default."""
     owner = getattr(thing, "__objclass__", None)
@@ -176,3 +188,4 @@ def setup(app: Any) -> None:
     app.connect("source-read", link_files)
     app.connect("autodoc-skip-member", leave_out_inherited)
     app.connect("autodoc-before-process-signature", show_defaults)
+    app.connect("html-page-context", keep_options_whole)
