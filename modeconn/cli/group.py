@@ -30,18 +30,35 @@ _OPTIONS = {
     "loader": "--data",
     "align": "--method",
 }
+"""What the command line calls arguments of the library that have another name there."""
 
 _PHRASES = {
     "example_input=, a tensor (or tuple, or dict of keyword inputs) that the model accepts": "--input-shape N,C,H,W, "
     "such as 2,3,32,32, or 2,16:int64 for tokens",
 }
+"""What is written in another way on the command line than in Python."""
+
+_MEANT = {
+    **_OPTIONS,
+    "lr": "--optimizer, such as adam:lr=0.01",
+    "learning_rate": "--optimizer, such as adam:lr=0.01",
+    "momentum": "--optimizer, such as sgd:lr=0.1,momentum=0.9",
+    "metrics": "--metric",
+    "num_epochs": "--epochs",
+}
+"""What stands for options that one may ask for by another name."""
+
+
+def options_of(context: Any) -> set[str]:
+    """Return the options of the command at work."""
+    command = getattr(context, "command", None)
+    named = command.get_command(context, context.invoked_subcommand or "") if hasattr(command, "get_command") else None
+    return {name for parameter in getattr(named, "params", ()) for name in parameter.opts}
 
 
 def _in_options(message: str, context: Any) -> str:
     """Return an error of the library with the options of the command at work in place of Python's arguments."""
-    command = getattr(context, "command", None)
-    named = command.get_command(context, context.invoked_subcommand or "") if hasattr(command, "get_command") else None
-    own = {name for parameter in getattr(named, "params", ()) for name in parameter.opts}
+    own = options_of(context)
     names = {name.removeprefix("--").replace("-", "_"): name for name in own} | _OPTIONS
     calls = re.findall(r"\b[A-Z]\w*\([^()]*\)", message)  # such as DataLoader(loader, batch_size=128): Python's own
     for number, call in enumerate(calls):
@@ -107,6 +124,9 @@ class Group(TyperGroup):
                 say("interrupted.")
             raise typer.Exit(_TERMINATED if program.was_terminated else _INTERRUPTED) from None
         except Exception as error:
+            meant = _MEANT.get(str(getattr(error, "option_name", "")).removeprefix("--").replace("-", "_"), "")
+            if meant.partition(",")[0] in options_of(context):
+                error.possibilities = [meant]  # type: ignore[attr-defined]  # not those that are spelled alike
             code = getattr(error, "exit_code", None)  # of a usage error, which is printed once
             if code is None or them.speaks:
                 raise

@@ -366,6 +366,23 @@ def test_a_fit_stopped_by_ctrl_c_says_how_to_go_on_and_ends_with_the_same_bits(f
     assert torch.equal(whole, resumed)
 
 
+# -- options by another name
+
+
+@pytest.mark.parametrize(
+    ("arguments", "option"),
+    [
+        (("fit", "a", "b", "--align", "weight"), "--method"),
+        (("train", "a", "--lr", 0.1), "--optimizer, such as adam:lr=0.01"),
+        (("evaluate", "a", "--num-points", 3), "--points"),
+        (("info", "--lr", 3), "--help"),  # which has no optimizer
+    ],
+)
+def test_an_option_by_the_name_that_python_has_for_it_names_the_one_that_is_meant(arguments, option):
+    said = " ".join(re.sub("[│╭╮╰╯─]", " ", run(*arguments, code=2).output).split())
+    assert f"No such option: {arguments[-2]} (Possible options: {option})" in said
+
+
 # -- metrics
 
 
