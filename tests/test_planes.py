@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import copy
+import dataclasses
 import gzip
 import json
 import math
@@ -146,7 +147,7 @@ def test_cells_on_the_curve_are_halved():
     coarse, fine = (plane(connection, batches(dtype=torch.float64), num_points=5, refine=k) for k in (0, 2))
     assert coarse.between is None and torch.equal(coarse.values["loss"], fine.values["loss"])
     points, values = fine.scattered("loss")
-    assert len(points) == len({tuple(p) for p in points.tolist()}) == 25 + len(fine.between)
+    assert len(points) == len({tuple(p) for p in points.tolist()}) == 25 + len(fine.between) + len(fine.networks)
     step = (fine.x[1] - fine.x[0]).item(), (fine.y[1] - fine.y[0]).item()
     nearest = torch.cdist(fine.between, fine.curve).min(1).values
     assert float(nearest.max()) < 1.5 * (step[0] ** 2 + step[1] ** 2) ** 0.5
@@ -305,6 +306,17 @@ def test_files_keep_all(some, tmp_path):
         Plane.load(tmp_path / "plane.npz")
     with pytest.raises(ValueError, match="not a Plane"):
         Plane.from_json(Connection.straight_between(mlp(), mlp()).evaluate(batches(), num_points=2).to_json())
+
+
+def test_a_coarse_grid_does_not_hide_how_low_the_loss_is_at_a_network(some):
+    points, values = some.scattered("loss")
+    for place, value in zip(some.networks.values(), some.own["loss"], strict=True):
+        (at,) = (points == place).all(1).nonzero().flatten().tolist()
+        assert values[at] == value
+    beyond = dataclasses.replace(some, networks={"far": 100 * some.x[-1:].expand(2)}, own={"loss": torch.zeros(1)})
+    older = dataclasses.replace(some, own={})  # as files of before
+    for other in (beyond, older):
+        assert len(other.scattered("loss")[0]) == len(points) - len(some.networks)
 
 
 def test_vtk_gets_the_grid(some, tmp_path):

@@ -97,12 +97,23 @@ class Plane(JsonFile):
         return QUANTITIES.get(name) or Quantity("{:.4g}", self.higher_is_better.get(name))
 
     def scattered(self, name: str) -> tuple[Tensor, Tensor]:
-        """Return all points of a quantity, of the grid and between: coordinates ``(M, 2)`` and values ``(M,)``."""
+        """Return all points of a quantity: coordinates ``(M, 2)`` and values ``(M,)``.
+
+        They are those of the grid, those between them along the curve, and the networks that the plane goes through, as
+        far as they lie in its window; so that a coarse grid does not hide how low the loss is at a network.
+        """
         rows, columns = torch.meshgrid(self.y, self.x, indexing="ij")
         points, values = torch.stack([columns.flatten(), rows.flatten()], 1), self.values[name].flatten()
-        if self.between is None or name not in self.between_values:
-            return points, values
-        return torch.cat([points, self.between]), torch.cat([values, self.between_values[name]])
+        if self.between is not None and name in self.between_values:
+            points, values = torch.cat([points, self.between]), torch.cat([values, self.between_values[name]])
+        if self.networks and self.values.keys() <= self.own.keys():
+            places = torch.stack(list(self.networks.values()))
+            ends = torch.stack([self.x[[0, -1]], self.y[[0, -1]]], 1)  # low and high
+            is_inside = ((places >= ends[0]) & (places <= ends[1])).all(1)
+            is_new = torch.cdist(places, points).amin(1) > 1e-9 * self._width
+            added = is_inside & is_new
+            points, values = torch.cat([points, places[added]]), torch.cat([values, self.own[name][added]])
+        return points, values
 
     @property
     def caption(self) -> str:
