@@ -274,7 +274,7 @@ def _provenance(made_by: Any) -> str:
         lines["call"] = made_by["call"]
     lines |= {f"its {name}": described for name, described in _items(made_by.get("data"))}
     if isinstance(made_by.get("recipe"), str):
-        lines["recipe"] = made_by["recipe"].strip().replace("\n", "\n    ")
+        lines["recipe"] = made_by["recipe"].strip()
     if made_by.get("processes"):
         lines["together"] = f"{made_by['processes']} processes"
     lines["versions"] = ", ".join(f"{name} {version}" for name, version in _items(made_by.get("versions")))
@@ -436,5 +436,6 @@ def _short(value: Any) -> str:
 
 
 def _lines(facts: dict[str, Any]) -> str:
-    width = max(map(len, facts))
-    return "\n".join(f"  {name:{width}}  {value}" for name, value in facts.items())
+    width = max(len("its loader"), *map(len, facts))  # so that what a file is and how it was made stand in line
+    between = "\n" + " " * (width + 4)
+    return "\n".join(f"  {name:{width}}  {between.join(str(value).splitlines())}" for name, value in facts.items())
