@@ -63,6 +63,7 @@ def load(path: str | os.PathLike[str], template: nn.Module | None = None, *, ent
         states = states_of_pickle(path)
     elif is_foreign := not files.is_ours(path):
         states = states_of_safetensors(path)
+        described = (files.description(path) or {}).get("model")
     else:
         with files.opened(path, KIND) as (state, about):
             states, described, made_by = {"": state}, about["model"], about.get(provenance.ATTRIBUTE)

@@ -81,7 +81,7 @@ def interpolate(
         entries,
         make,
         shard_bytes=shard_bytes,
-        beside=first.beside_weights(),
+        like=first,
         overwrite=overwrite,
         progress=progress,
     )

@@ -71,7 +71,7 @@ def average(
     first.warn_of_statistics("averaged")
     terms = [(network.read, share) for network, share in zip(networks, shares, strict=True)]
     entries = in_dtype(first.entries, dtype)
-    beside = {"beside": first.beside_weights()}
+    beside = {"like": first}
     return _write_sum(out, entries, terms, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress, **beside)
 
 
@@ -212,7 +212,7 @@ def merge(
         for network, permutation, share in zip(networks, permutations, shares, strict=True)
     ]
     entries = networks[0].entries(dtype)
-    beside = {"beside": networks[0].files.beside_weights(), "instead": configuration(networks[0], dtype)}
+    beside = {"like": networks[0].files, "instead": configuration(networks[0], dtype)}
     path = _write_sum(out, entries, terms, shard_bytes=shard_bytes, overwrite=overwrite, progress=progress, **beside)
     return MergedFiles(path, permutations, tuple(history))
 
@@ -304,7 +304,7 @@ def add_task(
         (_reader(changed, match.permutation), scale),
         (_reader(old, match.permutation), -scale),
     ]
-    beside = {"beside": new.files.beside_weights(), "instead": configuration(new, dtype)}
+    beside = {"like": new.files, "instead": configuration(new, dtype)}
     written = {"shard_bytes": shard_bytes, "overwrite": overwrite, "progress": progress, **beside}
     return TaskFiles(_write_sum(out, new.entries(dtype), terms, **written), match.permutation, match.history)
 

@@ -18,7 +18,7 @@ from torch import Tensor
 from modeconn.network.weights import are_finite
 from modeconn.tools import provenance
 from modeconn.tools.door import check, shortened
-from modeconn.tools.files import check_regular, dtype_named
+from modeconn.tools.files import check_regular, description, dtype_named
 from modeconn.tools.shown import Shown
 from modeconn.tools.warn import warn
 
@@ -119,6 +119,11 @@ class TensorFiles(Shown):
             return _values(self.entries[name], self._begins[name])
         except OSError as error:
             raise ValueError(f"{str(file)!r} cannot be read any more ({shortened(error, 200)}).") from error
+
+    @property
+    def architecture(self) -> Any:
+        """How the file says that its model is built, as `modeconn.models.describe` does; None if it does not."""
+        return (description(self.path) or {}).get("model") if self.path.is_file() else None
 
     def beside_weights(self) -> list[Path]:
         """Return the other files of a folder, such as its configuration and tokenizer; none of a single file."""

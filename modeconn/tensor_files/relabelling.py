@@ -222,7 +222,7 @@ def written_as(
         entries,
         make,
         shard_bytes=shard_bytes,
-        beside=network.files.beside_weights(),
+        like=network.files,
         instead=configuration(network, dtype),
         overwrite=overwrite,
         progress=progress,

@@ -14,9 +14,9 @@ from typing import Any
 
 from torch import Tensor
 
-from modeconn.tensor_files.reading import Entry
+from modeconn.tensor_files.reading import Entry, TensorFiles
 from modeconn.tools import provenance
-from modeconn.tools.files import write_content
+from modeconn.tools.files import ARCHITECTURE, write_content
 from modeconn.tools.processes import writes
 from modeconn.tools.progress import progress_bar
 from modeconn.tools.writing import held
@@ -43,7 +43,7 @@ def write(
     make: Callable[[str], Tensor],
     *,
     shard_bytes: int = SHARD_BYTES,
-    beside: Iterable[Path] = (),
+    like: TensorFiles | None = None,
     instead: Mapping[str, str] = MappingProxyType({}),
     overwrite: bool = False,
     progress: bool = False,
@@ -56,7 +56,8 @@ def write(
         entries: Names, shapes and types of what is made.
         make: Returns the tensor of a name.
         shard_bytes: How large a shard may be; a tensor that is larger has one of its own.
-        beside: Other files to copy into the folder.
+        like: The model whose other files, such as its configuration, a folder gets too; a file says its architecture if
+            that one does, and both hold the same names.
         instead: What some of them say in place of what they said, by name.
         overwrite: Whether to replace what ``out`` holds.
         progress: Whether to show a progress bar.
@@ -74,6 +75,8 @@ def write(
     is_file = target.suffix == ".safetensors"
     shards = [list(entries)] if is_file else planned(entries, shard_bytes)
     names = [_name(number, len(shards)) for number in range(len(shards))]
+    is_same = like is not None and like.entries.keys() == entries.keys()  # not if weights were untied
+    architecture = like.architecture if is_same and len(shards) == 1 else None
     bar = progress_bar(total=len(entries), show=progress, desc="write", unit="tensor")
     with held(target):
         _remove_left(target)
@@ -82,8 +85,8 @@ def write(
             staged.mkdir()
             with bar:
                 for file, members in zip(names, shards, strict=True):
-                    _write_shard(staged / file, members, entries, make, bar.update)
-            for path in beside:
+                    _write_shard(staged / file, members, entries, make, bar.update, architecture)
+            for path in () if like is None else like.beside_weights():
                 if path.name in instead:
                     (staged / path.name).write_text(instead[path.name], encoding="utf-8")
                 else:
@@ -158,12 +161,15 @@ def _write_shard(
     entries: Mapping[str, Entry],
     make: Callable[[str], Tensor],
     done: Callable[[], Any],
+    architecture: Any,
 ) -> None:
     """Write one file, of whose tensors one is in memory at a time."""
     about = provenance.now()
     metadata = {"format": "pt"}
     if about is not None:
         metadata[provenance.ATTRIBUTE] = json.dumps(about)
+    if architecture is not None:
+        metadata[ARCHITECTURE] = json.dumps(architecture)
 
     def made(name: str) -> Tensor:
         done()

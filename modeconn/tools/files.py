@@ -19,6 +19,8 @@ from modeconn.tools.door import shortened
 from modeconn.tools.writing import replacing
 
 _KEY, _DIGEST = "modeconn", "modeconn.sha256"
+ARCHITECTURE = "architecture of modeconn"
+"""The entry in which files of tensors alone say how their model is built; `write` has it among other things."""
 _TRIES = 100
 _WAY_OUT = "Write it again, or take a copy."
 _PICKLES = (b"PK", b"\x80")  # a zip of torch.save, a bare pickle
@@ -182,7 +184,9 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
 
 
 def description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return what `write` was told of a file's content, of which nothing is read; None if it is of another program.
+    """Return what a file says of its content, of which nothing is read; None if that is nothing.
+
+    Files of tensors that were written one by one say as much as the kind, "model", and how the model is built.
 
     Raises:
         ValueError: If it is damaged.
@@ -192,7 +196,14 @@ def description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
             metadata = file.metadata() or {}
     except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError):
         return None
-    return _description(Path(path), metadata[_KEY]) if _KEY in metadata else None
+    if _KEY in metadata:
+        return _description(Path(path), metadata[_KEY])
+    if ARCHITECTURE not in metadata:
+        return None
+    try:
+        return {"kind": "model", "model": json.loads(metadata[ARCHITECTURE])}
+    except (ValueError, RecursionError) as error:
+        raise damaged(path, error) from error
 
 
 def _description(path: Path, text: str) -> dict[str, Any]:
