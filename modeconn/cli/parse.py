@@ -403,10 +403,24 @@ def imported(path: str) -> Any:
     if os.getcwd() not in sys.path:
         sys.path.insert(0, os.getcwd())
     try:
-        found = importlib.import_module(module)
+        found = _module(module)
         return getattr(found, name) if name else found
     except Exception as error:  # what a module raises while it is imported may be of any type
         raise ValueError(f"cannot import {path!r}: {type(error).__name__}: {error}") from error
+
+
+def _module(name: str) -> Any:
+    """Import a module, or one that its package merely offers, as modeconn offers ``modeconn.metrics``."""
+    try:
+        return importlib.import_module(name)
+    except ModuleNotFoundError as error:
+        package, _, last = name.rpartition(".")
+        if not package or error.name != name:
+            raise
+        found = getattr(importlib.import_module(package), last, None)
+        if not inspect.ismodule(found):
+            raise
+        return found
 
 
 def _call(text: str, choices: Mapping[str, Callable[..., Any]], what: str, **readers: Callable[[Any], Any]) -> Any:

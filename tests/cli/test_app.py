@@ -396,11 +396,20 @@ def test_metrics_are_measured_by_name_and_from_the_users_own_module(folder, tmp_
     )
     monkeypatch.syspath_prepend(str(tmp_path))
     connection = folder / "c.safetensors"
-    asked = ("--metric", "top_k:3", "--metric", "my_metrics:wrong", "--metric", "my_metrics:Confidence")
+    asked = (
+        "--metric",
+        "top_k:3",
+        "--metric",
+        "my_metrics:wrong",
+        "--metric",
+        "my_metrics:Confidence",
+        "--metric",
+        "modeconn.metrics:Perplexity",
+    )
     how = ("--data", "digits", *asked)
     run("evaluate", connection, *how, "--points", 3, "--out", tmp_path / "found")
     found = modeconn.Profile.load(tmp_path / "found.json")
-    assert [*found.values][-3:] == ["top_k:3", "wrong", "Confidence"]
+    assert [*found.values][-4:] == ["top_k:3", "wrong", "Confidence", "Perplexity"]
     torch.testing.assert_close(found.values["wrong"], 1 - found.accuracy)
     assert bool((found.values["top_k:3"] >= found.accuracy).all())
     run("plane", connection, *how, "--points", 2, "--quantity", "wrong", "--out", tmp_path / "plane")
