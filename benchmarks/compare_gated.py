@@ -146,7 +146,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results")
     args = parser.parse_args()
     train, test = map(images, data.load("digits"))
-    seeds = [[2 * pair + 1, 2 * pair + 2] for pair in range(args.pairs)]
     file = args.out / "compare_gated.json"
     known = json.loads(file.read_text())["networks"] if file.exists() else {}
     record: dict[str, Any] = {
@@ -175,7 +174,7 @@ def main() -> None:
         }
         file.write_text(json.dumps(record, indent=1) + "\n")
     tables = [
-        f"{name}:\n\n{markdown(modeconn.Comparison(one['each pair'], args.points, test.num_examples))}"
+        f"{name}:\n\n{markdown(modeconn.Comparison(one['each pair'], args.points, test.num_examples, 'interpolated'))}"
         for name, one in record["networks"].items()
     ]
     (args.out / "compare_gated.md").write_text("\n".join(tables))

@@ -79,7 +79,7 @@ class Comparison(JsonFile):
         num_points: At how many points of each connection the barriers were measured.
         num_examples: On how many examples.
         statistics: What the line had in layers that keep running statistics, as batch norm does: "interpolated"; empty
-            for networks without such layers.
+            for networks without such layers. None where that is not known, as of files of older versions.
 
     Example:
         >>> halved = {"identity": {"line": [1.0, 2.0, 3.0]}, "weights": {"line": [0.5, 1.0, 1.5]}}
@@ -92,7 +92,7 @@ class Comparison(JsonFile):
     values: dict[str, dict[str, list[float]]]
     num_points: int
     num_examples: int
-    statistics: str = ""
+    statistics: str | None = None
 
     @property
     def num_pairs(self) -> int:
@@ -182,7 +182,7 @@ class Comparison(JsonFile):
         with taken_as("comparison"):
             rows = record["values"].items()
             values = {row: {_renamed(name): numbers(one) for name, one in columns.items()} for row, columns in rows}
-            found = cls(values, record["num_points"], record["num_examples"], record.get("statistics", ""))
+            found = cls(values, record["num_points"], record["num_examples"], record.get("statistics"))
             if len({(*columns, *map(len, columns.values())) for columns in values.values()}) != 1:
                 raise ValueError("its rows have other columns, or other numbers of pairs")
             repr(found)  # a comparison that cannot be shown holds something else than was written
@@ -213,16 +213,17 @@ class Comparison(JsonFile):
         return f"<p>{title}</p>{html_table(*self._table())}<p>{html.escape(self._legend())}</p>"
 
     def _legend(self) -> str:
-        """Return what the columns of barriers are, in one sentence."""
-        as_it_is = ", running statistics interpolated as weights are" if self.statistics else " as it is"
-        repaired = "its statistics recalibrated at each point" if self.statistics else "its units rescaled, see repair"
-        told = {
-            "line": f"line: the straight line{as_it_is}",
-            "repaired": f"repaired: {repaired}",
-            "curve": "curve: fitted",
+        """Return what the columns are, in sentences."""
+        meanings = {
+            None: ("the straight line", "with statistics recalibrated, or units rescaled"),
+            "": ("the straight line as it is", "with its units rescaled"),
+            "interpolated": ("the straight line, running statistics interpolated", "with its statistics recalibrated"),
         }
-        meaning = "; ".join(text for column, text in told.items() if column in self.columns)
-        return f"barriers of the loss{', mean ± standard deviation' if self.num_pairs > 1 else ''}. {meaning}"
+        line, repaired = meanings.get(self.statistics, meanings[None])
+        told = {"line": line, "repaired": repaired, "curve": "the fitted curve"}
+        means = "; ".join(f"{column}: {text}" for column, text in told.items() if column in self.columns)
+        over = "" if self.num_pairs == 1 else ", mean ± standard deviation; seconds are medians, bytes the most"
+        return f"Barriers are those of the loss{over}. {means[:1].upper()}{means[1:]}."
 
     def _table(self) -> tuple[list[str], list[list[str]]]:
         """Header and rows; barriers as mean and deviation, accuracies in percent, median seconds, the largest peak."""

@@ -302,8 +302,13 @@ def test_of_networks_with_batch_norm_the_repaired_line_is_what_counts(tmp_path):
     again = Comparison.from_json(found.to_json())
     for one in (found, again):
         assert one.headline == "repaired" and "repaired" in one.plot(ax=Figure().subplots()).get_ylabel()
-        assert "line: the straight line, running statistics interpolated as weights are; repaired: its" in repr(one)
+        assert "Line: the straight line, running statistics interpolated; repaired: with its" in repr(one)
         assert "1 pair, 3 points" in one._repr_html_() and "recalibrated" in one._repr_html_()
+    record = {
+        name: value for name, value in json.loads(found.to_json()).items() if name not in ("statistics", "sha256")
+    }
+    older = Comparison.from_json(json.dumps(record))  # of a version that did not say it
+    assert older.headline == "line" and "with statistics recalibrated, or units rescaled" in repr(older)
     assert small().headline == "line"
 
 
@@ -314,7 +319,7 @@ def test_it_prints_and_is_written(tmp_path):
     assert (
         lines[1].split() == "line line accuracy lost seconds".split()
         and len(lines) == 5
-        and lines[-1].startswith("barriers of the loss")
+        and lines[-1].startswith("Barriers are those of the loss")
     )
     assert "1.3333 ± 1.4434" in lines[3] and "20.00 ± 10.00 %" in lines[3] and lines[3].endswith("  1")
     assert one._repr_html_().count("<tr>") == 3

@@ -187,7 +187,9 @@ def metrics(texts: Sequence[str] | None) -> dict[str, Any]:
             found[text] = _call(text, _METRICS, "metric")
             continue
         own = imported(text)
-        found[name] = own() if inspect.isclass(own) else own
+        if name in found:
+            raise ValueError(f"--metric is given twice for {name!r}: give one of them another name.")
+        found[name] = _called(text, own, {}) if inspect.isclass(own) else own
     return found
 
 

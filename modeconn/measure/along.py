@@ -194,7 +194,10 @@ class AlongCurve(JsonFile):
         record = from_json(text, cls.__name__)
         kind = record.get(KIND, cls.__name__)  # files of older versions do not say it
         if kind != cls.__name__ and str(kind) not in AlongCurve.kinds:
-            raise ValueError(f"this is a {shortened(kind, 60)}, whose class nobody imported. Import it first.")
+            raise ValueError(
+                f"this is of the kind {shortened(kind, 60)}, which is no result along a curve, or one whose "
+                f"class nobody imported: import it first."
+            )
         found = cls if kind == cls.__name__ else AlongCurve.kinds[kind]
         if not issubclass(found, cls):
             raise ValueError(f"this is a {shortened(kind, 60)}, not a {cls.__name__}.")

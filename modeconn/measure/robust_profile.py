@@ -344,17 +344,19 @@ class RobustProfile(AlongCurve):
 
 def _in_short(facts: Mapping[str, Any]) -> str:
     """Return what an attack is and how much it may spend, for below a table."""
-    if facts["eps"] is None:
-        return shortened(_described(facts), 200)
+    if not isinstance(facts["eps"], int | float):  # of a user's own attack it may be anything
+        settings = ", ".join(f"{name}={value}" for name, value in facts["settings"].items())
+        return shortened(f"{facts['kind']}({settings})" if settings else facts["kind"], 200)
     units = 255 * facts["eps"]
     is_of_pixels = facts["norm"] == "linf" and 1 <= round(units) <= 64 and abs(units - round(units)) < 1e-6
     pixels = f" ({units:.0f}/255)" if is_of_pixels else ""
     spent = [
-        f"{name}={value:.4g}"
+        f"{name}={value}" if isinstance(value, int) else f"{name}={value:.4g}"
         for name, value in facts["settings"].items()
         if isinstance(value, int | float) and not isinstance(value, bool) and name != "eps"
     ]
-    return shortened(", ".join([facts["kind"], f"norm {facts['norm']}, eps={facts['eps']:.4g}{pixels}", *spent]), 200)
+    ball = [*[f"norm {facts['norm']}"] * (facts["norm"] is not None), f"eps={facts['eps']:.4g}{pixels}"]
+    return shortened(", ".join([facts["kind"], *ball, *spent]), 200)
 
 
 def _described(facts: Mapping[str, Any] | None) -> str:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from numbers import Integral
 from typing import Any, ParamSpec, TypeVar
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -84,8 +85,8 @@ def _check_counts(name: str, given: int | Sequence[int]) -> None:
 
 
 def _json_value(value: Any) -> Any:
-    if isinstance(value, Tensor):
-        return value.tolist()
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        return value.tolist() if not isinstance(value, np.longdouble) else float(value)
     if isinstance(value, (list, tuple)):
         return [_json_value(item) for item in value]
     return value

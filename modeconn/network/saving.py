@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 
-from torch import nn
+from torch import Tensor, nn
 
 from modeconn.network.registry import describe
 from modeconn.network.weights import are_finite
@@ -25,13 +25,15 @@ def save(model: nn.Module, path: str | os.PathLike[str]) -> None:
 
     Raises:
         OSError: If the file cannot be written.
-        ValueError: If parameters have no values, or numbers that are not finite, with which no network is read again.
+        ValueError: If parameters or buffers have no values, or parameters hold numbers that are not finite: a file with
+            them could not be loaded.
     """
-    for name, parameter in model.named_parameters():
-        if parameter.is_meta:
+    for name, tensor in model.state_dict().items():
+        if isinstance(tensor, Tensor) and tensor.is_meta:
             raise ValueError(
                 f"{name!r} of the model is on the device 'meta', without values: there is nothing to write."
             )
+    for name, parameter in model.named_parameters():
         if not are_finite(parameter):
             raise ValueError(
                 f"{name!r} of the model holds numbers that are not finite: its training failed, and modeconn would not "

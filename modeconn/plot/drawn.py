@@ -114,7 +114,6 @@ class Comparison(Protocol):
 
     values: Mapping[str, Mapping[str, Sequence[float]]]
     columns: Sequence[str]
-    headline: str
 
 
 Correlation = Mapping[str, tuple[float, float]]

@@ -166,8 +166,8 @@ def comparison(
     Raises:
         ValueError: If there is no such column, or no such row.
     """
-    style.check("compared", compared, "what modeconn.compare returns", "values", "columns", "headline")
-    column = compared.headline if column is None else column
+    style.check("compared", compared, "what modeconn.compare returns", "values", "columns")
+    column = getattr(compared, "headline", "line") if column is None else column
     if column not in compared.columns:
         raise ValueError(f"there is no column {column!r}; there are {', '.join(compared.columns)}.")
     rows = style.chosen(rows, list(compared.values))

@@ -14,14 +14,14 @@ from modeconn.symmetry.findings import UnknownOperator
 from modeconn.symmetry.groups import Group
 from modeconn.symmetry.kinds import KINDS
 from modeconn.tools import provenance
-from modeconn.tools.json_files import KIND, from_json, taken_as, to_json
+from modeconn.tools.json_files import KIND, JsonFile, from_json, taken_as, to_json
 from modeconn.tools.table import html_table
 
 _PLACES_SHOWN = 4
 
 
 @dataclass(frozen=True, repr=False)
-class SymmetryReport:
+class SymmetryReport(JsonFile):
     """The symmetry of a model in numbers.
 
     Args:

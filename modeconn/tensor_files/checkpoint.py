@@ -150,7 +150,7 @@ class Lacks:
         """Raise a ValueError unless there is nothing."""
         if not self.is_nothing:
             raise ValueError(
-                f"{str(self.files.path)!r} does not hold the model that model= makes: {'; '.join(self.told())}. Name "
+                f"{str(self.files.path)!r} does not hold the model that is asked for: {'; '.join(self.told())}. Name "
                 f"the factory of this architecture, or take other files; modeconn.tensor_files.plan tells all, and "
                 f"--dry-run on the command line."
             )

@@ -50,7 +50,7 @@ _PLAIN: dict[Any, _Test] = {
 
 def _is_number(value: Any) -> bool:
     if isinstance(value, Tensor):  # an entry of a tensor of numbers
-        return value.ndim == 0 and not value.is_complex() and not bool(value.isnan())
+        return value.ndim == 0 and not (value.is_complex() or value.is_meta) and not bool(value.isnan())
     return isinstance(value, Real) and not isinstance(value, bool) and not _is_huge(value) and not math.isnan(value)
 
 
@@ -176,24 +176,32 @@ def check(name: str, value: Any, hint: Any) -> None:
         _check_device(value)
 
 
-def plain(value: Any, hint: Any) -> Any:
+def plain(value: Any, hint: Any, *, arrays: bool = True) -> Any:
     """Return a value that passed `check` with Python's own numbers and texts in place of those of numpy and torch.
 
     Files and torch's generators take only Python's, and settings that are equal are then told by equal texts. What an
-    annotation takes as it is, such as a tensor, stays.
+    annotation takes as it is, such as a tensor, stays, and so does a tensor that takes part in a derivative.
+
+    Args:
+        value: The value.
+        hint: Its annotation.
+        arrays: Whether arrays become lists where an annotation asks for a sequence; where it asks for a tuple, they
+            become one in any case.
     """
     choices = typing.get_args(hint) if typing.get_origin(hint) in (Union, types.UnionType) else (hint,)
-    if isinstance(value, np.generic) or (isinstance(value, Tensor) and value.ndim == 0 and Tensor not in choices):
+    is_number = isinstance(value, Tensor) and value.ndim == 0 and not value.requires_grad and Tensor not in choices
+    if isinstance(value, np.generic) or (is_number and float in choices):
         own = value.item()
         return own if any(kind is not None and kind[0](own) for kind in map(kind_of, choices)) else value
-    is_list = type(value) in (list, tuple, np.ndarray) and np.ndarray not in choices
-    if not is_list or not any(typing.get_origin(choice) in (Sequence, tuple) for choice in choices):
+    origins = {typing.get_origin(choice) for choice in choices} & {Sequence, tuple}
+    is_array = type(value) is np.ndarray and (arrays or Sequence not in origins)
+    if not origins or not (is_array or type(value) in (list, tuple)) or np.ndarray in choices:
         return value  # data, say, that the caller counts
     pairs = [(entry, plain(entry, of_entries)) for _, entry, of_entries in _entries(value, hint)]
     if len(pairs) != len(value) or all(own is entry for entry, own in pairs):
         return value
     entries = [own for _, own in pairs]
-    return tuple(entries) if type(value) is tuple else entries
+    return tuple(entries) if type(value) is tuple or (is_array and Sequence not in origins) else entries
 
 
 def _check_device(device: torch.device | str) -> None:
@@ -322,12 +330,12 @@ def _ordinary_tensors() -> Iterator[None]:
 def check_settings(settings: Any) -> None:
     """Raise a ValueError unless the fields of a dataclass are of the kinds that their annotations mean.
 
-    Those that are become `plain`.
+    Those that are become `plain`; arrays for a sequence stay, since a class of the user's own may compute with them.
     """
     hints = hints_of(type(settings))
     for field in dataclasses.fields(settings):
         if field.init and field.name in hints:
             value, hint = getattr(settings, field.name), hints[field.name]
             check(field.name, value, hint)
-            if (own := plain(value, hint)) is not value:
+            if (own := plain(value, hint, arrays=False)) is not value:
                 object.__setattr__(settings, field.name, own)  # also of a frozen one

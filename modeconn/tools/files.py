@@ -184,12 +184,12 @@ def is_ours(path: str | os.PathLike[str]) -> bool:
 
 
 def description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
-    """Return what a file says of its content, of which nothing is read; None if that is nothing.
+    """Return what a file says of its content, without reading its tensors; None if it says nothing, or is no such file.
 
-    Files of tensors that were written one by one say as much as the kind, "model", and how the model is built.
+    Files of tensors that were written one by one say the kind, "model", and how the model is built.
 
     Raises:
-        ValueError: If it is damaged.
+        ValueError: If what it says is damaged.
     """
     try:
         with safetensors.safe_open(path, framework="pt") as file:

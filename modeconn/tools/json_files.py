@@ -12,6 +12,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Self
 
+import numpy as np
 from torch import Tensor
 
 from modeconn.tools.door import shortened
@@ -46,15 +47,19 @@ class JsonFile:
         """Read what `save` wrote.
 
         Raises:
-            FileNotFoundError: If there is no such file.
+            OSError: If there is no such file, or it is a folder.
             ValueError: If it holds something else, or is damaged.
         """
         try:
-            return cls.from_json(Path(path).read_text(encoding="utf-8"))
+            text = Path(path).read_text(encoding="utf-8")
         except UnicodeDecodeError:
+            text = ""
+        if not text.lstrip().startswith("{"):
             raise ValueError(
-                f"{os.fspath(path)!r} holds no {cls.__name__}: it is no text. save and to_json write files to load."
-            ) from None
+                f"{os.fspath(path)!r} holds no {cls.__name__}: it is no JSON. save and to_json write files to load."
+            )
+        try:
+            return cls.from_json(text)
         except ValueError as error:
             raise ValueError(f"{os.fspath(path)!r}: {error}") from error
 
@@ -123,7 +128,7 @@ def to_plain(value: Any) -> Any:
     """Return what every reader of JSON takes: it has neither tensors nor numbers that are not finite."""
     if isinstance(value, Mapping):
         return {name: to_plain(one) for name, one in value.items()}
-    if isinstance(value, Tensor):
+    if isinstance(value, Tensor | np.ndarray | np.generic):
         return to_plain(value.tolist())
     if isinstance(value, list | tuple):
         return [to_plain(one) for one in value]

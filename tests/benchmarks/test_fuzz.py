@@ -129,6 +129,6 @@ def test_what_was_found_is_refused(name, tmp_path):
 
 @pytest.mark.parametrize("kind", ["[[1]]", '"' + "a" * 3000 + '"', "3"])
 def test_results_of_a_kind_that_is_none_are_refused(kind):
-    with pytest.raises(ValueError, match="whose class nobody imported") as caught:
+    with pytest.raises(ValueError, match="one whose class nobody imported") as caught:
         modeconn.Curvature.from_json(f'{{"kind": {kind}, "t": [0]}}')
     assert len(str(caught.value)) < 200

@@ -392,8 +392,12 @@ def test_metrics_are_measured_by_name_and_from_the_users_own_module(folder, tmp_
         "def wrong(outputs, targets):\n"
         "    return (outputs.argmax(1) != targets).sum(), len(targets)\n\n\n"
         "class Confidence(modeconn.metrics.Perplexity):\n"
-        "    pass\n"
+        "    pass\n\n\n"
+        "class Needy:\n"
+        "    def __init__(self, k):\n"
+        "        self.k = k\n"
     )
+    (tmp_path / "other_metrics.py").write_text("from my_metrics import wrong\n")
     monkeypatch.syspath_prepend(str(tmp_path))
     connection = folder / "c.safetensors"
     asked = (
@@ -418,9 +422,17 @@ def test_metrics_are_measured_by_name_and_from_the_users_own_module(folder, tmp_
         ("top_5", "there is no metric 'top_5'; there are cka, disagreement, perplexity, tempered_loss, top_k"),
         ("top_k", "metric 'top_k': missing a required argument: 'k'; top_k takes k, axis"),
         ("my_metrics:nothing", "cannot import 'my_metrics:nothing'"),
+        ("my_metrics:Needy", "my_metrics:Needy fails: TypeError"),
+        ("other_metrics:wrong", "--metric is given twice for 'wrong': give one of them another name"),
     ):
-        told = run("evaluate", connection, "--data", "digits", "--metric", spec, "--out", tmp_path / "x", code=1)
+        asked = ("--metric", "my_metrics:wrong", "--metric", spec)
+        told = run("evaluate", connection, "--data", "digits", *asked, "--out", tmp_path / "x", code=1)
         assert said in told.output
+    told = run(
+        "plane", connection, "--data", "digits", "--points", 2, "--quantity", "wrong", "--out", tmp_path / "p", code=1
+    )
+    assert "--quantity must be one of loss, accuracy, error, got 'wrong'; --metric measures others" in told.output
+    assert not list(tmp_path.glob("p.*")) and not list(tmp_path.glob("x.*"))
 
 
 # -- the demo

@@ -158,6 +158,10 @@ def test_files_that_say_their_architecture_need_no_model(tmp_path):
     run("interpolate", a, b, "--out", tmp_path / "middle.safetensors")
     assert models.describe(models.load(tmp_path / "middle.safetensors")) == models.describe(models.load(a))
     Relabelling.save(discover(models.load(a)).identity(), tmp_path / "identity.safetensors")
+    refused = run("shuffle", a, "--model-arg", "hidden=4", "--out", tmp_path / "x.safetensors", status=1)
+    assert "--model-arg is for the factory of --model, which is missing" in refused
+    (tmp_path / "half.safetensors").write_bytes(a.read_bytes()[:500])
+    assert "truncated" in run("verify", tmp_path / "half.safetensors", tmp_path / "half.safetensors", status=1)
     assert "is a relabelling, not a network" in run("verify", a, tmp_path / "identity.safetensors", status=1)
 
 

@@ -172,7 +172,8 @@ def test_wrong_values_and_files_are_refused():
         Profile.from_json(RESULTS["curvature"].to_json())
     for text in ("[1]", "{}", "no JSON", '{"kind": "Unknown"}', '{"kind": "Profile"}'):
         with pytest.raises(
-            ValueError, match=r"this is a Unknown, whose class nobody imported|this is no (AlongCurve|Profile)"
+            ValueError,
+            match=r"of the kind Unknown, .* one whose class nobody imported|this is no (AlongCurve|Profile)",
         ):
             AlongCurve.from_json(text)
 
@@ -188,11 +189,18 @@ def _is_number(text: str) -> bool:
 def test_every_kind_of_result_is_saved_and_loaded(tmp_path):
     compared = modeconn.Comparison({"identity": {"line": [0.5]}, "weights": {"line": [0.25]}}, 25, 500)
     along = AlongCurve(torch.tensor([0.0, 1.0]), {"sharpness": torch.tensor([1.0, 3.0])})
-    for result in (compared, along):
+    report = modeconn.discover(modeconn.models.mlp(4, (3,), 2, seed=1)).report()
+    for result in (compared, along, report):
         assert result.save(tmp_path / "result.json") is None
         assert (tmp_path / "result.json").read_text() == result.to_json()
         assert repr(type(result).load(tmp_path / "result.json")) == repr(result)
-    with pytest.raises(ValueError, match=r"result\.json': .* AlongCurve, no comparison"):
+    with pytest.raises(ValueError, match=r"result\.json': this is a SymmetryReport, no comparison"):
         modeconn.Comparison.load(tmp_path / "result.json")
+    with pytest.raises(ValueError, match="of the kind Comparison, which is no result along a curve"):
+        compared.save(tmp_path / "compared.json")
+        Profile.load(tmp_path / "compared.json")
+    (tmp_path / "mine.py").write_text("import modeconn")
+    with pytest.raises(ValueError, match=r"mine\.py' holds no Profile: it is no JSON"):
+        Profile.load(tmp_path / "mine.py")
     with pytest.raises(FileNotFoundError):
         AlongCurve.load(tmp_path / "nowhere.json")

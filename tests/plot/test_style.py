@@ -43,7 +43,6 @@ COMPARED = types.SimpleNamespace(
         "other": {"line": [0.3, 0.4], "seconds": [10.0, 300.0]},
     },
     columns=("line", "seconds"),
-    headline="line",
 )
 PERM = types.SimpleNamespace(perms={"fc": torch.tensor([1, 0, 2, 4, 5, 3]), "heads": torch.tensor([[1, 0], [0, 1]])})
 AXIS = torch.arange(3, dtype=torch.float64)

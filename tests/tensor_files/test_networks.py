@@ -240,7 +240,7 @@ def test_a_plan_reads_no_weight_and_tells_all(pair, tmp_path, monkeypatch):
     assert not found.is_ready and repr(found).count("18 missing: model.layers.2") == 2
     assert all(f"model.layers.3.{name}" in repr(found) for name in ("mlp.up_proj.weight", "input_layernorm.weight"))
     assert "lm_head.weight is (50, 24) there and (60, 24) in the model" in repr(found)
-    with pytest.raises(ValueError, match=r"does not hold the model that model= makes: 18 missing: .* and 8 more; 2 of"):
+    with pytest.raises(ValueError, match=r"does not hold the model that is asked for: 18 missing: .* and 8 more; 2 of"):
         tensor_files.align(*paths, tmp_path / "out", model=lambda: Llama(deeper))
     shallow = Config(**{**vars(SMALL), "layers": 1})
     with pytest.raises(ValueError, match=r"9 unexpected: model.layers.1.input_layernorm.weight"):

@@ -161,6 +161,7 @@ class SupportsIndexing(Protocol):
         ("sizes", np.array([1, 2]), [1, 2]),
         ("places", np.linspace(0, 1, 3), [0.0, 0.5, 1.0]),
         ("shape", (np.int64(1), np.int64(2)), (1, 2)),
+        ("shape", np.array([1, 2]), (1, 2)),
     ],
 )
 def test_numbers_of_numpy_and_torch_become_numbers_of_python(name, value, own):
@@ -183,6 +184,19 @@ def test_numbers_of_numpy_and_torch_become_numbers_of_python(name, value, own):
 )
 def test_what_an_annotation_takes_as_it_is_stays(settings):
     assert any(value is next(iter(settings.values())) for value in given(**settings))
+
+
+def test_fields_of_a_users_own_class_stay_what_it_computes_with():
+    @dataclass(frozen=True)
+    class Weighted(WeightMatching):
+        shares: Sequence[float] = (1.0,)
+        tilt: float = 0.0
+
+    tilt, shares = torch.tensor(0.25, requires_grad=True), np.array([1.0, 2.0])
+    made = Weighted(shares=shares, tilt=tilt)
+    assert made.shares is shares and made.tilt is tilt
+    clipped = modeconn.PGD(0.5, 0.25, 3, clip=np.array([0.0, 1.0]))
+    assert clipped == modeconn.PGD(0.5, 0.25, 3, clip=(0.0, 1.0)) and hash(clipped)
 
 
 def test_settings_with_numbers_of_numpy_are_those_with_numbers_of_python():

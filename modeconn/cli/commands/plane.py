@@ -77,6 +77,10 @@ def measure_plane(
     names = [path.stem for path in networks]
     if len(set(names)) < len(names):
         raise ValueError(f"the three networks need names of their own, got {', '.join(names)}.")
+    metrics = parse.metrics(metric)
+    known = ["loss", "accuracy", "error", *metrics]
+    if quantity not in known:
+        raise ValueError(f"--quantity must be one of {', '.join(known)}, got {quantity!r}; --metric measures others.")
     against, window = attack_named(attack, eps, norm), None if extent is None else parse.extent(extent)
     training, measured = training_and_measured(data, on)
     template = shape.template(training)
@@ -88,7 +92,7 @@ def measure_plane(
         subject = {networks[0].stem: first, **subject}
     kept = checkpoint or base.with_name(f"{base.name}.checkpoint")
     how = {"num_points": points, "extent": window, "refine": refine, "times": times, "attack": against, "seed": seed}
-    how["metrics"] = parse.metrics(metric)
+    how["metrics"] = metrics
     with kept_until_done(kept, is_own=checkpoint is not None):
         found = modeconn.plane(subject, measured, recalibrate=training, checkpoint=kept, progress=bars(progress), **how)
         _write_plane(found, quantity, results)

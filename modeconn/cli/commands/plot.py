@@ -40,7 +40,7 @@ def draw(
     of one --extent as mean-plane, and std-plane for their standard deviation); reports (of modeconn align) as
     correlations before and after; connections as the loss of their training (also history-by-t, or the turns of PAM);
     relabellings, also those of connections, as cycles of units or angles; a comparison (of modeconn compare)
-    as one column of its table, by default the barriers of the straight line.
+    as one column of its table, by default the barriers of the straight line (repaired, for networks with batch norm).
 
     For example:
 

@@ -17,6 +17,7 @@ from modeconn.cli import options, parse
 from modeconn.cli.files import with_article
 from modeconn.cli.options import AdversaryOptions, DataOptions, ModelOptions, bars, file_option, grouped
 from modeconn.cli.recipes import Recipe, as_recipe
+from modeconn.network import registry
 from modeconn.network.saving import KIND
 from modeconn.tools import files, provenance
 
@@ -123,13 +124,19 @@ def factory(shape: ModelOptions, paths: Sequence[Path]) -> Callable[[], nn.Modul
         def make() -> nn.Module:
             return parse.make_model(called, arguments, None)
     else:
-        said = next(filter(None, map(parse.enter_factory, filter(Path.is_file, paths))), None)
-        if said is None:
+        if shape.model_arg:
+            raise ValueError("--model-arg is for the factory of --model, which is missing.")
+        known = ((path, parse.enter_factory(path)) for path in filter(Path.is_file, paths))
+        path, said = next(((path, said) for path, said in known if said is not None), (None, None))
+        if path is None or said is None:
+            for one in paths:
+                tensor_files.TensorFiles(one)  # which says what is wrong with a file that is damaged
             raise ValueError("networks that are read tensor by tensor need --model, their architecture.")
         called, arguments = said
+        shapes = {name: entry.shape for name, entry in tensor_files.TensorFiles(path).entries.items()}
 
         def make() -> nn.Module:
-            return models.build(called, **arguments)
+            return registry.rebuild(said, shapes, torch.float32)
 
     module, _, name = called.rpartition(":")  # by which results say what made them
     make.__module__, make.__qualname__ = module or models.__name__, name
