@@ -8,6 +8,7 @@ from pathlib import Path
 import typer
 
 import modeconn
+from modeconn import Comparison
 from modeconn.cli.files import made_by_of
 from modeconn.measure.along import AlongCurve
 from modeconn.tools import provenance
@@ -61,8 +62,8 @@ def result_files(base: Path, out: Path | None, *, overwrite: bool) -> list[Path]
     return results
 
 
-def write_result(found: AlongCurve, results: list[Path]) -> None:
-    """Write a result along a curve as JSON and CSV, and say so; without files, print the JSON alone."""
+def write_result(found: AlongCurve | Comparison, results: list[Path]) -> None:
+    """Write a result as JSON and CSV, and say so; without files, print the JSON alone."""
     if not results:
         typer.echo(found.to_json(), nl=False)
         return

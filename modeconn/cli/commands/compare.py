@@ -11,7 +11,7 @@ import modeconn
 from modeconn import Recipe
 from modeconn.cli import options, parse
 from modeconn.cli.options import DataOptions, ModelOptions, RecipeOptions, bars, grouped, kept_until_done
-from modeconn.cli.outputs import STDOUT, check_outputs
+from modeconn.cli.outputs import STDOUT, check_outputs, write_result
 
 
 @grouped("autocast", "compile", "input_shape")
@@ -84,10 +84,4 @@ def compare(
             seed=seed,
             progress=bars(progress),
         )
-        if not written:
-            typer.echo(found.to_json(), nl=False)
-            return
-        found.to_json(written[0])
-        found.to_csv(written[1])
-    typer.echo(repr(found))
-    typer.echo(f"Wrote {', '.join(map(str, written))}")
+        write_result(found, written)
