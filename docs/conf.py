@@ -17,6 +17,7 @@ from typing import Any
 
 from docutils import nodes
 from docutils.utils.math.latex2mathml import tex2mathml
+from sphinx.errors import ExtensionError
 from sphinx.ext.autodoc.preserve_defaults import DefaultValue
 
 import modeconn
@@ -177,6 +178,27 @@ def _default_of_field(value: ast.expr) -> str:
     return {"dict": "{}", "list": "[]", "set": "set()"}.get(ast.unparse(factory), f"{ast.unparse(factory)}()")
 
 
+def check_reference(app: Any, error: Exception | None) -> None:
+    """End the build with an error if the reference shows a private name as a default, or a default as a method.
+
+    Raises:
+        sphinx.errors.ExtensionError: If it does, with the page and the words.
+    """
+    if error is not None or app.builder.name != "html":
+        return
+    for page in sorted(Path(app.outdir, "api").glob("*.html")):
+        wrong = re.search(r"\w+[^,()]{0,60}= ?_[A-Za-z]\w+|(?:loss_fn|schedule)\((?:targets|epochs)\b", text_of(page))
+        if wrong:
+            raise ExtensionError(f"{page.name} of the reference shows {wrong[0]!r}: see show_defaults in docs/conf.py")
+    if "= Bezier(2)" not in text_of(Path(app.outdir, "api", "main.html")):
+        raise ExtensionError("main.html of the reference does not show the default curve of fit_curve, Bezier(2)")
+
+
+def text_of(page: Path) -> str:
+    """Return the text of a page without its marks."""
+    return re.sub("<[^>]+>", "", page.read_text(encoding="utf-8"))
+
+
 def _is_of_torch(thing: Any) -> bool:
     return (getattr(thing, "__module__", None) or "").partition(".")[0] == "torch"
 
@@ -189,3 +211,4 @@ def setup(app: Any) -> None:
     app.connect("autodoc-skip-member", leave_out_inherited)
     app.connect("autodoc-before-process-signature", show_defaults)
     app.connect("html-page-context", keep_options_whole)
+    app.connect("build-finished", check_reference)

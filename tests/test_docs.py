@@ -156,20 +156,3 @@ def test_the_page_of_large_models_does_what_it_says(tmp_path, monkeypatch):
         outputs.append(network(x))
     torch.testing.assert_close(outputs[1], outputs[0])
     torch.testing.assert_close(outputs[2], outputs[0])
-
-
-def test_pages_show_defaults_as_they_are_written_and_no_default_as_a_method(monkeypatch):
-    pytest.importorskip("sphinx")
-    monkeypatch.syspath_prepend(str(DOCS))
-    conf = importlib.import_module("conf")
-    written = {}
-    for thing in (modeconn.fit_curve, modeconn.Recipe.__init__, modeconn.PAM.__init__, modeconn.History.__init__):
-        monkeypatch.setattr(thing, "__signature__", inspect.signature(thing), raising=False)
-        conf.show_defaults(None, thing, True)
-        written |= {name: repr(one.default) for name, one in inspect.signature(thing).parameters.items()}
-    assert (written["optimizer"].partition("(")[0], written["schedule"]) == ("partial", "piecewise_linear")
-    assert (written["step"], written["turns"], written["epochs"]) == ("ProximalLinear()", "[]", "30")
-    constants = conf._constants(inspect.getsource(sys.modules[modeconn.fit_curve.__module__]))
-    assert constants["_QUADRATIC"] == "Bezier(2)"
-    assert conf.leave_out_inherited(None, "class", "loss_fn", modeconn.PGD.loss_fn, False, None)
-    assert conf.leave_out_inherited(None, "class", "evaluate", modeconn.Connection.evaluate, False, None) is None
