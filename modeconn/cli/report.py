@@ -25,6 +25,12 @@ from modeconn.tools.warn import warn
 _LEFT_OUT = {".png", ".pdf", ".svg", ".csv", ".html", ".vti", ".log", ".py", ".ipynb", ".sh", ".md", ".toml", ".yaml"}
 """Files that say again what others say, and those that people write."""
 _GRID = "rgba(140, 140, 140, 0.3)"  # seen on white and on dark
+_INK = "#7A7A7A"
+_ON_ANY_PAGE = {
+    **dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color"), _INK),
+    **dict.fromkeys(("figure.facecolor", "axes.facecolor", "savefig.facecolor"), "none"),
+}
+"""How pictures are drawn that are read on white and on dark pages: on no ground, in a grey that is seen on both."""
 _SLIDER = 61  # positions of t at which the values of all curves are read off
 
 
@@ -218,6 +224,7 @@ def _pictures(part: Part, relabellings: dict[str, Relabelling]) -> Iterator[str]
         part: The file.
         relabellings: Those drawn so far, by file; each is drawn once, and that of this file is added.
     """
+    from matplotlib import rc_context
     from matplotlib.figure import Figure
 
     offered = figures_of(part.file)
@@ -230,13 +237,14 @@ def _pictures(part: Part, relabellings: dict[str, Relabelling]) -> Iterator[str]
             yield f"<p>Its relabelling is the one drawn at {html.escape(same)}.</p>"
             names = [name for name in names if offered[name] is not relabelling]
     for name in names:
-        drawn = Figure(figsize=(6.0, 4.0), layout="constrained")
-        try:
-            draw_files([(part.path, part.file)], drawn.subplots(), figure=name)
-        except ValueError as error:  # of one position, say
-            yield f"<p>{html.escape(str(error))}</p>"
-            continue
         buffer = io.BytesIO()
-        drawn.savefig(buffer, format="svg")
+        with rc_context(_ON_ANY_PAGE):
+            drawn = Figure(figsize=(6.0, 4.0), layout="constrained")
+            try:
+                draw_files([(part.path, part.file)], drawn.subplots(), figure=name)
+            except ValueError as error:  # of one position, say
+                yield f"<p>{html.escape(str(error))}</p>"
+                continue
+            drawn.savefig(buffer, format="svg")
         text = base64.b64encode(buffer.getvalue()).decode()
         yield f'<img alt="{html.escape(f"{part.name}: {name}")}" src="data:image/svg+xml;base64,{text}">'

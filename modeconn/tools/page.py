@@ -20,7 +20,7 @@ body { font: 16px/1.5 system-ui, sans-serif; max-width: 60rem; margin: 2rem auto
 .wide { overflow-x: auto; }
 table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
 td, th { padding: 0.15rem 0.8rem 0.15rem 0; text-align: right; white-space: nowrap; }
-img { max-width: 100%; background: white; border-radius: 4px; }
+img { max-width: 100%; }
 .pictures { display: flex; flex-wrap: wrap; gap: 0.7rem; align-items: flex-start; }
 .pictures img { width: 27rem; }
 pre { overflow-x: auto; font-size: 0.85rem; }
