@@ -203,14 +203,14 @@ class Comparison(JsonFile):
         return plot.comparison(self, column=column, rows=rows, ax=ax)
 
     def __repr__(self) -> str:
-        pairs = f"{self.num_pairs} pair{'s' * (self.num_pairs != 1)}"
-        title = f"Comparison({pairs}, {self.num_points} points, {self.num_examples} examples)"
-        return "\n".join([title, table(*self._table()), self._legend()])
+        return "\n".join([f"Comparison({self._extent()})", table(*self._table()), self._legend()])
 
     def _repr_html_(self) -> str:
+        return f"<p>{self._extent()}</p>{html_table(*self._table())}<p>{html.escape(self._legend())}</p>"
+
+    def _extent(self) -> str:
         pairs = f"{self.num_pairs} pair{'s' * (self.num_pairs != 1)}"
-        title = f"{pairs}, {self.num_points} points, {self.num_examples} examples"
-        return f"<p>{title}</p>{html_table(*self._table())}<p>{html.escape(self._legend())}</p>"
+        return f"{pairs}, {self.num_points} points, {self.num_examples} examples"
 
     def _legend(self) -> str:
         """Return what the columns are, in sentences."""

@@ -18,7 +18,7 @@ from torch import Tensor
 from modeconn.network.weights import are_finite
 from modeconn.tools import provenance
 from modeconn.tools.door import check, shortened
-from modeconn.tools.files import check_regular, description, dtype_named
+from modeconn.tools.files import check_regular, description, dtype_named, metadata_of
 from modeconn.tools.shown import Shown
 from modeconn.tools.warn import warn
 
@@ -301,9 +301,8 @@ def _values(entry: Entry, begin: int) -> Tensor:
 def made_by(path: Path) -> dict[str, Any] | None:
     """Return how a safetensors file of this package says that it was made; None for those of others."""
     try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            found = json.loads((file.metadata() or {}).get(provenance.ATTRIBUTE, "null"))
-    except (safetensors.SafetensorError, ValueError, OSError):
+        found = json.loads((metadata_of(path) or {}).get(provenance.ATTRIBUTE, "null"))
+    except ValueError:
         return None
     return found if isinstance(found, dict) else None
 

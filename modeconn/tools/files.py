@@ -176,11 +176,17 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 def is_ours(path: str | os.PathLike[str]) -> bool:
     """Whether a file says that `write` wrote it; also for one that is no safetensors file, so that `read` judges it."""
     check_regular(path)
+    found = metadata_of(path)
+    return found is None or any(name.startswith(_KEY) for name in found)  # one of them may be damaged
+
+
+def metadata_of(path: str | os.PathLike[str]) -> dict[str, str] | None:
+    """Return the texts in the header of a safetensors file, without reading its tensors; None if it is no such file."""
     try:
         with safetensors.safe_open(path, framework="pt") as file:
-            return any(name.startswith(_KEY) for name in file.metadata() or {})  # one of them may be damaged
+            return file.metadata() or {}
     except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError):
-        return True
+        return None
 
 
 def description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
@@ -191,11 +197,7 @@ def description(path: str | os.PathLike[str]) -> dict[str, Any] | None:
     Raises:
         ValueError: If what it says is damaged.
     """
-    try:
-        with safetensors.safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-    except (safetensors.SafetensorError, RuntimeError, ValueError, OverflowError, OSError):
-        return None
+    metadata = metadata_of(path) or {}
     if _KEY in metadata:
         return _description(Path(path), metadata[_KEY])
     if ARCHITECTURE not in metadata:

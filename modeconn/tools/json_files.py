@@ -7,6 +7,7 @@ import json
 import math
 import os
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,17 +23,17 @@ KIND, DIGEST = "kind", "sha256"
 """The entries that say what a record is, and whether it is what was written."""
 
 
-class JsonFile:
+class JsonFile(ABC):
     """A result that is written to a file and read from one, by its ``to_json`` and ``from_json``."""
 
+    @abstractmethod
     def to_json(self, path: str | os.PathLike[str] | None = None) -> str:
         """Return everything as JSON; also write it to ``path`` if given."""
-        raise NotImplementedError(f"a subclass says what is in it, {type(self).__name__} does not")
 
     @classmethod
+    @abstractmethod
     def from_json(cls, text: str) -> Self:
         """Invert `to_json`."""
-        raise NotImplementedError(f"a subclass says how it is made again, {cls.__name__} does not")
 
     def save(self, path: str | os.PathLike[str]) -> None:
         """Write everything to a file, as JSON, all or nothing; `load` reads it.
