@@ -313,7 +313,9 @@ def test_a_coarse_grid_does_not_hide_how_low_the_loss_is_at_a_network(some):
     for place, value in zip(some.networks.values(), some.own["loss"], strict=True):
         (at,) = (points == place).all(1).nonzero().flatten().tolist()
         assert values[at] == value
-    beyond = dataclasses.replace(some, networks={"far": 100 * some.x[-1:].expand(2)}, own={"loss": torch.zeros(1)})
+    beyond = dataclasses.replace(
+        some, networks={"far": 100 * some.x[-1:].expand(2)}, own=dict.fromkeys(some.values, torch.zeros(1))
+    )
     older = dataclasses.replace(some, own={})  # as files of before
     for other in (beyond, older):
         assert len(other.scattered("loss")[0]) == len(points) - len(some.networks)
